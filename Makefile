@@ -1,0 +1,49 @@
+# make demo: the whole loop on the shipped model.  make test: the quick tests.
+# make check: lint, import floors, types and tests.  make slow: the slow tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test slow check lint types format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/rayapp demo --out out/demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+check: lint types test
+
+lint: $(VENV)/.check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.check
+	$(BIN)/mypy
+
+format: $(VENV)/.check
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml cluster/constraints.txt | $(BIN)/python
+	$(BIN)/python cluster/install.py
+	touch $@
+
+$(VENV)/.test: pyproject.toml cluster/constraints.txt | $(BIN)/python
+	$(BIN)/python cluster/install.py test
+	touch $@ $(VENV)/.demo
+
+$(VENV)/.check: pyproject.toml cluster/constraints.txt | $(BIN)/python
+	$(BIN)/python cluster/install.py test check
+	touch $@ $(VENV)/.test $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

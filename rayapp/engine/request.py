@@ -1,0 +1,127 @@
+"""One request: what it asks for, the tokens that leave, and when each phase of its life began and ended."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rayapp.errors import RequestError
+
+FinishReason = Literal["stop", "length"]
+Phase = Literal["queued", "prefilling", "transferring", "decoding", "done"]
+
+
+class SamplingParams(BaseModel):
+    """How answer tokens are chosen and when an answer ends.
+
+    ``temperature`` 0 is greedy. The noise of answer token ``i`` depends on ``(seed, i)`` alone, so a
+    replayed request continues as it would have. ``stop`` strings end the answer before they appear in
+    its text. ``logprobs``: number of best alternatives to report beside each token's own, or None.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_tokens: int = Field(default=16, ge=1)
+    temperature: float = Field(default=0.0, ge=0.0, le=100.0)
+    top_k: int = Field(default=0, ge=0, description="0 keeps all")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A tokenized prompt and how to answer it. ``request_id`` is made by us, never by a client."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = SamplingParams()
+    attempt: int = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Prompt length in tokens."""
+        return len(self.prompt_token_ids)
+
+    def check_limits(self, *, max_model_len: int, vocab_size: int) -> None:
+        """Raise :class:`RequestError` where prompt or answer lie outside what the engines can hold.
+
+        Args:
+            max_model_len: Most tokens of prompt and answer together.
+            vocab_size: Token ids lie in ``0..vocab_size - 1``.
+        """
+        length, limit = self.num_prompt_tokens, self.sampling.max_tokens
+        if length == 0:
+            raise RequestError("the prompt has no tokens; send at least one")
+        if length + limit > max_model_len:
+            raise RequestError(
+                f"{length} prompt tokens and max_tokens={limit} need {length + limit} places, but this "
+                f"model serves at most {max_model_len}; shorten the prompt or lower max_tokens"
+            )
+        low, high = min(self.prompt_token_ids), max(self.prompt_token_ids)
+        if low < 0 or high >= vocab_size:
+            wrong = low if low < 0 else high
+            raise RequestError(
+                f"token id {wrong} is not in the vocabulary; ids lie in 0..{vocab_size - 1}"
+            )
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural-log probability of one answer token, and of the best alternatives ``(token id, logprob)``."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Consecutive answer tokens of one request; ``first_index`` is the index of the first within the answer.
+
+    The end-of-sequence token is included when it was generated. ``finish_reason`` is set on the last
+    batch. ``logprobs`` holds one entry per token where the request asked for them, else nothing.
+    """
+
+    request_id: str
+    attempt: int
+    first_index: int
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass
+class Timeline:
+    """Seconds on the monotonic clock of one process at which each phase of a request began."""
+
+    arrived_s: float = field(default_factory=time.monotonic)
+    prefill_started_s: float | None = None
+    prefill_finished_s: float | None = None
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+    def intervals(self) -> dict[str, float]:
+        """``queue_s, prefill_s, handoff_s, ttft_s, decode_s, e2e_s``: those whose ends are both known."""
+        spans = {
+            "queue_s": (self.arrived_s, self.prefill_started_s),
+            "prefill_s": (self.prefill_started_s, self.prefill_finished_s),
+            "handoff_s": (self.prefill_finished_s, self.admitted_s),
+            "ttft_s": (self.arrived_s, self.first_token_s),
+            "decode_s": (self.admitted_s, self.finished_s),
+            "e2e_s": (self.arrived_s, self.finished_s),
+        }
+        return {
+            name: end - begin
+            for name, (begin, end) in spans.items()
+            if begin is not None and end is not None
+        }
+
+    def as_dict(self) -> dict[str, float | None]:
+        """The raw marks."""
+        return asdict(self)

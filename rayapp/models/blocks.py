@@ -1,0 +1,235 @@
+"""A model as numbered blocks with parts, and the realisation of one stage of a plan.
+
+Shapes: B = batch, T = tokens, E = hidden size, H = KV heads, D = head dimension.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from rayapp.errors import ModelError
+from rayapp.models.fingerprint import weights_fingerprint
+from rayapp.plan import Mode, ModelSignature, PruningPlan, Stage
+
+SUPPORTED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MULTIMODAL_TYPES = ("llava", "llava_next")
+# These recompute their frequencies from the longest sequence seen: keys of one prompt would depend
+# on its neighbours, and an entry could not travel without its context.
+_STATEFUL_ROPE = ("dynamic", "longrope")
+
+_ATTENTION_PARTS = ("input_layernorm", "self_attn")
+_MLP_PARTS = ("post_attention_layernorm", "mlp")
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The decoder's configuration: the model's own, or that of the language model inside it."""
+    return config.get_text_config(decoder=True)
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Raise :class:`ModelError` naming the architecture where stages cannot be applied to it."""
+    text = text_config(config)
+    kind = config.model_type if text is config else f"{config.model_type} over {text.model_type}"
+    outer_known = text is config or config.model_type in MULTIMODAL_TYPES
+    if not outer_known or text.model_type not in SUPPORTED_TYPES:
+        raise ModelError(
+            f"architecture {kind!r} is not supported; use one of {', '.join(SUPPORTED_TYPES)}, "
+            f"alone or inside {' or '.join(MULTIMODAL_TYPES)}"
+        )
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in _STATEFUL_ROPE:
+        raise ModelError(
+            f"architecture {kind!r} with rope_type {rope!r} is not supported: its keys depend on "
+            "the longest prompt seen; use default, linear, llama3 or yarn"
+        )
+
+
+def find_decoder(model: nn.Module) -> Any:
+    """The module that holds ``embed_tokens``, ``layers``, ``norm`` and ``rotary_emb``."""
+    outer: Any = model
+    decoder = outer.get_decoder() if hasattr(outer, "get_decoder") else outer
+    # LLaVA answers with the wrapper in some releases; the language model lies just below it.
+    return getattr(decoder, "language_model", decoder)
+
+
+def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks, in order; raises :class:`ModelError` for an unsupported architecture."""
+    check_supported(model.config)
+    return find_decoder(model).layers
+
+
+def sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """The sliding window of every block in tokens, its own token counted; None attends to all."""
+    text = text_config(config)
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        return (window,) * text.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Size of one attention head."""
+    text = text_config(config)
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def signature(config: PreTrainedConfig, fingerprint: str) -> ModelSignature:
+    """What a plan must agree on, from a configuration and a weights fingerprint."""
+    text = text_config(config)
+    return ModelSignature(
+        model_type=config.model_type,
+        num_blocks=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        num_kv_heads=text.num_key_value_heads,
+        head_dim=head_dim(config),
+        vocab_size=text.vocab_size,
+        weights_fingerprint=fingerprint,
+    )
+
+
+def signature_of(model: PreTrainedModel) -> ModelSignature:
+    """The signature of a model in memory; its fingerprint is computed once, then kept on the model.
+
+    A loaded model carries its checkpoint's fingerprint, also where only a stage of it was read.
+    """
+    check_supported(model.config)
+    fingerprint = getattr(model, "rayapp_fingerprint", None)
+    if fingerprint is None:
+        tied = text_config(model.config).tie_word_embeddings
+        tensors = {
+            k: v for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")
+        }
+        fingerprint = weights_fingerprint(tensors.items())
+        model.rayapp_fingerprint = fingerprint
+    return signature(model.config, fingerprint)
+
+
+def apply_stage(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreTrainedModel:
+    """The model that one stage of a plan runs: same class, same parameters, skipped parts gone.
+
+    The result has its own module structure and configuration, and shares every parameter with
+    ``model``, which is left as it was: both stages of a plan can live beside the dense model at no
+    cost in memory. Blocks keep their numbers. Its ``forward`` works as usual with explicit
+    ``position_ids``; the engines run it block by block (:class:`rayapp.models.stack.BlockStack`).
+
+    Raises:
+        ModelError: The architecture is not supported.
+        PlanError: The plan was made for another model.
+    """
+    check_supported(model.config)
+    plan.check_model(signature_of(model))
+    staged = _share(model, {})
+    blocks = decoder_blocks(staged)
+    for number in range(len(blocks)):
+        mode = plan.mode(stage, number)
+        if mode != Mode.FULL:
+            blocks[number] = PartialBlock(blocks[number], mode)
+    return staged.eval()
+
+
+def _share(module: Any, configs: dict[int, Any]) -> Any:
+    """A copy of the module tree in which tensors are shared and configurations are not."""
+    clone = module.__class__.__new__(module.__class__)
+    clone.__dict__.update(module.__dict__)
+    clone._parameters = dict(module._parameters)
+    clone._buffers = dict(module._buffers)
+    clone._modules = {
+        name: None if child is None else _share(child, configs)
+        for name, child in module._modules.items()
+    }
+    config = module.__dict__.get("config")
+    if isinstance(config, PreTrainedConfig):
+        clone.config = configs.setdefault(id(config), copy.deepcopy(config))
+    return clone
+
+
+class PartialBlock(nn.Module):
+    """A pre-norm decoder block of which only some parts are computed; the rest is not even held.
+
+    Parts keep the names that they have in the full block, so that a checkpoint's tensor names hold.
+    """
+
+    def __init__(self, block: Any, mode: Mode) -> None:
+        super().__init__()
+        self.mode = mode
+        self.layer_idx: int = block.self_attn.layer_idx
+        attention_type = getattr(block, "attention_type", None)
+        if attention_type is not None:
+            self.attention_type = attention_type
+        kept = _ATTENTION_PARTS if mode.attends else ()
+        if mode.has_mlp:
+            kept = (*kept, *_MLP_PARTS)
+        for name in kept:
+            self.add_module(name, getattr(block, name))
+        if mode.writes_kv and not mode.attends:
+            self.add_module("input_layernorm", block.input_layernorm)
+            self.add_module("self_attn", KVProjection(block.self_attn))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Hidden states ``(B, T, E)`` in and out; ``past_key_values`` takes the KV, if any."""
+        parts: Any = self
+        if self.mode.writes_kv:
+            attended, _ = parts.self_attn(
+                hidden_states=parts.input_layernorm(hidden_states),
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            if self.mode.attends:
+                hidden_states = hidden_states + attended
+        if self.mode.has_mlp:
+            hidden_states = hidden_states + parts.mlp(parts.post_attention_layernorm(hidden_states))
+        return hidden_states
+
+
+class KVProjection(nn.Module):
+    """The part of an attention that writes KV: projections, key norm, rotation, cache update.
+
+    Keys and values are bit-equal to those of the full attention on the same input (POP's prefill,
+    arXiv:2602.03295).
+    """
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.layer_idx: int = attention.layer_idx
+        self.head_dim: int = attention.head_dim
+        self.k_proj, self.v_proj = attention.k_proj, attention.v_proj
+        self.k_norm = getattr(attention, "k_norm", None)
+        # Each family rotates with the function of the module that defines its attention.
+        self._rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Any = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **_: Any,
+    ) -> tuple[None, None]:
+        """Write the KV of normalised hidden states ``(B, T, E)``; nothing is attended."""
+        if past_key_values is None:
+            return None, None
+        shape_BTHD = (*hidden_states.shape[:-1], -1, self.head_dim)
+        keys = self.k_proj(hidden_states).view(shape_BTHD)
+        if self.k_norm is not None:
+            keys = self.k_norm(keys)
+        keys_BHTD = keys.transpose(1, 2)
+        values_BHTD = self.v_proj(hidden_states).view(shape_BTHD).transpose(1, 2)
+        cos, sin = position_embeddings or (None, None)
+        keys_BHTD, _ = self._rotate(keys_BHTD, keys_BHTD, cos, sin)
+        past_key_values.update(keys_BHTD, values_BHTD, self.layer_idx)
+        return None, None

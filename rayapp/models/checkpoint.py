@@ -1,0 +1,107 @@
+"""A checkpoint directory: which tensors it holds, and where. Safetensors only, never pickles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig
+
+from rayapp.errors import ModelError
+from rayapp.models.blocks import check_supported, signature, text_config
+from rayapp.models.fingerprint import weights_fingerprint
+from rayapp.plan import ModelSignature
+
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+class Checkpoint:
+    """The configuration and the tensors of one model directory; tensors are read when asked for.
+
+    Raises:
+        ModelError: No directory, no or broken configuration, unsupported architecture, or weights
+            in another format than safetensors.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ModelError(
+                f"{self.path}: no such model directory; give one with config.json and *.safetensors"
+            )
+        self.config = _read_config(self.path)
+        check_supported(self.config)
+        self.files = _tensor_files(self.path)
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self.files)
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield ``(name, tensor)`` for each name, opening every file once."""
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+            for name in names:
+                file = self.files.get(name)
+                if file is None:
+                    raise ModelError(
+                        f"{self.path}: tensor {name!r} is missing; the checkpoint is incomplete"
+                    )
+                if file not in opened:
+                    opened[file] = stack.enter_context(_open(file))
+                yield name, opened[file].get_tensor(name)
+
+    def signature(self) -> ModelSignature:
+        """The model's signature; reads samples of the weights only."""
+        tied = text_config(self.config).tie_word_embeddings
+        names = [name for name in self.names() if not (tied and name == "lm_head.weight")]
+        return signature(self.config, weights_fingerprint(self.read(names)))
+
+
+def _read_config(path: Path) -> PreTrainedConfig:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: has no config.json; give a Hugging Face model directory")
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - whatever a foreign parser raises is the user's file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{path}/config.json: cannot be used ({reason}); custom code is never run"
+        ) from None
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    """Tensor name to file, from the index or from the headers of all safetensors files."""
+    index = path / INDEX_FILE
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            return {name: path / Path(file).name for name, file in weight_map.items()}
+        except (ValueError, KeyError, AttributeError, OSError) as error:
+            raise ModelError(
+                f"{index}: is not a safetensors index ({error}); save the model again"
+            ) from None
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+        found = f"only {pickles[0]}, which can run code when read" if pickles else "no weights"
+        raise ModelError(f"{path}: has {found}; save it with safetensors (`model.save_pretrained`)")
+    return {name: file for file in files for name in _names_in(file)}
+
+
+def _names_in(file: Path) -> list[str]:
+    with _open(file) as opened:
+        return list(opened.keys())
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file}: cannot be read as safetensors ({error})") from None

@@ -1,0 +1,189 @@
+"""Load a checkpoint, or only the tensors that one stage of a plan runs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import infer_auto_device_map, init_empty_weights
+from accelerate.utils import get_balanced_memory, set_module_tensor_to_device
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rayapp.errors import ModelError
+from rayapp.models.blocks import MULTIMODAL_TYPES, apply_stage, find_decoder
+from rayapp.models.checkpoint import Checkpoint
+from rayapp.plan import STAGES, ModelSignature, PruningPlan, Stage
+
+logger = logging.getLogger(__name__)
+
+Part = Literal["prefill", "decode", "unified"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory. Tensors that its stage does not run stay empty, on the meta device.
+
+    ``parameter_bytes`` counts what was really read, tied tensors once.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    signature: ModelSignature
+    path: Path
+    parameter_bytes: int
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends an answer, from the generation configuration."""
+        return eos_token_ids(self.model)
+
+
+def eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """Every token that ends an answer: the generation configuration's, else the model's."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return (ids,) if isinstance(ids, int) else tuple(ids)
+    return ()
+
+
+def load_model(
+    path: str | Path,
+    *,
+    plan: PruningPlan | None = None,
+    stage: Part | None = None,
+    dtype: DType = "auto",
+    device: str | torch.device = "cpu",
+) -> LoadedModel:
+    """Load a checkpoint and its tokenizer.
+
+    With a ``stage``, only the tensors that this stage of ``plan`` runs are read (``unified``: the
+    union of both stages), besides embeddings, final norm and head; the rest stays on the meta
+    device and costs nothing. ``device="auto"`` spreads the blocks over all GPUs that the process
+    sees.
+
+    Raises:
+        ModelError: The directory is not a supported, complete safetensors checkpoint.
+        PlanError: The plan was made for another model.
+    """
+    checkpoint = Checkpoint(path)
+    found = checkpoint.signature()
+    plan = plan or PruningPlan()
+    plan.check_model(found)
+    model = _empty_model(checkpoint, dtype)
+    model.rayapp_fingerprint = found.weights_fingerprint
+    needed = _needed_names(model, plan, stage)
+    _fill(model, checkpoint, needed, _placement(model, device))
+    loaded = sum({p.data_ptr(): p.nbytes for p in model.parameters() if not p.is_meta}.values())
+    return LoadedModel(model, load_tokenizer(path), found, Path(path), loaded)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory; raises :class:`ModelError` where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - whatever a foreign parser raises is the user's file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{path}: no usable tokenizer ({reason}); save one beside the model"
+        ) from None
+
+
+def read_signature(path: str | Path) -> ModelSignature:
+    """The signature of a checkpoint; reads its configuration and samples of its weights."""
+    return Checkpoint(path).signature()
+
+
+def _empty_model(checkpoint: Checkpoint, dtype: DType) -> PreTrainedModel:
+    """The model on the meta device; buffers that no checkpoint holds (rotary ones) are real."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}")
+    config = checkpoint.config
+    target = DTYPES.get(dtype) or config.dtype or torch.float32
+    multimodal = config.model_type in MULTIMODAL_TYPES
+    auto_class = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    with init_empty_weights(include_buffers=False):
+        model = auto_class.from_config(config, dtype=target, trust_remote_code=False)
+    generation = checkpoint.path / "generation_config.json"
+    if generation.is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(checkpoint.path)
+    return model.eval()
+
+
+def _needed_names(model: PreTrainedModel, plan: PruningPlan, stage: Part | None) -> set[str]:
+    """Names of the parameters that are run, as the full model calls them."""
+    if stage is None:
+        return {name for name, _ in model.named_parameters()}
+    stages: tuple[Stage, ...] = STAGES if stage == "unified" else (stage,)
+    return {
+        name for each in stages for name, _ in apply_stage(model, plan, each).named_parameters()
+    }
+
+
+def _placement(model: PreTrainedModel, device: str | torch.device) -> dict[str, torch.device]:
+    """Module name prefix to device: all on one, or whole blocks spread evenly over all GPUs."""
+    if device != "auto" or torch.cuda.device_count() < 2:
+        single = "cpu" if device == "auto" and not torch.cuda.is_available() else device
+        return {"": torch.device("cuda" if single == "auto" else single)}
+    whole = [type(find_decoder(model).layers[0]).__name__]
+    memory = get_balanced_memory(model, no_split_module_classes=whole)
+    spread = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
+    logger.info("device map: %s", spread)
+    return {prefix: torch.device(target) for prefix, target in spread.items()}
+
+
+def _device_of(name: str, placement: dict[str, torch.device]) -> torch.device:
+    """The device of the longest prefix that covers ``name``."""
+    prefixes = [p for p in placement if not p or name == p or name.startswith(f"{p}.")]
+    return placement[max(prefixes, key=len)]
+
+
+def _fill(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    needed: set[str],
+    placement: dict[str, torch.device],
+) -> None:
+    """Read the needed tensors into the empty model, in its element type, and tie what is tied."""
+    stored = [name for name in sorted(needed) if name in checkpoint.files]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in checkpoint.read(stored):
+        expected = parameters[name]
+        if tensor.shape != expected.shape:
+            raise ModelError(
+                f"{checkpoint.path}: tensor {name!r} has shape {tuple(tensor.shape)}, the "
+                f"configuration says {tuple(expected.shape)}; config.json and weights do not "
+                "belong together"
+            )
+        target = _device_of(name, placement)
+        set_module_tensor_to_device(model, name, target, value=tensor, dtype=expected.dtype)
+    model.tie_weights()
+    missing = sorted(n for n, p in model.named_parameters() if p.is_meta and n in needed)
+    if missing:
+        raise ModelError(
+            f"{checkpoint.path}: {len(missing)} tensors are missing (first: {missing[0]}); "
+            "the checkpoint is incomplete or of another architecture"
+        )
+    _move_buffers(model, placement)
+
+
+def _move_buffers(model: PreTrainedModel, placement: dict[str, torch.device]) -> None:
+    """Move buffers only: parameters that were left out cannot be moved."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(_device_of(f"{prefix}.{name}".lstrip("."), placement)))

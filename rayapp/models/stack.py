@@ -1,0 +1,153 @@
+"""The decoder of one stage, run block by block on explicit positions, caches and masks.
+
+The model's own ``forward`` builds one mask for all blocks and guesses positions from block 0's
+cache: both are wrong once a plan cuts blocks differently. Here every block gets its own.
+Shapes: B = batch, T = query tokens, K = entries attended to, E = hidden size, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from rayapp.errors import ModelError
+from rayapp.models.blocks import (
+    apply_stage,
+    find_decoder,
+    head_dim,
+    sliding_windows,
+    text_config,
+)
+from rayapp.plan import PruningPlan, Stage
+
+
+class BlockCache(Protocol):
+    """What a block writes its KV to, and attends to in return."""
+
+    def update(
+        self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, block: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new entries of ``block``; return all keys and values to attend to, ``BHKD``."""
+        ...
+
+
+Masks = Mapping[int, torch.Tensor | None]
+
+
+class BlockStack:
+    """One stage of a plan over a model, without copying weights.
+
+    Args:
+        model: A dense model, or one that was loaded for this stage.
+        plan: The plan; an empty one runs the dense model.
+        stage: Which stage of it to run.
+
+    Raises:
+        ModelError: Unsupported architecture, or tensors of this stage were not loaded.
+        PlanError: The plan was made for another model.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> None:
+        self.model = apply_stage(model, plan, stage)
+        self.stage: Stage = stage
+        self._decoder: Any = find_decoder(self.model)
+        text = text_config(self.model.config)
+        # Only sdpa treats "no mask" as causal where it must be, and packs GQA groups by itself.
+        for config in (self.model.config, text, self._decoder.config):
+            config._attn_implementation = "sdpa"
+        for attention in (m for m in self._decoder.modules() if hasattr(m, "num_key_value_groups")):
+            attention.config._attn_implementation = "sdpa"
+        self.num_blocks: int = text.num_hidden_layers
+        self.num_kv_heads: int = text.num_key_value_heads
+        self.head_dim = head_dim(self.model.config)
+        self.vocab_size: int = text.vocab_size
+        self.windows = sliding_windows(self.model.config)
+        modes = [plan.mode(stage, block) for block in range(self.num_blocks)]
+        self.attends = tuple(mode.attends for mode in modes)
+        self.writes_kv = tuple(mode.writes_kv for mode in modes)
+        self._check_loaded()
+        devices = [next(block.parameters(), None) for block in self._decoder.layers]
+        self._devices = [self.device if p is None else p.device for p in devices]
+        self._is_spread = any(device != self.device for device in self._devices)
+
+    def _check_loaded(self) -> None:
+        missing = [name for name, p in self._decoder.named_parameters() if p.is_meta]
+        if missing:
+            raise ModelError(
+                f"{len(missing)} tensors that the {self.stage} stage needs were not loaded "
+                f"(first: {missing[0]}); load the model for this stage and plan, or without a stage"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of activations and KV."""
+        return self._decoder.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self._decoder.embed_tokens.weight.device
+
+    def embed(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``(B, T, E)`` that enter block 0."""
+        return self._decoder.embed_tokens(token_ids_BT.to(self.device))
+
+    def run(
+        self,
+        hidden_BTE: torch.Tensor,
+        positions_BT: torch.Tensor,
+        cache: BlockCache,
+        masks: Masks | None = None,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> torch.Tensor:
+        """Hidden states ``(B, T, E)`` after blocks ``start`` to ``stop`` (exclusive; default: all).
+
+        Args:
+            hidden_BTE: What enters block ``start``.
+            positions_BT: Position of every token in the unpruned sequence, int64, ``(B or 1, T)``.
+            cache: Receives KV, and answers with what to attend to.
+            masks: Per block a boolean mask that broadcasts to ``(B, 1, T, K)``, True = may attend.
+                A block without one is causal where T == K (its sliding window honoured), and sees
+                all entries where T == 1.
+            start: First block to run.
+            stop: Block before which to stop.
+        """
+        positions_BT = positions_BT.to(hidden_BTE.device)
+        rotary = self._decoder.rotary_emb(hidden_BTE, position_ids=positions_BT)
+        masks = self._window_masks(positions_BT) if masks is None else masks
+        for number in range(start, self.num_blocks if stop is None else stop):
+            mask = masks.get(number)
+            if self._is_spread:
+                device = self._devices[number]
+                hidden_BTE, positions_BT = hidden_BTE.to(device), positions_BT.to(device)
+                rotary = (rotary[0].to(device), rotary[1].to(device))
+                mask = None if mask is None else mask.to(device)
+            hidden_BTE = self._decoder.layers[number](
+                hidden_BTE,
+                attention_mask=mask,
+                position_ids=positions_BT,
+                past_key_values=cache,
+                position_embeddings=rotary,
+            )
+        return hidden_BTE
+
+    def _window_masks(self, positions_BT: torch.Tensor) -> Masks:
+        """Masks of the sliding-window blocks over a fresh prompt that is longer than the window."""
+        num_tokens = positions_BT.shape[1]
+        masks: dict[int, torch.Tensor] = {}
+        for window in {w for w in self.windows if w is not None and w < num_tokens}:
+            distance_BTK = positions_BT[:, :, None] - positions_BT[:, None, :]
+            mask = ((distance_BTK >= 0) & (distance_BTK < window))[:, None]
+            masks.update({b: mask for b, w in enumerate(self.windows) if w == window})
+        return masks
+
+    def logits(self, hidden_BTE: torch.Tensor) -> torch.Tensor:
+        """Logits ``(B, T, V)`` of hidden states that left the last block."""
+        norm, head = self._decoder.norm, self.model.get_output_embeddings()
+        normed_BTE = norm(hidden_BTE.to(norm.weight.device))
+        return head(normed_BTE.to(head.weight.device))

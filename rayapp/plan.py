@@ -1,0 +1,344 @@
+"""The one artifact: a pruning plan says what each inference stage computes and which KV travels.
+
+Plain data, no torch. A decoder block has two parts, attention and MLP, and one product, its KV. Per
+stage and block a plan names a :class:`Mode`; blocks that are not listed are computed in full. An
+empty plan is the dense model, exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
+
+from rayapp.errors import PlanError
+
+PLAN_FILE = "plan.json"
+HEALED_FILE = "weights.safetensors"
+
+Stage = Literal["prefill", "decode"]
+STAGES: tuple[Stage, ...] = ("prefill", "decode")
+Encoding = Literal["model", "int8", "int4"]
+
+
+class Mode(StrEnum):
+    """Which of attention, MLP and KV a stage computes in one block."""
+
+    FULL = "full"
+    ATTENTION_ONLY = "attention_only"
+    MLP_ONLY = "mlp_only"
+    MLP_AND_KV = "mlp_and_kv"
+    KV_ONLY = "kv_only"
+    REMOVED = "removed"
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention is computed."""
+        return self in (Mode.FULL, Mode.ATTENTION_ONLY)
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether the MLP is computed."""
+        return self in (Mode.FULL, Mode.MLP_ONLY, Mode.MLP_AND_KV)
+
+    @property
+    def writes_kv(self) -> bool:
+        """Whether keys and values are computed and kept."""
+        return self.attends or self in (Mode.MLP_AND_KV, Mode.KV_ONLY)
+
+    @property
+    def removal(self) -> float:
+        """What this mode removes: half a block for a skipped attention, half for a skipped MLP."""
+        return 0.5 * (not self.attends) + 0.5 * (not self.has_mlp)
+
+
+STAGE_MODES: dict[Stage, frozenset[Mode]] = {
+    "prefill": frozenset(Mode),
+    "decode": frozenset({Mode.FULL, Mode.ATTENTION_ONLY, Mode.MLP_ONLY, Mode.REMOVED}),
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _count_or_share(value: object) -> object:
+    """A JSON integer is a count of entries (>= 0), a JSON float a share in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is neither a count (integer) nor a share (decimal number)")
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"a count is at least 0, got {value}")
+    if isinstance(value, float) and not 0.0 <= value <= 1.0:
+        raise ValueError(f"a share lies between 0.0 and 1.0, got {value}; write counts as integers")
+    return value
+
+
+CountOrShare = Annotated[StrictInt | StrictFloat, BeforeValidator(_count_or_share)]
+
+
+def resolve(amount: int | float, num_entries: int) -> int:
+    """Entries that a count or a share stands for, of ``num_entries``; shares round up."""
+    if isinstance(amount, int):
+        return min(amount, num_entries)
+    return min(math.ceil(amount * num_entries - 1e-9), num_entries)
+
+
+class KVTransfer(_Strict):
+    """Which entries of one block travel from prefill to decode, and how they are encoded.
+
+    Without ``first`` and ``last``, all entries travel. Counts or shares refer to the entries left
+    after visual pruning, in prompt order (PDTrim's first and last tokens, arXiv:2509.04467).
+    """
+
+    first: CountOrShare | None = None
+    last: CountOrShare | None = None
+    encoding: Encoding = "model"
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> KVTransfer:
+        if not self.keeps_all and not (self.first or self.last):
+            raise ValueError("first + last must keep at least one entry; drop both to send all")
+        return self
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every entry travels whatever the prompt's length."""
+        return self.first is None and self.last is None
+
+    def counts(self, num_entries: int) -> tuple[int, int]:
+        """``(first, last)`` entries kept; ``(num_entries, 0)`` where they cover all."""
+        if self.keeps_all:
+            return num_entries, 0
+        first, last = resolve(self.first or 0, num_entries), resolve(self.last or 0, num_entries)
+        return (num_entries, 0) if first + last >= num_entries else (first, last)
+
+
+SEND_ALL = KVTransfer()
+
+
+class VisualTokens(_Strict):
+    """Which visual tokens the prefill stage keeps (TrimTokenator, arXiv:2509.00320, and others)."""
+
+    method: str = "trimtokenator"
+    num_aligned: CountOrShare | None = None
+    num_keep: CountOrShare
+    positions: Literal["original", "compact"] = "original"
+
+    @model_validator(mode="after")
+    def _budget(self) -> VisualTokens:
+        if not self.num_keep:
+            raise ValueError("num_keep must keep at least one visual token")
+        return self
+
+
+class ModelSignature(_Strict):
+    """What a plan must agree on with the model that it is applied to."""
+
+    model_type: str
+    num_blocks: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    num_kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    weights_fingerprint: str
+
+
+class StagePlan(_Strict):
+    """The blocks of one stage that are not computed in full, by block number."""
+
+    blocks: dict[int, Mode] = Field(default_factory=dict)
+
+    def mode(self, block: int) -> Mode:
+        """The mode of ``block``; full where it is not listed."""
+        return self.blocks.get(block, Mode.FULL)
+
+
+class PruningPlan(_Strict):
+    """What each stage computes, which KV travels, and for which model this was found."""
+
+    version: Literal[1] = 1
+    model: ModelSignature | None = None
+    first_token: Stage = "prefill"
+    prefill: StagePlan = StagePlan()
+    decode: StagePlan = StagePlan()
+    kv_transfer: dict[int, KVTransfer] = Field(default_factory=dict)
+    visual_tokens: VisualTokens | None = None
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> PruningPlan:
+        named = sorted({*self.prefill.blocks, *self.decode.blocks, *self.kv_transfer})
+        if not self.is_empty and self.model is None:
+            raise ValueError(
+                "a plan that changes anything names its model: add the model's signature as `model`"
+            )
+        if named and (named[0] < 0 or (self.model and named[-1] >= self.model.num_blocks)):
+            limit = self.model.num_blocks if self.model else 0
+            raise ValueError(f"blocks {named} must lie in 0..{limit - 1}, the blocks of the model")
+        for stage in STAGES:
+            self._check_modes(stage)
+        for block in named:
+            self._check_coupling(block)
+        return self
+
+    def _check_modes(self, stage: Stage) -> None:
+        for block, mode in self.stage(stage).blocks.items():
+            if mode not in STAGE_MODES[stage]:
+                allowed = ", ".join(sorted(STAGE_MODES[stage]))
+                raise ValueError(
+                    f"{stage}.blocks.{block}: mode {mode} is not allowed in {stage}; "
+                    f"use one of {allowed}"
+                )
+
+    def _check_coupling(self, block: int) -> None:
+        prefill, decode = self.prefill.mode(block), self.decode.mode(block)
+        if decode.attends and not prefill.writes_kv:
+            raise ValueError(
+                f"block {block}: decode is {decode} and attends, but prefill is {prefill} and "
+                "writes no KV; make prefill full, attention_only, mlp_and_kv or kv_only, "
+                "or decode mlp_only or removed"
+            )
+        if block in self.kv_transfer and not decode.attends:
+            raise ValueError(
+                f"kv_transfer.{block}: decode is {decode} in block {block} and needs no KV; "
+                "drop the entry"
+            )
+
+    def stage(self, stage: Stage) -> StagePlan:
+        """The plan of one stage."""
+        return self.prefill if stage == "prefill" else self.decode
+
+    def mode(self, stage: Stage, block: int) -> Mode:
+        """The mode of ``block`` in ``stage``."""
+        return self.stage(stage).mode(block)
+
+    def transfer(self, block: int) -> KVTransfer:
+        """The transfer rule of ``block``: all, in the model's own type, where none is listed."""
+        return self.kv_transfer.get(block, SEND_ALL)
+
+    def removed(self, stage: Stage) -> float:
+        """Blocks removed from ``stage``, parts counted one half."""
+        return sum(mode.removal for mode in self.stage(stage).blocks.values())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether this is the dense model."""
+        return not (
+            any(m != Mode.FULL for s in STAGES for m in self.stage(s).blocks.values())
+            or any(rule != SEND_ALL for rule in self.kv_transfer.values())
+            or self.visual_tokens
+            or self.first_token != "prefill"
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that changes the computation; provenance and spelling do not."""
+        content = self.model_dump(mode="json", exclude={"provenance"})
+        for stage in STAGES:
+            modes = content[stage]["blocks"]
+            content[stage]["blocks"] = {b: m for b, m in sorted(modes.items()) if m != Mode.FULL}
+        content["kv_transfer"] = {
+            b: self.kv_transfer[int(b)].model_dump(mode="json")
+            for b in sorted(content["kv_transfer"])
+            if self.kv_transfer[int(b)] != SEND_ALL
+        }
+        if self.is_empty:
+            content["model"] = None
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def check_model(self, signature: ModelSignature) -> None:
+        """Raise :class:`PlanError` where the plan was made for another model.
+
+        Only the fields that differ are named. An empty plan without a signature fits every model.
+        """
+        if self.model is None:
+            return
+        ours, theirs = self.model.model_dump(), signature.model_dump()
+        differing = [
+            f"{k}: plan {ours[k]!r}, model {theirs[k]!r}" for k in ours if ours[k] != theirs[k]
+        ]
+        if differing:
+            raise PlanError(
+                "the plan was made for another model (" + "; ".join(differing) + "); "
+                "use the checkpoint that it was searched on, or search again"
+            )
+
+    @classmethod
+    def parse(cls, text: str, *, source: str = "plan") -> PruningPlan:
+        """A plan from JSON text; raises :class:`PlanError` with the path of every broken rule."""
+        try:
+            raw = json.loads(text, object_pairs_hook=_unique_keys)
+        except json.JSONDecodeError as error:
+            raise PlanError(
+                f"{source}: not JSON ({error.msg} at line {error.lineno}); write one JSON object"
+            ) from None
+        except ValueError as error:
+            raise PlanError(f"{source}: {error}") from None
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise PlanError(
+                f"{source}: " + "; ".join(_explain(e) for e in error.errors())
+            ) from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningPlan:
+        """A plan from its file, or from the directory that holds it; raises :class:`PlanError`."""
+        file = Path(path)
+        file = file / PLAN_FILE if file.is_dir() else file
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise PlanError(
+                f"{file}: cannot be read ({reason}); give a plan directory or its {PLAN_FILE}"
+            ) from None
+        return cls.parse(text, source=str(file))
+
+    def dumps(self) -> str:
+        """Human-readable JSON text that :meth:`parse` reads back as an equal plan."""
+        return (
+            json.dumps(self.model_dump(mode="json", exclude_none=True), indent=2, sort_keys=False)
+            + "\n"
+        )
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the plan into ``directory`` (created if missing), atomically; returns the file."""
+        target = Path(directory) / PLAN_FILE
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(self.dumps(), encoding="utf-8")
+        temporary.replace(target)
+        return target
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key that stands twice would silently lose its first value."""
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"key `{twice[0]}` stands twice in one object; keep one of them")
+    return dict(pairs)
+
+
+def _explain(error: Any) -> str:
+    """One line for one pydantic error: the path of the value, and the rule."""
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key `{path}`; remove it or correct its spelling"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{path}: {message}" if path else message
