@@ -17,16 +17,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "cluster" / "constraints.txt"
 CUDA_PREFIXES = ("nvidia-", "cuda-", "triton")
-PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-c", str(CONSTRAINTS))
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-c", CONSTRAINTS)
 REFUSAL = """\
 refused: on this machine (no NVIDIA GPU) pip would download CUDA packages for torch:
   {names}
-install the CPU build of the torch release in cluster/constraints.txt first ("CPU" in the selector on
-pytorch.org), then run make again; or, to download them all the same, set RAYAPP_ALLOW_CUDA=1."""
+install the CPU build of the torch release in cluster/constraints.txt first ("CPU" in the selector
+on pytorch.org), then run make again; or, to download them all the same, set RAYAPP_ALLOW_CUDA=1."""
 
 
 def cuda_packages() -> list[str]:
-    """CUDA packages that installing torch would bring, asked of pip without installing anything."""
+    """CUDA packages that installing torch would bring; pip only plans, nothing is installed."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
         subprocess.run([*PIP, "--quiet", "--dry-run", "--report", str(report), "torch"], check=True)
