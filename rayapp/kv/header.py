@@ -1,0 +1,174 @@
+"""The header of a KV message: what is inside, as strictly validated JSON.
+
+Sizes are bounded and must agree with each other and with the message before anything is allocated,
+so the largest allocation that a hostile header can cause is a small multiple of the message itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rayapp.errors import WireError
+from rayapp.kv.quantize import buffer_sizes
+from rayapp.plan import Encoding
+
+ALIGNMENT = 64
+MAX_HEADER_BYTES = 4 << 20
+MAX_BLOCKS = 4096
+MAX_TOKENS = 1 << 24
+MAX_WIDTH = 1 << 16
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[DTypeName, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+DTYPE_NAMES: dict[torch.dtype, DTypeName] = {dtype: name for name, dtype in DTYPES.items()}
+
+TokenCount = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+Run = tuple[TokenCount, Annotated[int, Field(ge=1, le=MAX_TOKENS)]]
+
+
+def aligned(num_bytes: int) -> int:
+    """``num_bytes`` rounded up to the alignment of buffers."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class BlockHeader(_Strict):
+    """One block: where its buffers begin (after the header) and at which positions its entries sit.
+
+    ``runs`` are ``(first position, length)``, ascending, neither touching nor overlapping.
+    """
+
+    block: Annotated[int, Field(ge=0, lt=MAX_BLOCKS)]
+    encoding: Encoding
+    num_entries: TokenCount
+    runs: Annotated[tuple[Run, ...], Field(max_length=MAX_TOKENS)]
+    offsets: Annotated[tuple[int, ...], Field(min_length=2, max_length=4)]
+
+    @model_validator(mode="after")
+    def _runs_are_consistent(self) -> BlockHeader:
+        total = sum(length for _, length in self.runs)
+        if total != self.num_entries:
+            raise ValueError(f"block {self.block}: runs hold {total} of {self.num_entries} entries")
+        for (start, length), (following, _) in itertools.pairwise(self.runs):
+            if start + length >= following:
+                raise ValueError(f"block {self.block}: runs at {start} and {following} overlap")
+        return self
+
+
+class Header(_Strict):
+    """The whole header; names and limits are the wire format, version 1."""
+
+    request_id: Annotated[str, Field(max_length=256)]
+    attempt: Annotated[int, Field(ge=0, lt=2**31)]
+    plan_fingerprint: Annotated[str, Field(max_length=256)]
+    weights_fingerprint: Annotated[str, Field(max_length=256)]
+    num_prompt_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+    num_prefilled: TokenCount
+    dtype: DTypeName
+    num_kv_heads: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    head_dim: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    blocks: Annotated[tuple[BlockHeader, ...], Field(max_length=MAX_BLOCKS)]
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Header:
+        if not self.num_prompt_tokens - 1 <= self.num_prefilled <= self.num_prompt_tokens:
+            raise ValueError(
+                f"num_prefilled={self.num_prefilled} must be "
+                f"num_prompt_tokens={self.num_prompt_tokens} or one less"
+            )
+        numbers = [entry.block for entry in self.blocks]
+        if numbers != sorted(set(numbers)):
+            raise ValueError(f"blocks {numbers} must ascend without repetition")
+        for entry in self.blocks:
+            if entry.runs and sum(entry.runs[-1]) > self.num_prefilled:
+                raise ValueError(
+                    f"block {entry.block}: positions end at {sum(entry.runs[-1]) - 1}, past the "
+                    f"{self.num_prefilled} tokens that were prefilled"
+                )
+        self._check_offsets()
+        return self
+
+    def _check_offsets(self) -> None:
+        """There is one valid layout: buffers in order, each on the next aligned offset."""
+        expected = layout([self.sizes(entry) for entry in self.blocks])[0]
+        for entry, offsets in zip(self.blocks, expected, strict=True):
+            if entry.offsets != offsets:
+                raise ValueError(
+                    f"block {entry.block}: offsets {entry.offsets} should be {offsets} "
+                    f"for its shape"
+                )
+
+    def sizes(self, entry: BlockHeader) -> tuple[int, ...]:
+        """Bytes of each buffer of ``entry``."""
+        itemsize = DTYPES[self.dtype].itemsize
+        return buffer_sizes(
+            entry.encoding, self.num_kv_heads, entry.num_entries, self.head_dim, itemsize
+        )
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of all buffers, without padding."""
+        return sum(sum(self.sizes(entry)) for entry in self.blocks)
+
+    @property
+    def body_bytes(self) -> int:
+        """Bytes after the header, padding included."""
+        return layout([self.sizes(entry) for entry in self.blocks])[1]
+
+    def dump(self) -> bytes:
+        """Compact JSON, UTF-8."""
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def parse(cls, text: bytes) -> Header:
+        """A header from JSON; raises :class:`WireError` with the path of the first broken rule."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            path = ".".join(str(part) for part in first["loc"]) or "header"
+            raise WireError(
+                f"the KV message's header breaks a rule at {path}: {first['msg']}; prefill again"
+            ) from None
+
+
+def layout(sizes: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], int]:
+    """Aligned offsets of every block's buffers after the header, and where the last one ends."""
+    offsets, end = [], 0
+    for block_sizes in sizes:
+        begins = []
+        for size in block_sizes:
+            begins.append(end)
+            end = aligned(end + size)
+        offsets.append(tuple(begins))
+    return offsets, end
+
+
+def runs_of(positions_N: torch.Tensor) -> tuple[tuple[int, int], ...]:
+    """Ascending positions as ``(first position, length)`` runs."""
+    positions = positions_N.tolist()
+    runs: list[tuple[int, int]] = []
+    begin = 0
+    for index in range(1, len(positions) + 1):
+        if index == len(positions) or positions[index] != positions[index - 1] + 1:
+            runs.append((positions[begin], index - begin))
+            begin = index
+    return tuple(runs)
+
+
+def positions_of(runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The positions of ``runs``, int64; inverse of :func:`runs_of`."""
+    pieces = [torch.arange(start, start + length) for start, length in runs]
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)

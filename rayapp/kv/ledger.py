@@ -1,0 +1,299 @@
+"""The ledger: what every transfer weighed, and what each part of the plan saved, to the byte.
+
+``bytes_full = bytes_sent - overhead_bytes + savings``. The savings telescope in a fixed order:
+visual tokens, blocks, tokens, encoding; each is what remains after the ones before it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayapp.errors import IntegrityError
+from rayapp.kv.cache import StackShape, held_entries
+from rayapp.kv.quantize import buffer_sizes
+from rayapp.kv.wire import MessageSizes
+from rayapp.plan import PruningPlan
+
+RECENT_RECORDS = 1000
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What the cache of a model is made of; plain data, so it travels between processes."""
+
+    num_blocks: int
+    num_kv_heads: int
+    head_dim: int
+    element_bytes: int
+    windows: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.windows) != self.num_blocks:
+            raise IntegrityError(f"{len(self.windows)} windows for {self.num_blocks} blocks")
+
+    @classmethod
+    def of(cls, stack: StackShape) -> KVShape:
+        """The shape of a ``BlockStack``, or of a capture cache."""
+        return cls(
+            num_blocks=len(stack.windows),
+            num_kv_heads=stack.num_kv_heads,
+            head_dim=stack.head_dim,
+            element_bytes=stack.dtype.itemsize,
+            windows=tuple(stack.windows),
+        )
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry of one block: a key and a value of every KV head."""
+        return 2 * self.num_kv_heads * self.head_dim * self.element_bytes
+
+    def dense_bytes(self, num_tokens: int, blocks: Iterable[int] | None = None) -> int:
+        """What the dense cache of ``num_tokens`` weighs in ``blocks`` (in all by default)."""
+        chosen = range(self.num_blocks) if blocks is None else blocks
+        return self.entry_bytes * sum(held_entries(num_tokens, self.windows[b]) for b in chosen)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which attempt of which request went from where to where."""
+
+    request_id: str
+    attempt: int
+    source_node: str
+    destination_node: str
+
+
+@dataclass(frozen=True)
+class TransferTimes:
+    """Seconds to publish the message and to fetch it; ``hidden_s`` of them behind other work."""
+
+    put_s: float = 0.0
+    fetch_s: float = 0.0
+    hidden_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class TransferRecord:
+    """One transfer attempt; the identity of the module's docstring holds or it cannot be made."""
+
+    request_id: str
+    attempt: int
+    source_node: str
+    destination_node: str
+    num_prompt_tokens: int
+    num_visual_tokens_removed: int
+    bytes_full: int
+    bytes_sent: int
+    overhead_bytes: int
+    saved_by_visual_tokens_bytes: int
+    saved_by_blocks_bytes: int
+    saved_by_tokens_bytes: int
+    saved_by_encoding_bytes: int
+    put_s: float
+    fetch_s: float
+    hidden_s: float
+    gb_per_s: float | None
+
+    def __post_init__(self) -> None:
+        saved = (
+            self.saved_by_visual_tokens_bytes
+            + self.saved_by_blocks_bytes
+            + self.saved_by_tokens_bytes
+            + self.saved_by_encoding_bytes
+        )
+        if self.bytes_full != self.bytes_sent - self.overhead_bytes + saved:
+            raise IntegrityError(
+                f"request {self.request_id}: bytes_full {self.bytes_full} is not bytes_sent "
+                f"{self.bytes_sent} - overhead_bytes {self.overhead_bytes} + savings {saved}"
+            )
+
+
+def account(
+    shape: KVShape,
+    plan: PruningPlan,
+    sizes: MessageSizes,
+    route: Route,
+    *,
+    num_prompt_tokens: int,
+    num_visual_tokens_removed: int = 0,
+    times: TransferTimes | None = None,
+) -> TransferRecord:
+    """The record of one transfer; expected sizes follow from the plan, sent ones from the message.
+
+    Args:
+        shape: Of the model whose KV was sent.
+        plan: The plan under which it was sent.
+        sizes: :func:`rayapp.kv.wire.message_sizes` of the message.
+        route: Request, attempt and nodes.
+        num_prompt_tokens: Unpruned prompt length, visual tokens counted.
+        num_visual_tokens_removed: Of them.
+        times: As measured; ``gb_per_s`` is bytes sent over ``fetch_s``, None where that is 0.
+
+    Raises:
+        IntegrityError: If the payload is not what the plan sends of this prompt.
+    """
+    times = times or TransferTimes()
+    num_tokens = num_prompt_tokens - num_visual_tokens_removed
+    attending = [b for b in range(shape.num_blocks) if plan.mode("decode", b).attends]
+    weights = [
+        shape.dense_bytes(num_prompt_tokens),
+        shape.dense_bytes(num_tokens),
+        shape.dense_bytes(num_tokens, attending),
+        *_kept_bytes(shape, plan, attending, num_tokens - (plan.first_token == "decode")),
+    ]
+    if weights[-1] != sizes.payload_bytes:
+        raise IntegrityError(
+            f"request {route.request_id}: the message holds {sizes.payload_bytes} bytes of KV, the "
+            f"plan sends {weights[-1]} of {num_tokens} tokens; account with the plan packed"
+        )
+    by_visual, by_blocks, by_tokens, by_encoding = (
+        before - after for before, after in itertools.pairwise(weights)
+    )
+    return TransferRecord(
+        **asdict(route),
+        num_prompt_tokens=num_prompt_tokens,
+        num_visual_tokens_removed=num_visual_tokens_removed,
+        bytes_full=weights[0],
+        bytes_sent=sizes.total_bytes,
+        overhead_bytes=sizes.overhead_bytes,
+        saved_by_visual_tokens_bytes=by_visual,
+        saved_by_blocks_bytes=by_blocks,
+        saved_by_tokens_bytes=by_tokens,
+        saved_by_encoding_bytes=by_encoding,
+        **asdict(times),
+        gb_per_s=_gb_per_s(sizes.total_bytes, times.fetch_s),
+    )
+
+
+def _kept_bytes(
+    shape: KVShape, plan: PruningPlan, attending: Sequence[int], num_prefilled: int
+) -> tuple[int, int]:
+    """Bytes of the entries that travel: in the model's type, and as encoded."""
+    raw = encoded = 0
+    for block in attending:
+        rule = plan.transfer(block)
+        kept = sum(rule.counts(held_entries(num_prefilled, shape.windows[block])))
+        raw += kept * shape.entry_bytes
+        encoded += sum(
+            buffer_sizes(
+                rule.encoding, shape.num_kv_heads, kept, shape.head_dim, shape.element_bytes
+            )
+        )
+    return raw, encoded
+
+
+def _gb_per_s(num_bytes: int, seconds: float) -> float | None:
+    return num_bytes / seconds / 1e9 if seconds > 0 else None
+
+
+@dataclass
+class Totals:
+    """Sums over transfers, named as in :class:`TransferRecord`."""
+
+    num_transfers: int = 0
+    num_prompt_tokens: int = 0
+    num_visual_tokens_removed: int = 0
+    bytes_full: int = 0
+    bytes_sent: int = 0
+    overhead_bytes: int = 0
+    saved_by_visual_tokens_bytes: int = 0
+    saved_by_blocks_bytes: int = 0
+    saved_by_tokens_bytes: int = 0
+    saved_by_encoding_bytes: int = 0
+    put_s: float = 0.0
+    fetch_s: float = 0.0
+    hidden_s: float = 0.0
+
+    def add(self, other: Totals | TransferRecord) -> None:
+        """Add the sums of ``other``, or one record."""
+        self.num_transfers += other.num_transfers if isinstance(other, Totals) else 1
+        for column in fields(self)[1:]:
+            setattr(self, column.name, getattr(self, column.name) + getattr(other, column.name))
+
+    @property
+    def reduction_factor(self) -> float | None:
+        """``bytes_full / bytes_sent``; None where nothing was sent."""
+        return self.bytes_full / self.bytes_sent if self.bytes_sent else None
+
+    def as_json(self) -> dict[str, Any]:
+        """All sums, ``gb_per_s`` over all fetches, and ``reduction_factor``."""
+        return {
+            **asdict(self),
+            "gb_per_s": _gb_per_s(self.bytes_sent, self.fetch_s),
+            "reduction_factor": self.reduction_factor,
+        }
+
+
+@dataclass
+class Ledger:
+    """Totals, totals per link, and the most recent records of one process.
+
+    Every method is synchronous, so tasks of one event loop cannot interleave in it; a ledger
+    pickles.
+    """
+
+    capacity: int = RECENT_RECORDS
+    totals: Totals = field(default_factory=Totals)
+    links: dict[tuple[str, str], Totals] = field(default_factory=dict)
+    recent: deque[TransferRecord] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.recent = deque(maxlen=self.capacity)
+
+    def add(self, record: TransferRecord) -> None:
+        """Enter one transfer attempt."""
+        self.totals.add(record)
+        self._link(record.source_node, record.destination_node).add(record)
+        self.recent.append(record)
+
+    @classmethod
+    def merge(cls, ledgers: Iterable[Ledger], *, capacity: int = RECENT_RECORDS) -> Ledger:
+        """One ledger of several ingress replicas; ``recent`` takes from each in turn."""
+        merged = cls(capacity=capacity)
+        sources = list(ledgers)
+        for ledger in sources:
+            merged.totals.add(ledger.totals)
+            for (source, destination), totals in ledger.links.items():
+                merged._link(source, destination).add(totals)
+        newest_first = [list(reversed(ledger.recent)) for ledger in sources]
+        longest = max(map(len, newest_first), default=0)
+        taken = [records[i] for i in range(longest) for records in newest_first if i < len(records)]
+        merged.recent.extend(reversed(taken))
+        return merged
+
+    def as_json(self) -> dict[str, Any]:
+        """``{"totals": {...}, "links": [...], "recent": [...]}``, the newest record last."""
+        links = [
+            {"source_node": source, "destination_node": destination, **totals.as_json()}
+            for (source, destination), totals in sorted(self.links.items())
+        ]
+        return {
+            "totals": self.totals.as_json(),
+            "links": links,
+            "recent": [asdict(record) for record in self.recent],
+        }
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write the recent records, one row each."""
+        rows = [asdict(record) for record in self.recent]
+        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), str(path))
+
+    def _link(self, source: str, destination: str) -> Totals:
+        return self.links.setdefault((source, destination), Totals())
+
+
+_ARROW_TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
+_SCHEMA = pa.schema(
+    [
+        pa.field(column.name, _ARROW_TYPES[str(column.type).split(" ")[0]])
+        for column in fields(TransferRecord)
+    ]
+)

@@ -1,0 +1,129 @@
+"""Encodings for the transfer alone: int8 and int4, symmetric, decoded before decode attends.
+
+Keys are scaled per channel (their outliers sit in fixed channels), values per token, both per KV
+head (KIVI, arXiv:2402.02750, measured that this split loses least; the bit layout is ours). Scales
+travel as float16 and count as bytes. Shapes: H = KV heads, N = entries, D = head dimension.
+
+Error bound: with ``s`` the scale used, every decoded number lies within ``s / 2`` of its original,
+plus the rounding of the model's own type. ``s`` is the largest magnitude of the channel (keys) or
+token (values) over 127 (int8) or 7 (int4), rounded to float16, and at least ``MIN_SCALE``; an
+all-zero group decodes to exact zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rayapp.errors import TransferError
+from rayapp.plan import Encoding
+
+LEVELS: dict[Encoding, int] = {"int8": 127, "int4": 7}
+SCALE_DTYPE = torch.float16
+MIN_SCALE = 2.0**-16  # below it float16 is so coarse that a rounded scale could overflow codes
+_MAX_SCALE = torch.finfo(SCALE_DTYPE).max
+
+
+def buffer_sizes(
+    encoding: Encoding, num_kv_heads: int, num_entries: int, head_dim: int, element_bytes: int
+) -> tuple[int, ...]:
+    """Bytes of each buffer of one block, in the order in which they travel.
+
+    ``model``: keys, values. Otherwise: key codes, key scales, value codes, value scales. A block
+    without entries has buffers of 0 bytes, scales included.
+    """
+    numbers = num_kv_heads * num_entries * head_dim
+    if encoding == "model":
+        return (numbers * element_bytes,) * 2
+    codes = numbers if encoding == "int8" else (numbers + 1) // 2
+    key_scales = num_kv_heads * head_dim if num_entries else 0
+    value_scales = num_kv_heads * num_entries
+    return codes, key_scales * SCALE_DTYPE.itemsize, codes, value_scales * SCALE_DTYPE.itemsize
+
+
+def encode(
+    keys_HND: torch.Tensor, values_HND: torch.Tensor, encoding: Encoding
+) -> tuple[torch.Tensor, ...]:
+    """The buffers of one block as tensors, in the order of :func:`buffer_sizes`; any device.
+
+    Raises:
+        TransferError: If a group is not finite, or too large for a float16 scale.
+    """
+    if encoding == "model":
+        return keys_HND, values_HND
+    key_codes, key_scales = _quantize(keys_HND, encoding, dim=-2)
+    value_codes, value_scales = _quantize(values_HND, encoding, dim=-1)
+    pack = _pack_nibbles if encoding == "int4" else torch.Tensor.contiguous
+    return pack(key_codes), key_scales, pack(value_codes), value_scales
+
+
+def decode(
+    buffers: tuple[torch.Tensor, ...],
+    encoding: Encoding,
+    shape_HND: tuple[int, int, int],
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(keys_HND, values_HND)`` in ``dtype`` from the flat or shaped buffers of one block."""
+    if encoding == "model":
+        keys, values = buffers
+        return keys.view(shape_HND), values.view(shape_HND)
+    heads, entries, dim = shape_HND
+    if not entries:
+        return torch.empty(shape_HND, dtype=dtype), torch.empty(shape_HND, dtype=dtype)
+    key_codes, key_scales, value_codes, value_scales = buffers
+    if encoding == "int4":
+        numbers = heads * entries * dim
+        key_codes, value_codes = (
+            _unpack_nibbles(key_codes, numbers),
+            _unpack_nibbles(value_codes, numbers),
+        )
+    return (
+        _dequantize(key_codes.view(shape_HND), key_scales.view(heads, 1, dim), dtype),
+        _dequantize(value_codes.view(shape_HND), value_scales.view(heads, entries, 1), dtype),
+    )
+
+
+def round_trip(
+    keys_BHND: torch.Tensor, values_BHND: torch.Tensor, encoding: Encoding
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What arrives of what was sent, bit for bit; any leading dimensions."""
+    if encoding == "model" or not keys_BHND.shape[-2]:
+        return keys_BHND, values_BHND
+    keys = _dequantize(*_quantize(keys_BHND, encoding, dim=-2), keys_BHND.dtype)
+    values = _dequantize(*_quantize(values_BHND, encoding, dim=-1), values_BHND.dtype)
+    return keys, values
+
+
+def _quantize(
+    numbers: torch.Tensor, encoding: Encoding, *, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes and float16 scales; a scale belongs to all numbers along ``dim``."""
+    levels = LEVELS[encoding]
+    if not numbers.shape[-2]:
+        return numbers.to(torch.int8), numbers.new_empty(0, dtype=SCALE_DTYPE)
+    exact = numbers.float()
+    largest = exact.abs().amax(dim=dim, keepdim=True)
+    peak = float(largest.max())
+    if not peak / levels <= _MAX_SCALE:
+        raise TransferError(
+            f"KV of magnitude {peak} cannot be sent as {encoding}: scales end at {_MAX_SCALE:g}; "
+            f"send this block with encoding model"
+        )
+    scales = (largest / levels).clamp(min=MIN_SCALE).to(SCALE_DTYPE)
+    return (exact / scales.float()).round_().to(torch.int8), scales
+
+
+def _dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (codes.float() * scales.float()).to(dtype)
+
+
+def _pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Codes in -7..7 as offset nibbles, two per byte, the earlier one low; an odd end is padded."""
+    nibbles = (codes.flatten() + 8).to(torch.uint8)
+    if nibbles.numel() % 2:
+        nibbles = torch.cat([nibbles, nibbles.new_zeros(1)])
+    return nibbles[0::2] | (nibbles[1::2] << 4)
+
+
+def _unpack_nibbles(packed: torch.Tensor, numbers: int) -> torch.Tensor:
+    nibbles = torch.stack([packed & 0x0F, packed >> 4], dim=-1).flatten()[:numbers]
+    return nibbles.to(torch.int8) - 8

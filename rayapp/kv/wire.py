@@ -1,0 +1,299 @@
+"""A KV segment as one message: prefix, JSON header, aligned raw buffers; no pickle anywhere.
+
+::
+
+    0   8  magic           32  8  zero
+    8   4  version         40  8  zero
+    12  4  header bytes    48  8  zero
+    16  8  message bytes   56  4  CRC-32 of everything else
+    24  8  zero            60  4  zero
+    64     header, padded to 64; then per block and buffer: raw bytes, padded to 64
+
+Little endian. The checksum covers the prefix too, padding is zero, and only one layout is valid for
+a given content, so any flipped bit is noticed. A CRC guards against corruption, not against
+forgery: a forged message can lie about numbers, never about sizes (see :mod:`rayapp.kv.header`).
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+import zlib
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import ValidationError
+
+from rayapp.errors import IntegrityError, WireError
+from rayapp.kv.header import (
+    DTYPE_NAMES,
+    DTYPES,
+    MAX_HEADER_BYTES,
+    BlockHeader,
+    Header,
+    aligned,
+    layout,
+    positions_of,
+    runs_of,
+)
+from rayapp.kv.quantize import SCALE_DTYPE, buffer_sizes, decode, encode
+from rayapp.kv.segment import BlockKV, KVSegment
+from rayapp.plan import Encoding
+
+if sys.byteorder != "little":
+    raise ImportError("KV messages are little endian, this machine is not")
+
+Message = npt.NDArray[np.uint8]
+
+MAGIC = b"RAYAPPKV"
+VERSION = 1
+PREFIX_BYTES = 64
+_PREFIX = struct.Struct("<8sIIQ")
+_CHECKSUM = struct.Struct("<I")
+_CHECKSUM_AT = 56
+_CODE_DTYPES: dict[Encoding, torch.dtype] = {"int8": torch.int8, "int4": torch.uint8}
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """Whose KV this is; decode refuses a message whose envelope is not the one that it expects."""
+
+    request_id: str
+    attempt: int
+    plan_fingerprint: str
+    weights_fingerprint: str
+
+
+@dataclass(frozen=True)
+class MessageSizes:
+    """What a message weighs: ``payload_bytes`` of keys, values and scales; the rest is overhead."""
+
+    payload_bytes: int
+    overhead_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The whole message."""
+        return self.payload_bytes + self.overhead_bytes
+
+
+def pack(segment: KVSegment, envelope: Envelope) -> Message:
+    """``segment`` as one contiguous message; each buffer is copied once, from any device.
+
+    Raises:
+        IntegrityError: If the blocks disagree on type or shape, or the positions on the entries.
+        TransferError: If numbers cannot be sent in the encoding that the plan asks for.
+    """
+    header, buffers = _describe(segment, envelope)
+    text = header.dump()
+    if len(text) > MAX_HEADER_BYTES:
+        raise IntegrityError(
+            f"a header of {len(text)} bytes exceeds {MAX_HEADER_BYTES}; positions are too scattered"
+        )
+    body_at = PREFIX_BYTES + aligned(len(text))
+    message: Message = np.empty(body_at + header.body_bytes, dtype=np.uint8)
+    message[:body_at] = 0
+    prefix = _PREFIX.pack(MAGIC, VERSION, len(text), message.nbytes)
+    message[: len(prefix)] = np.frombuffer(prefix, np.uint8)
+    message[PREFIX_BYTES : PREFIX_BYTES + len(text)] = np.frombuffer(text, np.uint8)
+    target = torch.from_numpy(message)
+    for entry, tensors in zip(header.blocks, buffers, strict=True):
+        for offset, tensor in zip(entry.offsets, tensors, strict=True):
+            _write(target, body_at + offset, tensor)
+    checksum = _CHECKSUM.pack(_crc(message))
+    message[_CHECKSUM_AT : _CHECKSUM_AT + len(checksum)] = np.frombuffer(checksum, np.uint8)
+    return message
+
+
+def unpack(message: Message, expected: Envelope) -> KVSegment:
+    """The segment inside ``message``, on the CPU.
+
+    **Read only.** Blocks in the model's own type are views of ``message``, which may be shared
+    memory of an object store: writing through them would change it for every reader, and torch
+    cannot forbid it. Copy them into memory of your own. Quantised blocks are decoded into fresh
+    tensors.
+
+    Raises:
+        WireError: If the message is damaged, malformed, or not the one in ``expected``.
+    """
+    header_bytes = _check_prefix(message)
+    _check_crc(message)
+    header, body_at = _read_header(message, header_bytes)
+    _check_envelope(header, expected)
+    body = _shared_tensor(message)[body_at:]
+    blocks = tuple(_read_block(header, entry, body) for entry in header.blocks)
+    return KVSegment(blocks, header.num_prompt_tokens, header.num_prefilled)
+
+
+def message_sizes(message: Message) -> MessageSizes:
+    """What ``message`` weighs, from its header; ``total_bytes`` equals ``message.nbytes``."""
+    payload_bytes = _read_header(message, _check_prefix(message))[0].payload_bytes
+    return MessageSizes(payload_bytes, message.nbytes - payload_bytes)
+
+
+def _describe(
+    segment: KVSegment, envelope: Envelope
+) -> tuple[Header, list[tuple[torch.Tensor, ...]]]:
+    """The header of a segment, and its buffers in the order in which they travel."""
+    dtype, heads, dim = _common_shape(segment)
+    sizes = [
+        buffer_sizes(entry.encoding, heads, entry.num_entries, dim, dtype.itemsize)
+        for entry in segment.blocks
+    ]
+    offsets, _ = layout(sizes)
+    try:
+        header = Header(
+            **asdict(envelope),
+            num_prompt_tokens=segment.num_prompt_tokens,
+            num_prefilled=segment.num_prefilled,
+            dtype=DTYPE_NAMES[dtype],
+            num_kv_heads=heads,
+            head_dim=dim,
+            blocks=tuple(map(_describe_block, segment.blocks, offsets)),
+        )
+    except ValidationError as error:
+        raise IntegrityError(f"a segment breaks a rule of the wire format: {error}") from None
+    return header, [encode(e.keys_HND, e.values_HND, e.encoding) for e in segment.blocks]
+
+
+def _describe_block(entry: BlockKV, offsets: tuple[int, ...]) -> BlockHeader:
+    return BlockHeader(
+        block=entry.block,
+        encoding=entry.encoding,
+        num_entries=entry.num_entries,
+        runs=runs_of(entry.positions_N),
+        offsets=offsets,
+    )
+
+
+def _common_shape(segment: KVSegment) -> tuple[torch.dtype, int, int]:
+    """Type, KV heads and head dimension of all blocks; nominal ones where there is no block."""
+    shapes = {
+        (tensor.dtype, tensor.shape[0], tensor.shape[2])
+        for entry in segment.blocks
+        for tensor in (entry.keys_HND, entry.values_HND)
+    }
+    if not shapes:
+        return torch.float32, 1, 1
+    if len(shapes) > 1 or next(iter(shapes))[0] not in DTYPE_NAMES:
+        raise IntegrityError(
+            f"keys and values are {sorted(map(str, shapes))}; one message holds one shape, "
+            f"of type {', '.join(DTYPES)}"
+        )
+    for entry in segment.blocks:
+        if not entry.keys_HND.shape[1] == entry.values_HND.shape[1] == entry.num_entries:
+            raise IntegrityError(
+                f"block {entry.block}: {entry.keys_HND.shape[1]} keys, {entry.values_HND.shape[1]} "
+                f"values and {entry.num_entries} positions; they must be equally many"
+            )
+    return shapes.pop()
+
+
+def _write(target: torch.Tensor, begin: int, tensor: torch.Tensor) -> None:
+    """Copy ``tensor``, which may be strided or on another device, into the bytes from ``begin``."""
+    if tensor.numel():
+        place = target[begin : begin + tensor.numel() * tensor.element_size()]
+        place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        place_end = begin + tensor.nbytes
+        target[place_end : aligned(place_end)] = 0
+
+
+def _crc(message: Message) -> int:
+    """CRC-32 of everything but the checksum itself."""
+    view = message.data
+    return zlib.crc32(view[_CHECKSUM_AT + _CHECKSUM.size :], zlib.crc32(view[:_CHECKSUM_AT]))
+
+
+def _check_crc(message: Message) -> None:
+    stored, actual = int(_CHECKSUM.unpack_from(message.data, _CHECKSUM_AT)[0]), _crc(message)
+    if stored != actual:
+        raise WireError(
+            f"the KV message's checksum is {actual:#010x}, it was packed with {stored:#010x}; "
+            f"it is damaged: prefill again"
+        )
+
+
+def _check_prefix(message: Message) -> int:
+    """Bytes of the header, of a message whose declared sizes are its own."""
+    if not (
+        isinstance(message, np.ndarray)
+        and message.dtype == np.uint8
+        and message.ndim == 1
+        and message.flags.c_contiguous
+    ):
+        raise WireError(f"a KV message is one row of bytes, got {type(message).__name__}")
+    if message.nbytes < PREFIX_BYTES:
+        raise WireError(
+            f"a KV message has at least {PREFIX_BYTES} bytes, got {message.nbytes}; prefill again"
+        )
+    magic, version, header_bytes, message_bytes = _PREFIX.unpack_from(message.data)
+    if magic != MAGIC or version != VERSION:
+        raise WireError(
+            f"the message begins with {magic!r} version {version}, not {MAGIC!r} version "
+            f"{VERSION}; run the same release of rayapp on both stages"
+        )
+    if (
+        header_bytes > MAX_HEADER_BYTES
+        or message_bytes != message.nbytes
+        or PREFIX_BYTES + aligned(header_bytes) > message_bytes
+    ):
+        raise WireError(
+            f"the message declares {message_bytes} bytes, {header_bytes} of header; it has "
+            f"{message.nbytes}: it is damaged, prefill again"
+        )
+    return int(header_bytes)
+
+
+def _read_header(message: Message, header_bytes: int) -> tuple[Header, int]:
+    """The validated header, and where the buffers begin."""
+    body_at = PREFIX_BYTES + aligned(header_bytes)
+    header = Header.parse(message[PREFIX_BYTES : PREFIX_BYTES + header_bytes].tobytes())
+    if body_at + header.body_bytes != message.nbytes:
+        raise WireError(
+            f"the header describes {body_at + header.body_bytes} bytes, the message has "
+            f"{message.nbytes}; prefill again"
+        )
+    return header, body_at
+
+
+def _check_envelope(header: Header, expected: Envelope) -> None:
+    for field in fields(Envelope):
+        found, wanted = getattr(header, field.name), getattr(expected, field.name)
+        if found != wanted:
+            raise WireError(
+                f"the KV message has {field.name} {found!r}, expected {wanted!r}; "
+                f"it belongs elsewhere and was not used: prefill again"
+            )
+
+
+def _read_block(header: Header, entry: BlockHeader, body: torch.Tensor) -> BlockKV:
+    dtype = DTYPES[header.dtype]
+    types = (
+        (dtype, dtype)
+        if entry.encoding == "model"
+        else (_CODE_DTYPES[entry.encoding], SCALE_DTYPE) * 2
+    )
+    buffers = tuple(
+        body[offset : offset + size].view(buffer_type)
+        for offset, size, buffer_type in zip(entry.offsets, header.sizes(entry), types, strict=True)
+    )
+    shape = (header.num_kv_heads, entry.num_entries, header.head_dim)
+    keys_HND, values_HND = decode(buffers, entry.encoding, shape, dtype)
+    return BlockKV(entry.block, keys_HND, values_HND, positions_of(entry.runs), entry.encoding)
+
+
+class _Shared:
+    """An array's memory without its read-only flag, of which torch would warn; keeps it alive."""
+
+    def __init__(self, array: Message) -> None:
+        self.array = array
+        interface: dict[str, Any] = dict(array.__array_interface__)
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+
+
+def _shared_tensor(message: Message) -> torch.Tensor:
+    """``message`` as a tensor, without a copy; nobody may write to it."""
+    return torch.from_numpy(np.asarray(_Shared(message)))
