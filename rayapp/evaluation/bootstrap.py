@@ -1,0 +1,87 @@
+"""Paired bootstrap: how much worse than the dense model a plan may be, given these examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from rayapp.errors import DataError
+
+CONFIDENCE = 0.95
+NUM_RESAMPLES = 10_000
+_ROWS_AT_ONCE = 250
+
+Samples = Sequence[float] | NDArray[np.floating]
+
+
+class Bound(BaseModel):
+    """A mean difference, dense to plan, and its one-sided upper bound (higher = worse plan).
+
+    ``num_examples`` are the pairs that it rests on; ``upper`` is the bound at :data:`CONFIDENCE`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mean: float
+    upper: float
+    num_examples: int = Field(ge=1)
+
+
+def upper_bound(
+    groups: Sequence[Samples],
+    *,
+    weights: Sequence[Samples] | None = None,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Bound:
+    """The mean over groups of each group's mean paired difference, and its 95 % upper bound.
+
+    Pairs are drawn with replacement within their own group (stratified), all groups anew in every
+    resample; the bound is the 95th percentile of the resampled means (the next higher one, never an
+    interpolation below it). Where no pair differs the bound is 0: no resample can show a loss that
+    the sample does not hold, so judge such a bound by its sample size.
+
+    Args:
+        groups: Per group (task), per example: how much worse the plan is, one value per pair.
+        weights: Per group, per example: its weight within the group, for example its number of
+            tokens; equal weights where None. A group's mean is ``sum(w x d) / sum(w)``.
+        seed: Seed of the resampling.
+        num_resamples: Resamples drawn.
+
+    Returns:
+        Mean and bound in the unit of ``groups``.
+
+    Raises:
+        DataError: If there is no group, or a group holds no example.
+    """
+    if not groups or any(len(group) == 0 for group in groups):
+        raise DataError("a bound needs at least one example in every task; drop tasks without any")
+    rng = np.random.default_rng(seed)
+    means, drawn = [], np.zeros(num_resamples)
+    for index, group in enumerate(groups):
+        weight = np.ones(len(group)) if weights is None else np.asarray(weights[index], float)
+        values = np.asarray(group, float) * weight
+        means.append(values.sum() / weight.sum())
+        drawn += _resampled_means(values, weight, num_resamples, rng)
+    upper = np.quantile(drawn / len(groups), CONFIDENCE, method="higher")
+    count = sum(len(group) for group in groups)
+    return Bound(mean=float(np.mean(means)), upper=float(upper), num_examples=count)
+
+
+def _resampled_means(
+    values_N: NDArray[np.floating],
+    weights_N: NDArray[np.floating],
+    num_resamples: int,
+    rng: np.random.Generator,
+) -> NDArray[np.floating]:
+    """Weighted means of draws with replacement, a bounded number of rows at once."""
+    count = len(values_N)
+    parts = []
+    for start in range(0, num_resamples, _ROWS_AT_ONCE):
+        rows = min(_ROWS_AT_ONCE, num_resamples - start)
+        index_RN = rng.integers(count, size=(rows, count))
+        parts.append(values_N[index_RN].sum(axis=1) / weights_N[index_RN].sum(axis=1))
+    return np.concatenate(parts)

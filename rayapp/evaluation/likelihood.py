@@ -1,0 +1,119 @@
+"""NLL and KL of continuations, teacher-forced through the stages that serve.
+
+The prompt through the plan's prefill stage, its KV cut and encoded as it would travel, the
+continuation through the plan's decode stage. Unlike the search's evaluator, which reuses states
+between candidates, this runs the very stacks that the engines run: each checks the other.
+Shapes: B = examples with prompts of equal length, T = prompt tokens, C = continuation tokens
+(padded on the right), V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from rayapp.kv.cache import CaptureCache
+from rayapp.kv.select import num_prefilled, select_prefix
+from rayapp.models.likelihood import kl_of, log_softmax64, nll_of
+from rayapp.models.stack import BlockStack
+from rayapp.plan import PruningPlan
+from rayapp.pruning.calibration import TokenizedLine
+
+BATCH_TOKENS = 4_096
+"""Tokens of a batch (project default)."""
+
+
+@dataclass(frozen=True)
+class LineLikelihood:
+    """Sums over the continuation tokens of one example, in nats."""
+
+    dense_nll: float
+    plan_nll: float
+    kl: float
+    num_tokens: int
+
+
+class TwoStages:
+    """Both stages of a plan over one model."""
+
+    def __init__(self, model: PreTrainedModel, plan: PruningPlan) -> None:
+        self.plan = plan
+        self.prefill = BlockStack(model, plan, "prefill")
+        self.decode = BlockStack(model, plan, "decode")
+
+    @torch.inference_mode()
+    def logits(self, prompts_BT: torch.Tensor, continuations_BC: torch.Tensor) -> torch.Tensor:
+        """Logits of every continuation token, ``(B, C, V)``."""
+        num_tokens, by_prefill = prompts_BT.shape[1], self.plan.first_token == "prefill"
+        num_run = num_prefilled(self.plan, num_tokens)
+        cache, positions_T = CaptureCache.for_stack(self.prefill), torch.arange(num_run)
+        first_B1V = None
+        if num_run:
+            hidden_BTE = self.prefill.embed(prompts_BT[:, :num_run])
+            hidden_BTE = self.prefill.run(hidden_BTE, positions_T[None], cache)
+            if by_prefill:
+                first_B1V = self.prefill.logits(hidden_BTE[:, -1:])
+        fed_BC = continuations_BC[:, :-1]
+        if not by_prefill:
+            fed_BC = torch.cat([prompts_BT[:, -1:], fed_BC], dim=1)
+        rest_BCV = self._decode(cache, positions_T, fed_BC)
+        return rest_BCV if first_B1V is None else torch.cat([first_B1V, rest_BCV], dim=1)
+
+    def _decode(
+        self, cache: CaptureCache, positions_T: torch.Tensor, fed_BC: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits after each token of ``fed_BC``, from the KV that arrives at decode."""
+        prefix = select_prefix(self.plan, cache, positions_T)
+        positions_C = torch.arange(len(positions_T), len(positions_T) + fed_BC.shape[1])
+        masks = {b: mask.to(self.decode.device) for b, mask in prefix.masks(positions_C).items()}
+        hidden_BCE = self.decode.embed(fed_BC)
+        hidden_BCE = self.decode.run(hidden_BCE, positions_C[None], prefix, masks)
+        return self.decode.logits(hidden_BCE)
+
+
+def likelihoods(
+    dense: TwoStages, plan: TwoStages, lines: Sequence[TokenizedLine]
+) -> Iterator[tuple[int, LineLikelihood]]:
+    """Score every line with both; yields ``(index, sums)`` batch by batch, in no stated order."""
+    for batch in _batches(lines):
+        prompts_BT = torch.tensor([lines[i].prompt for i in batch])
+        longest = max(len(lines[i].continuation) for i in batch)
+        continuations_BC = torch.zeros((len(batch), longest), dtype=torch.int64)
+        for row, index in enumerate(batch):
+            ids = lines[index].continuation
+            continuations_BC[row, : len(ids)] = torch.tensor(ids)
+        dense_BCV = dense.logits(prompts_BT, continuations_BC)
+        plan_BCV = plan.logits(prompts_BT, continuations_BC)
+        for row, index in enumerate(batch):
+            ids_C = torch.tensor(lines[index].continuation)
+            yield index, _sums(dense_BCV[row], plan_BCV[row], ids_C)
+
+
+def _sums(
+    dense_CV: torch.Tensor, plan_CV: torch.Tensor, token_ids_C: torch.Tensor
+) -> LineLikelihood:
+    """Sums over the real tokens of one line; float64, one line at a time to bound memory."""
+    count = len(token_ids_C)
+    dense, plan = log_softmax64(dense_CV[:count]), log_softmax64(plan_CV[:count])
+    return LineLikelihood(
+        dense_nll=float(nll_of(dense, token_ids_C).sum()),
+        plan_nll=float(nll_of(plan, token_ids_C).sum()),
+        kl=float(kl_of(dense, plan).sum()),
+        num_tokens=count,
+    )
+
+
+def _batches(lines: Sequence[TokenizedLine]) -> Iterator[list[int]]:
+    """Indices of lines with prompts of equal length: only continuations are padded."""
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for index, line in enumerate(lines):
+        by_length[len(line.prompt)].append(index)
+    for length in sorted(by_length):
+        group = by_length[length]
+        size = max(1, BATCH_TOKENS // (length + max(len(lines[i].continuation) for i in group)))
+        for start in range(0, len(group), size):
+            yield group[start : start + size]

@@ -1,0 +1,61 @@
+"""Progress of a long measurement, on a terminal as a bar and in a log as lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+ProgressCallback = Callable[[str, int, int], None]
+"""Called with what is being done, how many steps of it are done, and how many there are."""
+
+_LINE_EVERY_S = 10.0
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@contextmanager
+def shown_progress(console: Console | None = None) -> Iterator[ProgressCallback]:
+    """A callback that draws on ``console`` (standard error where None): bars, or lines in a log."""
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield _line_writer(console)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        yield _bar_mover(bars)
+
+
+def _bar_mover(bars: Progress) -> ProgressCallback:
+    known = {}
+
+    def move(what: str, done: int, total: int) -> None:
+        if what not in known:
+            known[what] = bars.add_task(what, total=total)
+        bars.update(known[what], completed=done, total=total)
+
+    return move
+
+
+def _line_writer(console: Console) -> ProgressCallback:
+    """Lines at the start, at the end, and no more often than every few seconds between."""
+    last_s: dict[str, float] = {}
+
+    def write(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what in last_s and done < total and now - last_s[what] < _LINE_EVERY_S:
+            return
+        last_s[what] = now
+        console.print(f"{what}: {done}/{total}", highlight=False, soft_wrap=True)
+
+    return write

@@ -1,0 +1,175 @@
+"""What one evaluation found: dense beside plan per task, timings, bytes, provenance."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rayapp.errors import DataError
+from rayapp.evaluation.bootstrap import Bound
+from rayapp.evaluation.machine import Machine
+from rayapp.evaluation.settings import EvaluationSettings
+from rayapp.plan import ModelSignature
+
+MEAN = "mean"
+CLAIM_EXAMPLES = 2_000
+CLAIM_PROMPT_TOKENS = 128
+CLAIM_RUNS = 30
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskResult(_Strict):
+    """One task, or the mean over tasks (``task`` = ``mean``; tasks count alike).
+
+    NLL and KL are nats per continuation token, end marker included; ``exact_match`` is the share of
+    completions that greedy decoding reproduces to the end marker. ``points_lost`` is in percentage
+    points, dense minus plan. Bytes are sums over the plan's transfers of these examples.
+    """
+
+    task: str
+    num_examples: int = Field(ge=1)
+    num_tokens: int = Field(ge=1)
+    min_prompt_tokens: int = Field(ge=1)
+    mean_prompt_tokens: float
+    max_prompt_tokens: int
+    dense_nll: float
+    plan_nll: float
+    kl: Bound
+    dense_exact_match: float
+    plan_exact_match: float
+    points_lost: Bound
+    bytes_full: int
+    bytes_sent: int
+    overhead_bytes: int
+
+    @property
+    def reduction(self) -> float:
+        """``sum(bytes_full) / sum(bytes_sent)``, header and padding counted as sent."""
+        return self.bytes_full / self.bytes_sent if self.bytes_sent else math.inf
+
+
+class StageTimes(_Strict):
+    """Medians over runs: one prompt's prefill, one decode step, and a whole answer of N tokens."""
+
+    prefill_ms: float
+    tpot_ms: float
+    answer_ms: float
+
+
+class LatencyResult(_Strict):
+    """Interleaved timings without any transfer; speed-ups are dense over plan."""
+
+    num_prompt_tokens: int
+    num_answer_tokens: int
+    batch_size: int
+    num_runs: int
+    num_threads: int
+    dense: StageTimes
+    plan: StageTimes
+
+    @property
+    def speedup(self) -> float:
+        """Of the median over runs of ``prefill + (N - 1) x TPOT``."""
+        return self.dense.answer_ms / self.plan.answer_ms
+
+    @property
+    def ttft_speedup(self) -> float:
+        """Of the median prefill, after which the first token leaves."""
+        return self.dense.prefill_ms / self.plan.prefill_ms
+
+    @property
+    def tpot_speedup(self) -> float:
+        """Of the median decode step."""
+        return self.dense.tpot_ms / self.plan.tpot_ms
+
+
+class PlanSummary(_Strict):
+    """The plan that was evaluated."""
+
+    fingerprint: str
+    is_empty: bool
+    prefill_removed: float
+    decode_removed: float
+
+
+class DataFile(_Strict):
+    """One evaluation file; ``sha256`` of its bytes."""
+
+    name: str
+    sha256: str
+    num_examples: int
+
+
+class EvaluationResult(_Strict):
+    """Everything that ``rayapp evaluate`` measured; everything but ``latency`` is reproducible.
+
+    ``complete`` is false in a file that was written while later tasks or timings were still open.
+    """
+
+    version: Literal[1] = 1
+    complete: bool = False
+    model: ModelSignature
+    dtype: str
+    plan: PlanSummary
+    settings: EvaluationSettings
+    data: tuple[DataFile, ...]
+    tasks: tuple[TaskResult, ...] = ()
+    mean: TaskResult | None = None
+    latency: tuple[LatencyResult, ...] = ()
+    machine: Machine
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON to ``path`` atomically, creating its directory; returns the file."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(target.name + ".tmp")
+        temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        temporary.replace(target)
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> EvaluationResult:
+        """Read what :meth:`save` wrote; raises :class:`DataError` where that fails."""
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{path}: cannot be read ({error}); give an evaluation's JSON"
+            ) from None
+        except ValidationError as error:
+            first: Any = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "file"
+            raise DataError(
+                f"{path}: not an evaluation result ({where}: {first['msg']}); "
+                "write one with `rayapp evaluate --out`"
+            ) from None
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Why these numbers must not be quoted as claims about the plan; empty where they may."""
+        found = [] if self.complete else ["the evaluation did not finish"]
+        fewest = min((task.num_examples for task in self.tasks), default=0)
+        if fewest < CLAIM_EXAMPLES:
+            found.append(
+                f"{fewest} examples in the smallest task; points lost need {CLAIM_EXAMPLES:,} each"
+            )
+        shortest = min((task.min_prompt_tokens for task in self.tasks), default=0)
+        if shortest < CLAIM_PROMPT_TOKENS:
+            found.append(
+                f"the shortest prompt has {shortest} tokens; "
+                f"a byte reduction is quoted for at least {CLAIM_PROMPT_TOKENS}"
+            )
+        if self.dtype != "bfloat16":
+            found.append(f"the engine ran in {self.dtype}; a byte reduction is quoted in bfloat16")
+        fewest_runs = min((timing.num_runs for timing in self.latency), default=CLAIM_RUNS)
+        if fewest_runs < CLAIM_RUNS:
+            found.append(f"{fewest_runs} timed runs; a speed-up is quoted from {CLAIM_RUNS}")
+        if not self.settings.split:
+            found.append("the split of the data is not stated")
+        return tuple(found)

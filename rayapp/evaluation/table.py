@@ -1,0 +1,126 @@
+"""A result as tables of text: the same cells for terminal, Markdown and HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich.table import Table as RichTable
+
+from rayapp.evaluation.result import MEAN, EvaluationResult, LatencyResult, StageTimes, TaskResult
+
+NAMELESS = "(no task)"
+SPEEDUP = "speed-up"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the first column names the row, the others are numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """A GitHub-flavoured Markdown table under its title in bold."""
+        rule = ("---", *("---:" for _ in self.columns[1:]))
+        lines = [self.columns, rule, *self.rows]
+        cells = [
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines
+        ]
+        return "\n".join([f"**{self.title}**", "", *cells])
+
+    def rich(self) -> RichTable:
+        """The table for a terminal."""
+        table = RichTable(title=self.title, title_justify="left")
+        for index, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if index else "left")
+        for row in self.rows:
+            table.add_row(*row, style="bold" if row[0] in (MEAN, SPEEDUP) else None)
+        return table
+
+
+def tables(result: EvaluationResult) -> tuple[Table, ...]:
+    """Quality, bytes and, where they were measured, timings."""
+    found = [_quality(result), _bytes(result)]
+    if result.latency:
+        found.append(_timings(result.latency))
+    return tuple(found)
+
+
+def markdown(result: EvaluationResult) -> str:
+    """All tables of ``result``, and why they are no claims, as Markdown."""
+    parts = [table.markdown() for table in tables(result)]
+    notes = [f"- not for quotation: {caveat}" for caveat in result.caveats]
+    return "\n\n".join([*parts, "\n".join(notes)] if notes else parts) + "\n"
+
+
+def _lines(result: EvaluationResult) -> Iterable[TaskResult]:
+    return (*result.tasks, result.mean) if result.mean else result.tasks
+
+
+def _quality(result: EvaluationResult) -> Table:
+    columns = (
+        "task",
+        "n",
+        "NLL dense",
+        "NLL plan",
+        "KL",
+        "exact dense",
+        "exact plan",
+        "points lost",
+        "at most (95 %)",
+    )
+    rows = tuple(
+        (
+            line.task or NAMELESS,
+            f"{line.num_examples:,}",
+            f"{line.dense_nll:.4f}",
+            f"{line.plan_nll:.4f}",
+            f"{line.kl.mean:.4f}",
+            f"{line.dense_exact_match:.1%}",
+            f"{line.plan_exact_match:.1%}",
+            _signed(line.points_lost.mean),
+            _signed(line.points_lost.upper),
+        )
+        for line in _lines(result)
+    )
+    return Table("Quality: dense beside plan", columns, rows)
+
+
+def _bytes(result: EvaluationResult) -> Table:
+    columns = ("task", "prompt tokens", "bytes full", "bytes sent", "of it overhead", "reduction")
+    rows = tuple(
+        (
+            line.task or NAMELESS,
+            f"{line.min_prompt_tokens}-{line.max_prompt_tokens}",
+            f"{line.bytes_full / line.num_examples:,.0f}",
+            f"{line.bytes_sent / line.num_examples:,.0f}",
+            f"{line.overhead_bytes / line.num_examples:,.0f}",
+            f"{line.reduction:.2f}x",
+        )
+        for line in _lines(result)
+    )
+    return Table(f"KV per request ({result.dtype})", columns, rows)
+
+
+def _timings(latency: Iterable[LatencyResult]) -> Table:
+    """Three rows per batch size: dense, plan, and dense over plan."""
+    columns = ("batch, tokens, runs", "", "prefill ms", "decode ms/token", "answer ms")
+    rows: list[tuple[str, ...]] = []
+    for timing in latency:
+        tokens = f"{timing.num_prompt_tokens} in, {timing.num_answer_tokens} out"
+        what = f"{timing.batch_size}, {tokens}, {timing.num_runs}"
+        rows += [(what, "dense", *_times(timing.dense)), (what, "plan", *_times(timing.plan))]
+        ratios = (timing.ttft_speedup, timing.tpot_speedup, timing.speedup)
+        rows.append((SPEEDUP, "", *(f"{ratio:.2f}x" for ratio in ratios)))
+    return Table("Speed, without transfer: median of interleaved runs", columns, tuple(rows))
+
+
+def _times(times: StageTimes) -> tuple[str, str, str]:
+    return f"{times.prefill_ms:.2f}", f"{times.tpot_ms:.3f}", f"{times.answer_ms:.1f}"
+
+
+def _signed(points: float) -> str:
+    """Percentage points with their sign; zero has none."""
+    return f"{points:+.2f}" if round(points, 2) else "0.00"
