@@ -1,0 +1,116 @@
+"""Answers as they grow: token batches become text, and several answers become one stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from rayapp.api.service import Service
+from rayapp.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    Timeline,
+    TokenBatch,
+    TokenLogprobs,
+)
+from rayapp.engine.stopping import TextStream
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one token batch adds to answer ``index``; ``text`` may lag behind the tokens."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class AnswerText:
+    """All of one answer: the sum of its deltas."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Take one delta more."""
+        self.text += delta.text
+        self.token_ids.extend(delta.token_ids)
+        self.logprobs.extend(delta.logprobs)
+        self.finish_reason = delta.finish_reason or self.finish_reason
+
+
+BatchObserver = Callable[[Timeline, TokenBatch], None]
+
+
+async def answer_deltas(
+    service: Service, request: GenerationRequest, index: int, observe: BatchObserver
+) -> AsyncGenerator[Delta, None]:
+    """One answer; closing this generator cancels the request.
+
+    Args:
+        service: Where tokens come from.
+        request: Tokens and sampling.
+        index: Number of the answer within its reply.
+        observe: Called with the timeline and every batch, before the batch goes out.
+    """
+    timeline = Timeline()
+    tokenizer: PreTrainedTokenizerBase = service.description.tokenizer
+    stop = request.sampling.stop
+    text = TextStream(tokenizer, stop, context=request.prompt_token_ids)
+    async with aclosing(service.generate(request, timeline)) as batches:
+        async for batch in batches:
+            observe(timeline, batch)
+            released = text.push(batch.token_ids)
+            if batch.finish_reason:
+                released += text.flush()
+            yield Delta(index, released, batch.token_ids, batch.logprobs, batch.finish_reason)
+
+
+async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
+    """Deltas of all streams as they come, each stream in its own order.
+
+    The first error ends them all, and so does closing this generator.
+    """
+    events: asyncio.Queue[Delta | asyncio.Task[None]] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(stream, events)) for stream in streams]
+    try:
+        for task in tasks:
+            task.add_done_callback(events.put_nowait)
+        num_open = len(tasks)
+        while num_open:
+            event = await events.get()
+            if isinstance(event, Delta):
+                yield event
+            else:
+                event.result()
+                num_open -= 1
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(
+    stream: AsyncGenerator[Delta, None], events: asyncio.Queue[Delta | asyncio.Task[None]]
+) -> None:
+    async with aclosing(stream):
+        async for delta in stream:
+            events.put_nowait(delta)
+
+
+async def collected(deltas: AsyncGenerator[Delta, None], num_answers: int) -> list[AnswerText]:
+    """All answers, complete, in the order of their indices."""
+    answers = [AnswerText() for _ in range(num_answers)]
+    async with aclosing(deltas):
+        async for delta in deltas:
+            answers[delta.index].add(delta)
+    return answers

@@ -1,0 +1,314 @@
+"""The token stream from engines in this process: the twin of the one over Ray, without a network.
+
+One worker thread owns both engines. Everything crosses to it through a queue of commands, and back
+through ``call_soon_threadsafe``, so no engine is ever touched from two threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rayapp.api.service import HealthReport, Pool, ReplicaHealth, ServiceDescription
+from rayapp.engine.decode import DecodeEngine
+from rayapp.engine.prefill import PrefillEngine, PrefillOutput
+from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch
+from rayapp.errors import DeadlineError, IntegrityError, OverloadedError, UnavailableError
+from rayapp.kv.ledger import KVShape, Ledger, Route, TransferTimes, account
+from rayapp.kv.wire import Envelope, message_sizes, pack, unpack
+from rayapp.models.blocks import signature_of, text_config
+from rayapp.models.loading import eos_token_ids
+from rayapp.models.stack import BlockStack
+from rayapp.plan import PruningPlan
+
+NODE = "local"
+_IDLE_WAIT_S = 0.5
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """One request under way, and how to reach whoever waits for it."""
+
+    request: GenerationRequest
+    timeline: Timeline
+    deliver: Callable[[TokenBatch | Exception], None]
+
+
+class InProcessService:
+    """Implements :class:`rayapp.api.service.Service` with one prefill and one decode engine.
+
+    Args:
+        model: A dense model; both stages share its weights.
+        tokenizer: Of the model.
+        plan: None is the dense model.
+        model_name: As clients ask for it.
+        max_model_len: Most tokens of prompt and answer; None is the model's own limit.
+        max_num_seqs: Decode slots.
+        max_waiting: Requests that may wait for a slot; beyond it they are refused.
+        deadline_s: Longest time that an answer may go without a token.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        plan: PruningPlan | None = None,
+        *,
+        model_name: str = "model",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 8,
+        max_waiting: int = 64,
+        deadline_s: float = 60.0,
+    ) -> None:
+        plan = plan or PruningPlan()
+        self._signature = signature_of(model)
+        plan.check_model(self._signature)
+        limit = max_model_len or text_config(model.config).max_position_embeddings
+        self._max_waiting = max_waiting
+        self._deadline_s = deadline_s
+        self._parameter_bytes = sum(p.nbytes for p in model.parameters())
+        self._prefill, self._decode = _engines(model, tokenizer, plan, limit, max_num_seqs)
+        self._description = ServiceDescription(
+            model_name=model_name,
+            max_model_len=limit,
+            vocab_size=self._prefill.stack.vocab_size,
+            tokenizer=tokenizer,
+            plan=plan,
+        )
+        self._kv_shape = KVShape.of(self._decode.stack)
+        self._ledger = Ledger()
+        self._tickets: dict[str, _Ticket] = {}
+        self._waiting: deque[_Ticket] = deque()
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="rayapp-engines", daemon=True)
+        self._thread.start()
+
+    @property
+    def description(self) -> ServiceDescription:
+        """What is served."""
+        return self._description
+
+    async def generate(
+        self, request: GenerationRequest, timeline: Timeline | None = None
+    ) -> AsyncGenerator[TokenBatch, None]:
+        """Token batches of one answer; see :class:`rayapp.api.service.Service`."""
+        served = self._description
+        request.check_limits(max_model_len=served.max_model_len, vocab_size=served.vocab_size)
+        self._check_open()
+        inbox: asyncio.Queue[TokenBatch | Exception] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def deliver(item: TokenBatch | Exception) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(inbox.put_nowait, item)
+
+        ticket = _Ticket(request, timeline or Timeline(), deliver)
+        self._commands.put(lambda: self._enqueue(ticket))
+        try:
+            while True:
+                batch = await self._next(inbox, request)
+                yield batch
+                if batch.finish_reason:
+                    return
+        finally:
+            self._commands.put(lambda: self._drop(ticket))
+
+    async def health(self) -> HealthReport:
+        """One replica of each stage."""
+        ready = self._thread.is_alive() and not self._closed.is_set()
+        if not ready:
+            return HealthReport(ready=False, reason="the engines were closed")
+        return HealthReport(
+            ready=True, replicas=(self._replica("prefill"), self._replica("decode"))
+        )
+
+    async def transfers(self) -> dict[str, Any]:
+        """The ledger."""
+        return self._ledger.as_json()
+
+    def check_idle(self) -> None:
+        """Raise :class:`IntegrityError` with the numbers where anything is still held."""
+        held = (len(self._tickets), len(self._waiting), self._decode.num_running)
+        if any(held):
+            raise IntegrityError(f"{held} tickets, waiting requests and slots are still held")
+        self._decode.check_integrity()
+
+    def close(self) -> None:
+        """End the worker thread; requests under way get an error."""
+        self._closed.set()
+        self._thread.join()
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise UnavailableError("the engines were closed; build a new service")
+
+    async def _next(
+        self, inbox: asyncio.Queue[TokenBatch | Exception], request: GenerationRequest
+    ) -> TokenBatch:
+        try:
+            item = await asyncio.wait_for(inbox.get(), self._deadline_s)
+        except TimeoutError:
+            raise DeadlineError(
+                f"request {request.request_id}: no token within {self._deadline_s} s; "
+                "ask again later or for less"
+            ) from None
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def _replica(self, pool: Pool) -> ReplicaHealth:
+        decoding = pool == "decode"
+        return ReplicaHealth(
+            pool=pool,
+            replica_id=f"{NODE}-{pool}",
+            node=NODE,
+            parameter_bytes=self._parameter_bytes,
+            slab_bytes=self._decode.slab_bytes if decoding else 0,
+            plan_fingerprint=self._description.plan.fingerprint,
+            weights_fingerprint=self._signature.weights_fingerprint,
+            num_running=self._decode.num_running if decoding else 0,
+            num_waiting=0 if decoding else len(self._waiting),
+            kv_usage=self._decode.usage if decoding else 0.0,
+        )
+
+    # From here on: the worker thread.
+
+    def _work(self) -> None:
+        while not self._closed.is_set():
+            self._obey()
+            while self._waiting and self._decode.num_free:
+                self._begin(self._waiting.popleft())
+                self._obey(block=False)
+            self._step()
+        self._fail_all(UnavailableError("the engines were closed; ask again elsewhere"))
+
+    def _step(self) -> None:
+        """One token of every active sequence; where that fails, all of them fail, and we go on."""
+        try:
+            batches = self._decode.step()
+        except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
+            self._fail_all(error)
+            return
+        for batch in batches:
+            self._send(batch)
+
+    def _fail_all(self, error: Exception) -> None:
+        for ticket in list(self._tickets.values()):
+            self._drop(ticket)
+            ticket.deliver(error)
+
+    def _obey(self, *, block: bool = True) -> None:
+        """Run all commands; wait for one only where there is nothing else to do."""
+        idle = block and not self._waiting and not self._decode.num_running
+        try:
+            self._commands.get(block=idle, timeout=_IDLE_WAIT_S)()
+            while True:
+                self._commands.get_nowait()()
+        except queue.Empty:
+            return
+
+    def _enqueue(self, ticket: _Ticket) -> None:
+        if len(self._waiting) >= self._max_waiting + self._decode.num_free:
+            ticket.deliver(
+                OverloadedError(
+                    f"{len(self._waiting)} requests are waiting, which is the limit; "
+                    "try again later"
+                )
+            )
+            return
+        self._tickets[ticket.request.request_id] = ticket
+        self._waiting.append(ticket)
+
+    def _drop(self, ticket: _Ticket) -> None:
+        """Free whatever the request still holds; nothing where it has ended."""
+        if self._tickets.pop(ticket.request.request_id, None) is None:
+            return
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+        self._decode.cancel(ticket.request.request_id)
+
+    def _begin(self, ticket: _Ticket) -> None:
+        """Prefill, hand over, admit; an error of one request never ends the thread."""
+        try:
+            self._run_prefill(ticket)
+        except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
+            self._drop(ticket)
+            ticket.deliver(error)
+
+    def _run_prefill(self, ticket: _Ticket) -> None:
+        ticket.timeline.prefill_started_s = time.monotonic()
+        output = self._prefill.run(ticket.request)
+        ticket.timeline.prefill_finished_s = time.monotonic()
+        if output.first is not None:
+            self._send(output.first)
+        if not output.finished:
+            self._hand_over(ticket, output)
+            ticket.timeline.admitted_s = time.monotonic()
+
+    def _hand_over(self, ticket: _Ticket, output: PrefillOutput) -> None:
+        request, begun_s = ticket.request, time.monotonic()
+        if output.segment is None:
+            raise IntegrityError(f"request {request.request_id}: unfinished, but without its KV")
+        envelope = Envelope(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            plan_fingerprint=self._description.plan.fingerprint,
+            weights_fingerprint=self._signature.weights_fingerprint,
+        )
+        message = pack(output.segment, envelope)
+        packed_s = time.monotonic()
+        self._decode.admit(request, unpack(message, envelope), output.first)
+        times = TransferTimes(put_s=packed_s - begun_s, fetch_s=time.monotonic() - packed_s)
+        record = account(
+            self._kv_shape,
+            self._description.plan,
+            message_sizes(message),
+            Route(request.request_id, request.attempt, NODE, NODE),
+            num_prompt_tokens=request.num_prompt_tokens,
+            times=times,
+        )
+        self._ledger.add(record)
+
+    def _send(self, batch: TokenBatch) -> None:
+        ticket = self._tickets.get(batch.request_id)
+        if ticket is None:
+            return
+        if batch.finish_reason:
+            del self._tickets[batch.request_id]
+        ticket.deliver(batch)
+
+
+def _engines(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: PruningPlan,
+    max_model_len: int,
+    max_num_seqs: int,
+) -> tuple[PrefillEngine, DecodeEngine]:
+    """Both engines over one model."""
+    ends = eos_token_ids(model)
+    prefill = PrefillEngine(
+        BlockStack(model, plan, "prefill"),
+        plan,
+        max_model_len=max_model_len,
+        eos_token_ids=ends,
+        tokenizer=tokenizer,
+    )
+    decode = DecodeEngine(
+        BlockStack(model, plan, "decode"),
+        plan,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        eos_token_ids=ends,
+        tokenizer=tokenizer,
+    )
+    return prefill, decode

@@ -1,0 +1,260 @@
+"""The HTTP interface: OpenAI's routes, and our own, over a token stream."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from rayapp import __version__
+from rayapp.api.access import LimitBody, RequireKey, is_authorized
+from rayapp.api.answers import Delta, answer_deltas, collected, merged
+from rayapp.api.disconnect import EventStream, unless_disconnected
+from rayapp.api.metrics import ApiMetrics, CountResponses
+from rayapp.api.prompts import PromptReader
+from rayapp.api.refusals import install_error_handlers
+from rayapp.api.replies import ChatFormat, CompletionFormat, Reply, ReplyFormat
+from rayapp.api.schema import (
+    MAX_BODY_BYTES,
+    AnswerRequest,
+    ChatRequest,
+    CompletionRequest,
+    TokenizeRequest,
+)
+from rayapp.api.service import HealthReport, Service
+from rayapp.api.status_page import status_page
+from rayapp.engine.request import GenerationRequest
+from rayapp.errors import NotFoundError, RayappError, RequestError
+
+DEFAULT_COMPLETION_TOKENS = 16
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+TokenPrompts = Sequence[Sequence[int]]
+
+
+def build_app(
+    service: Service, *, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES
+) -> FastAPI:
+    """An ASGI app over ``service``, with no state outside itself.
+
+    Args:
+        service: Where tokens come from.
+        api_key: Without it every caller is served; with it, only ``/health`` is open.
+        max_body_bytes: Larger request bodies are refused.
+    """
+    app = FastAPI(title="rayapp", version=__version__, docs_url=None, redoc_url=None)
+    metrics = ApiMetrics()
+    answers, views = AnswerRoutes(service, metrics), ViewRoutes(service, metrics, api_key)
+    app.add_api_route("/v1/completions", answers.completions, methods=["POST"], response_model=None)
+    app.add_api_route(
+        "/v1/chat/completions", answers.chat_completions, methods=["POST"], response_model=None
+    )
+    app.add_api_route("/tokenize", answers.tokenize, methods=["POST"], response_model=None)
+    for path, view in (
+        ("/v1/models", views.models),
+        ("/v1/models/{name:path}", views.model),
+        ("/v1/transfers", views.transfers),
+        ("/health", views.health),
+        ("/metrics", views.metrics),
+        ("/", views.page),
+    ):
+        app.add_api_route(path, view, methods=["GET"], response_model=None)
+        app.add_api_route(
+            path, view, methods=["HEAD"], response_model=None, include_in_schema=False
+        )
+    install_error_handlers(app)
+    app.add_middleware(LimitBody, max_bytes=max_body_bytes)
+    if api_key is not None:
+        app.add_middleware(RequireKey, api_key=api_key)
+    app.add_middleware(CountResponses, metrics=metrics)
+    return app
+
+
+class AnswerRoutes:
+    """Routes that take prompts.
+
+    Args:
+        service: Where tokens come from.
+        metrics: What to count in.
+    """
+
+    def __init__(self, service: Service, metrics: ApiMetrics) -> None:
+        self._service = service
+        self._metrics = metrics
+        self._served = service.description
+        self._prompts = PromptReader(self._served.tokenizer)
+
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        """Continue one prompt or several."""
+        self._check_model(body.model)
+        prompts: TokenPrompts = (
+            await self._prompts.texts([str(prompt) for prompt in body.prompts])
+            if isinstance(body.prompts[0], str)
+            else [tuple(map(int, prompt)) for prompt in body.prompts]
+        )
+        requests = self._requests(body, prompts, default=DEFAULT_COMPLETION_TOKENS)
+        wants_logprobs = body.num_top_logprobs is not None
+        form = CompletionFormat(self._served.tokenizer, logprobs=wants_logprobs)
+        return await self._answer(body, request, requests, form, prefix="cmpl-")
+
+    async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        self._check_model(body.model)
+        prompts = [await self._prompts.chat(body.messages)]
+        requests = self._requests(body, prompts, default=self._served.max_model_len)
+        form = ChatFormat(self._served.tokenizer, logprobs=body.logprobs)
+        return await self._answer(body, request, requests, form, prefix="chatcmpl-")
+
+    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+        """The token ids that a prompt stands for."""
+        self._check_model(body.model)
+        if body.messages is not None:
+            tokens = await self._prompts.chat(body.messages)
+        else:
+            (tokens,) = await self._prompts.texts(
+                [body.prompt or ""], add_special_tokens=body.add_special_tokens
+            )
+        limit = self._served.max_model_len
+        return {"count": len(tokens), "max_model_len": limit, "tokens": list(tokens)}
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self._served.model_name:
+            raise NotFoundError(
+                f"model `{name}` is not served here; ask for `{self._served.model_name}`"
+            )
+
+    def _requests(
+        self, body: AnswerRequest, prompts: TokenPrompts, *, default: int
+    ) -> list[GenerationRequest]:
+        """One request per answer, prompt by prompt; all are checked before any begins.
+
+        Args:
+            body: Parameters.
+            prompts: Token ids.
+            default: Most answer tokens where the client does not say; cut to the room left.
+        """
+        limit, requests = self._served.max_model_len, []
+        for prompt in prompts:
+            room = limit - len(prompt)
+            if room < 1:
+                raise RequestError(
+                    f"the prompt has {len(prompt)} tokens, but this model serves at most {limit} "
+                    "tokens of prompt and answer together; shorten the prompt"
+                )
+            for sampling in body.sampling(body.answer_limit or min(default, room)):
+                request = GenerationRequest(uuid.uuid4().hex, tuple(prompt), sampling)
+                request.check_limits(max_model_len=limit, vocab_size=self._served.vocab_size)
+                requests.append(request)
+        return requests
+
+    async def _answer(
+        self,
+        body: AnswerRequest,
+        request: Request,
+        requests: list[GenerationRequest],
+        form: ReplyFormat,
+        *,
+        prefix: str,
+    ) -> Response:
+        """Run all requests; the status waits for the first token: it may still be an error."""
+        num_prompt_tokens = sum(r.num_prompt_tokens for r in requests[:: body.n])
+        reply = Reply(prefix + uuid.uuid4().hex, self._served.model_name, form, num_prompt_tokens)
+        deltas = merged(
+            [
+                answer_deltas(self._service, item, index, self._metrics.answer_observer())
+                for index, item in enumerate(requests)
+            ]
+        )
+        self._metrics.count_prompt(num_prompt_tokens)
+        if not body.stream:
+            work = collected(deltas, len(requests))
+            return JSONResponse(reply.whole(await unless_disconnected(request.receive, work)))
+        first = await unless_disconnected(request.receive, _first(deltas))
+        events = reply.events(first, deltas, with_usage=body.includes_usage)
+        return EventStream(events, source=deltas)
+
+
+async def _first(deltas: Any) -> Delta:
+    """The first delta; there always is one, or an error."""
+    delta: Delta = await anext(deltas)
+    return delta
+
+
+class ViewRoutes:
+    """Routes that only look.
+
+    Args:
+        service: Whom to ask.
+        metrics: What this process counted.
+        api_key: Whoever lacks it sees of ``/health`` only whether it is well.
+    """
+
+    def __init__(self, service: Service, metrics: ApiMetrics, api_key: str | None) -> None:
+        self._service = service
+        self._metrics = metrics
+        self._api_key = api_key
+        self._served = service.description
+
+    async def models(self) -> dict[str, Any]:
+        """The one model that is served."""
+        return {"object": "list", "data": [self._card()]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """One model by its name."""
+        if name != self._served.model_name:
+            raise NotFoundError(
+                f"model `{name}` is not served here; ask for `{self._served.model_name}`"
+            )
+        return self._card()
+
+    async def transfers(self) -> JSONResponse:
+        """The ledger of KV transfers."""
+        return JSONResponse(await self._service.transfers())
+
+    async def health(self, request: Request) -> JSONResponse:
+        """200 when every pool answers, 503 before; only the key opens the replicas' details."""
+        report = await self._service.health()
+        content: dict[str, Any] = {"ready": report.ready, "reason": report.reason}
+        if is_authorized(request.headers, self._api_key):
+            content |= self._details(report)
+        return JSONResponse(content, status_code=200 if report.ready else 503)
+
+    async def metrics(self) -> Response:
+        """Numbers for Prometheus."""
+        text = self._metrics.render(await self._service.health(), await self._ledger())
+        return Response(text, media_type=_METRICS_TYPE)
+
+    async def page(self) -> HTMLResponse:
+        """A page for people."""
+        health = await self._service.health()
+        return HTMLResponse(status_page(self._served, health, await self._ledger()))
+
+    async def _ledger(self) -> dict[str, Any] | None:
+        try:
+            return await self._service.transfers()
+        except RayappError:
+            return None
+
+    def _details(self, report: HealthReport) -> dict[str, Any]:
+        pools = {
+            pool: [replica.model_dump(mode="json") for replica in replicas]
+            for pool, replicas in report.pools().items()
+        }
+        return {
+            "model": self._served.model_name,
+            "mode": self._served.mode,
+            "plan_fingerprint": self._served.plan.fingerprint,
+            "pools": pools,
+        }
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self._served.model_name,
+            "object": "model",
+            "created": self._served.created,
+            "owned_by": "rayapp",
+            "max_model_len": self._served.max_model_len,
+        }

@@ -1,0 +1,343 @@
+"""Requests of OpenAI's interface: every field bounded, and nothing silently left undone.
+
+Fields that we know but cannot honour are refused by name, unless they hold the value that changes
+nothing (:data:`NEUTRAL`). Keys that nobody knows are ignored, because clients send their own.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StringConstraints,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
+
+from rayapp.engine.request import SamplingParams
+
+MAX_BODY_BYTES = 4 * 1024 * 1024
+MAX_CHOICES = 16
+MAX_PROMPTS = 64
+MAX_ANSWERS = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_LOGPROBS = 20
+MAX_MESSAGES = 1024
+MAX_PARTS = 256
+MAX_NAME_CHARS = 512
+_SEED_MODULUS = 2**63
+# An odd number near 2**63 / golden ratio: seeds of neighbouring choices lie far apart.
+_SEED_STRIDE = 0x4F1BBCDCBFA53E0B
+
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (None, True),
+    "add_special_tokens": (None, True),
+    "allowed_token_ids": _NOTHING,
+    "audio": _NOTHING,
+    "bad_words": _NOTHING,
+    "chat_template": _NOTHING,
+    "chat_template_kwargs": _NOTHING,
+    "continue_final_message": (None, False),
+    "documents": _NOTHING,
+    "echo": (None, False),
+    "frequency_penalty": (None, 0),
+    "function_call": (None, "none", "auto"),
+    "functions": _NOTHING,
+    "guided_choice": _NOTHING,
+    "guided_grammar": _NOTHING,
+    "guided_json": _NOTHING,
+    "guided_regex": _NOTHING,
+    "include_stop_str_in_output": (None, False),
+    "length_penalty": (None, 1),
+    "logit_bias": _NOTHING,
+    "min_p": (None, 0),
+    "min_tokens": (None, 0),
+    "modalities": (None, [], ["text"]),
+    "presence_penalty": (None, 0),
+    "prompt_embeds": _NOTHING,
+    "prompt_logprobs": (None, False),
+    "repetition_penalty": (None, 1),
+    "response_format": (None, {}, {"type": "text"}),
+    "skip_special_tokens": (None, True),
+    "stop_token_ids": _NOTHING,
+    "structured_outputs": _NOTHING,
+    "suffix": _NOTHING,
+    "tool_choice": (None, "none", "auto"),
+    "tools": _NOTHING,
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
+    "web_search_options": _NOTHING,
+}
+
+
+def _refuse_unsupported(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    for name in values.keys() & NEUTRAL.keys():
+        if not any(values[name] == neutral for neutral in NEUTRAL[name]):
+            raise ValueError(f"`{name}` is not supported by this server; leave it out")
+    count, best_of = values.get("n") or 1, values.get("best_of")
+    if best_of is not None and best_of != count:
+        raise ValueError("`best_of` is not supported by this server; leave it out or give n")
+    return values
+
+
+def _listed_stop(value: Any) -> Any:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+def _readable_union(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """One line for all members of the union; which of them was meant cannot be known."""
+    try:
+        return handler(value)
+    except ValueError:
+        raise ValueError(
+            "a prompt is a text, a list of texts, a list of token ids, or a list of lists of "
+            f"token ids; at most {MAX_PROMPTS} prompts, none of them empty lists"
+        ) from None
+
+
+def _encodable(value: Any) -> Any:
+    """JSON can spell half of a surrogate pair, which is no text."""
+    texts = value if isinstance(value, list) else [value]
+    try:
+        for text in texts:
+            if isinstance(text, str):
+                text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text holds half of a surrogate pair; send valid Unicode") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+TokenIds = Annotated[list[StrictInt], Field(min_length=1)]
+TokenPrompts = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+StopString = Annotated[Text, StringConstraints(max_length=MAX_STOP_CHARS)]
+Name = Annotated[Text, StringConstraints(max_length=MAX_NAME_CHARS)]
+
+
+class _Request(BaseModel):
+    """Bounds hold for every number; NaN and infinity are refused."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+
+class StreamOptions(_Request):
+    """How a stream ends; keys of other servers are ignored."""
+
+    include_usage: bool = False
+
+
+class AnswerRequest(_Request):
+    """What completions and chat completions have in common.
+
+    Null stands for the default, as in OpenAI's interface.
+    """
+
+    _nullable: ClassVar[frozenset[str]] = frozenset(
+        {"n", "temperature", "top_p", "top_k", "stream", "ignore_eos"}
+    )
+
+    model: Name | None = None
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    temperature: float = Field(default=1.0, ge=0.0, le=100.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=-1, lt=2**31, description="0 or -1 keeps all tokens")
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: Annotated[
+        list[StopString], Field(max_length=MAX_STOP_STRINGS), BeforeValidator(_listed_stop)
+    ] = []
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, values: Any) -> Any:
+        values = _refuse_unsupported(values)
+        if isinstance(values, dict):
+            return {k: v for k, v in values.items() if v is not None or k not in cls._nullable}
+        return values
+
+    @property
+    def answer_limit(self) -> int | None:
+        """Most answer tokens, where the client says so."""
+        limit = self.max_completion_tokens
+        return self.max_tokens if limit is None else limit
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """Alternatives to report beside every token; None for no log-probabilities at all."""
+        return None
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with its token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, max_tokens: int) -> list[SamplingParams]:
+        """Parameters of each of the ``n`` choices, which differ in their seed alone.
+
+        The first choice uses the client's seed itself; without one, chance decides.
+        """
+        seed = secrets.randbits(63) if self.seed is None else self.seed
+        return [
+            SamplingParams(
+                max_tokens=max_tokens,
+                temperature=self.temperature,
+                top_k=max(self.top_k, 0),
+                top_p=self.top_p,
+                seed=(seed + choice * _SEED_STRIDE) % _SEED_MODULUS,
+                stop=tuple(filter(None, self.stop)),
+                ignore_eos=self.ignore_eos,
+                logprobs=self.num_top_logprobs,
+            )
+            for choice in range(self.n)
+        ]
+
+
+class CompletionRequest(AnswerRequest):
+    """Body of ``POST /v1/completions``."""
+
+    prompt: Annotated[
+        str | Prompts | TokenIds | TokenPrompts,
+        WrapValidator(_readable_union),
+        AfterValidator(_encodable),
+    ]
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _bounded(self) -> CompletionRequest:
+        num_answers = len(self.prompts) * self.n
+        if num_answers > MAX_ANSWERS:
+            raise ValueError(
+                f"{len(self.prompts)} prompts with n={self.n} are {num_answers} answers, more "
+                f"than {MAX_ANSWERS}; send several requests"
+            )
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """All prompts, of either kind."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return self.prompt  # type: ignore[return-value]
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """Alternatives to report beside every token; None for no log-probabilities at all."""
+        return self.logprobs
+
+
+class ContentPart(_Request):
+    """One part of a message."""
+
+    type: Name
+    text: Text = ""
+
+    @field_validator("type")
+    @classmethod
+    def _is_text(cls, value: str) -> str:
+        if value != "text":
+            raise ValueError(f"a part of type {value!r} cannot be read: this model is text-only")
+        return value
+
+
+Parts = Annotated[list[ContentPart], Field(max_length=MAX_PARTS)]
+
+
+class ChatMessage(_Request):
+    """One turn; other keys (``name`` and so on) are ignored."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Parts | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_calls(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for name in ("tool_calls", "function_call"):
+                if values.get(name):
+                    raise ValueError(f"`{name}` is not supported by this server; leave it out")
+            _check_content(values.get("content"))
+        return values
+
+    @model_validator(mode="after")
+    def _says_something(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role} needs `content`")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The message as one string."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "".join(part.text for part in self.content)
+
+
+def _check_content(content: Any) -> None:
+    """Say what is wrong before the union does, which would say it once for every member."""
+    if content is None or isinstance(content, str):
+        _encodable(content)
+        return
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise ValueError("`content` is a text or a list of parts {'type': 'text', 'text': ...}")
+    if len(content) > MAX_PARTS:
+        raise ValueError(f"{len(content)} parts are more than {MAX_PARTS}; join them")
+    for part in content:
+        ContentPart.model_validate(part)
+
+
+class ChatRequest(AnswerRequest):
+    """Body of ``POST /v1/chat/completions``."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    _nullable: ClassVar[frozenset[str]] = AnswerRequest._nullable | {"logprobs"}
+
+    @model_validator(mode="after")
+    def _asks_for_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("`top_logprobs` needs `logprobs`: true")
+        return self
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """Alternatives to report beside every token; None for no log-probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenizeRequest(_Request):
+    """Body of ``POST /tokenize``: a text, or messages for the chat template."""
+
+    model: Name | None = None
+    prompt: Text | None = None
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either `prompt` or `messages`")
+        return self

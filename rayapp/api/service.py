@@ -1,0 +1,118 @@
+"""The token-stream seam: what the HTTP layer asks of whatever generates tokens.
+
+Two implementations, held by one contract test: engines in this process
+(:class:`rayapp.api.in_process.InProcessService`) and replicas on a Ray cluster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedTokenizerBase
+
+from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch
+from rayapp.plan import PruningPlan
+
+Pool = Literal["prefill", "decode", "unified"]
+
+
+class ReplicaHealth(BaseModel):
+    """One replica as it describes itself."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pool: Pool
+    replica_id: str
+    node: str
+    parameter_bytes: int
+    slab_bytes: int = 0
+    plan_fingerprint: str
+    weights_fingerprint: str
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_usage: float = 0.0
+
+
+class HealthReport(BaseModel):
+    """Whether requests would be answered now, and by whom.
+
+    ``ready`` is false until every pool has a replica that answers; ``reason`` then says what is
+    missing, in one line.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    ready: bool
+    reason: str = ""
+    replicas: tuple[ReplicaHealth, ...] = ()
+
+    def pools(self) -> dict[str, list[ReplicaHealth]]:
+        """The replicas by pool, names ascending."""
+        names = sorted({replica.pool for replica in self.replicas})
+        return {name: [r for r in self.replicas if r.pool == name] for name in names}
+
+
+@dataclass(frozen=True)
+class ServiceDescription:
+    """What is served, known before any replica answers.
+
+    Args:
+        model_name: The name that requests must give as ``model``.
+        max_model_len: Most tokens of prompt and answer together.
+        vocab_size: Token ids lie in ``0..vocab_size - 1``.
+        tokenizer: Turns text into tokens and back; holds the chat template, if there is one.
+        plan: What the stages leave out.
+        mode: Prefill and decode apart, or together.
+        created: Unix time, seconds.
+    """
+
+    model_name: str
+    max_model_len: int
+    vocab_size: int
+    tokenizer: PreTrainedTokenizerBase
+    plan: PruningPlan = field(default_factory=PruningPlan)
+    mode: Literal["disaggregated", "unified"] = "disaggregated"
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+class Service(Protocol):
+    """Turns token requests into token streams."""
+
+    @property
+    def description(self) -> ServiceDescription:
+        """What is served; constant."""
+        ...
+
+    def generate(
+        self, request: GenerationRequest, timeline: Timeline | None = None
+    ) -> AsyncGenerator[TokenBatch, None]:
+        """The answer's tokens as they appear: gap-free, none twice, the last batch finished.
+
+        Nothing starts before the first item is asked for. The batch that ends the answer, and only
+        that one, carries a ``finish_reason``. Closing or cancelling the generator cancels the
+        request in whatever phase it is and frees what it holds.
+
+        Args:
+            request: Tokens and sampling; the limits are checked here.
+            timeline: Marks on this process's clock, filled as phases begin and end; the caller
+                reads it afterwards. ``first_token_s`` and ``finished_s`` are the caller's.
+
+        Raises:
+            RequestError: If the request lies outside the limits (before the first item).
+            OverloadedError: If every waiting place is taken (before the first item).
+            DeadlineError: If a phase outlived its deadline.
+            UnavailableError: If no replica of a stage answers.
+        """
+        ...
+
+    async def health(self) -> HealthReport:
+        """Who answers now. Never raises; an unreachable pool is a reason, not an error."""
+        ...
+
+    async def transfers(self) -> dict[str, Any]:
+        """The ledger: ``{"totals": {...}, "links": [...], "recent": [...]}``, merged over all."""
+        ...

@@ -1,0 +1,170 @@
+"""A service that answers from a script, and real servers in front of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from rayapp.api.routes import build_app
+from rayapp.api.service import HealthReport, ReplicaHealth, ServiceDescription
+from rayapp.engine.answer import Answer
+from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch, TokenLogprobs
+
+EOS = 256
+ANSWER = "The naïve snowman ☃ says: stop, \U0001f600 done."
+MAX_MODEL_LEN = 200
+
+
+class ScriptedService:
+    """Answers every prompt with ``text``; knows what is active and what was cancelled."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.reset()
+
+    def reset(self) -> None:
+        self.text = ANSWER
+        self.batch_size = 1
+        self.gap_s = 0.0
+        self.errors: dict[int, Exception] = {}
+        self.ready = True
+        self.ledger: Any = {"totals": {"num_transfers": 0}, "links": [], "recent": []}
+        self.requests: list[GenerationRequest] = []
+        self.active = 0
+        self.cancelled = 0
+        self.description = ServiceDescription(
+            model_name="tiny",
+            max_model_len=MAX_MODEL_LEN,
+            vocab_size=300,
+            tokenizer=self.tokenizer,
+        )
+
+    async def generate(
+        self, request: GenerationRequest, timeline: Timeline | None = None
+    ) -> AsyncGenerator[TokenBatch, None]:
+        self.requests.append(request)
+        self.active += 1
+        finished = False
+        try:
+            for batch in self._batches(request):
+                await asyncio.sleep(self.gap_s)
+                if batch.first_index in self.errors:
+                    raise self.errors[batch.first_index]
+                finished = batch.finish_reason is not None
+                yield batch
+        finally:
+            self.active -= 1
+            self.cancelled += not finished
+
+    def _batches(self, request: GenerationRequest) -> Iterator[TokenBatch]:
+        answer = Answer(request, frozenset({EOS}), self.description.tokenizer)
+        tokens: list[int] = []
+        index = 0
+        for token in [*self.text.encode(), EOS]:
+            tokens.append(token)
+            reason = answer.take(token)
+            if reason or len(tokens) == self.batch_size:
+                yield self._batch(request, index, tokens, reason)
+                index, tokens = index + len(tokens), []
+            if reason:
+                return
+
+    def _batch(self, request: Any, index: int, tokens: list[int], reason: Any) -> TokenBatch:
+        top = request.sampling.logprobs
+        entries = [TokenLogprobs(-0.5, ((t, -0.5), (33, -2.0), (200, -3.0))[:top]) for t in tokens]
+        logprobs = () if top is None else tuple(entries)
+        return TokenBatch(request.request_id, 0, index, tuple(tokens), reason, logprobs)
+
+    async def health(self) -> HealthReport:
+        replica = ReplicaHealth(
+            pool="decode",
+            replica_id="d0",
+            node="node-1",
+            parameter_bytes=1234,
+            slab_bytes=5678,
+            plan_fingerprint="p",
+            weights_fingerprint="w",
+            num_running=self.active,
+        )
+        reason = "" if self.ready else "no decode replica answers"
+        return HealthReport(ready=self.ready, reason=reason, replicas=(replica,))
+
+    async def transfers(self) -> dict[str, Any]:
+        if isinstance(self.ledger, Exception):
+            raise self.ledger
+        return self.ledger
+
+    def wait_idle(self, timeout_s: float = 5.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self.active and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert self.active == 0
+
+
+@contextlib.contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """A real uvicorn server on a free port; its base URL."""
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def serve_app() -> Callable[[Any], contextlib.AbstractContextManager[str]]:
+    return serving
+
+
+@pytest.fixture(scope="session")
+def shared(byte_tokenizer) -> Iterator[tuple[ScriptedService, str]]:
+    """One server for all tests, because starting and stopping one takes a while."""
+    scripted = ScriptedService(byte_tokenizer)
+    with serving(build_app(scripted)) as address:
+        yield scripted, address
+
+
+@pytest.fixture
+def service(shared) -> Iterator[ScriptedService]:
+    scripted, _ = shared
+    scripted.reset()
+    yield scripted
+    scripted.wait_idle()
+
+
+@pytest.fixture(scope="session")
+def clients(shared) -> Iterator[tuple[httpx.Client, openai.OpenAI]]:
+    """Made once: each reads all certificates of the system."""
+    _, address = shared
+    with (
+        httpx.Client(base_url=address, timeout=10) as http,
+        openai.OpenAI(base_url=address + "/v1", api_key="any", max_retries=0) as client,
+    ):
+        yield http, client
+
+
+@pytest.fixture
+def http(clients, service) -> httpx.Client:
+    return clients[0]
+
+
+@pytest.fixture
+def client(clients, service) -> openai.OpenAI:
+    return clients[1]

@@ -1,0 +1,110 @@
+"""A client that leaves frees what runs for it, in whatever phase it is."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import httpx
+import pytest
+
+from rayapp.api.answers import Delta, merged
+from rayapp.api.disconnect import EventStream
+
+BODY = {"prompt": ["a", "b"], "n": 2, "max_tokens": 12}
+
+
+def wait_for(condition, timeout_s=5.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_leaving_before_the_first_token(http, service, stream):
+    service.gap_s = 30.0
+    with pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/completions", json={**BODY, "stream": stream}, timeout=0.3)
+    wait_for(lambda: service.cancelled == 4)
+
+
+def test_leaving_in_the_middle_of_a_stream(http, service):
+    service.gap_s = 0.05
+    with http.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as reply:
+        next(reply.iter_lines())
+    wait_for(lambda: service.cancelled == 4)
+
+
+def test_leaving_while_the_whole_answer_grows(http, service):
+    service.gap_s = 0.05
+    with pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/completions", json=BODY, timeout=0.3)
+    wait_for(lambda: service.cancelled == 4)
+
+
+def test_a_silent_client_that_stays_is_served(http, service):
+    service.gap_s = 0.05
+    assert http.post("/v1/completions", json=BODY).status_code == 200
+    assert service.cancelled == 0
+
+
+def test_leaving_between_the_first_token_and_the_response(service):
+    """The stream's source ends even where its events never began."""
+    closed = []
+
+    async def source():
+        try:
+            while True:
+                yield Delta(0, "x", (1,))
+                await asyncio.sleep(0.01)
+        finally:
+            closed.append(True)
+
+    async def events():
+        yield b""
+
+    async def scenario():
+        deltas = merged([source()])
+        await anext(deltas)
+
+        async def receive():
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            await asyncio.sleep(10)
+
+        response = EventStream(events(), source=deltas)
+        await asyncio.wait_for(response({"type": "http"}, receive, send), 5)
+
+    asyncio.run(scenario())
+    assert closed == [True]
+
+
+def test_cancelling_the_handler_itself_frees_everything(service):
+    """As Ray Serve does when a client leaves."""
+    from rayapp.api.answers import answer_deltas
+    from rayapp.api.disconnect import unless_disconnected
+    from rayapp.engine.request import GenerationRequest, SamplingParams
+
+    service.gap_s = 30.0
+    request = GenerationRequest("r", (1,), SamplingParams())
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def scenario():
+        deltas = merged([answer_deltas(service, request, 0, lambda *_: None)])
+
+        async def first():
+            return await anext(deltas)
+
+        task = asyncio.create_task(unless_disconnected(receive, first()))
+        await asyncio.sleep(0.05)
+        assert service.active == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert service.active == 0
+
+    asyncio.run(scenario())

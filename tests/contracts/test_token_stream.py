@@ -1,0 +1,181 @@
+"""The token stream: what every implementation of ``rayapp.api.service.Service`` keeps to.
+
+An implementation joins by a parameter of the fixture ``stream``: an object with ``service``, the
+``reference`` pipeline of the same model and plan, ``run(coroutine)`` on the service's event loop,
+and ``check_idle()``, which raises where anything is still held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+from types import SimpleNamespace
+
+import pytest
+
+from rayapp.api.in_process import InProcessService
+from rayapp.engine.local import LocalPipeline
+from rayapp.engine.request import GenerationRequest, SamplingParams, Timeline
+from rayapp.errors import RequestError
+
+MAX_MODEL_LEN, MAX_NUM_SEQS = 96, 3
+PROMPTS = [tuple(range(3, 3 + length)) for length in (1, 7, 20, 31, 5)]
+
+
+def _in_process(tiny_model, tokenizer):
+    model = tiny_model("llama")
+    limits = {"max_num_seqs": MAX_NUM_SEQS, "max_model_len": MAX_MODEL_LEN}
+    service = InProcessService(model, tokenizer, **limits)
+    return SimpleNamespace(
+        service=service,
+        reference=LocalPipeline(model, tokenizer, **limits),
+        run=asyncio.run,
+        check_idle=service.check_idle,
+        close=service.close,
+    )
+
+
+@pytest.fixture(scope="module", params=["in_process"])
+def stream(request, tiny_model, byte_tokenizer):
+    opened = {"in_process": _in_process}[request.param](tiny_model, byte_tokenizer)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(autouse=True)
+def _idle_means_zero(stream):
+    yield
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return stream.check_idle()
+        except Exception:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def request_of(name, prompt, **sampling):
+    return GenerationRequest(name, tuple(prompt), SamplingParams(**sampling))
+
+
+async def batches_of(service, request, timeline=None):
+    async with aclosing(service.generate(request, timeline)) as batches:
+        return [batch async for batch in batches]
+
+
+def test_answers_equal_the_reference(stream):
+    sampling = SamplingParams(max_tokens=12, logprobs=2)
+    requests = [GenerationRequest(f"eq-{i}", p, sampling) for i, p in enumerate(PROMPTS)]
+
+    async def all_at_once():
+        return await asyncio.gather(*(batches_of(stream.service, r) for r in requests))
+
+    answers = stream.run(all_at_once())
+    for request, batches, expected in zip(
+        requests, answers, stream.reference.generate(PROMPTS, sampling), strict=True
+    ):
+        tokens = [token for batch in batches for token in batch.token_ids]
+        assert tuple(tokens) == expected.token_ids
+        assert tuple(e for batch in batches for e in batch.logprobs) == expected.logprobs
+        assert [b.finish_reason for b in batches[:-1]] == [None] * (len(batches) - 1)
+        assert batches[-1].finish_reason == expected.finish_reason
+        indices = [batch.first_index for batch in batches]
+        assert indices == [sum(len(b.token_ids) for b in batches[:i]) for i in range(len(batches))]
+        assert {batch.request_id for batch in batches} == {request.request_id}
+
+
+def test_an_answer_of_one_token(stream):
+    (batch,) = stream.run(batches_of(stream.service, request_of("one", (1, 2), max_tokens=1)))
+    assert batch.finish_reason == "length"
+
+
+def test_the_timeline_is_in_order(stream):
+    timeline = Timeline()
+    request = request_of("timed", PROMPTS[2], max_tokens=4, ignore_eos=True)
+    stream.run(batches_of(stream.service, request, timeline))
+    marks = [
+        timeline.arrived_s,
+        timeline.prefill_started_s,
+        timeline.prefill_finished_s,
+        timeline.admitted_s,
+    ]
+    assert None not in marks
+    assert marks == sorted(marks)
+
+
+@pytest.mark.parametrize("prompt", [(), (-1,), (10**6,), (1,) * MAX_MODEL_LEN])
+def test_limits_are_checked_before_anything_starts(stream, prompt):
+    with pytest.raises(RequestError):
+        stream.run(batches_of(stream.service, request_of("bad", prompt, max_tokens=4)))
+
+
+@pytest.mark.parametrize("num_batches", [0, 1, 3])
+def test_closing_the_stream_frees_what_it_held(stream, num_batches):
+    async def leave(name):
+        request = request_of(name, PROMPTS[3], max_tokens=60, ignore_eos=True)
+        async with aclosing(stream.service.generate(request)) as batches:
+            for _ in range(num_batches):
+                await anext(batches)
+
+    async def more_than_there_are_slots():
+        await asyncio.gather(*(leave(f"left-{num_batches}-{i}") for i in range(6)))
+
+    stream.run(more_than_there_are_slots())
+
+
+def test_cancelling_a_request_that_waits(stream):
+    async def scenario():
+        long = {"max_tokens": 60, "ignore_eos": True}
+        tasks = [
+            asyncio.create_task(
+                batches_of(stream.service, request_of(f"wait-{i}", PROMPTS[1], **long))
+            )
+            for i in range(2 * MAX_NUM_SEQS)
+        ]
+        await asyncio.sleep(0.02)
+        tasks[-1].cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(results[-1], asyncio.CancelledError)
+        assert all(r[-1].finish_reason == "length" for r in results[:-1])
+
+    stream.run(scenario())
+
+
+def test_stop_strings_end_an_answer(stream):
+    sampling = SamplingParams(max_tokens=30, ignore_eos=True)
+    (plain,) = stream.reference.generate([PROMPTS[2]], sampling)
+    stop = plain.text[5:7]
+    (expected,) = stream.reference.generate(
+        [PROMPTS[2]], sampling.model_copy(update={"stop": (stop,)})
+    )
+    request = request_of("stop", PROMPTS[2], max_tokens=30, ignore_eos=True, stop=(stop,))
+    batches = stream.run(batches_of(stream.service, request))
+    assert sum((b.token_ids for b in batches), ()) == expected.token_ids
+    assert batches[-1].finish_reason == "stop"
+
+
+def test_health_names_a_replica_of_every_stage(stream):
+    report = stream.run(stream.service.health())
+    assert report.ready
+    pools = report.pools()
+    assert set(pools) in ({"prefill", "decode"}, {"unified"})
+    for replica in report.replicas:
+        assert replica.parameter_bytes > 0
+        assert replica.plan_fingerprint == stream.service.description.plan.fingerprint
+    holders = pools.get("decode") or pools["unified"]
+    assert all(replica.slab_bytes > 0 for replica in holders)
+
+
+def test_the_ledger_grows_by_what_travelled(stream):
+    def totals():
+        return stream.run(stream.service.transfers())["totals"]
+
+    before = totals()
+    request = request_of("ledger", PROMPTS[3], max_tokens=3, ignore_eos=True)
+    stream.run(batches_of(stream.service, request))
+    after = totals()
+    assert after["num_transfers"] == before["num_transfers"] + 1
+    assert after["num_prompt_tokens"] == before["num_prompt_tokens"] + len(PROMPTS[3])
+    assert after["bytes_full"] == after["bytes_sent"] - after["overhead_bytes"]
