@@ -1,4 +1,4 @@
-"""One request: what it asks for, the tokens that leave, and when each phase of its life began and ended."""
+"""One request: what it asks for, the tokens that leave, and when each phase of its life began."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ Phase = Literal["queued", "prefilling", "transferring", "decoding", "done"]
 class SamplingParams(BaseModel):
     """How answer tokens are chosen and when an answer ends.
 
-    ``temperature`` 0 is greedy. The noise of answer token ``i`` depends on ``(seed, i)`` alone, so a
-    replayed request continues as it would have. ``stop`` strings end the answer before they appear in
-    its text. ``logprobs``: number of best alternatives to report beside each token's own, or None.
+    ``temperature`` 0 is greedy. The noise of answer token ``i`` depends on ``(seed, i)`` alone, so
+    a replayed request continues as it would have. ``stop`` strings end the answer before they
+    appear in its text. ``logprobs``: number of best alternatives to report beside each token's own,
+    or None.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,7 +41,7 @@ class GenerationRequest:
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     attempt: int = 0
 
     @property
@@ -60,8 +61,8 @@ class GenerationRequest:
             raise RequestError("the prompt has no tokens; send at least one")
         if length + limit > max_model_len:
             raise RequestError(
-                f"{length} prompt tokens and max_tokens={limit} need {length + limit} places, but this "
-                f"model serves at most {max_model_len}; shorten the prompt or lower max_tokens"
+                f"{length} prompt tokens and max_tokens={limit} need {length + limit} places, but "
+                f"this model serves at most {max_model_len}; shorten the prompt or lower max_tokens"
             )
         low, high = min(self.prompt_token_ids), max(self.prompt_token_ids)
         if low < 0 or high >= vocab_size:
@@ -73,7 +74,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural-log probability of one answer token, and of the best alternatives ``(token id, logprob)``."""
+    """Natural-log probability of an answer token, and of the best ``(token id, logprob)``."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
@@ -81,10 +82,11 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Consecutive answer tokens of one request; ``first_index`` is the index of the first within the answer.
+    """Consecutive answer tokens of one request, the first of them at ``first_index`` of the answer.
 
-    The end-of-sequence token is included when it was generated. ``finish_reason`` is set on the last
-    batch. ``logprobs`` holds one entry per token where the request asked for them, else nothing.
+    The end-of-sequence token is included when it was generated. ``finish_reason`` is set on the
+    last batch. ``logprobs`` holds one entry per token where the request asked for them, else
+    nothing.
     """
 
     request_id: str
@@ -107,7 +109,7 @@ class Timeline:
     finished_s: float | None = None
 
     def intervals(self) -> dict[str, float]:
-        """``queue_s, prefill_s, handoff_s, ttft_s, decode_s, e2e_s``: those whose ends are both known."""
+        """``queue_s, prefill_s, handoff_s, ttft_s, decode_s, e2e_s``, where both ends are known."""
         spans = {
             "queue_s": (self.arrived_s, self.prefill_started_s),
             "prefill_s": (self.prefill_started_s, self.prefill_finished_s),

@@ -7,13 +7,15 @@ Shapes: B = batch, T = query tokens, K = entries attended to, E = hidden size, V
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from rayapp.errors import ModelError
+from rayapp.models.attention import PACKED_SDPA
 from rayapp.models.blocks import (
     apply_stage,
     find_decoder,
@@ -55,11 +57,11 @@ class BlockStack:
         self.stage: Stage = stage
         self._decoder: Any = find_decoder(self.model)
         text = text_config(self.model.config)
-        # Only sdpa treats "no mask" as causal where it must be, and packs GQA groups by itself.
+        # Only sdpa treats "no mask" as causal where it must be.
         for config in (self.model.config, text, self._decoder.config):
-            config._attn_implementation = "sdpa"
+            config._attn_implementation = PACKED_SDPA
         for attention in (m for m in self._decoder.modules() if hasattr(m, "num_key_value_groups")):
-            attention.config._attn_implementation = "sdpa"
+            attention.config._attn_implementation = PACKED_SDPA
         self.num_blocks: int = text.num_hidden_layers
         self.num_kv_heads: int = text.num_key_value_heads
         self.head_dim = head_dim(self.model.config)
@@ -69,9 +71,9 @@ class BlockStack:
         self.attends = tuple(mode.attends for mode in modes)
         self.writes_kv = tuple(mode.writes_kv for mode in modes)
         self._check_loaded()
-        devices = [next(block.parameters(), None) for block in self._decoder.layers]
-        self._devices = [self.device if p is None else p.device for p in devices]
-        self._is_spread = any(device != self.device for device in self._devices)
+        held = [next(block.parameters(), None) for block in self._decoder.layers]
+        self.devices = tuple(self.device if p is None else p.device for p in held)
+        self._is_spread = any(device != self.device for device in self.devices)
 
     def _check_loaded(self) -> None:
         missing = [name for name, p in self._decoder.named_parameters() if p.is_meta]
@@ -90,6 +92,17 @@ class BlockStack:
     def device(self) -> torch.device:
         """Where token ids go in."""
         return self._decoder.embed_tokens.weight.device
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The block modules of this stage."""
+        return self._decoder.layers
+
+    def rotary(
+        self, hidden_BTE: torch.Tensor, positions_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines ``(B or 1, T, D)`` of positions, where and in what ``hidden`` is."""
+        return self._decoder.rotary_emb(hidden_BTE, position_ids=positions_BT.to(hidden_BTE.device))
 
     def embed(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states ``(B, T, E)`` that enter block 0."""
@@ -118,12 +131,12 @@ class BlockStack:
             stop: Block before which to stop.
         """
         positions_BT = positions_BT.to(hidden_BTE.device)
-        rotary = self._decoder.rotary_emb(hidden_BTE, position_ids=positions_BT)
+        rotary = self.rotary(hidden_BTE, positions_BT)
         masks = self._window_masks(positions_BT) if masks is None else masks
         for number in range(start, self.num_blocks if stop is None else stop):
             mask = masks.get(number)
             if self._is_spread:
-                device = self._devices[number]
+                device = self.devices[number]
                 hidden_BTE, positions_BT = hidden_BTE.to(device), positions_BT.to(device)
                 rotary = (rotary[0].to(device), rotary[1].to(device))
                 mask = None if mask is None else mask.to(device)

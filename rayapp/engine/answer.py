@@ -1,0 +1,55 @@
+"""One answer while it grows: how many tokens it has, and whether the latest one ends it."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from rayapp.engine.request import FinishReason, GenerationRequest
+from rayapp.engine.stopping import TextStream
+from rayapp.errors import RequestError
+
+
+class Answer:
+    """Counts the tokens of an answer and watches for its end. Replaying tokens rebuilds its state.
+
+    Args:
+        request: What is being answered.
+        eos_token_ids: Tokens that end an answer unless the request ignores them.
+        tokenizer: Needed where the request has stop strings.
+
+    Raises:
+        RequestError: Stop strings without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        eos_token_ids: frozenset[int],
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        sampling = request.sampling
+        if sampling.stop and tokenizer is None:
+            raise RequestError(
+                f"stop strings {list(sampling.stop)} need a tokenizer, and this engine has none; "
+                "drop `stop` or use a model directory with a tokenizer"
+            )
+        self._max_tokens = sampling.max_tokens
+        self._ends = frozenset() if sampling.ignore_eos else eos_token_ids
+        self._text: TextStream | None = None
+        if tokenizer is not None and sampling.stop:
+            context = request.prompt_token_ids
+            self._text = TextStream(tokenizer, sampling.stop, context=context)
+        self.num_tokens = 0
+
+    def take(self, token_id: int) -> FinishReason | None:
+        """Add a token; why the answer ends with it, or None."""
+        self.num_tokens += 1
+        if token_id in self._ends or self._completes_stop(token_id):
+            return "stop"
+        return "length" if self.num_tokens >= self._max_tokens else None
+
+    def _completes_stop(self, token_id: int) -> bool:
+        if self._text is None:
+            return False
+        self._text.push((token_id,))
+        return self._text.stopped

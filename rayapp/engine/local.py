@@ -1,0 +1,254 @@
+"""The whole path in one process: prefill, wire, decode with continuous batching. The reference.
+
+What is served over two nodes must equal this token for token; so KV is packed, unpacked and
+accounted for here too, and only the network is missing.
+Shapes: C = answer tokens, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rayapp.engine.decode import DecodeEngine
+from rayapp.engine.prefill import PrefillEngine
+from rayapp.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    Timeline,
+    TokenBatch,
+    TokenLogprobs,
+)
+from rayapp.engine.stopping import TextStream
+from rayapp.errors import RequestError
+from rayapp.kv.ledger import KVShape, Route, TransferRecord, TransferTimes, account
+from rayapp.kv.segment import KVSegment
+from rayapp.kv.wire import Envelope, Message, message_sizes, pack, unpack
+from rayapp.models.blocks import signature_of, text_config
+from rayapp.models.loading import eos_token_ids
+from rayapp.models.stack import BlockStack
+from rayapp.plan import PruningPlan
+
+NODE = "local"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished answer.
+
+    ``token_ids`` include the end-of-sequence token where one was generated; ``text`` leaves special
+    tokens out and ends before a stop string. ``transfer`` is None where nothing was sent, because
+    the first token was the last.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...]
+    timeline: Timeline
+    transfer: TransferRecord | None
+
+
+@dataclass
+class _Run:
+    """One request on its way through :meth:`LocalPipeline.generate`."""
+
+    request: GenerationRequest
+    timeline: Timeline
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    transfer: TransferRecord | None = None
+
+    def add(self, batch: TokenBatch) -> None:
+        """Take the tokens of one batch."""
+        now_s = time.monotonic()
+        self.token_ids.extend(batch.token_ids)
+        self.logprobs.extend(batch.logprobs)
+        self.timeline.first_token_s = self.timeline.first_token_s or now_s
+        if batch.finish_reason:
+            self.finish_reason, self.timeline.finished_s = batch.finish_reason, now_s
+
+
+class LocalPipeline:
+    """Both stages of a plan over one model, sharing its weights.
+
+    Args:
+        model: A dense Hugging Face model.
+        tokenizer: Needed for text prompts, answer text and stop strings.
+        plan: None is the dense model.
+        max_num_seqs: Sequences that decode at once.
+        max_model_len: Most tokens of prompt and answer; None is the model's own limit.
+
+    Raises:
+        ModelError: The architecture is not supported.
+        PlanError: The plan was made for another model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        plan: PruningPlan | None = None,
+        *,
+        max_num_seqs: int = 8,
+        max_model_len: int | None = None,
+    ) -> None:
+        self.plan = plan or PruningPlan()
+        self.signature = signature_of(model)
+        self.plan.check_model(self.signature)
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len or text_config(model.config).max_position_embeddings
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids(model)
+        self._decode_stack = BlockStack(model, self.plan, "decode")
+        self.prefill = PrefillEngine(
+            BlockStack(model, self.plan, "prefill"),
+            self.plan,
+            max_model_len=self.max_model_len,
+            eos_token_ids=self._eos_token_ids,
+            tokenizer=tokenizer,
+        )
+        self._kv_shape = KVShape.of(self._decode_stack)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 - frozen
+    ) -> list[Completion]:
+        """Answer prompts (texts or token ids), in their order; one set of parameters, or one each.
+
+        Raises:
+            RequestError: A prompt is empty or too long; nothing was run.
+        """
+        runs = [_Run(request, Timeline()) for request in self._requests(prompts, sampling)]
+        decode = self._decode_engine([run.request for run in runs])
+        by_id = {run.request.request_id: run for run in runs}
+        waiting = deque(runs)
+        while waiting or decode.num_running:
+            while waiting and decode.num_free:
+                self._hand_over(waiting.popleft(), decode)
+            for batch in decode.step():
+                by_id[batch.request_id].add(batch)
+        decode.check_integrity()
+        return [self._completion(run) for run in runs]
+
+    def answer_logits(
+        self, prompt_token_ids: Sequence[int], answer_token_ids: Sequence[int]
+    ) -> torch.Tensor:
+        """Logits ``(C, V)`` that predict each given answer token, through the path that serves.
+
+        Row ``i`` saw the prompt's KV as decode gets it, and answer tokens ``0..i-1``.
+        """
+        fed = tuple(answer_token_ids)[:-1]
+        sampling = SamplingParams(max_tokens=len(fed) + 1, ignore_eos=True)
+        request = GenerationRequest("answer-logits", tuple(prompt_token_ids), sampling)
+        first_V, segment = self.prefill.compute(request.prompt_token_ids)
+        rows = [] if first_V is None else [first_V]
+        if len(rows) <= len(fed):
+            decode = self._decode_engine([request])
+            decode.admit(request, self._over_the_wire(request, segment)[1], replay=fed)
+            rows += [decode.advance()[0] for _ in range(len(fed) + 1 - len(rows))]
+        return torch.stack(rows)
+
+    def _requests(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams],
+    ) -> list[GenerationRequest]:
+        if isinstance(prompts, str):
+            raise RequestError("`prompts` is one string; pass a list of prompts")
+        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+        if len(each) != len(prompts):
+            raise RequestError(
+                f"{len(prompts)} prompts but {len(each)} sampling parameters; pass one or as many"
+            )
+        requests = [
+            GenerationRequest(f"local-{number}", self._token_ids(prompt), params)
+            for number, (prompt, params) in enumerate(zip(prompts, each, strict=True))
+        ]
+        vocab_size = self._decode_stack.vocab_size
+        for request in requests:
+            request.check_limits(max_model_len=self.max_model_len, vocab_size=vocab_size)
+        return requests
+
+    def _token_ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return tuple(prompt)
+        if self._tokenizer is None:
+            raise RequestError("a text prompt needs a tokenizer; pass one, or pass token ids")
+        return tuple(self._tokenizer(prompt)["input_ids"])
+
+    def _decode_engine(self, requests: Sequence[GenerationRequest]) -> DecodeEngine:
+        """An engine with room for the longest of the requests."""
+        needs = [r.num_prompt_tokens + r.sampling.max_tokens for r in requests]
+        return DecodeEngine(
+            self._decode_stack,
+            self.plan,
+            max_num_seqs=max(1, min(self.max_num_seqs, len(requests))),
+            max_model_len=max(needs, default=1),
+            eos_token_ids=self._eos_token_ids,
+            tokenizer=self._tokenizer,
+        )
+
+    def _hand_over(self, run: _Run, decode: DecodeEngine) -> None:
+        """Prefill one request and admit it, unless its first token ended it."""
+        marks, request = run.timeline, run.request
+        marks.prefill_started_s = time.monotonic()
+        output = self.prefill.run(request)
+        marks.prefill_finished_s = time.monotonic()
+        if output.first is not None:
+            run.add(output.first)
+        if output.segment is None:
+            return
+        message, segment = self._over_the_wire(request, output.segment)
+        packed_s = time.monotonic()
+        decode.admit(request, segment, output.first)
+        marks.admitted_s = time.monotonic()
+        run.transfer = account(
+            self._kv_shape,
+            self.plan,
+            message_sizes(message),
+            Route(request.request_id, request.attempt, NODE, NODE),
+            num_prompt_tokens=request.num_prompt_tokens,
+            times=TransferTimes(
+                put_s=packed_s - marks.prefill_finished_s, fetch_s=marks.admitted_s - packed_s
+            ),
+        )
+
+    def _over_the_wire(
+        self, request: GenerationRequest, segment: KVSegment
+    ) -> tuple[Message, KVSegment]:
+        envelope = Envelope(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            plan_fingerprint=self.plan.fingerprint,
+            weights_fingerprint=self.signature.weights_fingerprint,
+        )
+        message = pack(segment, envelope)
+        return message, unpack(message, envelope)
+
+    def _completion(self, run: _Run) -> Completion:
+        text = ""
+        if self._tokenizer is not None:
+            request = run.request
+            stream = TextStream(
+                self._tokenizer, request.sampling.stop, context=request.prompt_token_ids
+            )
+            text = stream.push(run.token_ids) + stream.flush()
+        return Completion(
+            prompt_token_ids=run.request.prompt_token_ids,
+            token_ids=tuple(run.token_ids),
+            text=text,
+            finish_reason=run.finish_reason or "length",
+            logprobs=tuple(run.logprobs),
+            timeline=run.timeline,
+            transfer=run.transfer,
+        )

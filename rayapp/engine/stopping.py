@@ -1,0 +1,181 @@
+"""Answer text as it grows: incremental detokenisation that ends before a stop string.
+
+Pushing tokens one by one or many at once gives the same text, so the decode engine (which ends a
+sequence at a stop string) and the HTTP layer (which streams its text) always agree.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+_REPLACEMENT = "\ufffd"
+# An incomplete character is at most three bytes, and a token holds at least one: what still ends in
+# a replacement character after this many tokens is not an incomplete character but broken text.
+_MAX_PENDING_TOKENS = 8
+_NUM_CONTEXT_TOKENS = 4
+
+
+class TextStream:
+    """The text of one answer, released once it can neither change nor be part of a stop string.
+
+    Args:
+        tokenizer: Turns tokens into text; special tokens are left out.
+        stop: Strings before which the text ends; empty ones are ignored.
+        context: What precedes the answer (its prompt): some tokenizers spell a word's leading space
+            only where something stands before it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        *,
+        context: Sequence[int] = (),
+    ) -> None:
+        self._pieces = _pieces_of(tokenizer, context)
+        self._stop = tuple(s for s in stop if s)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Take the next tokens; the text that they release. Nothing is taken once ``stopped``."""
+        released = []
+        for token_id in token_ids:
+            if self.stopped:
+                break
+            released.append(self._take(self._pieces.push(token_id)))
+        return "".join(released)
+
+    def flush(self) -> str:
+        """The text held back, at the end of the answer; nothing where a stop string ended it."""
+        if self.stopped:
+            return ""
+        released = self._take(self._pieces.flush())
+        if not self.stopped:
+            released, self._held = released + self._held, ""
+        return released
+
+    def _take(self, piece: str) -> str:
+        if not self._stop:
+            return piece
+        text = self._held + piece
+        found = [at for at in map(text.find, self._stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max(_overlap(text, stop) for stop in self._stop)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop`` without completing it."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class _Pieces(Protocol):
+    """Tokens to pieces of text that no later token changes."""
+
+    def push(self, token_id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+def _pieces_of(tokenizer: PreTrainedTokenizerBase, context: Sequence[int]) -> _Pieces:
+    if _is_byte_level(tokenizer):
+        return _BytePieces(tokenizer)
+    return _WindowPieces(tokenizer, context)
+
+
+@lru_cache(maxsize=8)
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether every token stands for bytes in GPT-2's table (Llama 3, Qwen, the test-bed)."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return False
+    decoder = json.loads(backend.to_str())["decoder"]
+    return bool(decoder) and decoder["type"] == "ByteLevel"
+
+
+@lru_cache(maxsize=8)
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(tokenizer.all_special_ids) | {i for i, token in added if token.special}
+
+
+@lru_cache(maxsize=1)
+def _byte_of_symbol() -> dict[str, int]:
+    """GPT-2's table: the printable character that stands for each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+
+
+class _BytePieces:
+    """Byte-level tokenizers: bytes through an incremental UTF-8 decoder, constant work a token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._special = _special_ids(tokenizer)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._special:
+            return ""
+        symbols = self._tokenizer.convert_ids_to_tokens(token_id)
+        if symbols is None:  # a row of the head beyond the vocabulary
+            return ""
+        table = _byte_of_symbol()
+        try:
+            raw = bytes(table[symbol] for symbol in symbols)
+        except KeyError:  # an added token, spelt as text
+            raw = symbols.encode("utf-8")
+        return self._utf8.decode(raw)
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class _WindowPieces:
+    """Any other tokenizer: decode a window with and without the new tokens, take the difference.
+
+    The window begins at tokens already released, because pieces depend on what stands before them
+    (leading spaces, byte fallback).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._window = list(context[-_NUM_CONTEXT_TOKENS:])
+        self._num_released = len(self._window)
+
+    def push(self, token_id: int) -> str:
+        self._window.append(token_id)
+        num_pending = len(self._window) - self._num_released
+        text = self._decode(self._window)
+        if text.endswith(_REPLACEMENT) and num_pending < _MAX_PENDING_TOKENS:
+            return ""
+        return self._release(text)
+
+    def flush(self) -> str:
+        return self._release(self._decode(self._window))
+
+    def _release(self, text: str) -> str:
+        piece = text[len(self._decode(self._window[: self._num_released])) :]
+        self._window = self._window[self._num_released :]
+        self._num_released = len(self._window)
+        return piece
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(
+            self._tokenizer.decode(
+                token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )

@@ -1,0 +1,120 @@
+"""Sampling against a plain per-row computation in numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rayapp.engine.request import SamplingParams
+from rayapp.engine.sampling import choose_tokens, noise, token_logprobs
+
+GREEDY = SamplingParams()
+
+
+def plain_draw(logits: np.ndarray, params: SamplingParams, index: int) -> int:
+    """The definition, one row at a time."""
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    if params.top_k:
+        order = order[: params.top_k]
+    scaled = np.array([logits[i] for i in order]) / params.temperature
+    weights = np.exp(scaled - scaled.max())
+    weights /= weights.sum()
+    kept, mass = [], 0.0
+    for weight in weights:
+        kept.append(weight)
+        mass += weight
+        if mass >= params.top_p:
+            break
+    target, seen = noise(params.seed, index) * sum(kept), 0.0
+    for token, weight in zip(order, kept, strict=False):
+        seen += weight
+        if target < seen:
+            return token
+    return order[len(kept) - 1]
+
+
+def random_logits(rows: int, vocab: int = 50, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def test_greedy_takes_the_best_and_ties_go_to_the_lowest_id():
+    logits = torch.tensor([[0.0, 2.0, 2.0, 1.0], [3.0, 1.0, 0.0, 3.0]])
+    assert choose_tokens(logits, [GREEDY, GREEDY], [0, 5]) == [1, 0]
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 7])
+@pytest.mark.parametrize("top_p", [1.0, 0.6, 1e-9])
+def test_draws_follow_the_definition(top_k, top_p):
+    logits = random_logits(64)
+    params = [
+        SamplingParams(temperature=0.5 + row / 20, top_k=top_k, top_p=top_p, seed=row)
+        for row in range(64)
+    ]
+    indices = [row * 3 for row in range(64)]
+    expected = [
+        plain_draw(row.double().numpy(), p, i)
+        for row, p, i in zip(logits, params, indices, strict=True)
+    ]
+    assert choose_tokens(logits, params, indices) == expected
+
+
+def test_rows_do_not_influence_each_other():
+    logits = random_logits(12)
+    params = [
+        SamplingParams(temperature=row % 3, top_k=row % 4, top_p=1 - row / 20, seed=row)
+        for row in range(12)
+    ]
+    indices = list(range(12))
+    together = choose_tokens(logits, params, indices)
+    order = torch.randperm(12).tolist()
+    shuffled = choose_tokens(logits[order], [params[r] for r in order], order)
+    alone = [choose_tokens(logits[r : r + 1], [params[r]], [r])[0] for r in range(12)]
+    assert together == alone
+    assert [together[r] for r in order] == shuffled
+
+
+def test_frequencies_follow_the_probabilities():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -5.0]])
+    count = 4000
+    params = [SamplingParams(temperature=2.0, seed=9)] * count
+    drawn = choose_tokens(logits.expand(count, -1), params, list(range(count)))
+    found = np.bincount(drawn, minlength=4) / count
+    expected = (logits[0] / 2.0).softmax(-1).numpy()
+    assert np.abs(found - expected).max() < 0.03
+
+
+def test_noise_depends_on_seed_and_index_alone():
+    assert noise(3, 5) == noise(3, 5)
+    values = {noise(seed, index) for seed in range(20) for index in range(20)}
+    assert len(values) == 400
+    assert all(0 <= value < 1 for value in values)
+    assert noise(2**63 - 1, 10**9) >= 0
+
+
+def test_a_tiny_temperature_is_greedy():
+    logits = random_logits(5)
+    cold = [SamplingParams(temperature=1e-300, seed=row) for row in range(5)]
+    assert choose_tokens(logits, cold, [0] * 5) == logits.argmax(-1).tolist()
+
+
+def test_temperature_does_not_touch_the_logprobs():
+    logits = random_logits(3)
+    params = [
+        SamplingParams(temperature=2.0, logprobs=0),
+        GREEDY,
+        SamplingParams(temperature=0.1, logprobs=4),
+    ]
+    entries = token_logprobs(logits, [4, 5, int(logits[2].argmax())], params)
+    expected = logits.double().log_softmax(-1)
+    assert entries[0].logprob == pytest.approx(expected[0, 4].item(), abs=1e-12)
+    assert entries[0].top == ()
+    assert entries[1] is None
+    assert [token for token, _ in entries[2].top] == expected[2].topk(4).indices.tolist()
+
+
+def test_the_best_alternative_is_the_same_float():
+    logits = random_logits(1).bfloat16()
+    best = choose_tokens(logits, [GREEDY], [0])
+    (entry,) = token_logprobs(logits, best, [SamplingParams(logprobs=1)])
+    assert entry.top == ((best[0], entry.logprob),)
