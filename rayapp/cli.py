@@ -64,6 +64,63 @@ def _load_plan(path: Path | None) -> Any:
 
 
 @app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for all that it leaves.")] = Path("out/demo"),
+) -> None:
+    """The whole loop on the small shipped model: search, evaluate, serve, ask, account, report."""
+    from rayapp.demo import run_demo
+
+    run_demo(out, Console())
+
+
+@app.command()
+def serve(
+    model: Model,
+    plan: Plan = None,
+    mode: Annotated[
+        Literal["disaggregated", "unified"], typer.Option(help="Stages apart, or in one replica.")
+    ] = "disaggregated",
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where to listen.")] = 8000,
+    prefill_replicas: Annotated[str, typer.Option(metavar="MIN[:MAX]")] = "1",
+    decode_replicas: Annotated[str, typer.Option(metavar="MIN[:MAX]")] = "1",
+    replicas: Annotated[str, typer.Option(metavar="MIN[:MAX]", help="Of unified mode.")] = "1",
+    served_model_name: Annotated[str | None, typer.Option(help="Default: directory name.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="RAYAPP_API_KEY")] = None,
+    allow_unauthenticated: Annotated[
+        bool, typer.Option("--allow-unauthenticated", help="Without a key beyond loopback.")
+    ] = False,
+    max_model_len: Annotated[int | None, typer.Option(help="Prompt and answer.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Per decode replica.")] = 8,
+    max_waiting: Annotated[int, typer.Option(help="Beyond it: 429.")] = 256,
+    gpus: Annotated[float, typer.Option(help="GPUs per replica; 0 runs on CPU.")] = 0.0,
+    dtype: DTypeOption = "auto",
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default: a local one.")] = None,
+) -> None:
+    """Serve a model, or a plan of it, over an OpenAI-compatible API until interrupted."""
+    from rayapp.distributed.serving import serve_until_interrupted
+    from rayapp.distributed.settings import ServiceSettings
+
+    def pool(count: str, **labels: str) -> dict[str, Any]:
+        device = "cuda" if gpus else "cpu"
+        return {"replicas": count, "labels": labels, "num_gpus": gpus, "device": device}
+
+    settings = ServiceSettings.parse(
+        {
+            "model": str(model), "plan": str(plan) if plan else None, "mode": mode, "host": host,
+            "port": port, "served_model_name": served_model_name, "api_key": api_key,
+            "max_model_len": max_model_len, "max_num_seqs": max_num_seqs,
+            "max_waiting": max_waiting, "dtype": dtype,
+            "prefill": pool(prefill_replicas, role="prefill"),
+            "decode": pool(decode_replicas, role="decode"), "unified": pool(replicas),
+        }
+    )  # fmt: skip
+    serve_until_interrupted(
+        settings, address=address, allow_unauthenticated=allow_unauthenticated, say=typer.echo
+    )
+
+
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[list[str], typer.Option(help="Prompt text; may be given several times.")],
@@ -97,6 +154,85 @@ def generate(
     pipeline = LocalPipeline(loaded.model, loaded.tokenizer, pruning_plan)
     for completion in pipeline.generate(list(prompt), sampling):
         typer.echo(completion.text)
+
+
+@app.command()
+def prune(
+    model: Model,
+    calibration: Annotated[Path, typer.Option(help="JSON lines of prompt and completion.")],
+    out: Annotated[str, typer.Option(help="Directory (or pyarrow URI) for what is found.")],
+    prefill_remove: Annotated[float, typer.Option(help="Blocks; parts count 1/2.")] = 0.0,
+    decode_remove: Annotated[float, typer.Option(help="Blocks; parts count 1/2.")] = 0.0,
+    unit: Annotated[
+        Literal["block", "part"], typer.Option(help="What is removed whole.")
+    ] = "block",
+    kv_modes: Annotated[
+        bool, typer.Option(help="Prefill may skip a block and still write its KV.")
+    ] = True,
+    method: Annotated[
+        Literal["annealing", "exhaustive", "similarity"], typer.Option(help="Search method.")
+    ] = "annealing",
+    score_by: Annotated[
+        Literal["task", "token"], typer.Option(help="What weighs equally.")
+    ] = "task",
+    objective: Annotated[Literal["kl", "nll"], typer.Option(help="What is minimised.")] = "kl",
+    first_token: Annotated[
+        Literal["prefill", "decode"], typer.Option(help="Stage that makes the first answer token.")
+    ] = "prefill",
+    evaluations: Annotated[int | None, typer.Option(min=1, help="Candidates at most.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Ray evaluators; 0: none, in process.")] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the journal.")] = False,
+    dtype: DTypeOption = "auto",
+) -> None:
+    """Search which blocks (or parts) prefill and decode can each do without."""
+    from rayapp.distributed.prune import prune as search
+    from rayapp.pruning.progress import ProgressReport
+    from rayapp.pruning.settings import PruneSettings
+
+    logging.getLogger("rayapp").setLevel(logging.INFO)
+    settings = PruneSettings.checked(
+        model=str(model), calibration=str(calibration), out=out, prefill_remove=prefill_remove,
+        decode_remove=decode_remove, unit=unit, kv_modes=kv_modes, method=method,
+        score_by=score_by, objective=objective, first_token=first_token, evaluations=evaluations,
+        workers=workers, seed=seed, address=address, resume=resume, dtype=dtype,
+    )  # fmt: skip
+    with ProgressReport() as report:
+        result = search(settings, on_progress=report)
+    typer.echo(result.summary(out))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[list[Path], typer.Option(help="JSON lines; may be given several times.")],
+    plan: Plan = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+    split: Annotated[str, typer.Option(help="Which split the data are, for the record.")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples per task.")] = None,
+    runs: Annotated[int, typer.Option(min=0, help="Timed runs per batch size; 0: none.")] = 30,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    dtype: DTypeOption = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto for all GPUs.")] = "cpu",
+) -> None:
+    """Dense beside plan: answer NLL, KL, exact match, bytes and latency."""
+    from rayapp.evaluation.evaluate import evaluate as measure
+    from rayapp.evaluation.progress import shown_progress
+    from rayapp.evaluation.settings import EvaluationSettings
+    from rayapp.evaluation.table import tables
+
+    settings = EvaluationSettings(split=split, limit=limit, num_runs=runs, seed=seed)
+    with shown_progress() as progress:
+        result = measure(
+            model, plan, data, settings=settings, dtype=dtype, device=device, out=out,
+            progress=progress,
+        )  # fmt: skip
+    console = Console()
+    for table in tables(result):
+        console.print(table.rich())
+    for caveat in result.caveats:
+        console.print(f"not for quotation: {caveat}", highlight=False)
 
 
 @app.command()

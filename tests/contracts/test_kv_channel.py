@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -18,11 +19,31 @@ def local_channel() -> Iterator[KVChannel]:
     yield LocalChannel(max_pinned_bytes=BUDGET)
 
 
+def object_store_channel() -> Iterator[KVChannel]:
+    import ray
+
+    from rayapp.distributed.channel import ObjectStoreChannel
+
+    if not ray.is_initialized():
+        ray.init(num_cpus=1, include_dashboard=False, logging_level="error")
+    yield ObjectStoreChannel(max_pinned_bytes=BUDGET)
+
+
 # Each entry yields one channel with a budget of BUDGET bytes and cleans up after itself.
-CHANNELS: dict[str, Callable[[], Iterator[KVChannel]]] = {"local": local_channel}
+CHANNELS: dict[str, Callable[[], Iterator[KVChannel]]] = {
+    "local": local_channel,
+    "object_store": object_store_channel,
+}
 
 
-@pytest.fixture(params=list(CHANNELS))
+@pytest.fixture(scope="module", autouse=True)
+def _leave_ray() -> Iterator[None]:
+    yield
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+@pytest.fixture(params=["local", pytest.param("object_store", marks=pytest.mark.ray)])
 def channel(request: pytest.FixtureRequest) -> Iterator[KVChannel]:
     yield from CHANNELS[request.param]()
 

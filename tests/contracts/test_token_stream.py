@@ -8,8 +8,10 @@ and ``check_idle()``, which raises where anything is still held.
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
@@ -36,9 +38,53 @@ def _in_process(tiny_model, tokenizer):
     )
 
 
-@pytest.fixture(scope="module", params=["in_process"])
+def _over_ray(tiny_model, tokenizer):
+    """The service in this process, its replicas on two nodes of a local cluster."""
+    from ray import serve
+
+    from rayapp.distributed.cluster import local_cluster
+    from rayapp.distributed.deploy import running_service
+    from rayapp.distributed.ingress import open_service
+    from rayapp.distributed.settings import APP_NAME, ServiceSettings
+
+    model = tiny_model("llama")
+    limits = {"max_num_seqs": MAX_NUM_SEQS, "max_model_len": MAX_MODEL_LEN}
+    stack = ExitStack()
+    path = stack.enter_context(TemporaryDirectory())
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = ServiceSettings.parse(
+        {"model": path, "served_model_name": "m", "dtype": "float32", "port": port, **limits}
+    )
+    cluster = stack.enter_context(local_cluster())
+    stack.enter_context(running_service(settings, address=cluster.address))
+    handles = {name: serve.get_deployment_handle(name, APP_NAME) for name in settings.pools}
+    service = open_service(settings, handles, serve.get_deployment_handle("ingress", APP_NAME))
+
+    def check_idle():
+        held = [service.counts()]
+        for handle in handles.values():
+            held += handle.broadcast("check_integrity").results(timeout_s=10)
+        assert not any(any(counts.values()) for counts in held), held
+
+    return SimpleNamespace(
+        service=service,
+        reference=LocalPipeline(model, tokenizer, **limits),
+        run=asyncio.run,
+        check_idle=check_idle,
+        close=stack.close,
+    )
+
+
+STREAMS = {"in_process": _in_process, "ray": _over_ray}
+
+
+@pytest.fixture(scope="module", params=["in_process", pytest.param("ray", marks=pytest.mark.ray)])
 def stream(request, tiny_model, byte_tokenizer):
-    opened = {"in_process": _in_process}[request.param](tiny_model, byte_tokenizer)
+    opened = STREAMS[request.param](tiny_model, byte_tokenizer)
     yield opened
     opened.close()
 

@@ -1,0 +1,49 @@
+"""A pruning search as a Ray job: ``ray job submit --working-dir . -- python jobs/prune.py ...``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+from rayapp.distributed.prune import prune
+from rayapp.errors import InputError, RayappError
+from rayapp.pruning.progress import ProgressReport
+from rayapp.pruning.settings import PruneSettings
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Model directory, readable from every node.")],
+    calibration: Annotated[str, typer.Option(help="JSON lines with prompt and completion.")],
+    out: Annotated[str, typer.Option(help="Directory or URI for plan, journal and trials.")],
+    prefill_remove: Annotated[float, typer.Option(help="Blocks that prefill removes.")] = 0.0,
+    decode_remove: Annotated[float, typer.Option(help="Blocks that decode removes.")] = 0.0,
+    unit: Annotated[str, typer.Option(help="block or part")] = "block",
+    kv_modes: Annotated[bool, typer.Option(help="Skip blocks in prefill, write their KV.")] = True,
+    method: Annotated[str, typer.Option(help="annealing, exhaustive or similarity")] = "annealing",
+    score_by: Annotated[str, typer.Option(help="task or token")] = "task",
+    objective: Annotated[str, typer.Option(help="kl or nll")] = "kl",
+    first_token: Annotated[str, typer.Option(help="prefill or decode")] = "prefill",
+    evaluations: Annotated[int | None, typer.Option(help="Candidates scored at most.")] = None,
+    workers: Annotated[int, typer.Option(help="Ray evaluators; 0 needs no Ray.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default: this job's.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the journal in --out.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Search for what prefill and decode can each do without."""
+    values = {key: value for key, value in locals().items() if key != "values"}
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        with ProgressReport() as report:
+            result = prune(PruneSettings.checked(**values), on_progress=report)
+    except RayappError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
+    typer.echo(result.summary(out))
+
+
+if __name__ == "__main__":
+    typer.run(main)

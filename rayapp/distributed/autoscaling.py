@@ -1,0 +1,72 @@
+"""How many replicas each pool should have, from our own metrics. Serve bounds and delays it.
+
+Prefill follows the prompt tokens in its queues, decode the share of slots and entries in use, and
+requests that wait for a slot; both sums are over the pool, so consolidation is counted before a
+pool shrinks. Where a number is missing, the pool stays as it is. Nothing here may raise: Serve
+would silently fall back.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+Decision = tuple[int, dict[str, Any]]
+
+
+def prefill_replicas(context: Any, *, tokens_per_replica: int) -> Decision:
+    """Enough replicas that each has at most ``tokens_per_replica`` prompt tokens in its queue."""
+    return _decided(context, lambda: by_queued_tokens(context, tokens_per_replica))
+
+
+def decode_replicas(context: Any, *, target_usage: float) -> Decision:
+    """Enough replicas that each is used by at most ``target_usage``, waiting requests counted."""
+    return _decided(context, lambda: by_usage(context, target_usage))
+
+
+def unified_replicas(context: Any, *, tokens_per_replica: int, target_usage: float) -> Decision:
+    """The larger of both."""
+
+    def larger() -> int | None:
+        both = by_queued_tokens(context, tokens_per_replica), by_usage(context, target_usage)
+        return None if None in both else max(n for n in both if n is not None)
+
+    return _decided(context, larger)
+
+
+def by_queued_tokens(context: Any, tokens_per_replica: int) -> int | None:
+    """Replicas for the tokens that wait; None on missing data."""
+    queued = _total(context, "queued_tokens")
+    return None if queued is None else math.ceil(queued / tokens_per_replica)
+
+
+def by_usage(context: Any, target_usage: float) -> int | None:
+    """Replicas for the slots in use and wanted; None on missing data."""
+    usage, waiting = _total(context, "usage"), _total(context, "waiting")
+    if usage is None or waiting is None:
+        return None
+    return math.ceil(round((usage + waiting) / target_usage, 6))
+
+
+def _total(context: Any, name: str) -> float | None:
+    """Sum of a metric over the running replicas, None unless each has reported it."""
+    reported = (context.aggregated_metrics or {}).get(name) or {}
+    found = [reported.get(replica) for replica in context.running_replicas]
+    if not found or any(value is None or not math.isfinite(value) for value in found):
+        return None
+    return float(sum(value for value in found if value is not None))
+
+
+def _decided(context: Any, decide: Any) -> Decision:
+    """The decision within the pool's bounds; hold where there is none."""
+    try:
+        wanted = decide()
+    except Exception:
+        logger.exception("an autoscaling policy failed; the pool stays as it is")
+        wanted = None
+    if wanted is None:
+        return context.target_num_replicas, {}
+    return max(1, wanted), {}

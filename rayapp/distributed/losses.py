@@ -1,0 +1,30 @@
+"""Which failures of a call mean that work was lost and may be done again; names for the others."""
+
+from __future__ import annotations
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+
+from rayapp.errors import RayappError, TransferError, UnavailableError
+
+DIED = (RayError, RayServeException)
+
+
+def replica_died(error: Exception) -> bool:
+    """Whether the replica is gone, rather than having raised."""
+    return isinstance(error, DIED) and not isinstance(error, RayTaskError)
+
+
+def explained(error: Exception) -> RayappError | None:
+    """``error`` as one of ours, as the replica raised it; None where it is none."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, RayappError):
+        return cause
+    if replica_died(error):
+        return UnavailableError(f"a replica was lost ({type(error).__name__}); ask again")
+    return None
+
+
+def is_lost(error: RayappError) -> bool:
+    """Whether prefilling again may help: a replica died, or KV was lost or refused."""
+    return isinstance(error, TransferError | UnavailableError)

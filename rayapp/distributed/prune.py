@@ -1,0 +1,75 @@
+"""One search, from settings to a plan: in this process, or on a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from rayapp.distributed.scoring import EvaluatorPool
+from rayapp.errors import ClusterError
+from rayapp.pruning.preparation import Prepared, open_evaluator, prepare
+from rayapp.pruning.progress import ProgressCallback
+from rayapp.pruning.run import SearchResult, run_search
+from rayapp.pruning.scoring import Compute, LocalCompute, Scorer
+from rayapp.pruning.settings import PruneSettings
+
+
+def prune(settings: PruneSettings, *, on_progress: ProgressCallback | None = None) -> SearchResult:
+    """Search for a plan and write it, its journal and its trials to ``settings.out``.
+
+    Scores in this process where neither ``workers`` nor ``address`` is given; otherwise on
+    evaluators of a Ray cluster: the one that this process is connected to, the one at ``address``,
+    the one of the job that this runs in, or a local one that is started for the search and ended
+    after it.
+
+    Raises:
+        InputError: Model, data, sizes or output directory cannot be used.
+        ClusterError: The cluster cannot be reached, or cannot place an evaluator.
+        SearchError: The search cannot go on; the journal keeps what was scored.
+    """
+    prepared = prepare(settings)
+    if not settings.workers and settings.address is None:
+        evaluator = open_evaluator(settings, prepared.calibration)
+        return _search(settings, prepared, LocalCompute(evaluator), on_progress)
+    # Evaluators run elsewhere: a path relative to this process means nothing to them.
+    settings = settings.model_copy(update={"model": str(Path(settings.model).absolute())})
+    with _connected(settings.address), EvaluatorPool(settings, prepared.calibration) as pool:
+        return _search(settings, prepared, pool, on_progress)
+
+
+def _search(
+    settings: PruneSettings,
+    prepared: Prepared,
+    compute: Compute,
+    on_progress: ProgressCallback | None,
+) -> SearchResult:
+    scorer = Scorer(
+        prepared.calibration,
+        settings.scoring(),
+        compute,
+        weights=prepared.signature.weights_fingerprint,
+    )
+    return run_search(settings, scorer, prepared.signature, on_progress=on_progress)
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[None]:
+    """A Ray connection: the one that is there, or one that ends with this context."""
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address=address, logging_level="warning")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ClusterError(
+            f"no Ray cluster at {address or 'the default address'} ({reason}); start one with "
+            "`ray start --head`, or leave out --workers and --address to search in this process"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,244 @@
+"""Scores candidates on one chunk, reusing everything that equals what was computed before.
+
+A state is named by exactly what it depends on, and looked up before it is computed:
+
+- prefill's hidden state that enters block ``b``: the chunk and prefill's skips before ``b``;
+- the KV of block ``b``: the same, and whether the transfer rules apply (the dense reference is
+  uncut);
+- decode's hidden state that enters block ``b``: decode's skips before ``b``, and prefill's skips
+  before the last block under ``b`` where decode attended.
+
+So a candidate restarts at its first changed block, siblings share prefixes when they come in order,
+and changes of decode alone find the whole prefill done. Results never depend on what was found: the
+same operation runs on the same shapes either way.
+Shapes: B = lines, P = prompt tokens, D = tokens that decode runs, C = continuation tokens,
+E = hidden size, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from rayapp.kv.quantize import round_trip
+from rayapp.plan import SEND_ALL, KVTransfer
+from rayapp.pruning.block_runner import KV, BlockKVSlot, BlockRunner
+from rayapp.pruning.calibration import Calibration
+from rayapp.pruning.candidates import ATTENTION, DENSE, Candidate
+from rayapp.pruning.handoff import Handoff, handoff
+from rayapp.pruning.objective import Objective, token_values
+from rayapp.pruning.state_cache import StateCache, Tensors
+
+CACHE_BYTES = 1 << 30
+"""Bound of an evaluator's cache (project default)."""
+
+LineSums = tuple[float, ...]
+_Key = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One candidate on one chunk; ``held`` keeps what its rest needs, whatever the bound."""
+
+    chunk: int
+    inputs: Handoff
+    prefill: tuple[int, ...]
+    decode: tuple[int, ...]
+    cut: bool
+    held: dict[_Key, Tensors] = field(default_factory=dict)
+
+    @property
+    def is_dense(self) -> bool:
+        return not any(self.prefill) and not any(self.decode) and not self.cut
+
+
+class Evaluator:
+    """The compute of a search on one device.
+
+    Args:
+        model: The dense model.
+        calibration: The chunks that are scored.
+        objective: What to compute.
+        cache_bytes: Bound of what is kept for reuse; 0 reuses nothing, with the same scores.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        calibration: Calibration,
+        objective: Objective,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.calibration = calibration
+        self.objective = objective
+        self.runner = BlockRunner(model)
+        self.blocks_run = 0
+        self._rules = {b: r for b, r in objective.kv_transfer.items() if r != SEND_ALL}
+        self._cache = StateCache(cache_bytes)
+        self._inputs: dict[int, Handoff] = {}
+        self._masks: dict[_Key, torch.Tensor | None] = {}
+
+    @torch.inference_mode()
+    def line_sums(self, candidates: Sequence[Candidate], chunk: int) -> list[LineSums]:
+        """Per candidate the sum over the continuation tokens of every line of ``chunk``, float64.
+
+        Candidates may come in any order; ascending order shares most.
+        """
+        lines = self.calibration.chunks[chunk]
+        valid_BC = self.inputs(chunk).valid_BC
+        dense_BCV = self._dense_logits(chunk) if self.objective.kind == "kl" else None
+        found = []
+        for candidate in candidates:
+            logits_BCV = self._logits(self._pass(candidate, chunk, cut=bool(self._rules)))
+            values_BC = token_values(self.objective, dense_BCV, logits_BCV, lines.continuations_BC)
+            sums_B = values_BC.cpu().masked_fill(~valid_BC, 0.0).sum(dim=1)
+            found.append(tuple(sums_B.tolist()))
+        return found
+
+    def inputs(self, chunk: int) -> Handoff:
+        """What both stages run on a chunk."""
+        if chunk not in self._inputs:
+            self._inputs[chunk] = handoff(
+                self.calibration.chunks[chunk], self.objective.first_token
+            )
+        return self._inputs[chunk]
+
+    def _pass(self, candidate: Candidate, chunk: int, *, cut: bool) -> _Pass:
+        blocks = self.runner.num_blocks
+        prefill, decode = candidate.skips("prefill", blocks), candidate.skips("decode", blocks)
+        return _Pass(chunk, self.inputs(chunk), prefill, decode, cut)
+
+    def _dense_logits(self, chunk: int) -> torch.Tensor:
+        """The reference, ``(B, C, V)``: dense stages, uncut KV."""
+        found = self._cache.get(("logits", chunk))
+        if found is None:
+            found = (self._logits(self._pass(DENSE, chunk, cut=False)),)
+            self._cache.put(("logits", chunk), found, dense=True)
+        return found[0]
+
+    def _logits(self, run: _Pass) -> torch.Tensor:
+        """Logits of every continuation token, ``(B, C, V)``."""
+        decoded_BDE = self._decode_state(run)
+        if not run.inputs.first_from_prefill:
+            return self.runner.logits(decoded_BDE)
+        prompt_BPE = self._prefill_state(run, self.runner.num_blocks)
+        last_B = run.inputs.num_prefilled_B.to(prompt_BPE.device) - 1
+        rows_B = torch.arange(len(last_B), device=last_B.device)
+        last_B1E = prompt_BPE[rows_B, last_B][:, None]
+        return self.runner.logits(torch.cat([last_B1E, decoded_BDE], dim=1))
+
+    def _prefill_state(self, run: _Pass, block: int) -> torch.Tensor:
+        """Prefill's hidden states that enter ``block``, ``(B, P, E)``."""
+        start, hidden_BPE = block, None
+        while start and hidden_BPE is None:
+            found = self._find(("prefill", run.chunk, run.prefill[:start]), run)
+            hidden_BPE = found[0] if found else None
+            start -= hidden_BPE is None
+        if hidden_BPE is None:
+            hidden_BPE = self.runner.embed(run.inputs.prefill_ids_BP)
+        positions_BP = run.inputs.prefill_positions_BP
+        for each in range(start, block):
+            mask = self.prefill_mask(run.chunk, each)
+            slot = BlockKVSlot()
+            hidden_BPE = self._run(each, run.prefill[each], hidden_BPE, positions_BP, mask, slot)
+            if slot.written:
+                self._keep(("kv", run.chunk, each, run.prefill[:each], False), slot.written, run)
+            self._keep(("prefill", run.chunk, run.prefill[: each + 1]), (hidden_BPE,), run)
+        return hidden_BPE
+
+    def _kv(self, run: _Pass, block: int) -> KV:
+        """The KV of ``block`` that decode finds: what prefill wrote, after the transfer."""
+        cut = run.cut and block in self._rules and self._rules[block].encoding != "model"
+        key = ("kv", run.chunk, block, run.prefill[:block], cut)
+        found = self._find(key, run)
+        if found is None and cut:
+            rule = self._rules[block]
+            found = self._encoded(self._kv(replace(run, cut=False), block), rule, run.inputs, block)
+            self._keep(key, found, run)
+        elif found is None:
+            hidden_BPE = self._prefill_state(run, block)
+            found = self.runner.write_kv(block, hidden_BPE, run.inputs.prefill_positions_BP)
+            self._keep(key, found, run)
+        return found[0], found[1]
+
+    def _encoded(self, kv: KV, rule: KVTransfer, inputs: Handoff, block: int) -> KV:
+        """KV after an encoding and back, line by line: scales see what one prompt sends."""
+        keys_BHPD, values_BHPD = kv[0].clone(), kv[1].clone()
+        for row, index_N in enumerate(inputs.sent_entries(rule, self.runner.windows[block])):
+            index_N = index_N.to(keys_BHPD.device)
+            keys_HND, values_HND = round_trip(
+                keys_BHPD[row][:, index_N], values_BHPD[row][:, index_N], rule.encoding
+            )
+            keys_BHPD[row, :, index_N] = keys_HND
+            values_BHPD[row, :, index_N] = values_HND
+        return keys_BHPD, values_BHPD
+
+    def _decode_state(self, run: _Pass) -> torch.Tensor:
+        """Decode's hidden states after the last block, ``(B, D, E)``."""
+        start, hidden_BDE = self.runner.num_blocks, None
+        while start and hidden_BDE is None:
+            found = self._find(_decode_key(run, start), run)
+            hidden_BDE = found[0] if found else None
+            start -= hidden_BDE is None
+        if hidden_BDE is None:
+            hidden_BDE = self.runner.embed(run.inputs.decode_ids_BD)
+        positions_BD = run.inputs.decode_positions_BD
+        for block in range(start, self.runner.num_blocks):
+            attends = not run.decode[block] & ATTENTION
+            slot = BlockKVSlot(prefix=self._kv(run, block) if attends else None)
+            mask = self.decode_mask(run.chunk, block, cut=run.cut) if attends else None
+            hidden_BDE = self._run(block, run.decode[block], hidden_BDE, positions_BD, mask, slot)
+            self._keep(_decode_key(run, block + 1), (hidden_BDE,), run)
+        return hidden_BDE
+
+    def decode_mask(self, chunk: int, block: int, *, cut: bool) -> torch.Tensor | None:
+        """What decode's tokens may attend to in a block, with or without the transfer rules."""
+        rule = self._rules.get(block, SEND_ALL) if cut else SEND_ALL
+        window = self.runner.windows[block]
+        key = ("decode", chunk, rule, window)
+        if key not in self._masks:
+            mask = self.inputs(chunk).decode_mask(rule, window)
+            self._masks[key] = mask.to(self.runner.device)
+        return self._masks[key]
+
+    def prefill_mask(self, chunk: int, block: int) -> torch.Tensor | None:
+        """What prompt tokens may attend to in a block; None is causal."""
+        window = self.runner.windows[block]
+        key = ("prefill", chunk, window)
+        if key not in self._masks:
+            mask = self.inputs(chunk).prefill_mask(window)
+            self._masks[key] = None if mask is None else mask.to(self.runner.device)
+        return self._masks[key]
+
+    def _run(
+        self,
+        block: int,
+        skipped: int,
+        hidden_BTE: torch.Tensor,
+        positions_BT: torch.Tensor,
+        mask: torch.Tensor | None,
+        slot: BlockKVSlot,
+    ) -> torch.Tensor:
+        self.blocks_run += 1
+        return self.runner.run(block, skipped, hidden_BTE, positions_BT, mask, slot)
+
+    def _find(self, key: _Key, run: _Pass) -> Tensors | None:
+        return run.held.get(key) or self._cache.get(key)
+
+    def _keep(self, key: _Key, tensors: Tensors, run: _Pass) -> None:
+        self._cache.put(key, tensors, dense=run.is_dense)
+        if key[0] == "prefill":  # the pass itself goes on from the last one only
+            for old in [k for k in run.held if k[0] == "prefill"]:
+                del run.held[old]
+        if key[0] != "decode":
+            run.held[key] = tensors
+
+
+def _decode_key(run: _Pass, block: int) -> _Key:
+    attended = [b for b in range(block) if not run.decode[b] & ATTENTION]
+    prefill = run.prefill[: attended[-1]] if attended else ()
+    return ("decode", run.chunk, run.decode[:block], prefill, run.cut)

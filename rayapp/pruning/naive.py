@@ -1,0 +1,103 @@
+"""The score computed without any reuse, built differently: the oracle of the evaluator.
+
+Every line alone; each stage's own stack from ``apply_stage``; the prompt in one pass; its KV
+through :func:`rayapp.kv.select.select_segment` and the codec of the wire; the continuation token by
+token into a growing cache that needs no mask. Shapes: H = KV heads, N = entries, D = head
+dimension, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from rayapp.kv.cache import CaptureCache
+from rayapp.kv.quantize import decode, encode
+from rayapp.kv.segment import KVSegment
+from rayapp.kv.select import select_segment
+from rayapp.models.blocks import signature_of
+from rayapp.models.stack import BlockStack
+from rayapp.plan import PruningPlan
+from rayapp.pruning.calibration import Calibration, TokenizedLine
+from rayapp.pruning.candidates import DENSE, Candidate
+from rayapp.pruning.objective import Objective, Score, combine, token_values
+
+
+def naive_scores(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    objective: Objective,
+    candidates: Sequence[Candidate],
+) -> list[Score]:
+    """Scores of ``candidates``, nothing shared between them or between lines."""
+    return [_score(model, calibration, objective, candidate) for candidate in candidates]
+
+
+@torch.inference_mode()
+def _score(
+    model: PreTrainedModel, calibration: Calibration, objective: Objective, candidate: Candidate
+) -> Score:
+    signature = signature_of(model)
+    plan = candidate.plan(
+        signature, first_token=objective.first_token, kv_transfer=objective.kv_transfer
+    )
+    dense = DENSE.plan(signature, first_token=objective.first_token)
+    sums = {}
+    for index, line in enumerate(calibration.lines):
+        logits_CV, dense_CV = teacher_forced(model, plan, line), teacher_forced(model, dense, line)
+        ids_C = torch.tensor(line.continuation)
+        values = token_values(objective, dense_CV[None], logits_CV[None], ids_C[None])
+        sums[index] = float(values.sum())
+    return combine(objective, calibration, sums, name=str(candidate))
+
+
+def teacher_forced(model: PreTrainedModel, plan: PruningPlan, line: TokenizedLine) -> torch.Tensor:
+    """Logits of every continuation token of one line, ``(C, V)``, as the two stages serve it."""
+    prefill, decoder = BlockStack(model, plan, "prefill"), BlockStack(model, plan, "decode")
+    by_prefill = plan.first_token == "prefill"
+    prompt = line.prompt if by_prefill else line.prompt[:-1]
+    cache = CaptureCache.for_stack(prefill)
+    positions = torch.arange(len(prompt))
+    rows = []
+    if prompt:
+        hidden = prefill.run(prefill.embed(torch.tensor([prompt])), positions[None], cache)
+        rows += [prefill.logits(hidden[:, -1:])[0, 0]] * by_prefill
+    growing = _GrowingCache(select_segment(plan, cache, positions, len(line.prompt)), decoder)
+    fed = line.continuation[:-1] if by_prefill else (line.prompt[-1], *line.continuation[:-1])
+    for position, token in enumerate(fed, start=len(prompt)):
+        growing.position = position
+        embedded = decoder.embed(torch.tensor([[token]]))
+        hidden = decoder.run(embedded, torch.tensor([[position]]), growing, {})
+        rows.append(decoder.logits(hidden)[0, 0])
+    return torch.stack(rows)
+
+
+class _GrowingCache:
+    """What one sequence attends to, one token at a time; entries that left a window are dropped."""
+
+    def __init__(self, segment: KVSegment, stack: BlockStack) -> None:
+        self.position = 0
+        self._windows = stack.windows
+        self._entries = {}
+        for entry in segment.blocks:
+            keys, values = entry.keys_HND, entry.values_HND
+            if entry.encoding != "model":
+                shape = (keys.shape[0], keys.shape[1], keys.shape[2])
+                keys, values = decode(
+                    encode(keys, values, entry.encoding), entry.encoding, shape, keys.dtype
+                )
+            self._entries[entry.block] = (keys[None], values[None], entry.positions_N)
+
+    def update(
+        self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, block: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All entries within the window, the new one last."""
+        keys, values, positions = self._entries[block]
+        keys, values = torch.cat([keys, keys_BHTD], 2), torch.cat([values, values_BHTD], 2)
+        positions = torch.cat([positions, torch.tensor([self.position])])
+        window = self._windows[block]
+        seen = positions > self.position - (window or self.position + 1)
+        self._entries[block] = (keys[:, :, seen], values[:, :, seen], positions[seen])
+        return self._entries[block][:2]

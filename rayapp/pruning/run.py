@@ -1,0 +1,238 @@
+"""The life of a search: ask, score, write down, tell; then the plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from rayapp import __version__
+from rayapp.plan import PLAN_FILE, ModelSignature, PruningPlan
+from rayapp.pruning.candidates import DENSE, Candidate
+from rayapp.pruning.journal import Journal, Trial, check_replayed
+from rayapp.pruning.objective import Score
+from rayapp.pruning.progress import ProgressCallback, SearchProgress
+from rayapp.pruning.scoring import Scorer
+from rayapp.pruning.search.method import Generation, SearchMethod, Setup
+from rayapp.pruning.search.methods import METHODS
+from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.spaces import Space
+from rayapp.pruning.storage import Storage
+from rayapp.pruning.trials import write_trials
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        plan: The best candidate as a plan, with its provenance.
+        score: Its score on the calibration set.
+        dense_score: The dense model's, under the same transfer rules.
+        trials: Everything that was scored, in order; the dense model first.
+        evaluations: Candidates scored, replayed ones included.
+        seconds: Wall time of this run.
+    """
+
+    plan: PruningPlan
+    score: Score
+    dense_score: Score
+    trials: tuple[Trial, ...]
+    evaluations: int
+    seconds: float
+
+    def summary(self, out: str) -> str:
+        """What was found, in one line for people."""
+        found = Candidate.from_plan(self.plan)
+        return (
+            f"{out}/{PLAN_FILE}: {found}, score {self.score.value:.5g} (dense "
+            f"{self.dense_score.value:.5g}), {self.evaluations} evaluations in {self.seconds:.1f} s"
+        )
+
+
+def run_search(
+    settings: PruneSettings,
+    scorer: Scorer,
+    model: ModelSignature,
+    *,
+    on_progress: ProgressCallback | None = None,
+) -> SearchResult:
+    """Search, journal every generation, and write plan, journal and trials to ``settings.out``.
+
+    A search that was killed and is run again with ``resume`` ends with the same plan: the method is
+    told the journal's scores in their order, and goes on from there.
+
+    Raises:
+        InputError: Sizes contradict each other or the model, ``out`` cannot be written, or it holds
+            another search.
+        SearchError: A score is not finite, or writing failed; the journal keeps what was scored.
+    """
+    return _Search(settings, scorer, model, on_progress).run()
+
+
+class _Search:
+    """The state of one run."""
+
+    def __init__(
+        self,
+        settings: PruneSettings,
+        scorer: Scorer,
+        model: ModelSignature,
+        on_progress: ProgressCallback | None,
+    ) -> None:
+        self._settings, self._scorer, self._model = settings, scorer, model
+        self._on_progress = on_progress
+        self._started_s = time.monotonic()
+        self._space = settings.space(model.num_blocks)
+        _check_method(settings, self._space)
+        self._storage = Storage(settings.out)
+        self._journal = Journal(
+            self._storage,
+            self._header(),
+            environment=_environment(settings),
+            resume=settings.resume,
+        )
+        self._told: dict[Candidate, Score] = {}
+        self._trials: list[Trial] = []
+        self._best: tuple[float, Candidate] | None = None
+        self._replayed = 0
+
+    def run(self) -> SearchResult:
+        """Generation by generation to the end."""
+        replay = iter(list(self._journal.generations))
+        method = self._method()
+        dense = Generation((DENSE,), "dense")
+        self._generation(dense, next(replay, None), left=1 + method.evaluations_left)
+        while (asked := method.ask()) is not None:
+            scores = self._generation(asked, next(replay, None), left=method.evaluations_left)
+            method.tell(scores)
+        return self._finish()
+
+    def _method(self) -> SearchMethod:
+        kind = METHODS[self._settings.method]
+        if kind.uses_influence and self._journal.influence is None:
+            self._journal.add_influence(self._scorer.compute.influence())
+        settings = self._settings
+        return kind(
+            Setup(
+                space=self._space,
+                evaluations=settings.evaluations,
+                generation_size=settings.generation_size,
+                seed=settings.seed,
+                influence=self._journal.influence,
+            )
+        )
+
+    def _generation(
+        self, asked: Generation, replayed: Sequence[Trial] | None, *, left: int
+    ) -> list[float]:
+        """Scores of one generation, from the journal or computed and written to it."""
+        candidates = asked.candidates
+        number = self._trials[-1].generation + 1 if self._trials else 0
+        if replayed is None:
+            scores = self._score(asked, left)
+            trials = [
+                Trial(c, s, number, asked.phase) for c, s in zip(candidates, scores, strict=True)
+            ]
+            self._journal.add_generation(trials)
+        else:
+            check_replayed(candidates, replayed)
+            trials = list(replayed)
+            self._replayed += len(trials)
+        for trial in trials:
+            self._tell(trial)
+        self._report(asked.phase, 0.0, left - len(candidates))
+        return [trial.score.value for trial in trials]
+
+    def _score(self, asked: Generation, left: int) -> list[Score]:
+        """What was scored before is not scored again, in this run or in the one that is resumed."""
+        new = [c for c in asked.candidates if c not in self._told]
+
+        def report(finished: float) -> None:
+            self._report(asked.phase, finished, left - finished)
+
+        scores = self._scorer.score_many(new, on_progress=report) if new else []
+        known = self._told | dict(zip(new, scores, strict=True))
+        return [known[candidate] for candidate in asked.candidates]
+
+    def _tell(self, trial: Trial) -> None:
+        self._trials.append(trial)
+        self._told[trial.candidate] = trial.score
+        found = (trial.score.value, trial.candidate)
+        if trial.candidate in self._space and (self._best is None or found < self._best):
+            self._best = found
+
+    def _report(self, phase: str, unfinished: float, left: float) -> None:
+        if self._on_progress is None:
+            return
+        self._on_progress(
+            SearchProgress(
+                done=len(self._trials) - self._replayed + unfinished,
+                replayed=self._replayed,
+                left=max(0.0, left),
+                seconds=time.monotonic() - self._started_s,
+                phase=phase,
+                best=str(self._best[1]) if self._best else None,
+                best_score=self._best[0] if self._best else None,
+                num_evaluators=self._scorer.compute.num_evaluators,
+            )
+        )
+
+    def _finish(self) -> SearchResult:
+        assert self._best is not None, "every method scores at least one candidate of its space"
+        best = self._best[1]
+        seconds = time.monotonic() - self._started_s
+        plan = best.plan(
+            self._model,
+            first_token=self._settings.first_token,
+            kv_transfer=self._settings.kv_transfer,
+            provenance=self._provenance(seconds),
+        )
+        write_trials(self._storage, self._trials)
+        self._storage.write_bytes(PLAN_FILE, plan.dumps().encode())
+        return SearchResult(
+            plan=plan,
+            score=self._told[best],
+            dense_score=self._told[DENSE],
+            trials=tuple(self._trials),
+            evaluations=len(self._told),
+            seconds=seconds,
+        )
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "settings": self._settings.identity,
+            "model": self._model.model_dump(mode="json"),
+            "calibration": self._scorer.calibration.fingerprint,
+        }
+
+    def _provenance(self, seconds: float) -> dict[str, Any]:
+        assert self._best is not None, "only called with a plan at hand"
+        best, dense = self._told[self._best[1]], self._told[DENSE]
+        return {
+            **{key: value for key, value in self._header().items() if key != "model"},
+            "environment": _environment(self._settings),
+            "num_lines": len(self._scorer.calibration.lines),
+            "score": best.value,
+            "score_by_task": best.tasks,
+            "dense_score": dense.value,
+            "evaluations": len(self._told),
+            "evaluator_seconds": round(sum(score.seconds for score in self._told.values()), 3),
+            "seconds": round(seconds, 3),
+        }
+
+
+def _check_method(settings: PruneSettings, space: Space) -> None:
+    """Let a method that needs no measurement refuse its settings before anything is written."""
+    kind = METHODS[settings.method]
+    if not kind.uses_influence:
+        kind(Setup(space, settings.evaluations, settings.generation_size, settings.seed))
+
+
+def _environment(settings: PruneSettings) -> dict[str, Any]:
+    versions = {"rayapp": __version__, "torch": torch.__version__}
+    return {**settings.environment, **versions, "transformers": transformers.__version__}

@@ -1,0 +1,60 @@
+"""One shot: remove what changes the hidden state least (ShortGPT, arXiv:2403.03853), per stage.
+
+A one-shot ranking collapses on recent models (see the EvoPress paper's tables, arXiv:2410.14649):
+it is here as the baseline, and as the start of other methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rayapp.plan import Stage
+from rayapp.pruning.candidates import Candidate
+from rayapp.pruning.search.method import Generation, Setup
+from rayapp.pruning.similarity import Influence
+from rayapp.pruning.spaces import Space
+
+
+class Similarity:
+    """Asks for one candidate: the least influential units of each stage."""
+
+    uses_influence = True
+
+    def __init__(self, setup: Setup) -> None:
+        assert setup.influence is not None, "similarity needs the measured influence"
+        self._candidate = most_redundant(setup.space, setup.influence)
+        self._left = 1
+
+    def ask(self) -> Generation | None:
+        """The one candidate, then nothing."""
+        return Generation((self._candidate,), "similarity") if self._left else None
+
+    def tell(self, scores: Sequence[float]) -> None:
+        """Nothing to learn: the choice was made before."""
+        self._left -= len(scores)
+
+    @property
+    def evaluations_left(self) -> int:
+        """One, until it was scored."""
+        return self._left
+
+
+def most_redundant(
+    space: Space, influence: Influence, *, decode: tuple[int, ...] | None = None
+) -> Candidate:
+    """The units of least influence per stage, around decode's units where they are given.
+
+    Without kv modes, prefill's are chosen among those that decode removes.
+    """
+    units = tuple(range(space.num_units))
+    if decode is None:
+        decode = _least("decode", space, influence, units)
+    prefill = _least("prefill", space, influence, units if space.kv_modes else decode)
+    return space.candidate(prefill, decode)
+
+
+def _least(
+    stage: Stage, space: Space, influence: Influence, pool: tuple[int, ...]
+) -> tuple[int, ...]:
+    values = influence.units(stage, space.num_units)
+    return tuple(sorted(sorted(pool, key=lambda unit: (values[unit], unit))[: space.count(stage)]))

@@ -1,0 +1,112 @@
+"""Everything that a search is told, checked."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rayapp.errors import InputError
+from rayapp.models.loading import DType
+from rayapp.plan import KVTransfer, Stage
+from rayapp.pruning.calibration import CHUNK_TOKENS
+from rayapp.pruning.evaluator import CACHE_BYTES
+from rayapp.pruning.objective import Objective, ObjectiveKind, ScoreBy
+from rayapp.pruning.spaces import Space, Unit
+
+Method = Literal["annealing", "exhaustive", "similarity"]
+
+_NOT_IDENTITY = {"model", "calibration", "out", "workers", "address", "resume", "cache_bytes"}
+_ENVIRONMENT = {"device", "threads"}
+
+
+class PruneSettings(BaseModel):
+    """The settings of ``rayapp prune``.
+
+    Attributes:
+        model: Model directory; every evaluator reads it from this path.
+        calibration: File of JSON lines.
+        out: Directory, or any URI that pyarrow can write, for plan, journal and trials.
+        prefill_remove: Blocks that prefill removes; parts count one half.
+        decode_remove: Blocks that decode removes.
+        unit: Whether whole blocks are removed, or attention and MLP separately.
+        kv_modes: Whether prefill may skip a block and still write its KV; without, prefill removes
+            only what decode removes (PDTrim's rule).
+        method: Search method.
+        score_by: Whether tasks or tokens weigh equally.
+        objective: KL to the dense model, or negative log-likelihood.
+        first_token: Stage that makes the first answer token.
+        kv_transfer: Transfer rules by block, scored together with the removals.
+        evaluations: Candidates scored at most; None leaves it to the method.
+        generation_size: Candidates asked at a time, whatever the number of workers (project
+            default).
+        seed: Seed of the search.
+        workers: Ray evaluators; 0 scores in this process, without Ray.
+        address: Ray cluster to use; None uses the running one, or starts one here.
+        resume: Go on from the journal in ``out``.
+        dtype: Element type that the model is loaded in.
+        device: Device of each evaluator.
+        threads: Torch threads of each evaluator.
+        chunk_tokens: Tokens that an evaluator runs at a time, padding included.
+        cache_bytes: Bound of each evaluator's cache.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    calibration: str
+    out: str
+    prefill_remove: float = Field(default=0.0, ge=0)
+    decode_remove: float = Field(default=0.0, ge=0)
+    unit: Unit = "block"
+    kv_modes: bool = True
+    method: Method = "annealing"
+    score_by: ScoreBy = "task"
+    objective: ObjectiveKind = "kl"
+    first_token: Stage = "prefill"
+    kv_transfer: dict[int, KVTransfer] = Field(default_factory=dict)
+    evaluations: int | None = Field(default=None, ge=1)
+    generation_size: int = Field(default=8, ge=1)
+    seed: int = 0
+    workers: int = Field(default=0, ge=0)
+    address: str | None = None
+    resume: bool = False
+    dtype: DType = "auto"
+    device: str = "cpu"
+    threads: int = Field(default=1, ge=1)
+    chunk_tokens: int = Field(default=CHUNK_TOKENS, ge=1)
+    cache_bytes: int = Field(default=CACHE_BYTES, ge=0)
+
+    @classmethod
+    def checked(cls, **values: Any) -> PruneSettings:
+        """Settings from a command line; raises :class:`InputError` naming every bad value."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            broken = (
+                f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors()
+            )
+            raise InputError("; ".join(broken)) from None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a journal must agree on: everything that changes scores or choices, but paths."""
+        return self.model_dump(mode="json", exclude=_NOT_IDENTITY | _ENVIRONMENT)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What is recorded, but may differ between a search and its resumption."""
+        return self.model_dump(mode="json", include=_ENVIRONMENT)
+
+    def scoring(self) -> Objective:
+        """What candidates are compared by."""
+        return Objective(self.objective, self.score_by, self.first_token, self.kv_transfer)
+
+    def space(self, num_blocks: int) -> Space:
+        """The candidates; raises :class:`InputError` where sizes contradict a rule."""
+        if not self.prefill_remove and not self.decode_remove:
+            raise InputError(
+                "prefill_remove=0 and decode_remove=0 leave nothing to search; give "
+                "--prefill-remove or --decode-remove"
+            )
+        return Space(num_blocks, self.prefill_remove, self.decode_remove, self.unit, self.kv_modes)

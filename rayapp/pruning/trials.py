@@ -1,0 +1,38 @@
+"""Every candidate that a search scored, as a Parquet table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayapp.pruning.journal import Trial
+from rayapp.pruning.storage import Storage
+
+TRIALS_FILE = "trials.parquet"
+
+
+def write_trials(storage: Storage, trials: Sequence[Trial]) -> None:
+    """Write one row per trial, in the order in which they were told.
+
+    Columns: ``generation``, ``phase``, ``prefill`` and ``decode`` (removed units: ``"3"`` is a
+    whole block, ``"3.attention"`` and ``"3.mlp"`` its parts), ``prefill_removed`` and
+    ``decode_removed`` (blocks), ``score`` (lower is better), ``score/<task>``, and ``seconds`` of
+    one evaluator.
+    """
+    columns: dict[str, list[object]] = {
+        "generation": [trial.generation for trial in trials],
+        "phase": [trial.phase for trial in trials],
+        "prefill": [trial.candidate.labels("prefill") for trial in trials],
+        "decode": [trial.candidate.labels("decode") for trial in trials],
+        "prefill_removed": [trial.candidate.removed("prefill") for trial in trials],
+        "decode_removed": [trial.candidate.removed("decode") for trial in trials],
+        "score": [trial.score.value for trial in trials],
+    }
+    for task in sorted({task for trial in trials for task in trial.score.tasks}):
+        columns[f"score/{task}"] = [trial.score.tasks.get(task) for trial in trials]
+    columns["seconds"] = [trial.score.seconds for trial in trials]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    storage.write_bytes(TRIALS_FILE, sink.getvalue().to_pybytes())

@@ -1,0 +1,77 @@
+"""Both pools grow under load and shrink after it, and no request fails."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+
+import httpx
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+
+QUICK = {
+    "queued_tokens_per_replica": 400,
+    "upscale_delay_s": 0.5,
+    "downscale_delay_s": 3.0,
+    "look_back_s": 2.0,
+    "interval_s": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def service(deploy, save_tiny, tmp_path_factory):
+    path = save_tiny(tmp_path_factory.mktemp("scaling"), "llama", num_hidden_layers=16)
+    with deploy(
+        model=str(path),
+        max_num_seqs=2,
+        prefill={"replicas": "1:2", "labels": {"role": "prefill"}},
+        decode={"replicas": "1:2", "labels": {"role": "decode"}},
+        scaling=QUICK,
+    ) as deployed:
+        yield deployed
+
+
+class Load:
+    """Clients that ask one request after the other until told to stop; keeps every status."""
+
+    def __init__(self, url: str, num_clients: int, prompt_tokens: int, max_tokens: int) -> None:
+        self.codes: list[int] = []
+        self._body = {
+            "model": "tested", "prompt": [7] * prompt_tokens, "max_tokens": max_tokens,
+            "temperature": 0, "ignore_eos": True,
+        }  # fmt: skip
+        self._url, self._stop, self._seeds = url, threading.Event(), itertools.count()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(num_clients)]
+
+    def _ask(self) -> None:
+        with httpx.Client(base_url=self._url, timeout=120) as client:
+            while not self._stop.is_set():
+                answer = client.post("/v1/completions", json=self._body)
+                self.codes.append(answer.status_code)
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def test_pools_grow_under_load_and_shrink_after_it(service):
+    assert [len(service.replicas(pool)) for pool in ("prefill", "decode")] == [1, 1]
+    with Load(service.settings.url, 24, prompt_tokens=440, max_tokens=40) as load:
+        service.wait_for("prefill", {2}, within_s=150)
+        service.wait_for("decode", {2}, within_s=150)
+        before = len(load.codes)
+        time.sleep(1.0)
+        assert len(load.codes) >= before
+    service.wait_for("prefill", {1}, within_s=90)
+    service.wait_for("decode", {1}, within_s=90)
+    assert set(load.codes) == {200}
+    assert len(load.codes) > 24
+    service.check_idle()

@@ -1,0 +1,167 @@
+"""A dense service on two nodes, over HTTP."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import islice
+
+import httpx
+import pytest
+import torch
+from openai import OpenAI
+
+pytestmark = pytest.mark.ray
+
+MAX_NUM_SEQS, MAX_WAITING = 4, 24
+FIELDS = ("visual_tokens", "blocks", "tokens", "encoding")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def service(deploy, save_tiny, tmp_path_factory):
+    path = save_tiny(tmp_path_factory.mktemp("service"), "llama")
+    with deploy(
+        model=str(path),
+        max_num_seqs=MAX_NUM_SEQS,
+        max_waiting=MAX_WAITING,
+        api_key="secret",
+        deadlines={"lease_s": 2.0},
+    ) as deployed:
+        deployed.client.headers["Authorization"] = "Bearer secret"
+        yield deployed
+
+
+@pytest.fixture(autouse=True)
+def _idle_afterwards(service):
+    yield
+    service.check_idle()
+
+
+def prompts(count, longest=120):
+    lengths = [1 + (number * 37) % longest for number in range(count)]
+    return [[(7 * n + 3 * i + i * i) % 250 for i in range(le)] for n, le in enumerate(lengths)]
+
+
+def dense_text(model, tokenizer, prompt, max_tokens):
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
+    )
+    return tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+
+
+def test_sixteen_concurrent_answers_equal_generate(service, model, byte_tokenizer):
+    asked = prompts(16)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda p: service.complete(p, max_tokens=20), asked))
+    for prompt, answer in zip(asked, answers, strict=True):
+        assert answer.status_code == 200, answer.text
+        (choice,) = answer.json()["choices"]
+        assert choice["text"] == dense_text(model, byte_tokenizer, prompt, 20)
+
+
+def test_streaming_equals_not_streaming(service):
+    client = OpenAI(base_url=f"{service.settings.url}/v1", api_key="secret")
+    asked = {"model": "tested", "prompt": "What a day!", "max_tokens": 24, "seed": 5}
+    for temperature in (0.0, 0.9):
+        whole = client.completions.create(**asked, temperature=temperature)
+        parts = client.completions.create(**asked, temperature=temperature, stream=True)
+        assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
+
+
+def test_each_pool_is_on_its_own_node(service, cluster):
+    pools = service.client.get("/health").json()["pools"]
+    nodes = {name: {replica["node"] for replica in found} for name, found in pools.items()}
+    assert nodes == {"prefill": {cluster.nodes[1].node_id}, "decode": {cluster.nodes[2].node_id}}
+    (decode,) = pools["decode"]
+    assert decode["slab_bytes"] == 5 * 2 * 2 * 16 * 4 * MAX_NUM_SEQS * 512
+
+
+def test_the_ledger_counts_every_transfer(service, cluster):
+    before = service.client.get("/v1/transfers").json()["totals"]
+    for prompt in prompts(3):
+        assert service.complete(prompt, max_tokens=2).status_code == 200
+    after = service.client.get("/v1/transfers").json()
+    totals, sizes = after["totals"], [len(p) for p in prompts(3)]
+    entry_bytes = 5 * 2 * 2 * 16 * 4
+    assert totals["num_transfers"] - before["num_transfers"] == 3
+    assert totals["bytes_full"] - before["bytes_full"] == sum(sizes) * entry_bytes
+    saved = sum(totals[f"saved_by_{field}_bytes"] for field in FIELDS)
+    assert totals["bytes_full"] == totals["bytes_sent"] - totals["overhead_bytes"] + saved
+    (link,) = after["links"]
+    assert link["source_node"] == cluster.nodes[1].node_id
+    assert link["destination_node"] == cluster.nodes[2].node_id
+    assert after["recent"][-1]["fetch_s"] > 0
+
+
+def test_a_client_that_leaves_frees_everything(service):
+    body = {
+        "model": "tested", "prompt": "on and on", "max_tokens": 400, "ignore_eos": True,
+        "stream": True, "temperature": 0,
+    }  # fmt: skip
+    for num_lines in (0, 1, 9):
+        with service.client.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            for _ in range(num_lines):
+                next(lines)
+        service.check_idle(within_s=6)
+
+
+def test_beyond_the_waiting_places_it_is_429(service):
+    """While decode admits nobody, exactly the waiting places are taken; their answers all come."""
+    extra = 5
+
+    def ask(number: int) -> int:
+        with httpx.Client(base_url=service.settings.url, timeout=120) as client:
+            client.headers["Authorization"] = "Bearer secret"
+            body = {"model": "tested", "prompt": [number, 9, 9], "max_tokens": 4}
+            return client.post("/v1/completions", json={**body, "ignore_eos": True}).status_code
+
+    (pid,) = service.replicas("decode").values()
+    with ThreadPoolExecutor(MAX_WAITING + extra) as pool:
+        with service.stopped(pid):
+            calls = [pool.submit(ask, number) for number in range(MAX_WAITING + extra)]
+            refused = [call.result() for call in islice(as_completed(calls), extra)]
+            time.sleep(0.5)
+            assert sum(call.done() for call in calls) == extra
+        codes = [call.result() for call in calls]
+    assert refused == [429] * extra
+    assert codes.count(200) == MAX_WAITING
+
+
+def test_a_bad_request_is_refused_and_the_service_goes_on(service):
+    too_long = service.complete([1] * 600, max_tokens=2)
+    assert too_long.status_code == 400
+    assert "600" in too_long.json()["error"]["message"]
+    bad = service.client.post("/v1/completions", content=b"{not json")
+    assert 400 <= bad.status_code < 500
+    assert (
+        service.client.get("/v1/models", headers={"Authorization": "Bearer x"}).status_code == 401
+    )
+    assert service.complete("fine", max_tokens=2).status_code == 200
+
+
+def test_an_answer_of_one_token_sends_nothing(service):
+    before = service.client.get("/v1/transfers").json()["totals"]["num_transfers"]
+    answer = service.complete("abc", max_tokens=1)
+    assert answer.json()["usage"]["completion_tokens"] == 1
+    assert service.client.get("/v1/transfers").json()["totals"]["num_transfers"] == before
+
+
+def test_the_first_token_leaves_before_the_last(service):
+    body = {"model": "tested", "prompt": "go", "max_tokens": 300, "stream": True,
+            "temperature": 0, "ignore_eos": True}  # fmt: skip
+    times = []
+    with service.client.stream("POST", "/v1/completions", json=body) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                json.loads(line.removeprefix("data: "))
+                times.append(time.monotonic())
+    assert times[-1] - times[0] > 0.05
+    assert len(times) > 3

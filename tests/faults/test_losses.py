@@ -1,0 +1,192 @@
+"""Replicas that die and KV that is damaged, on the real path: no answer is lost or changed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from contextlib import aclosing, asynccontextmanager
+
+import pytest
+import ray
+
+from rayapp.distributed.channel import ObjectHandle, ObjectStoreChannel
+from rayapp.distributed.ingress import open_service
+from rayapp.engine.local import LocalPipeline
+from rayapp.engine.request import GenerationRequest, SamplingParams
+from rayapp.errors import UnavailableError
+
+pytestmark = pytest.mark.ray
+
+# Long enough that the KV does not travel inside a message of Ray (100 KB) but through the stores.
+PROMPT = tuple((7 * i + i * i) % 250 for i in range(180))
+SAMPLING = SamplingParams(max_tokens=150, temperature=0.7, seed=3, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def service(deploy, save_tiny, tmp_path_factory):
+    path = save_tiny(tmp_path_factory.mktemp("faults"), "llama")
+    with deploy(model=str(path), prefill={"replicas": 2, "labels": {"role": "prefill"}},
+                decode={"replicas": 2, "labels": {"role": "decode"}},
+                deadlines={"lease_s": 2.0}) as deployed:  # fmt: skip
+        yield deployed
+
+
+@pytest.fixture(autouse=True)
+def _idle_afterwards(service):
+    """Lost replicas come back by themselves; a test needs one of each to begin with."""
+    for pool in ("prefill", "decode"):
+        service.wait_for(pool, {1, 2})
+    yield
+    service.check_idle()
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model):
+    (completion,) = LocalPipeline(tiny_model("llama")).generate([PROMPT], SAMPLING)
+    return list(completion.token_ids)
+
+
+class FlippingChannel(ObjectStoreChannel):
+    """Damages the first ``num_damaged`` messages on their way."""
+
+    num_damaged = 0
+
+    @asynccontextmanager
+    async def receive(self, stream, num_bytes):
+        async with super().receive(stream, num_bytes) as handle:
+            if self.num_damaged:
+                self.num_damaged -= 1
+                message = (await self.fetch(handle)).copy()
+                message[len(message) // 2] ^= 4
+                yield ObjectHandle(ray.put(message), num_bytes)
+            else:
+                yield handle
+
+
+def opened(service):
+    channel = FlippingChannel()
+    pools = {name: service.handle(name) for name in ("prefill", "decode")}
+    settings = service.settings
+    return open_service(settings, pools, service.handle("ingress"), channel), channel
+
+
+async def answered(generator, on_token=None):
+    tokens = []
+    async with aclosing(generator) as batches:
+        async for batch in batches:
+            assert batch.first_index == len(tokens)
+            tokens.extend(batch.token_ids)
+            if on_token is not None:
+                await on_token(len(tokens))
+    return tokens
+
+
+async def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
+def request_of(name):
+    return GenerationRequest(name, PROMPT, SAMPLING)
+
+
+def test_damaged_kv_is_never_used(service, expected):
+    stage, channel = opened(service)
+    channel.num_damaged = 1
+    assert asyncio.run(answered(stage.generate(request_of("flipped")))) == expected
+    assert [record.attempt for record in stage.ledger.recent] == [1]
+
+
+def test_kv_that_is_always_damaged_ends_in_a_clear_error(service):
+    stage, channel = opened(service)
+    channel.num_damaged = 99
+    with pytest.raises(UnavailableError, match=r"3 attempts were lost.*checksum"):
+        asyncio.run(answered(stage.generate(request_of("hopeless"))))
+    assert not any(stage.counts().values())
+
+
+def test_prefill_killed_after_it_answered_loses_nothing(service, expected):
+    """Decode is frozen, so the KV is still under way when both prefill replicas are killed."""
+    stage, channel = opened(service)
+    decode, prefill = service.replicas("decode").values(), service.replicas("prefill").values()
+
+    async def scenario():
+        for pid in decode:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            answer = asyncio.ensure_future(answered(stage.generate(request_of("after"))))
+            await until(lambda: channel.pinned_bytes and channel._held)
+            assert channel.pinned_bytes > 100_000
+            for pid in prefill:
+                os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(0.5)
+        finally:
+            for pid in decode:
+                os.kill(pid, signal.SIGCONT)
+        return await answer
+
+    assert asyncio.run(scenario()) == expected
+    assert [record.attempt for record in stage.ledger.recent] == [0]
+    assert not any(stage.counts().values())
+
+
+def test_prefill_killed_before_it_answered_is_prefilled_again(service):
+    """Several prompts wait in the queue of each replica; all of one replica are lost."""
+    stage, _ = opened(service)
+    killed = []
+
+    async def kill(num_tokens):
+        if not killed:
+            killed.extend(list(service.replicas("prefill").values())[:1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    async def scenario():
+        sampling = SamplingParams(max_tokens=3, ignore_eos=True)
+        requests = [GenerationRequest(f"lost-{n}", PROMPT, sampling) for n in range(20)]
+        return await asyncio.gather(*(answered(stage.generate(r), kill) for r in requests))
+
+    answers = asyncio.run(scenario())
+    assert killed
+    assert all(answer == answers[0] for answer in answers)
+    assert len(answers[0]) == 3
+    assert not any(stage.counts().values())
+
+
+def test_decode_killed_in_the_middle_of_an_answer(service, expected):
+    """The tokens that are out are replayed, sampled ones included; none comes twice or changes."""
+    stage, _ = opened(service)
+    killed = []
+
+    async def kill(num_tokens):
+        if num_tokens > 20 and not killed:
+            busy = {r.replica_id for r in (await stage.health()).replicas if r.num_running}
+            assert len(busy) == 1
+            killed.append(service.replicas("decode")[busy.pop()])
+            os.kill(killed[0], signal.SIGKILL)
+
+    assert asyncio.run(answered(stage.generate(request_of("middle")), kill)) == expected
+    assert killed
+    assert [record.attempt for record in stage.ledger.recent] == [0, 1]
+
+
+def test_decode_killed_before_it_admitted_hands_the_same_kv_to_another(service, expected):
+    """Both decode replicas are frozen, so nobody admits; then those there are die."""
+    stage, channel = opened(service)
+
+    async def scenario():
+        decode = list(service.replicas("decode").values())
+        for pid in decode:
+            os.kill(pid, signal.SIGSTOP)
+        answer = asyncio.ensure_future(answered(stage.generate(request_of("unadmitted"))))
+        await until(lambda: channel._held)
+        await asyncio.sleep(1.0)
+        for pid in decode:
+            os.kill(pid, signal.SIGKILL)
+        return await answer
+
+    assert asyncio.run(scenario()) == expected
+    assert [record.attempt for record in stage.ledger.recent] == [0]

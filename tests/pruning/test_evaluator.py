@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from rayapp.models.blocks import signature_of
+from rayapp.models.likelihood import nll
+from rayapp.plan import KVTransfer
+from rayapp.pruning.calibration import Calibration, TokenizedLine, cut
+from rayapp.pruning.candidates import DENSE, Candidate
+from rayapp.pruning.evaluator import Evaluator
+from rayapp.pruning.naive import naive_scores, teacher_forced
+from rayapp.pruning.objective import Objective, Score
+from rayapp.pruning.scoring import LocalCompute, Scorer
+from rayapp.pruning.spaces import Space
+
+RULES = {
+    1: KVTransfer(first=2, last=3, encoding="int8"),
+    2: KVTransfer(encoding="int4"),
+    3: KVTransfer(last=0.5),
+}
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+
+
+def scores(evaluator: Evaluator, candidates: list[Candidate]) -> list[Score]:
+    scorer = Scorer(
+        evaluator.calibration, evaluator.objective, LocalCompute(evaluator), weights="w"
+    )
+    return scorer.score_many(candidates)
+
+
+def draw(seed: int = 0) -> list[Candidate]:
+    rng = random.Random(seed)
+    parts, blocks = Space(5, 1.5, 1.0, "part"), Space(5, 2, 1)
+    return [DENSE, *(parts.draw(rng) for _ in range(2)), blocks.draw(rng)]
+
+
+@pytest.mark.parametrize("rules", [{}, RULES], ids=["uncut", "cut"])
+@pytest.mark.parametrize("first_token", ["prefill", "decode"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reuse_equals_the_naive_score(tiny_model, calibration, family, first_token, rules):
+    model = tiny_model(family)
+    objective = Objective(first_token=first_token, kv_transfer=rules)
+    candidates = draw()
+    wanted = naive_scores(model, calibration, objective, candidates)
+    for cache_bytes in (1 << 30, 150_000, 0):
+        evaluator = Evaluator(model, calibration, objective, cache_bytes=cache_bytes)
+        for found, want in zip(scores(evaluator, candidates), wanted, strict=True):
+            assert abs(found.value - want.value) <= 1e-5 * want.value + 1e-7
+            assert found.tasks.keys() == want.tasks.keys() == {"a", "b"}
+    assert (wanted[0].value > 0.01) == bool(rules)  # the dense reference is uncut
+    assert all(want.value > 0.01 for want in wanted[1:])
+
+
+def test_scores_do_not_depend_on_company_order_or_cache(tiny_model, calibration):
+    model, candidates = tiny_model("qwen3"), draw(1)
+    together = scores(Evaluator(model, calibration, Objective()), candidates)
+    backwards = scores(Evaluator(model, calibration, Objective(), cache_bytes=0), candidates[::-1])
+    assert [s.lines for s in together] == [s.lines for s in backwards[::-1]]
+    alone = scores(Evaluator(model, calibration, Objective()), candidates[3:4])
+    assert alone[0].lines == together[3].lines
+
+
+@pytest.mark.parametrize("first_token", ["prefill", "decode"])
+def test_dense_nll_is_that_of_the_models_own_forward(tiny_model, calibration, first_token):
+    model = tiny_model("llama")
+    objective = Objective("nll", first_token=first_token)
+    found = scores(Evaluator(model, calibration, objective), [DENSE])[0]
+    for line, total in zip(calibration.lines, found.lines, strict=True):
+        ids = torch.tensor([[*line.prompt, *line.continuation]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(line.prompt) - 1 : -1]
+        assert total == pytest.approx(
+            float(nll(logits, torch.tensor(line.continuation)).sum()), 1e-5
+        )
+
+
+@pytest.mark.parametrize("first_token", ["prefill", "decode"])
+def test_the_oracle_is_the_models_own_forward_where_nothing_is_cut(tiny_model, first_token):
+    model = tiny_model("mistral")
+    rng = random.Random(0)
+    line = TokenizedLine(
+        tuple(rng.choices(range(256), k=30)), tuple(rng.choices(range(256), k=9)), ""
+    )
+    plan = DENSE.plan(signature_of(model), first_token=first_token)
+    with torch.no_grad():
+        found = teacher_forced(model, plan, line)
+        wanted = model(torch.tensor([[*line.prompt, *line.continuation]])).logits[0, 29:-1]
+    assert torch.allclose(found, wanted, atol=1e-4)
+
+
+def test_decode_only_candidates_run_no_prefill(tiny_model, calibration):
+    model = tiny_model("llama")
+    one = Calibration(calibration.lines[:2], cut(calibration.lines[:2]).chunks)
+    evaluator = Evaluator(model, one, Objective())
+    scores(evaluator, [DENSE])
+    before = evaluator.blocks_run
+    scores(evaluator, [Candidate((), (6, 7))])  # block 3 of 5: block 4 runs again, block 3 does not
+    assert evaluator.blocks_run - before == 2 * len(one.chunks)
+    before = evaluator.blocks_run
+    scores(evaluator, [Candidate((6, 7), ())])  # kv_only 3: prefill and decode differ from block 4
+    assert evaluator.blocks_run - before == 3 * len(one.chunks)
+
+
+def test_the_cache_keeps_its_bound(tiny_model, calibration):
+    evaluator = Evaluator(tiny_model("llama"), calibration, Objective(), cache_bytes=150_000)
+    scores(evaluator, draw(2))
+    assert 0 < evaluator._cache.nbytes <= 150_000

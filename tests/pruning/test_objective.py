@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rayapp.errors import SearchError
+from rayapp.pruning.calibration import TokenizedLine, cut
+from rayapp.pruning.objective import Objective, combine, token_values
+
+LINES = cut(
+    [
+        TokenizedLine((1,), (1, 2), "long"),
+        TokenizedLine((1,), (1, 2, 3, 4, 5, 6), "long"),
+        TokenizedLine((1,), (1, 2), "short"),
+    ]
+)
+SUMS = {0: 1.0, 1: 7.0, 2: 6.0}
+
+
+def test_tasks_weigh_equally():
+    score = combine(Objective(), LINES, SUMS, name="x")
+    assert score.tasks == {"long": 1.0, "short": 3.0}
+    assert score.value == 2.0
+    assert score.lines == (1.0, 7.0, 6.0)
+
+
+def test_tokens_weigh_equally_on_request():
+    assert combine(Objective(score_by="token"), LINES, SUMS, name="x").value == 1.4
+
+
+def test_a_subset_of_lines_is_scored_alone():
+    assert combine(Objective(), LINES, {2: 6.0}, name="x").value == 3.0
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_names_candidate_and_line(broken):
+    with pytest.raises(SearchError, match=r"decode\[1\] scores (nan|inf) on calibration line 2"):
+        combine(Objective(), LINES, {**SUMS, 1: broken}, name="decode[1]")
+
+
+def test_token_values_against_the_definitions():
+    torch.manual_seed(0)
+    dense, plan = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+    ids = torch.randint(0, 7, (2, 3))
+    p, q = dense.double().softmax(-1), plan.double().softmax(-1)
+    kl = (p * (p / q).log()).sum(-1)
+    assert torch.allclose(token_values(Objective(), dense, plan, ids), kl, atol=1e-12, rtol=0)
+    nll = -q.gather(-1, ids[..., None])[..., 0].log()
+    found = token_values(Objective("nll"), dense, plan, ids)
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, nll, atol=1e-12, rtol=0)
