@@ -25,8 +25,10 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.utils import logging as transformers_logging
 
 torch.set_num_threads(1)
+transformers_logging.disable_progress_bar()  # it would stand in what commands print
 
 CONFIGS = {
     "llama": LlamaConfig,

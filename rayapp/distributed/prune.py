@@ -10,15 +10,21 @@ import ray
 
 from rayapp.distributed.scoring import EvaluatorPool
 from rayapp.errors import ClusterError
+from rayapp.evaluation.report import render_report
+from rayapp.plan import STAGES
+from rayapp.pruning.candidates import Candidate
 from rayapp.pruning.preparation import Prepared, open_evaluator, prepare
 from rayapp.pruning.progress import ProgressCallback
 from rayapp.pruning.run import SearchResult, run_search
 from rayapp.pruning.scoring import Compute, LocalCompute, Scorer
 from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.storage import Storage
+
+REPORT_FILE = "report.html"
 
 
 def prune(settings: PruneSettings, *, on_progress: ProgressCallback | None = None) -> SearchResult:
-    """Search for a plan and write it, its journal and its trials to ``settings.out``.
+    """Search for a plan; write it, its journal, trials and report to ``settings.out``.
 
     Scores in this process where neither ``workers`` nor ``address`` is given; otherwise on
     evaluators of a Ray cluster: the one that this process is connected to, the one at ``address``,
@@ -52,7 +58,20 @@ def _search(
         compute,
         weights=prepared.signature.weights_fingerprint,
     )
-    return run_search(settings, scorer, prepared.signature, on_progress=on_progress)
+    result = run_search(settings, scorer, prepared.signature, on_progress=on_progress)
+    Storage(settings.out).write_bytes(REPORT_FILE, _report(result).encode())
+    return result
+
+
+def _report(result: SearchResult) -> str:
+    """The plan and the search's trace, of candidates that remove as much as the plan."""
+
+    def removed(candidate: Candidate) -> tuple[float, ...]:
+        return tuple(candidate.removed(stage) for stage in STAGES)
+
+    size = removed(Candidate.from_plan(result.plan))
+    scores = [t.score.value for t in result.trials if removed(t.candidate) == size]
+    return render_report(result.plan, trials=scores)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 from rayapp.distributed.cluster import NodeSpec, local_cluster
-from rayapp.distributed.deploy import RunningService, running_service
+from rayapp.distributed.deploy import RunningService, resolved, running_service
 from rayapp.distributed.settings import PoolSettings, ServiceSettings
 from rayapp.errors import InputError
 
@@ -38,6 +38,7 @@ def serve_until_interrupted(
         ClusterError: The cluster cannot hold the service.
     """
     check_exposure(settings, allow_unauthenticated=allow_unauthenticated)
+    settings = resolved(settings)  # what is wrong with model or plan is said before anything starts
     before = _on_signals(_interrupt)
     try:
         with ExitStack() as stack:

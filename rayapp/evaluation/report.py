@@ -39,18 +39,28 @@ def write_report(
     trials: Trials | None = None,
     ledger: LedgerJSON | None = None,
 ) -> Path:
-    """Write the report; it refers to nothing outside itself, and suits light and dark screens.
+    """Write :func:`render_report` to ``path``, creating its directory; returns the file."""
+    page = render_report(plan, evaluation, trials, ledger)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def render_report(
+    plan: PruningPlan,
+    evaluation: EvaluationResult | None = None,
+    trials: Trials | None = None,
+    ledger: LedgerJSON | None = None,
+) -> str:
+    """The report as HTML; it refers to nothing outside itself, and suits light and dark screens.
 
     Args:
-        path: The HTML file; its directory is created if missing.
         plan: The plan that it is about.
         evaluation: Dense beside plan.
         trials: The search's scores in the order of evaluation, or its ``trials.parquet``, of which
             those count that remove as much as ``plan`` (a search also scores the dense model).
         ledger: What ``GET /v1/transfers`` answers.
-
-    Returns:
-        The file.
 
     Raises:
         DataError: If ``trials`` names a file that holds no scores.
@@ -58,26 +68,24 @@ def write_report(
     num_blocks = _num_blocks(plan, evaluation)
     mean = evaluation.mean if evaluation else None
     entries = round(mean.mean_prompt_tokens) if mean else _DEFAULT_ENTRIES
-    page = _template().render(
-        title="Pruning report",
-        subtitle=_subtitle(plan),
-        facts=_facts(plan, evaluation),
-        plan=plan,
-        plan_json=plan.dumps(),
-        num_blocks=num_blocks,
-        removal=removal_map(plan, num_blocks),
-        strips=transfer_strips(plan, num_blocks, entries),
-        num_entries=entries,
-        trace=search_trace(_scores(trials, plan)) if trials is not None else None,
-        evaluation=evaluation,
-        tables=tables(evaluation) if evaluation else (),
-        ledger=_ledger(ledger),
-        origins=_origins(plan, evaluation),
+    return str(
+        _template().render(
+            title="Pruning report",
+            subtitle=_subtitle(plan),
+            facts=_facts(plan, evaluation),
+            plan=plan,
+            plan_json=plan.dumps(),
+            num_blocks=num_blocks,
+            removal=removal_map(plan, num_blocks),
+            strips=transfer_strips(plan, num_blocks, entries),
+            num_entries=entries,
+            trace=search_trace(_scores(trials, plan)) if trials is not None else None,
+            evaluation=evaluation,
+            tables=tables(evaluation) if evaluation else (),
+            ledger=_ledger(ledger),
+            origins=_origins(plan, evaluation),
+        )
     )
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
-    return target
 
 
 def _template() -> Any:
