@@ -1,0 +1,19 @@
+"""A small trained model, the questions that it answers, and the recipe that made it.
+
+``text/`` is a Llama of 12 blocks over bytes, an ordinary Hugging Face directory of under 5 MB.
+Dense, it answers nearly every held-out question of :mod:`rayapp.testbed.tasks`, so a point lost
+under a plan is the plan's.
+
+Invariant: training knows nothing of pruning (no layer dropout, no spare blocks), and nothing asked
+in one split is asked in another. The alternative, random weights of a real model's shape, was
+rejected for quality: without trained weights every plan scores alike.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def text_model_path() -> Path:
+    """The directory of the shipped text model, for ``from_pretrained`` or ``--model``."""
+    return Path(__file__).parent / "text"

@@ -1,0 +1,167 @@
+"""``rayapp serve`` and ``rayapp demo`` as processes: what they print, and that nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from rayapp.models.loading import load_model
+
+pytestmark = pytest.mark.ray
+START_S, STOP_S = 240, 90
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def ray_processes() -> set[int]:
+    """Every process of Ray on this machine, by the names that Ray gives them."""
+    found = set()
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if re.search(r"ray::|/ray/|raylet|gcs_server", line):
+            found.add(process.info["pid"])
+    return found
+
+
+class Served:
+    """A ``rayapp serve`` process: its ready line was seen, its output is at hand."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.port = free_port()
+        command = [
+            sys.executable,
+            "-m",
+            "rayapp.cli",
+            "serve",
+            "--port",
+            str(self.port),
+            *arguments,
+        ]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
+            start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        self.lines: list[str] = []
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def wait_ready(self) -> None:
+        until_s = time.monotonic() + START_S
+        while time.monotonic() < until_s:
+            line = self.process.stdout.readline()
+            if not line:
+                break
+            self.lines.append(line)
+            if line.startswith("ready:"):
+                return
+        raise AssertionError("no ready line:\n" + "".join(self.lines))
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def interrupt(self, number: int = signal.SIGINT) -> int:
+        self.process.send_signal(number)
+        rest, _ = self.process.communicate(timeout=STOP_S)
+        self.lines.append(rest)
+        return self.process.returncode
+
+
+@pytest.fixture
+def served():
+    running = []
+
+    def start(*arguments: str) -> Served:
+        running.append(Served(*arguments))
+        return running[-1]
+
+    yield start
+    for each in running:
+        if each.process.poll() is None:
+            each.interrupt()
+
+
+def all_gone(processes: list[psutil.Process]) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    return not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize(("mode", "number"), [
+    ("disaggregated", signal.SIGINT),
+    pytest.param("unified", signal.SIGTERM, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_from_ready_line_to_interrupt(save_tiny, tmp_path, served, mode, number):
+    path = save_tiny(tmp_path, "llama")
+    service = served(
+        "--model", str(path), "--served-model-name", "tiny", "--mode", mode,
+        "--max-model-len", "96", "--max-num-seqs", "2",
+    )  # fmt: skip
+    service.wait_ready()
+    assert service.lines[-1] == f"ready: tiny at {service.url}/v1\n"
+    # 2 slots x 96 entries x (key + value) x 2 KV heads x 16 dimensions x 4 bytes x 5 blocks
+    slab_bytes = 2 * 96 * 2 * 2 * 16 * 4 * 5
+    assert f"{slab_bytes:,} bytes" in "".join(service.lines)
+
+    loaded = load_model(path)
+    ids = loaded.tokenizer("good morning", return_tensors="pt")["input_ids"]
+    want = loaded.model.generate(ids, max_new_tokens=10, do_sample=False)[0, ids.shape[1] :]
+    client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none")
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    answer = client.completions.create(
+        model="tiny", prompt="good morning", max_tokens=10, temperature=0
+    )
+    assert answer.choices[0].text == loaded.tokenizer.decode(want, skip_special_tokens=True)
+    ledger = httpx.get(f"{service.url}/v1/transfers").json()
+    assert ledger["totals"]["num_transfers"] == (mode == "disaggregated")
+    if ledger["recent"]:
+        assert ledger["recent"][0]["source_node"] != ledger["recent"][0]["destination_node"]
+
+    processes = service.descendants()
+    assert len(processes) > 5
+    assert service.interrupt(number) == 0, "".join(service.lines)
+    assert "Traceback" not in "".join(service.lines)
+    assert all_gone(processes)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_demo_twice(tmp_path):
+    """The whole loop, and at once again over what it left."""
+    before = ray_processes()
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-m", "rayapp.cli", "demo", "--out", str(tmp_path / "demo")],
+            capture_output=True, text=True, timeout=700, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "reduction factor" in done.stdout
+        assert "answer NLL" in done.stdout
+        out = tmp_path / "demo"
+        for name in (
+            "plan.json",
+            "trials.parquet",
+            "ledger.json",
+            "report.html",
+            "evaluation.json",
+        ):
+            assert (out / name).is_file(), name
+        plan = json.loads((out / "plan.json").read_text())
+        assert plan["prefill"]["blocks"] != plan["decode"]["blocks"]
+        answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+        assert len(answers) == 8
+    time.sleep(3)
+    assert ray_processes() <= before
