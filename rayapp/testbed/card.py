@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rayapp.testbed.recipe import Phase, Recipe
 from rayapp.testbed.rows import standard_library_text
 from rayapp.testbed.score import score
-from rayapp.testbed.tasks import LENGTHS, TASKS, generate
+from rayapp.testbed.tasks import LENGTHS, MIN_PAIRS, TASKS, generate
 from rayapp.testbed.train import Run
 
 SCORED_LENGTHS = ("short", "long")
@@ -57,8 +57,10 @@ never asked (seed {score_seed}).
 |---|{rule}|
 {table}
 
-Prompts hold {ranges}. Python standard library source that was held out of training: {text_nats:.3f}
-nats per byte ({text_bytes:,} bytes, in windows of {window}).
+Prompts hold {ranges};
+for retrieval, with its {min_pairs} pairs or more, at least 116. Python standard library source that
+was held out of training: {text_nats:.3f} nats per byte ({text_bytes:,} bytes, in windows of
+{window}).
 
 ## Training
 
@@ -77,7 +79,8 @@ Sequences of more than {longest} tokens, up to the {max_positions:,} positions t
 configuration allows, were never trained. No layer dropout, no redundant blocks, nothing that
 anticipates pruning.
 
-`jobs/train_testbed.py` repeats it; other seeds and task mixes give independent models.
+`jobs/train_testbed.py` repeats it up to rounding, which training amplifies; other seeds and task
+mixes give independent models.
 """
 
 
@@ -159,7 +162,7 @@ def _examples() -> str:
     for task in TASKS:
         example = generate(task, "test", 1, 0, length="short")[0]
         blocks.append(f"`{task}`, answer `{example.completion}`:\n\n```\n{example.prompt}```\n")
-    return "\n".join(blocks)
+    return "\n".join(blocks).rstrip()
 
 
 def _table(measured: Measurement) -> str:
@@ -216,6 +219,7 @@ def write_card(directory: Path, run: Run, measured: Measurement) -> None:
         num_examples=measured.num_examples,
         score_seed=measured.seed,
         ranges=ranges,
+        min_pairs=MIN_PAIRS,
         text_nats=measured.text_nats,
         text_bytes=measured.text_bytes,
         window=_TEXT_WINDOW,
