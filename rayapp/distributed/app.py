@@ -86,7 +86,7 @@ def _autoscaling(settings: ServiceSettings, name: str, pool: PoolSettings) -> Au
         max_replicas=pool.replicas.maximum,
         initial_replicas=pool.replicas.minimum,
         policy=AutoscalingPolicy(
-            policy_function=f"{_POLICIES}{name}_replicas", policy_kwargs=limits
+            policy_function=f"{_POLICIES}{name.title()}Policy", policy_kwargs=limits
         ),
         upscale_delay_s=scaling.upscale_delay_s,
         downscale_delay_s=scaling.downscale_delay_s,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,28 +87,32 @@ class DisaggregatedAttempts:
 
     async def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
         """Prefill, then hand over while the first token leaves, then stream."""
-        stream, answer = await self._prefilled(answering)
-        mark_prefill(answering.timeline, answer)
-        if answer.kv_bytes is None:
-            if answer.first is not None:
-                yield answer.first
-            return
-        replay = tuple(answering.sent)
-        handover = asyncio.ensure_future(self._hand_over(answering, stream, answer, replay))
-        try:
+        async with AsyncExitStack() as held:
+            await self._reserve(held, answering.request)
+            stream, answer = await self._prefilled(answering)
+            mark_prefill(answering.timeline, answer)
+            if answer.kv_bytes is None:
+                if answer.first is not None:
+                    yield answer.first
+                return
+            replay = tuple(answering.sent)
+            handover = asyncio.ensure_future(self._hand_over(answering, stream, answer, replay))
+            held.push_async_callback(ended, handover)
             if answer.first is not None:
                 yield answer.first
             admission = await handover
-        finally:
-            handover.cancel()
-            await asyncio.gather(handover, return_exceptions=True)
-        answering.timeline.admitted_s = answering.timeline.admitted_s or time.monotonic()
-        answering.admitted()
+        mark_admission(answering)
         request, address = answering.request, Address(admission.place.replica_id)
         response = self._tokens.tokens.remote(request.request_id, request.attempt, address=address)
         async with aclosing(streamed(response, self._deadlines.decode_s)) as batches:
             async for batch in batches:
                 yield batch
+
+    async def _reserve(self, held: AsyncExitStack, request: GenerationRequest) -> None:
+        """Wait for room for the request's KV, counted as the dense cache of its prompt."""
+        num_bytes = self._shape.dense_bytes(request.num_prompt_tokens)
+        async with phase("queue", self._deadlines.queue_s):
+            await held.enter_async_context(self._channel.reserved(num_bytes))
 
     async def _prefilled(self, answering: Answering) -> tuple[ReplicaStream, PrefillAnswer]:
         """An open stream whose first item said that the prompt is prefilled."""
@@ -143,7 +147,7 @@ class DisaggregatedAttempts:
         try:
             async with (
                 phase("transfer", limit_s),
-                self._channel.receive(stream, answer.kv_bytes or 0) as handle,
+                self._channel.received(stream, answer.kv_bytes or 0) as handle,
             ):
                 put_s = time.monotonic() - began_s
                 handover = Handover(request, self._versions, answer.first, replay, limit_s)
@@ -230,8 +234,7 @@ class UnifiedAttempts:
         if answer.kv_bytes is None:
             return
         await next_item(response, "transfer", self._deadlines.transfer_s)
-        answering.timeline.admitted_s = answering.timeline.admitted_s or time.monotonic()
-        answering.admitted()
+        mark_admission(answering)
         async with aclosing(streamed(response, self._deadlines.decode_s)) as batches:
             async for batch in batches:
                 yield batch
@@ -242,6 +245,18 @@ def mark_prefill(timeline: Timeline, answer: PrefillAnswer) -> None:
     if timeline.prefill_finished_s is None:
         timeline.prefill_finished_s = time.monotonic()
         timeline.prefill_started_s = timeline.prefill_finished_s - answer.prefill_s
+
+
+def mark_admission(answering: Answering) -> None:
+    """Mark when decode first took over, and give the waiting place back."""
+    answering.timeline.admitted_s = answering.timeline.admitted_s or time.monotonic()
+    answering.admitted()
+
+
+async def ended(task: asyncio.Future[Any]) -> None:
+    """Cancel a task unless it is done, and wait until it has let go of everything."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def streamed(response: Any, limit_s: float) -> AsyncGenerator[TokenBatch, None]:

@@ -3,13 +3,14 @@
 Prefill follows the prompt tokens in its queues, decode the share of slots and entries in use, and
 requests that wait for a slot; both sums are over the pool, so consolidation is counted before a
 pool shrinks. Where a number is missing, the pool stays as it is. Nothing here may raise: Serve
-would silently fall back.
+would silently fall back. Policies are classes because Serve passes ``policy_kwargs`` only to those.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -17,24 +18,43 @@ logger = logging.getLogger(__name__)
 Decision = tuple[int, dict[str, Any]]
 
 
-def prefill_replicas(context: Any, *, tokens_per_replica: int) -> Decision:
+class PrefillPolicy:
     """Enough replicas that each has at most ``tokens_per_replica`` prompt tokens in its queue."""
-    return _decided(context, lambda: by_queued_tokens(context, tokens_per_replica))
+
+    def __init__(self, tokens_per_replica: int) -> None:
+        self._tokens_per_replica = tokens_per_replica
+
+    def __call__(self, context: Any) -> Decision:
+        """Serve's question."""
+        return _decided(context, lambda: by_queued_tokens(context, self._tokens_per_replica))
 
 
-def decode_replicas(context: Any, *, target_usage: float) -> Decision:
+class DecodePolicy:
     """Enough replicas that each is used by at most ``target_usage``, waiting requests counted."""
-    return _decided(context, lambda: by_usage(context, target_usage))
+
+    def __init__(self, target_usage: float) -> None:
+        self._target_usage = target_usage
+
+    def __call__(self, context: Any) -> Decision:
+        """Serve's question."""
+        return _decided(context, lambda: by_usage(context, self._target_usage))
 
 
-def unified_replicas(context: Any, *, tokens_per_replica: int, target_usage: float) -> Decision:
+class UnifiedPolicy:
     """The larger of both."""
 
-    def larger() -> int | None:
-        both = by_queued_tokens(context, tokens_per_replica), by_usage(context, target_usage)
-        return None if None in both else max(n for n in both if n is not None)
+    def __init__(self, tokens_per_replica: int, target_usage: float) -> None:
+        self._tokens_per_replica = tokens_per_replica
+        self._target_usage = target_usage
 
-    return _decided(context, larger)
+    def __call__(self, context: Any) -> Decision:
+        """Serve's question."""
+        return _decided(context, lambda: self._larger(context))
+
+    def _larger(self, context: Any) -> int | None:
+        queued = by_queued_tokens(context, self._tokens_per_replica)
+        used = by_usage(context, self._target_usage)
+        return None if queued is None or used is None else max(queued, used)
 
 
 def by_queued_tokens(context: Any, tokens_per_replica: int) -> int | None:
@@ -60,7 +80,7 @@ def _total(context: Any, name: str) -> float | None:
     return float(sum(value for value in found if value is not None))
 
 
-def _decided(context: Any, decide: Any) -> Decision:
+def _decided(context: Any, decide: Callable[[], int | None]) -> Decision:
     """The decision within the pool's bounds; hold where there is none."""
     try:
         wanted = decide()

@@ -9,6 +9,7 @@ pinned until that stream ends, so messages are handed over in unary calls.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import ray
 from ray.exceptions import RayError
 
 from rayapp.engine.channel import ByteBudget, check_message
-from rayapp.errors import TransferError
+from rayapp.errors import OverloadedError, TransferError
 
 
 @dataclass(eq=False)
@@ -68,6 +69,7 @@ class ObjectStoreChannel:
     def __init__(self, *, max_pinned_bytes: int | None = None) -> None:
         self._budget = ByteBudget(max_pinned_bytes)
         self._held: set[ObjectHandle] = set()
+        self._given = asyncio.Event()
 
     @property
     def pinned_bytes(self) -> int:
@@ -78,31 +80,49 @@ class ObjectStoreChannel:
         """Put a message of this process into the store; see :class:`KVChannel`."""
         check_message(message)
         self._budget.take(message.nbytes)
-        return self._hold(ray.put(message), message.nbytes)
+        handle = ObjectHandle(ray.put(message), message.nbytes)
+        self._held.add(handle)
+        return handle
 
     @asynccontextmanager
-    async def receive(
+    async def reserved(self, num_bytes: int) -> AsyncGenerator[None, None]:
+        """Count ``num_bytes`` as pinned while the context lasts; waits until they fit.
+
+        KV is in the store as soon as a prefill ends, so room for it is taken before one begins.
+
+        Raises:
+            OverloadedError: They never fit.
+        """
+        limit = self._budget.max_bytes
+        if limit is not None and num_bytes > limit:
+            raise OverloadedError(
+                f"this prompt's KV may weigh {num_bytes} bytes, and at most {limit} may be under "
+                "way; shorten the prompt or raise max_kv_bytes"
+            )
+        while limit is not None and self.pinned_bytes + num_bytes > limit:
+            self._given.clear()
+            await self._given.wait()
+        self._budget.take(num_bytes)
+        try:
+            yield
+        finally:
+            self._give(num_bytes)
+
+    @asynccontextmanager
+    async def received(
         self, stream: ReplicaStream, num_bytes: int
     ) -> AsyncGenerator[ObjectHandle, None]:
         """Own the message at the end of a replica's stream while the context lasts.
 
         Args:
-            stream: Its first item was read.
-            num_bytes: What the message is counted as.
-
-        Raises:
-            OverloadedError: The byte budget is used up.
+            stream: Its first item was read, and room was reserved before it began.
+            num_bytes: What the message weighs, about.
         """
-        self._budget.take(num_bytes)
-        handle = None
+        handle = ObjectHandle(await stream.rest(), num_bytes)
         try:
-            handle = self._hold(await stream.rest(), num_bytes)
             yield handle
         finally:
-            if handle is None:
-                self._budget.give(num_bytes)
-            else:
-                await self.release(handle)
+            handle.reference = None
 
     async def fetch(self, handle: ObjectHandle) -> np.ndarray:
         """The message, read-only; see :class:`KVChannel`."""
@@ -112,13 +132,12 @@ class ObjectStoreChannel:
         """Let the message go; see :class:`KVChannel`. The object ends with the last handle."""
         if handle in self._held:
             self._held.discard(handle)
-            self._budget.give(handle.num_bytes)
+            self._give(handle.num_bytes)
             handle.reference = None
 
-    def _hold(self, reference: ray.ObjectRef, num_bytes: int) -> ObjectHandle:
-        handle = ObjectHandle(reference, num_bytes)
-        self._held.add(handle)
-        return handle
+    def _give(self, num_bytes: int) -> None:
+        self._budget.give(num_bytes)
+        self._given.set()
 
 
 async def fetch(handle: ObjectHandle) -> np.ndarray:

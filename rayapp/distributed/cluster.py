@@ -2,7 +2,8 @@
 
 Each node has its own raylet, object store and address (127.0.0.2, .3, ...; never 127.0.0.1, which
 Ray rewrites), so what crosses between them really travels. Nothing is left behind: the context
-ends every process, and a reaper does where this process is killed.
+ends every process. Where this process is killed, Ray's reaper ends the nodes at once, and their
+agents follow within minutes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     # Workers share few cores: they must not spin against each other.
     "OMP_NUM_THREADS": "1",
+    # Ray's default of 15 starves replicas beside anything else that computes on this machine.
+    "RAY_worker_niceness": "0",
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_USAGE_STATS_ENABLED": "0",

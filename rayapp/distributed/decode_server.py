@@ -275,7 +275,7 @@ class DecodeServer:
         return max(self._num_slots_held / self._max_num_seqs, self._engine.usage)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What :func:`rayapp.distributed.autoscaling.decode_replicas` decides by."""
+        """What :class:`rayapp.distributed.autoscaling.DecodePolicy` decides by."""
         return {"usage": self.usage, "waiting": self._num_waiting / self._max_num_seqs}
 
     async def check_integrity(self) -> dict[str, int]:

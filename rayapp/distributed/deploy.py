@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import ray
 from ray import serve
-from ray.serve.context import _get_global_client
+from ray.serve.context import _get_global_client, _set_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from rayapp.distributed.placement import check_placement, check_readable
@@ -30,6 +30,7 @@ from rayapp.plan import PruningPlan
 logger = logging.getLogger(__name__)
 IMPORT_PATH = "rayapp.distributed.app:build"
 _POLL_S = 0.2
+_SHUTDOWN_S = 8.0
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 
 
@@ -178,6 +179,23 @@ def _check_status() -> None:
 
 
 def _take_off() -> None:
-    """End the service; a cluster that has gone already needs nothing."""
+    """End the service, in time even where streams run; a cluster that has gone needs nothing."""
     with suppress(Exception):
-        serve.shutdown()
+        client = _get_global_client()
+        details = client.get_serve_details()
+        with suppress(Exception):
+            client.shutdown(timeout_s=_SHUTDOWN_S)
+        _set_global_client(None)
+        for name in _actor_names(details):
+            with suppress(Exception):
+                ray.kill(ray.get_actor(name, namespace="serve"))
+
+
+def _actor_names(details: dict[str, Any]) -> list[str]:
+    """Replicas outlive whoever deployed them: the names of all."""
+    return [
+        str(replica["actor_name"])
+        for application in details["applications"].values()
+        for deployment in application["deployments"].values()
+        for replica in deployment["replicas"]
+    ]

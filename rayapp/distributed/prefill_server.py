@@ -161,7 +161,7 @@ class PrefillServer:
         return sum(self._queued.values())
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What :func:`rayapp.distributed.autoscaling.prefill_replicas` decides by."""
+        """What :class:`rayapp.distributed.autoscaling.PrefillPolicy` decides by."""
         return {"queued_tokens": float(self.queued_tokens)}
 
     async def check_integrity(self) -> dict[str, int]:

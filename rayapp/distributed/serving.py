@@ -43,6 +43,9 @@ def serve_until_interrupted(
     try:
         with ExitStack() as stack:
             if address is None:
+                # Anywhere else the ingress could take the place of a replica.
+                ingress = settings.ingress.model_copy(update={"labels": {"role": "head"}})
+                settings = settings.model_copy(update={"ingress": ingress})
                 address = stack.enter_context(local_cluster(_nodes(settings))).address
             service = stack.enter_context(running_service(settings, address=address))
             stack.callback(_on_signals, signal.SIG_IGN)  # nothing is left half ended

@@ -25,7 +25,7 @@ def object_store_channel() -> Iterator[KVChannel]:
     from rayapp.distributed.channel import ObjectStoreChannel
 
     if not ray.is_initialized():
-        ray.init(num_cpus=1, include_dashboard=False, logging_level="error")
+        ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error")
     yield ObjectStoreChannel(max_pinned_bytes=BUDGET)
 
 

@@ -44,10 +44,17 @@ class Deployed:
 
     def counts(self) -> dict[str, list[dict[str, int]]]:
         """What every replica holds, checked by the replica itself."""
-        return {
-            name: self.handle(name).broadcast("check_integrity").results(timeout_s=20)
-            for name in ("ingress", *self.settings.pools)
-        }
+        from ray.exceptions import ActorDiedError
+
+        counts = {}
+        for name in ("ingress", *self.settings.pools):
+            response = self.handle(name).broadcast("check_integrity")
+            found = response.results(timeout_s=20, return_exceptions=True)
+            counts[name] = [held for held in found if not isinstance(held, ActorDiedError)]
+            for held in counts[name]:
+                if isinstance(held, Exception):
+                    raise held
+        return counts
 
     def check_idle(self, within_s: float = 15.0) -> None:
         """Idle means zero, everywhere."""
@@ -67,7 +74,11 @@ class Deployed:
 
         details = _get_global_client().get_serve_details()
         found = details["applications"][APP_NAME]["deployments"][deployment]["replicas"]
-        return {r["replica_id"]: r["pid"] for r in found if r["state"] == "RUNNING"}
+        return {
+            r["replica_id"]: r["pid"]
+            for r in found
+            if r["state"] == "RUNNING" and psutil.pid_exists(r["pid"])
+        }
 
     @contextmanager
     def stopped(self, pid: int) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 
@@ -12,7 +11,7 @@ import pytest
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 
 QUICK = {
-    "queued_tokens_per_replica": 400,
+    "queued_tokens_per_replica": 300,
     "upscale_delay_s": 0.5,
     "downscale_delay_s": 3.0,
     "look_back_s": 2.0,
@@ -22,7 +21,7 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def service(deploy, save_tiny, tmp_path_factory):
-    path = save_tiny(tmp_path_factory.mktemp("scaling"), "llama", num_hidden_layers=16)
+    path = save_tiny(tmp_path_factory.mktemp("scaling"), "llama", num_hidden_layers=24)
     with deploy(
         model=str(path),
         max_num_seqs=2,
@@ -42,7 +41,7 @@ class Load:
             "model": "tested", "prompt": [7] * prompt_tokens, "max_tokens": max_tokens,
             "temperature": 0, "ignore_eos": True,
         }  # fmt: skip
-        self._url, self._stop, self._seeds = url, threading.Event(), itertools.count()
+        self._url, self._stop = url, threading.Event()
         self._threads = [threading.Thread(target=self._ask) for _ in range(num_clients)]
 
     def _ask(self) -> None:
@@ -62,16 +61,17 @@ class Load:
             thread.join()
 
 
-def test_pools_grow_under_load_and_shrink_after_it(service):
-    assert [len(service.replicas(pool)) for pool in ("prefill", "decode")] == [1, 1]
-    with Load(service.settings.url, 24, prompt_tokens=440, max_tokens=40) as load:
-        service.wait_for("prefill", {2}, within_s=150)
-        service.wait_for("decode", {2}, within_s=150)
+@pytest.mark.parametrize(
+    ("pool", "prompt_tokens", "max_tokens"), [("prefill", 500, 1), ("decode", 5, 100)]
+)
+def test_a_pool_grows_under_load_and_shrinks_after_it(service, pool, prompt_tokens, max_tokens):
+    """Long prompts with one answer token load prefill alone, long answers decode."""
+    service.wait_for(pool, {1})
+    with Load(service.settings.url, 16, prompt_tokens, max_tokens) as load:
+        service.wait_for(pool, {2}, within_s=150)
         before = len(load.codes)
-        time.sleep(1.0)
-        assert len(load.codes) >= before
-    service.wait_for("prefill", {1}, within_s=90)
-    service.wait_for("decode", {1}, within_s=90)
+        time.sleep(2.0)
+        assert len(load.codes) > before
+    service.wait_for(pool, {1}, within_s=90)
     assert set(load.codes) == {200}
-    assert len(load.codes) > 24
     service.check_idle()

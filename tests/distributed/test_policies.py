@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rayapp.distributed.autoscaling import decode_replicas, prefill_replicas, unified_replicas
+from rayapp.distributed.autoscaling import DecodePolicy, PrefillPolicy, UnifiedPolicy
 
 NAN = float("nan")
 
@@ -22,7 +22,7 @@ def context(metrics, replicas=("a", "b"), target=2):
 )
 def test_prefill_follows_the_tokens_in_its_queues(queued, wanted):
     metrics = {"queued_tokens": dict(zip("ab", queued, strict=True))}
-    assert prefill_replicas(context(metrics), tokens_per_replica=1000)[0] == wanted
+    assert PrefillPolicy(tokens_per_replica=1000)(context(metrics))[0] == wanted
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_decode_follows_slots_in_use_and_wanted(usage, waiting, wanted):
         "usage": dict(zip("ab", usage, strict=True)),
         "waiting": dict(zip("ab", waiting, strict=True)),
     }
-    assert decode_replicas(context(metrics), target_usage=0.8)[0] == wanted
+    assert DecodePolicy(target_usage=0.8)(context(metrics))[0] == wanted
 
 
 @pytest.mark.parametrize(
@@ -51,17 +51,17 @@ def test_a_pool_holds_where_numbers_are_missing(metrics):
     """A replica that has just started has reported nothing; Serve may report nothing at all."""
     for target in (1, 5):
         seen = context(metrics, target=target)
-        assert prefill_replicas(seen, tokens_per_replica=1) == (target, {})
-        assert decode_replicas(seen, target_usage=0.8) == (target, {})
+        assert PrefillPolicy(tokens_per_replica=1)(seen) == (target, {})
+        assert DecodePolicy(target_usage=0.8)(seen) == (target, {})
 
 
 def test_no_replica_is_no_information():
-    assert prefill_replicas(context({"queued_tokens": {}}, ()), tokens_per_replica=1) == (2, {})
+    assert PrefillPolicy(tokens_per_replica=1)(context({"queued_tokens": {}}, ())) == (2, {})
 
 
 def test_unified_takes_the_larger():
     metrics = {"queued_tokens": {"a": 3000}, "usage": {"a": 0.1}, "waiting": {"a": 0.0}}
     seen = context(metrics, replicas="a")
     limits = {"tokens_per_replica": 1000, "target_usage": 0.8}
-    assert unified_replicas(seen, **limits)[0] == 3
-    assert unified_replicas(context({**metrics, "usage": {}}, "a"), **limits)[0] == 2
+    assert UnifiedPolicy(**limits)(seen)[0] == 3
+    assert UnifiedPolicy(**limits)(context({**metrics, "usage": {}}, "a"))[0] == 2

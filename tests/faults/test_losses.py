@@ -15,7 +15,7 @@ from rayapp.distributed.channel import ObjectHandle, ObjectStoreChannel
 from rayapp.distributed.ingress import open_service
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.request import GenerationRequest, SamplingParams
-from rayapp.errors import UnavailableError
+from rayapp.errors import DeadlineError, UnavailableError
 
 pytestmark = pytest.mark.ray
 
@@ -49,13 +49,15 @@ def expected(tiny_model):
 
 
 class FlippingChannel(ObjectStoreChannel):
-    """Damages the first ``num_damaged`` messages on their way."""
+    """Damages the first ``num_damaged`` messages on their way; counts all."""
 
     num_damaged = 0
+    num_received = 0
 
     @asynccontextmanager
-    async def receive(self, stream, num_bytes):
-        async with super().receive(stream, num_bytes) as handle:
+    async def received(self, stream, num_bytes):
+        async with super().received(stream, num_bytes) as handle:
+            self.num_received += 1
             if self.num_damaged:
                 self.num_damaged -= 1
                 message = (await self.fetch(handle)).copy()
@@ -65,10 +67,11 @@ class FlippingChannel(ObjectStoreChannel):
                 yield handle
 
 
-def opened(service):
+def opened(service, **deadlines):
     channel = FlippingChannel()
     pools = {name: service.handle(name) for name in ("prefill", "decode")}
-    settings = service.settings
+    changed = service.settings.deadlines.model_copy(update=deadlines)
+    settings = service.settings.model_copy(update={"deadlines": changed})
     return open_service(settings, pools, service.handle("ingress"), channel), channel
 
 
@@ -109,6 +112,65 @@ def test_kv_that_is_always_damaged_ends_in_a_clear_error(service):
     assert not any(stage.counts().values())
 
 
+@pytest.mark.parametrize(
+    ("frozen", "deadlines", "message"),
+    [
+        ("prefill", {"queue_s": 0.5, "prefill_s": 0.5}, r"prefill did not end within 1\.0 s"),
+        ("decode", {"transfer_s": 0.7}, r"transfer did not end within 0\.7 s"),
+    ],
+)
+def test_a_frozen_pool_ends_in_a_deadline_that_frees_everything(
+    service, frozen, deadlines, message
+):
+    stage, _ = opened(service, **deadlines)
+    pids = service.replicas(frozen).values()
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(DeadlineError, match=message):
+            asyncio.run(answered(stage.generate(request_of(f"late-{frozen}"))))
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    assert not any(stage.counts().values())
+
+
+def test_a_frozen_answer_ends_in_a_deadline_that_frees_everything(service):
+    stage, _ = opened(service, decode_s=1.0)
+    pids = service.replicas("decode").values()
+
+    async def freeze(num_tokens):
+        if num_tokens > 5:
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+
+    try:
+        with pytest.raises(DeadlineError, match=r"decode did not end within 1\.0 s"):
+            asyncio.run(answered(stage.generate(request_of("late")), freeze))
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    assert not any(stage.counts().values())
+
+
+def test_kv_under_way_is_bounded(service, expected):
+    """Room for one prompt's KV: the others wait for it, and all are answered."""
+    stage, channel = opened(service)
+    channel._budget.max_bytes = 300_000
+    seen = []
+
+    async def watch(num_tokens):
+        seen.append(channel.pinned_bytes)
+
+    async def scenario():
+        requests = [request_of(f"bounded-{n}") for n in range(4)]
+        return await asyncio.gather(*(answered(stage.generate(r), watch) for r in requests))
+
+    assert asyncio.run(scenario()) == [expected] * 4
+    assert 0 < max(seen) <= 300_000
+    assert channel.pinned_bytes == 0
+
+
 def test_prefill_killed_after_it_answered_loses_nothing(service, expected):
     """Decode is frozen, so the KV is still under way when both prefill replicas are killed."""
     stage, channel = opened(service)
@@ -119,7 +181,7 @@ def test_prefill_killed_after_it_answered_loses_nothing(service, expected):
             os.kill(pid, signal.SIGSTOP)
         try:
             answer = asyncio.ensure_future(answered(stage.generate(request_of("after"))))
-            await until(lambda: channel.pinned_bytes and channel._held)
+            await until(lambda: channel.num_received)
             assert channel.pinned_bytes > 100_000
             for pid in prefill:
                 os.kill(pid, signal.SIGKILL)
@@ -182,7 +244,7 @@ def test_decode_killed_before_it_admitted_hands_the_same_kv_to_another(service, 
         for pid in decode:
             os.kill(pid, signal.SIGSTOP)
         answer = asyncio.ensure_future(answered(stage.generate(request_of("unadmitted"))))
-        await until(lambda: channel._held)
+        await until(lambda: channel.num_received)
         await asyncio.sleep(1.0)
         for pid in decode:
             os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,49 @@
+"""Manifests parse, and their settings are ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from rayapp.distributed.deploy import IMPORT_PATH
+from rayapp.distributed.settings import ServiceSettings
+
+CLUSTER = Path(__file__).parents[2] / "cluster"
+
+
+def load(name):
+    return yaml.safe_load((CLUSTER / name).read_text())
+
+
+def serve_configs():
+    kuberay = load("kuberay.yaml")["spec"]
+    return {"serve": load("serve.yaml"), "kuberay": yaml.safe_load(kuberay["serveConfigV2"])}
+
+
+@pytest.mark.parametrize("name", ["serve", "kuberay"])
+def test_a_serve_configuration_holds_valid_settings(name):
+    config = ServeDeploySchema.model_validate(serve_configs()[name])
+    (application,) = config.applications
+    assert application.import_path == IMPORT_PATH
+    settings = ServiceSettings.parse(application.args)
+    assert settings.prefill.labels == {"role": "prefill"}
+    assert settings.decode.replicas.is_elastic
+
+
+def test_every_pool_has_nodes_with_its_label():
+    spec = load("kuberay.yaml")["spec"]["rayClusterConfig"]
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    settings = ServiceSettings.parse(serve_configs()["kuberay"]["applications"][0]["args"])
+    for pool in (*settings.pools.values(), settings.ingress):
+        assert pool.labels in [group["labels"] for group in groups]
+    assert spec["authOptions"] == {"mode": "token"}
+
+
+def test_ray_up_starts_every_node_with_a_token():
+    config = load("ray-up.yaml")
+    for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
+        assert "RAY_AUTH_MODE=token ray start" in config[commands][-1]
+        assert "--labels=" in config[commands][-1]
