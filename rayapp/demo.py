@@ -33,8 +33,8 @@ from rayapp.terminal import ledger_tables, plan_tables
 from rayapp.testbed import text_model_path
 from rayapp.testbed.tasks import TASKS, Example, generate, write_jsonl
 
-PREFILL_REMOVE, DECODE_REMOVE = 2, 3
-CALIBRATION_PER_TASK, TEST_PER_TASK, QUESTIONS_PER_TASK = 24, 100, 2
+PREFILL_REMOVE, DECODE_REMOVE = 1, 2
+CALIBRATION_PER_TASK, TEST_PER_TASK, QUESTIONS_PER_TASK = 48, 100, 2
 EVALUATIONS, WORKERS, TIMED_RUNS = 160, 2, 10
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "prune.py"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 
 import httpx
 import pytest
@@ -150,6 +151,11 @@ def test_bad_options(run, checkpoint, data, tmp_path):
     complains(run("prune", *arguments, "--decode-remove", 9), "9")
     complains(run("serve", "--model", checkpoint, "--prefill-replicas", "3:1"), "MIN")
     complains(run("serve", "--model", checkpoint, "--host", "0.0.0.0"), "--api-key")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        complains(run("serve", "--model", checkpoint, "--port", port), f"{port}.*another --port")
     assert run("generate", "--model", checkpoint)[0] == 2
     assert run("nonsense")[0] == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 
 from fastapi import HTTPException
@@ -13,27 +14,34 @@ from rayapp.api.refusals import error_response
 OPEN_PATHS = frozenset({"/health"})
 
 
-def is_authorized(headers: Headers, api_key: str | None) -> bool:
+def digest_of(api_key: str) -> str:
+    """What a server keeps of a key: enough to recognise it, useless to whoever reads a log."""
+    return hashlib.sha256(api_key.encode()).hexdigest()
+
+
+def is_authorized(headers: Headers, key_digest: str | None) -> bool:
     """Whether the headers carry the key; without a key, everyone may call."""
-    if api_key is None:
+    if key_digest is None:
         return True
     scheme, _, given = headers.get("authorization", "").partition(" ")
-    matches = hmac.compare_digest(given.strip().encode(), api_key.encode())
+    matches = hmac.compare_digest(digest_of(given.strip()), key_digest)
     return matches and scheme.lower() == "bearer"
 
 
 class RequireKey:
     """Refuses every path without the key, those of ``OPEN_PATHS`` excepted."""
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
+    def __init__(self, app: ASGIApp, key_digest: str) -> None:
         self._app = app
-        self._api_key = api_key
+        self._key_digest = key_digest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on what may pass."""
         allowed = scope["type"] == "lifespan" or (
             scope["type"] == "http"
-            and (scope["path"] in OPEN_PATHS or is_authorized(Headers(scope=scope), self._api_key))
+            and (
+                scope["path"] in OPEN_PATHS or is_authorized(Headers(scope=scope), self._key_digest)
+            )
         )
         if allowed:
             await self._app(scope, receive, send)

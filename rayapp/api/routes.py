@@ -36,18 +36,19 @@ TokenPrompts = Sequence[Sequence[int]]
 
 
 def build_app(
-    service: Service, *, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES
+    service: Service, *, key_digest: str | None = None, max_body_bytes: int = MAX_BODY_BYTES
 ) -> FastAPI:
     """An ASGI app over ``service``, with no state outside itself.
 
     Args:
         service: Where tokens come from.
-        api_key: Without it every caller is served; with it, only ``/health`` is open.
+        key_digest: :func:`rayapp.api.access.digest_of` the key. Without it every caller is served;
+            with it, only ``/health`` is open.
         max_body_bytes: Larger request bodies are refused.
     """
     app = FastAPI(title="rayapp", version=__version__, docs_url=None, redoc_url=None)
     metrics = ApiMetrics()
-    answers, views = AnswerRoutes(service, metrics), ViewRoutes(service, metrics, api_key)
+    answers, views = AnswerRoutes(service, metrics), ViewRoutes(service, metrics, key_digest)
     app.add_api_route("/v1/completions", answers.completions, methods=["POST"], response_model=None)
     app.add_api_route(
         "/v1/chat/completions", answers.chat_completions, methods=["POST"], response_model=None
@@ -67,8 +68,8 @@ def build_app(
         )
     install_error_handlers(app)
     app.add_middleware(LimitBody, max_bytes=max_body_bytes)
-    if api_key is not None:
-        app.add_middleware(RequireKey, api_key=api_key)
+    if key_digest is not None:
+        app.add_middleware(RequireKey, key_digest=key_digest)
     app.add_middleware(CountResponses, metrics=metrics)
     return app
 
@@ -189,13 +190,13 @@ class ViewRoutes:
     Args:
         service: Whom to ask.
         metrics: What this process counted.
-        api_key: Whoever lacks it sees of ``/health`` only whether it is well.
+        key_digest: Of the key; whoever lacks it sees of ``/health`` only whether it is well.
     """
 
-    def __init__(self, service: Service, metrics: ApiMetrics, api_key: str | None) -> None:
+    def __init__(self, service: Service, metrics: ApiMetrics, key_digest: str | None) -> None:
         self._service = service
         self._metrics = metrics
-        self._api_key = api_key
+        self._key_digest = key_digest
         self._served = service.description
 
     async def models(self) -> dict[str, Any]:
@@ -218,7 +219,7 @@ class ViewRoutes:
         """200 when every pool answers, 503 before; only the key opens the replicas' details."""
         report = await self._service.health()
         content: dict[str, Any] = {"ready": report.ready, "reason": report.reason}
-        if is_authorized(request.headers, self._api_key):
+        if is_authorized(request.headers, self._key_digest):
             content |= self._details(report)
         return JSONResponse(content, status_code=200 if report.ready else 503)
 

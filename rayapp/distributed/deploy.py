@@ -6,10 +6,11 @@ and applying it again changes only what differs.
 
 from __future__ import annotations
 
+import io
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,11 @@ def resolved(settings: ServiceSettings) -> ServiceSettings:
 
 
 def configuration(settings: ServiceSettings) -> dict[str, Any]:
-    """The Serve configuration of a service, as it would stand in a file."""
+    """The Serve configuration of a service, as it would stand in a file.
+
+    Serve logs the arguments of an application, so they hold the digest of the key, never the key.
+    """
+    deployed = settings.model_copy(update={"api_key": None, "api_key_digest": settings.key_digest})
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": settings.host, "port": settings.port},
@@ -87,7 +92,7 @@ def configuration(settings: ServiceSettings) -> dict[str, Any]:
                 "name": APP_NAME,
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
-                "args": settings.model_dump(mode="json", exclude_none=True),
+                "args": deployed.model_dump(mode="json", exclude_none=True),
             }
         ],
     }
@@ -124,6 +129,7 @@ def running_service(
 def apply(settings: ServiceSettings) -> None:
     """Start Serve where it is not running, and deploy or update the service."""
     config = configuration(settings)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location=config["proxy_location"], http_options=config["http_options"])
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
 
@@ -145,7 +151,8 @@ def _connected(address: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        with _hushed():
+            ray.shutdown()
 
 
 def _wait_ready(settings: ServiceSettings, ready_s: float) -> dict[str, Any]:
@@ -180,7 +187,7 @@ def _check_status() -> None:
 
 def _take_off() -> None:
     """End the service, in time even where streams run; a cluster that has gone needs nothing."""
-    with suppress(Exception):
+    with suppress(Exception), _hushed():
         client = _get_global_client()
         details = client.get_serve_details()
         with suppress(Exception):
@@ -189,6 +196,11 @@ def _take_off() -> None:
         for name in _actor_names(details):
             with suppress(Exception):
                 ray.kill(ray.get_actor(name, namespace="serve"))
+
+
+def _hushed() -> AbstractContextManager[Any]:
+    """Ray prints the controller's intended end to standard output as if a task had failed."""
+    return redirect_stdout(io.StringIO())
 
 
 def _actor_names(details: dict[str, Any]) -> list[str]:

@@ -38,12 +38,12 @@ class Ingress:
     """
 
     def __init__(self, settings: ServiceSettings, **pools: Any) -> None:
-        self._api_key = settings.api_key
+        self._key_digest = settings.key_digest
         self.service = open_service(settings, pools, serve.get_deployment_handle(INGRESS, APP_NAME))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The routes; Serve asks for them once this is constructed."""
-        return build_app(self.service, api_key=self._api_key)
+        return build_app(self.service, key_digest=self._key_digest)
 
     async def own_ledger(self) -> tuple[str, Ledger]:
         """The ledger of this replica alone, and whose it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -38,6 +39,8 @@ def serve_until_interrupted(
         ClusterError: The cluster cannot hold the service.
     """
     check_exposure(settings, allow_unauthenticated=allow_unauthenticated)
+    if address is None:
+        check_port(settings)
     settings = resolved(settings)  # what is wrong with model or plan is said before anything starts
     before = _on_signals(_interrupt)
     try:
@@ -71,12 +74,25 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 def check_exposure(settings: ServiceSettings, *, allow_unauthenticated: bool) -> None:
     """Raise :class:`InputError` where strangers could use the service without a decision."""
-    if settings.api_key or allow_unauthenticated or _is_loopback(settings.host):
+    if settings.key_digest or allow_unauthenticated or _is_loopback(settings.host):
         return
     raise InputError(
         f"host {settings.host!r} can be reached from other machines and no API key is set; give "
         "--api-key, listen on 127.0.0.1, or say --allow-unauthenticated"
     )
+
+
+def check_port(settings: ServiceSettings) -> None:
+    """Raise :class:`InputError` where another program listens; Serve would try again for ever."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise InputError(
+                f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose "
+                "another --port or --host"
+            ) from None
 
 
 def _is_loopback(host: str) -> bool:
@@ -99,7 +115,7 @@ def _nodes(settings: ServiceSettings) -> list[NodeSpec]:
 
 def _introduction(service: RunningService) -> Iterator[str]:
     settings = service.settings
-    for pool, replicas in service.health["pools"].items():
+    for pool, replicas in service.health.get("pools", {}).items():
         for replica in replicas:
             slab = f", KV slab {_mb(replica['slab_bytes'])}" if replica["slab_bytes"] else ""
             parameters = _mb(replica["parameter_bytes"])

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from rayapp.api.access import digest_of
 from rayapp.errors import InputError
 
 APP_NAME = "rayapp"
@@ -133,7 +134,8 @@ class ServiceSettings(_Strict):
         scaling: For pools with MIN:MAX replicas.
         host: Where to listen.
         port: Where to listen.
-        api_key: Without it, everybody who can connect is served.
+        api_key: Without it, everybody who can connect is served. Only its digest is deployed.
+        api_key_digest: SHA-256 of the key in hex, for configuration files that hold no secret.
     """
 
     model: str = Field(min_length=1)
@@ -155,6 +157,7 @@ class ServiceSettings(_Strict):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     api_key: str | None = Field(default=None, min_length=1)
+    api_key_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
 
     @property
     def model_name(self) -> str:
@@ -167,6 +170,11 @@ class ServiceSettings(_Strict):
         if self.mode == "unified":
             return {UNIFIED: self.unified}
         return {PREFILL: self.prefill, DECODE: self.decode}
+
+    @property
+    def key_digest(self) -> str | None:
+        """Digest of the key that callers must send; None where none is asked for."""
+        return digest_of(self.api_key) if self.api_key else self.api_key_digest
 
     @property
     def url(self) -> str:

@@ -6,6 +6,7 @@ import httpx
 import openai
 import pytest
 
+from rayapp.api.access import digest_of
 from rayapp.api.routes import build_app
 
 PATHS = ["/", "/v1/models", "/v1/transfers", "/metrics", "/openapi.json", "/nothing", "/health/x"]
@@ -13,7 +14,7 @@ PATHS = ["/", "/v1/models", "/v1/transfers", "/metrics", "/openapi.json", "/noth
 
 @pytest.fixture(scope="module")
 def locked_url(shared, serve_app):
-    with serve_app(build_app(shared[0], api_key="s3cret")) as url:
+    with serve_app(build_app(shared[0], key_digest=digest_of("s3cret"))) as url:
         yield url
 
 

@@ -22,6 +22,15 @@ def test_they_survive_a_configuration_file():
     assert not settings.decode.replicas.is_elastic
 
 
+def test_the_key_itself_is_never_deployed():
+    settings = ServiceSettings.parse({"model": "/m", "api_key": "open sesame"})
+    (application,) = configuration(settings)["applications"]
+    assert "open sesame" not in str(application)
+    deployed = ServiceSettings.parse(application["args"])
+    assert deployed.key_digest == settings.key_digest
+    assert deployed.key_digest != ServiceSettings.parse({"model": "/m", "api_key": "x"}).key_digest
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
