@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rayapp.distributed.prune import prune
+from rayapp.distributed.prune import prune, prune_front
 from rayapp.errors import InputError, RayappError
 from rayapp.pruning.progress import ProgressReport
 from rayapp.pruning.settings import PruneSettings
@@ -19,11 +19,18 @@ def main(
     out: Annotated[str, typer.Option(help="Directory or URI for plan, journal and trials.")],
     prefill_remove: Annotated[float, typer.Option(help="Blocks that prefill removes.")] = 0.0,
     decode_remove: Annotated[float, typer.Option(help="Blocks that decode removes.")] = 0.0,
+    target_speedup: Annotated[float | None, typer.Option(help="Instead of sizes.")] = None,
+    pareto: Annotated[bool, typer.Option(help="A front of plans up to these sizes.")] = False,
     unit: Annotated[str, typer.Option(help="block or part")] = "block",
     kv_modes: Annotated[bool, typer.Option(help="Skip blocks in prefill, write their KV.")] = True,
-    method: Annotated[str, typer.Option(help="annealing, exhaustive or similarity")] = "annealing",
+    shared: Annotated[bool, typer.Option(help="One set for both stages.")] = False,
+    pruning_set: Annotated[bool, typer.Option(help="Only PDTrim's pruning set.")] = False,
+    distillation_threshold: Annotated[float, typer.Option(help="Where it begins.")] = 0.95,
+    method: Annotated[str, typer.Option(help="As `rayapp prune --help` lists.")] = "annealing",
     score_by: Annotated[str, typer.Option(help="task or token")] = "task",
     objective: Annotated[str, typer.Option(help="kl or nll")] = "kl",
+    kl_top_k: Annotated[int, typer.Option(help="KL over so many tokens; 0: all.")] = 0,
+    racing: Annotated[bool, typer.Option(help="Score all lines for the best only.")] = False,
     first_token: Annotated[str, typer.Option(help="prefill or decode")] = "prefill",
     evaluations: Annotated[int | None, typer.Option(help="Candidates scored at most.")] = None,
     workers: Annotated[int, typer.Option(help="Ray evaluators; 0 needs no Ray.")] = 0,
@@ -38,7 +45,9 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         with ProgressReport() as report:
-            result = prune(PruneSettings.checked(**values), on_progress=report)
+            settings = PruneSettings.checked(**values)
+            search = prune_front if settings.pareto else prune
+            result = search(settings, on_progress=report)
     except RayappError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from None

@@ -163,19 +163,45 @@ def prune(
     out: Annotated[str, typer.Option(help="Directory (or pyarrow URI) for what is found.")],
     prefill_remove: Annotated[float, typer.Option(help="Blocks; parts count 1/2.")] = 0.0,
     decode_remove: Annotated[float, typer.Option(help="Blocks; parts count 1/2.")] = 0.0,
+    target_speedup: Annotated[
+        float | None, typer.Option(help="Instead of sizes: so many times faster than dense.")
+    ] = None,
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="A front of plans of all sizes up to those given.")
+    ] = False,
     unit: Annotated[
         Literal["block", "part"], typer.Option(help="What is removed whole.")
     ] = "block",
     kv_modes: Annotated[
         bool, typer.Option(help="Prefill may skip a block and still write its KV.")
     ] = True,
+    shared: Annotated[bool, typer.Option(help="One set for both stages.")] = False,
+    pruning_set: Annotated[
+        bool, typer.Option(help="Remove blocks of PDTrim's pruning set only.")
+    ] = False,
+    distillation_threshold: Annotated[
+        float, typer.Option(help="Similarity from which on a block is in the pruning set.")
+    ] = 0.95,
     method: Annotated[
-        Literal["annealing", "exhaustive", "similarity"], typer.Option(help="Search method.")
+        Literal[
+            "annealing",
+            "evolution",
+            "exhaustive",
+            "greedy",
+            "one_shot",
+            "random",
+            "similarity",
+            "surrogate",
+            "window",
+        ],
+        typer.Option(help="Search method."),
     ] = "annealing",
     score_by: Annotated[
         Literal["task", "token"], typer.Option(help="What weighs equally.")
     ] = "task",
     objective: Annotated[Literal["kl", "nll"], typer.Option(help="What is minimised.")] = "kl",
+    kl_top_k: Annotated[int, typer.Option(min=0, help="KL over so many tokens; 0: all.")] = 0,
+    racing: Annotated[bool, typer.Option(help="Score all lines for the best only.")] = False,
     first_token: Annotated[
         Literal["prefill", "decode"], typer.Option(help="Stage that makes the first answer token.")
     ] = "prefill",
@@ -188,19 +214,24 @@ def prune(
 ) -> None:
     """Search which blocks (or parts) prefill and decode can each do without."""
     from rayapp.distributed.prune import prune as search
+    from rayapp.distributed.prune import prune_front
     from rayapp.pruning.progress import ProgressReport
     from rayapp.pruning.settings import PruneSettings
 
     logging.getLogger("rayapp").setLevel(logging.INFO)
     settings = PruneSettings.checked(
         model=str(model), calibration=str(calibration), out=out, prefill_remove=prefill_remove,
-        decode_remove=decode_remove, unit=unit, kv_modes=kv_modes, method=method,
-        score_by=score_by, objective=objective, first_token=first_token, evaluations=evaluations,
-        workers=workers, seed=seed, address=address, resume=resume, dtype=dtype,
+        decode_remove=decode_remove, target_speedup=target_speedup, pareto=pareto,
+        unit=unit, kv_modes=kv_modes, shared=shared,
+        pruning_set=pruning_set, distillation_threshold=distillation_threshold, method=method,
+        score_by=score_by, objective=objective, kl_top_k=kl_top_k, racing=racing,
+        first_token=first_token, evaluations=evaluations, workers=workers,
+        seed=seed, address=address, resume=resume, dtype=dtype,
     )  # fmt: skip
     with ProgressReport() as report:
-        result = search(settings, on_progress=report)
-    typer.echo(result.summary(out))
+        found = prune_front if settings.pareto else search
+        summary = found(settings, on_progress=report).summary(out)
+    typer.echo(summary)
 
 
 @app.command()

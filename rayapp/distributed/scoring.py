@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from rayapp.errors import ClusterError, RayappError, SearchError
 from rayapp.pruning.calibration import Calibration
+from rayapp.pruning.costs import Costs, measure_costs
 from rayapp.pruning.evaluator import Evaluator
 from rayapp.pruning.preparation import open_evaluator
 from rayapp.pruning.scoring import Done, Work, compute_one
@@ -45,9 +46,16 @@ class EvaluatorServer:
         """One piece of work."""
         return compute_one(self._ready(), work)
 
+    def alive(self) -> None:
+        """Return: who answers is there."""
+
     def influence(self) -> Influence:
         """Block and part influence of the dense model."""
         return measure_influence(self._ready())
+
+    def costs(self) -> Costs:
+        """Seconds and bytes of every part."""
+        return measure_costs(self._ready())
 
     def _ready(self) -> Evaluator:
         assert self._evaluator is not None, "start is called first"
@@ -56,10 +64,12 @@ class EvaluatorServer:
 
 @dataclass(eq=False)
 class _Evaluator:
-    """An actor, and the chunks whose states it may still hold."""
+    """An actor, the chunks whose states it may still hold, and starts that failed before it."""
 
     actor: Any
+    failed_starts: int
     chunks: set[int] = field(default_factory=set)
+    started: bool = False
 
 
 class EvaluatorPool:
@@ -86,7 +96,6 @@ class EvaluatorPool:
         self._starting: dict[Any, _Evaluator] = {}
         self._idle: list[_Evaluator] = []
         self._busy: dict[Any, tuple[_Evaluator, Work]] = {}
-        self._failed_starts = 0
         for _ in range(max(1, settings.workers)):
             self._start_one()
 
@@ -126,12 +135,21 @@ class EvaluatorPool:
 
     def influence(self) -> Influence:
         """Measured on one evaluator, on another one if it is lost."""
+        found: Influence = self._measured("influence")
+        return found
+
+    def costs(self) -> Costs:
+        """Measured on one evaluator, on another one if it is lost."""
+        found: Costs = self._measured("costs")
+        return found
+
+    def _measured(self, what: str) -> Any:
         for _ in range(MAX_LOSSES):
             while not self._idle:
                 self._wait()
             evaluator = self._idle.pop(0)
             try:
-                found: Influence = _fetch(evaluator.actor.influence.remote())
+                found = _fetch(getattr(evaluator.actor, what).remote())
             except RayActorError as error:
                 self._lost(evaluator, error)
                 continue
@@ -146,10 +164,10 @@ class EvaluatorPool:
             ray.kill(evaluator.actor)
         self._idle, self._starting, self._busy = [], {}, {}
 
-    def _start_one(self) -> None:
+    def _start_one(self, failed_starts: int = 0) -> None:
         actor = ray.remote(EvaluatorServer).options(**self._needs).remote()
         reference = actor.start.remote(self._settings, self._calibration)
-        self._starting[reference] = _Evaluator(actor)
+        self._starting[reference] = _Evaluator(actor, failed_starts)
 
     def _assign(self, waiting: list[Work]) -> None:
         """Give every idle evaluator a piece: of a chunk that it knows, or that nobody does."""
@@ -179,22 +197,28 @@ class EvaluatorPool:
             evaluator = self._starting.pop(reference)
             try:
                 _fetch(reference)
+                evaluator.started = True
                 self._idle.append(evaluator)
-                self._failed_starts = 0
             except RayActorError as error:
-                self._failed_starts += 1
                 self._lost(evaluator, error)
         return [reference for reference in ready if reference in self._busy]
 
     def _lost(self, evaluator: _Evaluator, error: RayActorError) -> None:
+        """Ask for another in its place, and whether the idle ones died too, as with their node.
+
+        Only who answers gets work again, so a piece of work counts no loss that is not its own.
+        """
         logger.warning("an evaluator was lost, its work is computed again: %s", _first_line(error))
         ray.kill(evaluator.actor)
-        if self._failed_starts >= MAX_LOSSES:
+        failed_starts = 0 if evaluator.started else evaluator.failed_starts + 1
+        if failed_starts >= MAX_LOSSES:
             raise ClusterError(
                 f"{MAX_LOSSES} evaluators in a row died while loading the model "
                 f"({_first_line(error)}); probably memory: give evaluators more"
             )
-        self._start_one()
+        self._start_one(failed_starts)
+        self._starting |= {idle.actor.alive.remote(): idle for idle in self._idle}
+        self._idle = []
 
 
 def _count_loss(losses: dict[Work, int], piece: Work) -> None:

@@ -151,7 +151,7 @@ def _ledger(ledger: LedgerJSON | None) -> _LedgerView | None:
     totals = ledger["totals"]
     columns = ("link", "transfers", "bytes full", "bytes sent", "of it overhead", "reduction")
     rows = [
-        _ledger_row(f"{link['source_node']} to {link['destination_node']}", link)
+        _ledger_row(f"{link['source_node'][:12]} to {link['destination_node'][:12]}", link)
         for link in ledger.get("links", ())
     ]
     rows.append(_ledger_row("all links", totals))

@@ -32,3 +32,35 @@ def kl(dense_logits_CV: torch.Tensor, plan_logits_CV: torch.Tensor) -> torch.Ten
 def kl_of(dense_logprobs_CV: torch.Tensor, plan_logprobs_CV: torch.Tensor) -> torch.Tensor:
     """The same from log-probabilities that are already at hand."""
     return (dense_logprobs_CV.exp() * (dense_logprobs_CV - plan_logprobs_CV)).sum(-1)
+
+
+def top_k(logits_CV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The ``k`` likeliest tokens of each distribution, and everything else as one outcome.
+
+    Returns:
+        Log-probabilities ``(C, k)`` and token ids ``(C, k)`` of the likeliest tokens, likeliest
+        first, and the log-probability ``(C,)`` of all others together (-inf where there are none).
+    """
+    logprobs_CV = log_softmax64(logits_CV)
+    top_CK, ids_CK = logprobs_CV.topk(min(k, logprobs_CV.shape[-1]), dim=-1)
+    return top_CK, ids_CK, _others(logprobs_CV, ids_CK)
+
+
+def kl_top_k(
+    dense: tuple[torch.Tensor, torch.Tensor, torch.Tensor], plan_logits_CV: torch.Tensor
+) -> torch.Tensor:
+    """KL(dense || plan) over the outcomes that :func:`top_k` tells apart, ``(C,)``, float64.
+
+    Never above the exact KL (data processing). What is missing is exactly the dense mass of the
+    other tokens times the KL between the two distributions among them.
+    """
+    top_CK, ids_CK, others_C = dense
+    plan_CV = log_softmax64(plan_logits_CV)
+    within_C = kl_of(top_CK, plan_CV.gather(-1, ids_CK))
+    mass_C = others_C.exp()
+    gap_C = others_C - _others(plan_CV, ids_CK)
+    return within_C + torch.where(mass_C > 0, mass_C * gap_C, 0.0)
+
+
+def _others(logprobs_CV: torch.Tensor, ids_CK: torch.Tensor) -> torch.Tensor:
+    return logprobs_CV.scatter(-1, ids_CK, -torch.inf).logsumexp(-1)

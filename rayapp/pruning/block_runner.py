@@ -56,6 +56,7 @@ class BlockRunner:
         self.num_blocks = self._dense.num_blocks
         self.windows = self._dense.windows
         self.device = self._dense.device
+        self.element_bytes = self._dense.dtype.itemsize
 
     def _uniform(self, mode: Mode) -> PruningPlan:
         """A plan whose prefill runs every block in ``mode``; decode needs no KV, so any may do."""

@@ -3,8 +3,8 @@
 A state is named by exactly what it depends on, and looked up before it is computed:
 
 - prefill's hidden state that enters block ``b``: the chunk and prefill's skips before ``b``;
-- the KV of block ``b``: the same, and whether the transfer rules apply (the dense reference is
-  uncut);
+- the KV of block ``b``: the same, and whether it went through its encoding (the dense reference
+  never does);
 - decode's hidden state that enters block ``b``: decode's skips before ``b``, and prefill's skips
   before the last block under ``b`` where decode attended.
 
@@ -18,7 +18,7 @@ E = hidden size, V = vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ from rayapp.pruning.block_runner import KV, BlockKVSlot, BlockRunner
 from rayapp.pruning.calibration import Calibration
 from rayapp.pruning.candidates import ATTENTION, DENSE, Candidate
 from rayapp.pruning.handoff import Handoff, handoff
-from rayapp.pruning.objective import Objective, token_values
+from rayapp.pruning.objective import Objective, Reference, reference_of, token_values
 from rayapp.pruning.state_cache import StateCache, Tensors
 
 CACHE_BYTES = 1 << 30
@@ -63,6 +63,11 @@ class Evaluator:
         calibration: The chunks that are scored.
         objective: What to compute.
         cache_bytes: Bound of what is kept for reuse; 0 reuses nothing, with the same scores.
+
+    Attributes:
+        blocks_run: Blocks run so far, those of which nothing is left included.
+        forwards: Block x token forwards so far, padding included; a part counts one half, and so
+            does the KV of a block that is written without its attention.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class Evaluator:
         self.objective = objective
         self.runner = BlockRunner(model)
         self.blocks_run = 0
+        self.forwards = 0.0
         self._rules = {b: r for b, r in objective.kv_transfer.items() if r != SEND_ALL}
         self._cache = StateCache(cache_bytes)
         self._inputs: dict[int, Handoff] = {}
@@ -90,11 +96,11 @@ class Evaluator:
         """
         lines = self.calibration.chunks[chunk]
         valid_BC = self.inputs(chunk).valid_BC
-        dense_BCV = self._dense_logits(chunk) if self.objective.kind == "kl" else None
+        reference = self._reference(chunk) if self.objective.kind == "kl" else None
         found = []
         for candidate in candidates:
             logits_BCV = self._logits(self._pass(candidate, chunk, cut=bool(self._rules)))
-            values_BC = token_values(self.objective, dense_BCV, logits_BCV, lines.continuations_BC)
+            values_BC = token_values(self.objective, reference, logits_BCV, lines.continuations_BC)
             sums_B = values_BC.cpu().masked_fill(~valid_BC, 0.0).sum(dim=1)
             found.append(tuple(sums_B.tolist()))
         return found
@@ -112,20 +118,24 @@ class Evaluator:
         prefill, decode = candidate.skips("prefill", blocks), candidate.skips("decode", blocks)
         return _Pass(chunk, self.inputs(chunk), prefill, decode, cut)
 
-    def _dense_logits(self, chunk: int) -> torch.Tensor:
-        """The reference, ``(B, C, V)``: dense stages, uncut KV."""
-        found = self._cache.get(("logits", chunk))
+    def _reference(self, chunk: int) -> Reference:
+        """What candidates are compared with: dense stages, uncut KV."""
+        found = self._cache.get(("reference", chunk))
         if found is None:
-            found = (self._logits(self._pass(DENSE, chunk, cut=False)),)
-            self._cache.put(("logits", chunk), found, dense=True)
-        return found[0]
+            logits_BCV = self._logits(self._pass(DENSE, chunk, cut=False))
+            found = reference_of(self.objective, logits_BCV)
+            self._cache.put(("reference", chunk), found, dense=True)
+        return found
 
     def _logits(self, run: _Pass) -> torch.Tensor:
-        """Logits of every continuation token, ``(B, C, V)``."""
-        decoded_BDE = self._decode_state(run)
+        """Logits of every continuation token, ``(B, C, V)``.
+
+        Prefill goes first where it runs to the end anyway: decode then finds all KV written.
+        """
         if not run.inputs.first_from_prefill:
-            return self.runner.logits(decoded_BDE)
+            return self.runner.logits(self._decode_state(run))
         prompt_BPE = self._prefill_state(run, self.runner.num_blocks)
+        decoded_BDE = self._decode_state(run)
         last_B = run.inputs.num_prefilled_B.to(prompt_BPE.device) - 1
         rows_B = torch.arange(len(last_B), device=last_B.device)
         last_B1E = prompt_BPE[rows_B, last_B][:, None]
@@ -142,27 +152,45 @@ class Evaluator:
             hidden_BPE = self.runner.embed(run.inputs.prefill_ids_BP)
         positions_BP = run.inputs.prefill_positions_BP
         for each in range(start, block):
+            if run.prefill[each] & ATTENTION and not run.decode[each] & ATTENTION:
+                self._write_kv(run, each, hidden_BPE)
             mask = self.prefill_mask(run.chunk, each)
             slot = BlockKVSlot()
             hidden_BPE = self._run(each, run.prefill[each], hidden_BPE, positions_BP, mask, slot)
             if slot.written:
-                self._keep(("kv", run.chunk, each, run.prefill[:each], False), slot.written, run)
+                self._keep(_kv_key(run, each), slot.written, run)
             self._keep(("prefill", run.chunk, run.prefill[: each + 1]), (hidden_BPE,), run)
         return hidden_BPE
 
     def _kv(self, run: _Pass, block: int) -> KV:
         """The KV of ``block`` that decode finds: what prefill wrote, after the transfer."""
-        cut = run.cut and block in self._rules and self._rules[block].encoding != "model"
-        key = ("kv", run.chunk, block, run.prefill[:block], cut)
+        if not run.cut or block not in self._rules or self._rules[block].encoding == "model":
+            return self._written_kv(run, block)
+        key = (*_kv_key(run, block), "encoded")
         found = self._find(key, run)
-        if found is None and cut:
+        if found is None:
             rule = self._rules[block]
-            found = self._encoded(self._kv(replace(run, cut=False), block), rule, run.inputs, block)
+            found = self._encoded(self._written_kv(run, block), rule, run.inputs, block)
             self._keep(key, found, run)
-        elif found is None:
-            hidden_BPE = self._prefill_state(run, block)
+        return found[0], found[1]
+
+    def _written_kv(self, run: _Pass, block: int) -> KV:
+        """The KV of ``block`` that prefill wrote."""
+        found = self._find(_kv_key(run, block), run)
+        if found is None and not run.prefill[block] & ATTENTION:
+            self._prefill_state(run, block + 1)  # attention writes it, unless its state was kept
+            found = self._find(_kv_key(run, block), run)
+        if found is None:
+            return self._write_kv(run, block, self._prefill_state(run, block))
+        return found[0], found[1]
+
+    def _write_kv(self, run: _Pass, block: int, hidden_BPE: torch.Tensor) -> KV:
+        """The KV of ``block`` from the states that enter it, without its attention."""
+        found = self._find(_kv_key(run, block), run)
+        if found is None:
+            self.forwards += hidden_BPE.shape[0] * hidden_BPE.shape[1] / 2
             found = self.runner.write_kv(block, hidden_BPE, run.inputs.prefill_positions_BP)
-            self._keep(key, found, run)
+            self._keep(_kv_key(run, block), found, run)
         return found[0], found[1]
 
     def _encoded(self, kv: KV, rule: KVTransfer, inputs: Handoff, block: int) -> KV:
@@ -224,6 +252,7 @@ class Evaluator:
         slot: BlockKVSlot,
     ) -> torch.Tensor:
         self.blocks_run += 1
+        self.forwards += hidden_BTE.shape[0] * hidden_BTE.shape[1] * (1 - skipped.bit_count() / 2)
         return self.runner.run(block, skipped, hidden_BTE, positions_BT, mask, slot)
 
     def _find(self, key: _Key, run: _Pass) -> Tensors | None:
@@ -236,6 +265,10 @@ class Evaluator:
                 del run.held[old]
         if key[0] != "decode":
             run.held[key] = tensors
+
+
+def _kv_key(run: _Pass, block: int) -> _Key:
+    return ("kv", run.chunk, block, run.prefill[:block])
 
 
 def _decode_key(run: _Pass, block: int) -> _Key:

@@ -18,7 +18,7 @@ from rayapp.pruning.similarity import Influence
 from rayapp.pruning.storage import Storage
 
 JOURNAL_FILE = "journal.jsonl"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Trial:
             "decode": list(self.candidate.decode),
             "score": self.score.value,
             "tasks": self.score.tasks,
+            "chunks": self.score.num_chunks,
             "seconds": round(self.score.seconds, 6),
         }
 
@@ -121,7 +122,12 @@ class Journal:
 
 def _trial(line: Mapping[str, Any], record: Mapping[str, Any]) -> Trial:
     candidate = Candidate(tuple(record["prefill"]), tuple(record["decode"]))
-    score = Score(record["score"], record["tasks"], seconds=record["seconds"])
+    score = Score(
+        record["score"],
+        record["tasks"],
+        seconds=record["seconds"],
+        num_chunks=record["chunks"],
+    )
     return Trial(candidate, score, line["index"], line["phase"])
 
 

@@ -22,7 +22,7 @@ from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 from rayapp.pruning.calibration import Calibration, TokenizedLine
 from rayapp.pruning.candidates import DENSE, Candidate
-from rayapp.pruning.objective import Objective, Score, combine, token_values
+from rayapp.pruning.objective import Objective, Score, combine, reference_of, token_values
 
 
 def naive_scores(
@@ -48,7 +48,8 @@ def _score(
     for index, line in enumerate(calibration.lines):
         logits_CV, dense_CV = teacher_forced(model, plan, line), teacher_forced(model, dense, line)
         ids_C = torch.tensor(line.continuation)
-        values = token_values(objective, dense_CV[None], logits_CV[None], ids_C[None])
+        reference = reference_of(objective, dense_CV[None])
+        values = token_values(objective, reference, logits_CV[None], ids_C[None])
         sums[index] = float(values.sum())
     return combine(objective, calibration, sums, name=str(candidate))
 

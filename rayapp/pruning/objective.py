@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from rayapp.errors import SearchError
-from rayapp.models.likelihood import kl, nll
+from rayapp.models.likelihood import kl, kl_top_k, nll, top_k
 from rayapp.plan import KVTransfer, Stage
 from rayapp.pruning.calibration import Calibration
 
@@ -36,12 +36,15 @@ class Objective:
             tokens.
         first_token: The stage that the first answer token's logits come from.
         kv_transfer: Rules for the KV between the stages, used where a candidate's decode attends.
+        kl_top_k: For large vocabularies: KL over the dense model's likeliest tokens, all others as
+            one outcome; never above the exact one. 0 is exact.
     """
 
     kind: ObjectiveKind = "kl"
     score_by: ScoreBy = "task"
     first_token: Stage = "prefill"
     kv_transfer: Mapping[int, KVTransfer] = field(default_factory=dict)
+    kl_top_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,31 +52,52 @@ class Score:
     """A candidate's score, lower is better, and its parts.
 
     ``lines`` holds the sums over each line's continuation tokens, for paired comparisons.
+    ``num_chunks`` is how many chunks it was scored on. Where a race ended before all were,
+    ``value`` is an estimate (:mod:`rayapp.pruning.racing`), and ``tasks`` are those of its chunks.
     """
 
     value: float
     tasks: dict[str, float]
     lines: tuple[float, ...] = ()
     seconds: float = 0.0
+    num_chunks: int = 0
+
+
+Reference = tuple[torch.Tensor, ...]
+"""What candidates are compared with: logits ``(B, C, V)``, or their ``top_k``."""
+
+
+def reference_of(objective: Objective, logits_BCV: torch.Tensor) -> Reference:
+    """The reference that dense logits make; bounded in memory where only the likeliest count."""
+    if not objective.kl_top_k:
+        return (logits_BCV,)
+    slices = [top_k(logits_BCV[rows], objective.kl_top_k) for rows in _slices(logits_BCV)]
+    return tuple(torch.cat(parts) for parts in zip(*slices, strict=True))
 
 
 def token_values(
     objective: Objective,
-    dense_logits_BCV: torch.Tensor | None,
+    reference: Reference | None,
     logits_BCV: torch.Tensor,
     token_ids_BC: torch.Tensor,
 ) -> torch.Tensor:
     """The objective at every continuation token, ``(B, C)``, float64; sliced to bound memory."""
     token_ids_BC = token_ids_BC.to(logits_BCV.device)
-    step = max(1, _SLICE_ELEMENTS // logits_BCV[0].numel())
     parts = []
-    for start in range(0, len(logits_BCV), step):
-        rows = slice(start, start + step)
-        if objective.kind == "nll" or dense_logits_BCV is None:
+    for rows in _slices(logits_BCV):
+        if objective.kind == "nll" or reference is None:
             parts.append(nll(logits_BCV[rows], token_ids_BC[rows]))
+        elif objective.kl_top_k:
+            top_BCK, ids_BCK, others_BC = (tensor[rows] for tensor in reference)
+            parts.append(kl_top_k((top_BCK, ids_BCK, others_BC), logits_BCV[rows]))
         else:
-            parts.append(kl(dense_logits_BCV[rows], logits_BCV[rows]))
+            parts.append(kl(reference[0][rows], logits_BCV[rows]))
     return torch.cat(parts)
+
+
+def _slices(logits_BCV: torch.Tensor) -> list[slice]:
+    step = max(1, _SLICE_ELEMENTS // logits_BCV[0].numel())
+    return [slice(start, start + step) for start in range(0, len(logits_BCV), step)]
 
 
 def combine(

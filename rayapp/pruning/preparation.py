@@ -33,7 +33,7 @@ def prepare(settings: PruneSettings) -> Prepared:
     """
     checkpoint = Checkpoint(settings.model)
     signature = checkpoint.signature()
-    settings.space(signature.num_blocks)
+    settings.check(signature.num_blocks)
     calibration = load_calibration(
         settings.calibration,
         load_tokenizer(settings.model),

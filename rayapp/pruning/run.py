@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import transformers
 
 from rayapp import __version__
-from rayapp.plan import PLAN_FILE, ModelSignature, PruningPlan
+from rayapp.errors import SearchError
+from rayapp.plan import PLAN_FILE, STAGES, ModelSignature, PruningPlan
 from rayapp.pruning.candidates import DENSE, Candidate
 from rayapp.pruning.journal import Journal, Trial, check_replayed
 from rayapp.pruning.objective import Score
 from rayapp.pruning.progress import ProgressCallback, SearchProgress
+from rayapp.pruning.racing import race
 from rayapp.pruning.scoring import Scorer
 from rayapp.pruning.search.method import Generation, SearchMethod, Setup
 from rayapp.pruning.search.methods import METHODS
 from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.similarity import Influence, pruning_set
 from rayapp.pruning.spaces import Space
 from rayapp.pruning.storage import Storage
 from rayapp.pruning.trials import write_trials
@@ -113,17 +117,21 @@ class _Search:
         return self._finish()
 
     def _method(self) -> SearchMethod:
-        kind = METHODS[self._settings.method]
-        if kind.uses_influence and self._journal.influence is None:
-            self._journal.add_influence(self._scorer.compute.influence())
-        settings = self._settings
+        settings, kind = self._settings, METHODS[self._settings.method]
+        uses_influence = kind.uses_influence or settings.pruning_set
+        if uses_influence and self._journal.influence is None:
+            self._journal.add_influence(_checked(self._scorer.compute.influence()))
+        influence = self._journal.influence
+        if settings.pruning_set:
+            assert influence is not None, "measured above"
+            self._space = _restricted(self._space, influence, settings.distillation_threshold)
         return kind(
             Setup(
                 space=self._space,
                 evaluations=settings.evaluations,
                 generation_size=settings.generation_size,
                 seed=settings.seed,
-                influence=self._journal.influence,
+                influence=influence,
             )
         )
 
@@ -132,7 +140,7 @@ class _Search:
     ) -> list[float]:
         """Scores of one generation, from the journal or computed and written to it."""
         candidates = asked.candidates
-        number = self._trials[-1].generation + 1 if self._trials else 0
+        number = self._number
         if replayed is None:
             scores = self._score(asked, left)
             trials = [
@@ -150,20 +158,38 @@ class _Search:
 
     def _score(self, asked: Generation, left: int) -> list[Score]:
         """What was scored before is not scored again, in this run or in the one that is resumed."""
-        new = [c for c in asked.candidates if c not in self._told]
+        new = [c for c in asked.candidates if not self._is_scored(c)]
 
         def report(finished: float) -> None:
             self._report(asked.phase, finished, left - finished)
 
-        scores = self._scorer.score_many(new, on_progress=report) if new else []
+        if self._settings.racing:
+            scores = race(self._scorer, new, self._number, on_progress=report)
+        else:
+            scores = self._scorer.score_many(new, on_progress=report) if new else []
         known = self._told | dict(zip(new, scores, strict=True))
         return [known[candidate] for candidate in asked.candidates]
+
+    def _is_scored(self, candidate: Candidate) -> bool:
+        """Whether its score on all chunks is known."""
+        score = self._told.get(candidate)
+        return score is not None and self._is_whole(score)
+
+    def _is_whole(self, score: Score) -> bool:
+        return score.num_chunks == len(self._scorer.calibration.chunks)
+
+    @property
+    def _number(self) -> int:
+        """Of the generation that comes next."""
+        return self._trials[-1].generation + 1 if self._trials else 0
 
     def _tell(self, trial: Trial) -> None:
         self._trials.append(trial)
         self._told[trial.candidate] = trial.score
         found = (trial.score.value, trial.candidate)
-        if trial.candidate in self._space and (self._best is None or found < self._best):
+        if not self._is_whole(trial.score) or trial.candidate not in self._space:
+            return
+        if self._best is None or found < self._best:
             self._best = found
 
     def _report(self, phase: str, unfinished: float, left: float) -> None:
@@ -183,7 +209,11 @@ class _Search:
         )
 
     def _finish(self) -> SearchResult:
-        assert self._best is not None, "every method scores at least one candidate of its space"
+        if self._best is None:
+            raise SearchError(
+                f"{len(self._told)} candidates were scored, none of them within the sizes and sets "
+                "asked for; allow more evaluations, lower the threshold, or use another method"
+            )
         best = self._best[1]
         seconds = time.monotonic() - self._started_s
         plan = best.plan(
@@ -221,6 +251,7 @@ class _Search:
             "score_by_task": best.tasks,
             "dense_score": dense.value,
             "evaluations": len(self._told),
+            "chunks_scored": sum(score.num_chunks for score in self._told.values()),
             "evaluator_seconds": round(sum(score.seconds for score in self._told.values()), 3),
             "seconds": round(seconds, 3),
         }
@@ -231,6 +262,25 @@ def _check_method(settings: PruneSettings, space: Space) -> None:
     kind = METHODS[settings.method]
     if not kind.uses_influence:
         kind(Setup(space, settings.evaluations, settings.generation_size, settings.seed))
+
+
+def _restricted(space: Space, influence: Influence, d_t: float) -> Space:
+    """The candidates whose units are all in the pruning sets; sizes that do not fit are refused."""
+    prefill, decode = (pruning_set(influence, stage, space.num_units, d_t) for stage in STAGES)
+    return replace(space, prefill_allowed=prefill, decode_allowed=decode)
+
+
+def _checked(influence: Influence) -> Influence:
+    """Refuse an influence that no search can start from."""
+    for name, values in asdict(influence).items():
+        broken = [index for index, value in enumerate(values) if not math.isfinite(value)]
+        if broken:
+            raise SearchError(
+                f"the dense model's influence {name}[{broken[0]}] is {values[broken[0]]}; it must "
+                "be finite: check the model in its element type (float16 overflows), or use "
+                "--dtype float32"
+            )
+    return influence
 
 
 def _environment(settings: PruneSettings) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from rayapp.pruning.calibration import Calibration
 from rayapp.pruning.candidates import Candidate
+from rayapp.pruning.costs import Costs, measure_costs
 from rayapp.pruning.evaluator import Evaluator, LineSums
 from rayapp.pruning.objective import Objective, Score, combine
 from rayapp.pruning.similarity import Influence, measure_influence
@@ -48,6 +49,10 @@ class Compute(Protocol):
         """Block and part influence of the dense model."""
         ...
 
+    def costs(self) -> Costs:
+        """Seconds and bytes of every part, as one evaluator measures them."""
+        ...
+
     @property
     def num_evaluators(self) -> int:
         """Evaluators that compute at the moment."""
@@ -71,12 +76,32 @@ class LocalCompute:
         """Measured here."""
         return measure_influence(self._evaluator)
 
+    def costs(self) -> Costs:
+        """Measured here."""
+        return measure_costs(self._evaluator)
+
 
 def compute_one(evaluator: Evaluator, work: Work) -> Done:
     """Compute one piece of work on an evaluator."""
     started = time.perf_counter()
     sums = tuple(evaluator.line_sums(work.candidates, work.chunk))
     return Done(work, sums, time.perf_counter() - started)
+
+
+def split_work(candidates: Mapping[int, Sequence[Candidate]], num_evaluators: int) -> list[Work]:
+    """Candidates (ascending) by chunk as pieces of work: chunk by chunk, neighbours together.
+
+    Enough pieces that no evaluator idles long, and no more, since neighbours share states.
+    """
+    num_groups = math.ceil(4 * num_evaluators / max(1, len(candidates)))
+    work = []
+    for chunk, waiting in candidates.items():
+        size = max(1, math.ceil(len(waiting) / num_groups))
+        work += [
+            Work(chunk, tuple(waiting[start : start + size]))
+            for start in range(0, len(waiting), size)
+        ]
+    return work
 
 
 class Scorer:
@@ -96,7 +121,8 @@ class Scorer:
         self.objective = objective
         self.compute = compute
         rules = tuple(sorted((b, r.model_dump_json()) for b, r in objective.kv_transfer.items()))
-        self._context = (weights, objective.kind, objective.first_token, rules)
+        kind = (objective.kind, objective.kl_top_k)
+        self._context = (weights, *kind, objective.first_token, rules)
         self._memo: dict[tuple[object, ...], tuple[LineSums, float]] = {}
 
     def score_many(
@@ -127,17 +153,12 @@ class Scorer:
         return [self._score(candidate, chunks) for candidate in candidates]
 
     def _missing(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> list[Work]:
-        """Chunk by chunk, candidates ascending; enough pieces that no evaluator idles long."""
-        num_groups = math.ceil(4 * self.compute.num_evaluators / len(chunks))
-        work = []
-        for chunk in chunks:
-            missing = [c for c in sorted(set(candidates)) if self._key(c, chunk) not in self._memo]
-            size = max(1, math.ceil(len(missing) / num_groups))
-            work += [
-                Work(chunk, tuple(missing[start : start + size]))
-                for start in range(0, len(missing), size)
-            ]
-        return work
+        """What the memo does not hold yet."""
+        unique = sorted(set(candidates))
+        missing = {
+            chunk: [c for c in unique if self._key(c, chunk) not in self._memo] for chunk in chunks
+        }
+        return split_work(missing, self.compute.num_evaluators)
 
     def _remember(self, done: Done) -> None:
         share = done.seconds / len(done.work.candidates)
@@ -152,7 +173,7 @@ class Scorer:
             sums.update(zip(self.calibration.chunks[chunk].lines, values, strict=True))
             seconds += share
         score = combine(self.objective, self.calibration, sums, name=str(candidate))
-        return replace(score, seconds=seconds)
+        return replace(score, seconds=seconds, num_chunks=len(chunks))
 
     def _key(self, candidate: Candidate, chunk: int) -> tuple[object, ...]:
         return (candidate, self.calibration.chunks[chunk].key, *self._context)

@@ -14,7 +14,17 @@ from rayapp.pruning.evaluator import CACHE_BYTES
 from rayapp.pruning.objective import Objective, ObjectiveKind, ScoreBy
 from rayapp.pruning.spaces import Space, Unit
 
-Method = Literal["annealing", "exhaustive", "similarity"]
+Method = Literal[
+    "annealing",
+    "evolution",
+    "exhaustive",
+    "greedy",
+    "one_shot",
+    "random",
+    "similarity",
+    "surrogate",
+    "window",
+]
 
 _NOT_IDENTITY = {"model", "calibration", "out", "workers", "address", "resume", "cache_bytes"}
 _ENVIRONMENT = {"device", "threads"}
@@ -29,12 +39,25 @@ class PruneSettings(BaseModel):
         out: Directory, or any URI that pyarrow can write, for plan, journal and trials.
         prefill_remove: Blocks that prefill removes; parts count one half.
         decode_remove: Blocks that decode removes.
+        target_speedup: Instead of sizes: how many times faster than dense a plan shall be, from
+            prompt to last token at the calibration set's median lengths.
+        pareto: Whether sizes are the most that is removed, and every size up to them is searched,
+            for a front of plans instead of one.
         unit: Whether whole blocks are removed, or attention and MLP separately.
         kv_modes: Whether prefill may skip a block and still write its KV; without, prefill removes
             only what decode removes (PDTrim's rule).
+        shared: Whether both stages remove one and the same set.
+        pruning_set: Whether only blocks of PDTrim's pruning set may be removed (our reading: its
+            distillation set waits for healing, which is not searched yet).
+        distillation_threshold: Similarity from which on a block belongs to the pruning set; the
+            paper's default.
         method: Search method.
         score_by: Whether tasks or tokens weigh equally.
         objective: KL to the dense model, or negative log-likelihood.
+        kl_top_k: KL over the dense model's likeliest tokens only, all others as one outcome; 0 is
+            exact.
+        racing: Whether candidates of a generation race on growing sets of chunks, and only the
+            best are scored on all.
         first_token: Stage that makes the first answer token.
         kv_transfer: Transfer rules by block, scored together with the removals.
         evaluations: Candidates scored at most; None leaves it to the method.
@@ -58,11 +81,18 @@ class PruneSettings(BaseModel):
     out: str
     prefill_remove: float = Field(default=0.0, ge=0)
     decode_remove: float = Field(default=0.0, ge=0)
+    target_speedup: float | None = Field(default=None, gt=1)
+    pareto: bool = False
     unit: Unit = "block"
     kv_modes: bool = True
+    shared: bool = False
+    pruning_set: bool = False
+    distillation_threshold: float = Field(default=0.95, ge=-1, le=1)
     method: Method = "annealing"
     score_by: ScoreBy = "task"
     objective: ObjectiveKind = "kl"
+    kl_top_k: int = Field(default=0, ge=0)
+    racing: bool = False
     first_token: Stage = "prefill"
     kv_transfer: dict[int, KVTransfer] = Field(default_factory=dict)
     evaluations: int | None = Field(default=None, ge=1)
@@ -100,13 +130,68 @@ class PruneSettings(BaseModel):
 
     def scoring(self) -> Objective:
         """What candidates are compared by."""
-        return Objective(self.objective, self.score_by, self.first_token, self.kv_transfer)
+        return Objective(
+            kind=self.objective,
+            score_by=self.score_by,
+            first_token=self.first_token,
+            kv_transfer=self.kv_transfer,
+            kl_top_k=self.kl_top_k,
+        )
+
+    def fits(self, prefill_remove: float, decode_remove: float) -> bool:
+        """Whether the coupling of the stages allows these sizes."""
+        if self.shared:
+            return prefill_remove == decode_remove
+        return self.kv_modes or prefill_remove <= decode_remove
+
+    def sizes(self) -> list[tuple[float, float]]:
+        """All sizes up to those given that the coupling allows, but for none at all; ascending."""
+        step = 0.5 if self.unit == "part" else 1.0
+        prefill, decode = (
+            [step * n for n in range(1 + int(most / step))]
+            for most in (self.prefill_remove, self.decode_remove)
+        )
+        pairs = [(p, d) for p in prefill for d in decode if (p or d) and self.fits(p, d)]
+        if not pairs:
+            raise InputError(
+                f"prefill_remove={self.prefill_remove:g} and decode_remove={self.decode_remove:g} "
+                "leave no sizes to search; raise them"
+            )
+        return pairs
+
+    def check(self, num_blocks: int) -> None:
+        """Raise :class:`InputError` where sizes contradict a rule, or each other."""
+        if self.pareto and self.target_speedup is not None:
+            raise InputError(
+                f"target_speedup={self.target_speedup:g} asks for one plan and pareto for a front; "
+                "leave out one or the other"
+            )
+        if self.pareto:
+            for prefill, decode in self.sizes():
+                self.model_copy(update={"prefill_remove": prefill, "decode_remove": decode}).space(
+                    num_blocks
+                )
+        elif self.target_speedup is None:
+            self.space(num_blocks)
+        elif self.prefill_remove or self.decode_remove:
+            raise InputError(
+                f"target_speedup={self.target_speedup:g} chooses the sizes, but prefill_remove="
+                f"{self.prefill_remove:g} and decode_remove={self.decode_remove:g} are given; "
+                "leave out one or the other"
+            )
 
     def space(self, num_blocks: int) -> Space:
         """The candidates; raises :class:`InputError` where sizes contradict a rule."""
         if not self.prefill_remove and not self.decode_remove:
             raise InputError(
                 "prefill_remove=0 and decode_remove=0 leave nothing to search; give "
-                "--prefill-remove or --decode-remove"
+                "--prefill-remove, --decode-remove or --target-speedup"
             )
-        return Space(num_blocks, self.prefill_remove, self.decode_remove, self.unit, self.kv_modes)
+        return Space(
+            num_blocks,
+            self.prefill_remove,
+            self.decode_remove,
+            self.unit,
+            self.kv_modes,
+            self.shared,
+        )

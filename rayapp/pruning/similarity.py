@@ -34,6 +34,17 @@ class Influence:
         return blocks if num_units == len(blocks) else parts
 
 
+def pruning_set(influence: Influence, stage: Stage, num_units: int, d_t: float) -> frozenset[int]:
+    """PDTrim's pruning set of one stage: units whose similarity reaches the threshold ``d_T``.
+
+    The paper splits blocks into a pruning and a distillation set at ``d_T``. Project default, since
+    its method section is not public: units of the pruning set may simply be removed; the others
+    need a survivor that was trained to do their work (healing), so without it they stay.
+    """
+    similarities = (1.0 - value for value in influence.units(stage, num_units))
+    return frozenset(unit for unit, similarity in enumerate(similarities) if similarity >= d_t)
+
+
 @torch.inference_mode()
 def measure_influence(evaluator: Evaluator) -> Influence:
     """Both stages of the dense model on the whole calibration set: the cost of one evaluation."""

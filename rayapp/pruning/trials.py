@@ -18,8 +18,9 @@ def write_trials(storage: Storage, trials: Sequence[Trial]) -> None:
 
     Columns: ``generation``, ``phase``, ``prefill`` and ``decode`` (removed units: ``"3"`` is a
     whole block, ``"3.attention"`` and ``"3.mlp"`` its parts), ``prefill_removed`` and
-    ``decode_removed`` (blocks), ``score`` (lower is better), ``score/<task>``, and ``seconds`` of
-    one evaluator.
+    ``decode_removed`` (blocks), ``score`` (lower is better), ``score/<task>``, ``chunks`` that it
+    was scored on (fewer than the most: it lost a race, and ``score`` is an estimate), and
+    ``seconds`` of one evaluator.
     """
     columns: dict[str, list[object]] = {
         "generation": [trial.generation for trial in trials],
@@ -32,6 +33,7 @@ def write_trials(storage: Storage, trials: Sequence[Trial]) -> None:
     }
     for task in sorted({task for trial in trials for task in trial.score.tasks}):
         columns[f"score/{task}"] = [trial.score.tasks.get(task) for trial in trials]
+    columns["chunks"] = [trial.score.num_chunks for trial in trials]
     columns["seconds"] = [trial.score.seconds for trial in trials]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)

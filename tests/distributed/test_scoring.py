@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,15 @@ def test_workers_do_not_change_the_search(tmp_path, settings, local, ray_session
     assert same(result) == same(local)
 
 
+def test_workers_do_not_change_a_race(tmp_path, settings, ray_session):
+    alone = prune(changed(settings, tmp_path / "alone", racing=True))
+    result = prune(changed(settings, tmp_path / "out", racing=True, workers=2))
+    assert same(result) == same(alone)
+    chunks = {trial.score.num_chunks for trial in result.trials}
+    assert len(chunks) > 1
+    assert result.score.num_chunks == max(chunks)
+
+
 def test_a_killed_evaluator_changes_nothing(
     tmp_path, settings, local, ray_session, caplog, monkeypatch
 ):
@@ -78,6 +88,7 @@ def test_a_killed_evaluator_changes_nothing(
     prepared = prepare(search)
     kills: list[int] = []
     with EvaluatorPool(search, prepared.calibration) as pool:
+        assert pool.costs().num_blocks == prepared.signature.num_blocks
         scorer = Scorer(prepared.calibration, search.scoring(), pool, weights="w")
         assign = pool._assign
 
@@ -123,6 +134,32 @@ def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=environment, check=False
     )
+
+
+@pytest.mark.slow
+def test_a_killed_driver_ends_with_the_same_plan(tmp_path, settings):
+    """Killed with its evaluators in the middle of a search; resumed without any."""
+    sizes = {"prefill_remove": 2.0, "decode_remove": 2.0, "evaluations": 100}
+    whole = prune(changed(settings, tmp_path / "whole", **sizes))
+    killed = changed(settings, tmp_path / "killed", **sizes)
+    script = (
+        "import sys; from rayapp.distributed.prune import prune; "
+        "from rayapp.pruning.settings import PruneSettings; "
+        "prune(PruneSettings.model_validate_json(sys.argv[1]))"
+    )
+    on_ray = killed.model_copy(update={"workers": 1}).model_dump_json()
+    journal = tmp_path / "killed" / "journal.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", script, on_ray])
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "plan.json").exists()
+    result = prune(killed.model_copy(update={"resume": True}))
+    assert same(result) == same(whole)
 
 
 def test_the_job(tmp_path, settings, local):

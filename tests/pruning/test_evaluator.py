@@ -99,9 +99,37 @@ def test_decode_only_candidates_run_no_prefill(tiny_model, calibration):
     before = evaluator.blocks_run
     scores(evaluator, [Candidate((), (6, 7))])  # block 3 of 5: block 4 runs again, block 3 does not
     assert evaluator.blocks_run - before == 2 * len(one.chunks)
+    tokens = evaluator.forwards
+    scores(evaluator, [Candidate((), (4, 5))])  # block 2: blocks 3 and 4 run on the answer only
+    answers = sum(chunk.continuations_BC[:, 1:].numel() for chunk in one.chunks)
+    assert evaluator.forwards - tokens == 2 * answers
     before = evaluator.blocks_run
     scores(evaluator, [Candidate((6, 7), ())])  # kv_only 3: prefill and decode differ from block 4
     assert evaluator.blocks_run - before == 3 * len(one.chunks)
+
+
+def test_forwards_without_reuse_are_those_of_the_modes(tiny_model, calibration):
+    line = Calibration(calibration.lines[-1:], cut(calibration.lines[-1:]).chunks)
+    evaluator = Evaluator(tiny_model("llama"), line, Objective(), cache_bytes=0)
+    prompt, answer = len(line.lines[0].prompt), len(line.lines[0].continuation) - 1
+    evaluator.line_sums([], 0)  # the dense reference
+    assert evaluator.forwards == 5 * (prompt + answer)
+    evaluator.forwards = 0.0
+    evaluator.line_sums([Candidate((0, 1), (5,))], 0)  # kv_only 0 in prefill, no MLP 2 in decode
+    dense = 5 * (prompt + answer)
+    assert evaluator.forwards == dense + 4 * prompt + prompt / 2 + 4.5 * answer
+
+
+def test_top_k_needs_no_more_than_it_keeps(tiny_model, calibration):
+    model, candidates = tiny_model("llama"), draw(1)
+    objective = Objective(kl_top_k=20)
+    evaluator = Evaluator(model, calibration, objective)
+    wanted = naive_scores(model, calibration, objective, candidates)
+    exact = scores(Evaluator(model, calibration, Objective()), candidates)
+    for found, want, most in zip(scores(evaluator, candidates), wanted, exact, strict=True):
+        assert abs(found.value - want.value) <= 1e-5 * want.value + 1e-7
+        assert found.value <= most.value + 1e-12
+    assert {tensor.shape[-1] for tensor in evaluator._reference(0)[:2]} == {20}
 
 
 def test_the_cache_keeps_its_bound(tiny_model, calibration):

@@ -7,7 +7,7 @@ import torch
 
 from rayapp.errors import SearchError
 from rayapp.pruning.calibration import TokenizedLine, cut
-from rayapp.pruning.objective import Objective, combine, token_values
+from rayapp.pruning.objective import Objective, combine, reference_of, token_values
 
 LINES = cut(
     [
@@ -46,8 +46,38 @@ def test_token_values_against_the_definitions():
     ids = torch.randint(0, 7, (2, 3))
     p, q = dense.double().softmax(-1), plan.double().softmax(-1)
     kl = (p * (p / q).log()).sum(-1)
-    assert torch.allclose(token_values(Objective(), dense, plan, ids), kl, atol=1e-12, rtol=0)
+    assert torch.allclose(token_values(Objective(), (dense,), plan, ids), kl, atol=1e-12, rtol=0)
     nll = -q.gather(-1, ids[..., None])[..., 0].log()
-    found = token_values(Objective("nll"), dense, plan, ids)
+    found = token_values(Objective("nll"), (dense,), plan, ids)
     assert found.dtype == torch.float64
     assert torch.allclose(found, nll, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_top_k_is_below_the_exact_kl_by_what_happens_among_the_others(k):
+    torch.manual_seed(0)
+    dense, plan = torch.randn(2, 3, 7) * 3, torch.randn(2, 3, 7)
+    objective, ids = Objective(kl_top_k=k), torch.zeros(2, 3, dtype=torch.int64)
+    found = token_values(objective, reference_of(objective, dense), plan, ids)
+    p, q = dense.double().softmax(-1), plan.double().softmax(-1)
+    exact = (p * (p / q).log()).sum(-1)
+    others = torch.ones_like(p).scatter(-1, dense.topk(k).indices, 0.0)
+    p_others, q_others = p * others, q * others
+    mass = p_others.sum(-1)
+    p_others, q_others = (x / x.sum(-1, keepdim=True) for x in (p_others, q_others))
+    missing = mass * (p_others * (p_others / q_others).log().nan_to_num(0.0)).sum(-1)
+    assert torch.allclose(found + missing, exact, atol=1e-12, rtol=0)
+    assert (missing > 1e-6).any() == (k < 6)  # one other token is an outcome of its own
+    assert (found >= 0).all()
+
+
+@pytest.mark.parametrize("k", [7, 50])
+def test_top_k_of_the_whole_vocabulary_is_exact(k, monkeypatch):
+    torch.manual_seed(0)
+    dense, plan = torch.randn(4, 3, 7), torch.randn(4, 3, 7)
+    ids = torch.zeros(4, 3, dtype=torch.int64)
+    exact = token_values(Objective(), (dense,), plan, ids)
+    monkeypatch.setattr("rayapp.pruning.objective._SLICE_ELEMENTS", 3 * 7)  # a line at a time
+    objective = Objective(kl_top_k=k)
+    found = token_values(objective, reference_of(objective, dense), plan, ids)
+    assert torch.allclose(found, exact, atol=1e-12, rtol=0)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -292,3 +293,113 @@ def test_kill_9_of_the_process_and_resume(tmp_path, settings, evaluator):
     assert _same(result) == _same(undisturbed)
     assert 5 <= num_lines < len(journal(tmp_path / "killed"))
     assert DENSE in {trial.candidate for trial in result.trials}
+
+
+def test_a_model_that_is_not_finite_is_one_clear_error(tmp_path, settings, evaluator):
+    class Broken(Counting):
+        def influence(self):
+            found = super().influence()
+            return replace(found, decode_blocks=(float("nan"), *found.decode_blocks[1:]))
+
+    prepared = prepare(settings)
+    scorer = Scorer(prepared.calibration, settings.scoring(), Broken(evaluator), weights="w")
+    with pytest.raises(SearchError, match=r"influence decode_blocks\[0\] is nan"):
+        run_search(elsewhere(settings, tmp_path), scorer, prepared.signature)
+    assert [line["kind"] for line in journal(tmp_path)] == ["header"]
+
+
+def test_a_disk_that_fills_up_ends_the_search_which_can_go_on(
+    tmp_path, settings, evaluator, undisturbed
+):
+    """The kernel refuses the write in the middle of a line, as a full disk does."""
+    whole = len((Path(settings.out) / "journal.jsonl").read_bytes())
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * whole // 3, limits[1]))
+        with pytest.raises(SearchError, match=r"journal.jsonl: cannot be written .* --resume"):
+            search(elsewhere(settings, tmp_path), evaluator)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+    kept = (tmp_path / "journal.jsonl").read_bytes().split(b"\n")[:-1]
+    assert len([line for line in kept if b'"generation"' in line]) > 1
+    result, compute = search(elsewhere(settings, tmp_path, resume=True), evaluator)
+    assert _same(result) == _same(undisturbed)
+    assert 0 < len(compute.scored) < 21
+
+
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory, settings) -> PruneSettings:
+    """Six chunks, of which losers see some."""
+    out = str(tmp_path_factory.mktemp("raced") / "out")
+    changes = {"out": out, "racing": True, "chunk_tokens": 24, "generation_size": 8}
+    return settings.model_copy(update=changes)
+
+
+def race(settings: PruneSettings, limit: int | None = None) -> tuple[SearchResult, Counting]:
+    prepared = prepare(settings)
+    compute = Counting(open_evaluator(settings, prepared.calibration), limit)
+    scorer = Scorer(prepared.calibration, settings.scoring(), compute, weights="w")
+    return run_search(settings, scorer, prepared.signature), compute
+
+
+def test_a_raced_search_scores_its_winners_on_all_chunks(raced):
+    result, compute = race(raced)
+    total = len(prepare(raced).calibration.chunks)
+    assert total >= 4
+    chunks = [trial.score.num_chunks for trial in result.trials]
+    assert set(chunks) > {1, total}
+    assert len(compute.scored) == sum(chunks) < total * len(chunks)
+    assert result.score.num_chunks == total
+    for number in {trial.generation for trial in result.trials}:
+        trials = [trial for trial in result.trials if trial.generation == number]
+        assert min(trials, key=lambda t: t.score.value).score.num_chunks == total
+    rows = pq.read_table(Path(raced.out) / "trials.parquet").to_pylist()
+    assert [row["chunks"] for row in rows] == chunks
+    assert result.plan.provenance["chunks_scored"] == sum(chunks)
+
+
+@pytest.mark.parametrize("limit", [20, 45])
+def test_a_raced_search_resumes_to_the_same_plan(tmp_path, raced, limit):
+    whole, _ = race(elsewhere(raced, tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        race(elsewhere(raced, tmp_path / "cut"), limit)
+    result, compute = race(elsewhere(raced, tmp_path / "cut", resume=True))
+    assert _same(result) == _same(whole)
+    assert len(compute.scored) < sum(trial.score.num_chunks for trial in whole.trials)
+
+
+def test_one_set_for_both_stages(tmp_path, settings, evaluator):
+    sizes = {"prefill_remove": 2.0, "decode_remove": 2.0, "shared": True}
+    whole = {"method": "exhaustive", "evaluations": None}
+    result, _ = search(elsewhere(settings, tmp_path, **sizes, **whole), evaluator)
+    assert len(result.trials) == 1 + 10
+    assert all(trial.candidate.prefill == trial.candidate.decode for trial in result.trials)
+    best = min(result.trials[1:], key=lambda trial: trial.score.value).candidate
+    assert Candidate.from_plan(result.plan) == best
+    annealed, _ = search(elsewhere(settings, tmp_path / "a", **sizes, evaluations=10), evaluator)
+    assert annealed.plan.fingerprint == result.plan.fingerprint
+
+
+def test_only_the_pruning_set_is_removed(tmp_path, settings, evaluator, undisturbed):
+    influence = evaluator_influence(settings)
+    stages = (influence["prefill_blocks"], influence["decode_blocks"])
+    threshold = 1 - max(sorted(values)[2] for values in stages)  # at least three blocks each
+    sets = [{b for b, v in enumerate(values) if 1 - v >= threshold} for values in stages]
+    assert min(map(len, sets)) < 5
+    changes = {"pruning_set": True, "distillation_threshold": threshold}
+    result, _ = search(elsewhere(settings, tmp_path, **changes), evaluator)
+    for trial in result.trials:
+        prefill, decode = trial.candidate.labels("prefill"), trial.candidate.labels("decode")
+        assert {int(b) for b in prefill} <= sets[0]
+        assert {int(b) for b in decode} <= sets[1]
+    with pytest.raises(InputError, match="only 0 blocks of prefill may be removed"):
+        search(
+            elsewhere(settings, tmp_path / "b", pruning_set=True, distillation_threshold=1.0),
+            evaluator,
+        )
+
+
+def evaluator_influence(settings: PruneSettings) -> dict[str, list[float]]:
+    return next(line for line in journal(settings.out) if line["kind"] == "influence")

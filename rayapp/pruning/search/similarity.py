@@ -44,17 +44,27 @@ def most_redundant(
 ) -> Candidate:
     """The units of least influence per stage, around decode's units where they are given.
 
-    Without kv modes, prefill's are chosen among those that decode removes.
+    Without kv modes, prefill's are chosen among those that decode removes; so decode removes enough
+    units that prefill may remove, even if that changes the units given.
     """
-    units = tuple(range(space.num_units))
-    if decode is None:
-        decode = _least("decode", space, influence, units)
-    prefill = _least("prefill", space, influence, units if space.kv_modes else decode)
-    return space.candidate(prefill, decode)
+    count = space.count("decode")
+    wanted = decode or tuple(_least("decode", space, influence, space.pool("decode")))[:count]
+    needed = 0 if space.kv_modes else space.count("prefill")
+    kept = _least("prefill", space, influence, space.pool("prefill"), wanted)[:needed]
+    others = [unit for unit in space.pool("decode") if unit not in kept]
+    chosen = (*kept, *_least("decode", space, influence, others, wanted))[:count]
+    pool = [unit for unit in space.pool("prefill") if space.kv_modes or unit in chosen]
+    prefill = _least("prefill", space, influence, pool)[: space.count("prefill")]
+    return space.candidate(tuple(prefill), chosen)
 
 
 def _least(
-    stage: Stage, space: Space, influence: Influence, pool: tuple[int, ...]
-) -> tuple[int, ...]:
+    stage: Stage,
+    space: Space,
+    influence: Influence,
+    pool: Sequence[int],
+    first: tuple[int, ...] = (),
+) -> list[int]:
+    """``pool``, those of ``first`` before the others, then the least influential."""
     values = influence.units(stage, space.num_units)
-    return tuple(sorted(sorted(pool, key=lambda unit: (values[unit], unit))[: space.count(stage)]))
+    return sorted(pool, key=lambda unit: (unit not in first, values[unit], unit))

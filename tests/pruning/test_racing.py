@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from rayapp.pruning.calibration import Calibration, cut
+from rayapp.pruning.candidates import Candidate
+from rayapp.pruning.evaluator import Evaluator
+from rayapp.pruning.objective import Objective
+from rayapp.pruning.racing import chunk_order, race, rung_sizes
+from rayapp.pruning.scoring import LocalCompute, Scorer
+from rayapp.pruning.spaces import Space
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 13])
+@pytest.mark.parametrize("generation", [0, 3, 20])
+def test_every_generation_orders_all_chunks_from_elsewhere(count, generation):
+    order = chunk_order(count, generation)
+    assert sorted(order) == list(range(count))
+    assert order[0] == generation % count
+
+
+def test_prefixes_spread_over_short_and_long_prompts():
+    assert sorted(chunk_order(8, 0)[:4]) == [0, 2, 4, 6]
+    assert sorted(chunk_order(16, 0)[:2]) == [0, 8]
+
+
+def test_rungs_grow_to_all_chunks():
+    assert rung_sizes(16, 8) == [2, 8, 16]
+    assert rung_sizes(3, 8) == [1, 2, 3]
+    assert rung_sizes(1, 8) == [1]
+    assert rung_sizes(16, 1) == [16]
+
+
+class Counting(LocalCompute):
+    """Counts pieces by candidate."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        super().__init__(evaluator)
+        self.chunks: dict[Candidate, set[int]] = {}
+
+    def run(self, work):
+        for piece in work:
+            for candidate in piece.candidates:
+                assert piece.chunk not in self.chunks.setdefault(candidate, set())
+                self.chunks[candidate].add(piece.chunk)
+        return super().run(work)
+
+
+@pytest.fixture
+def scorer(tiny_model, calibration: Calibration) -> Scorer:
+    others = [replace(line, prompt=(7, *line.prompt)) for line in calibration.lines]
+    chunked = cut([*calibration.lines, *others], chunk_tokens=40)
+    assert len(chunked.chunks) >= 6
+    evaluator = Evaluator(tiny_model("llama"), chunked, Objective())
+    return Scorer(chunked, Objective(), Counting(evaluator), weights="w")
+
+
+def generation(count: int = 8) -> list[Candidate]:
+    rng = random.Random(1)
+    return sorted({Space(5, 1, 2).draw(rng) for _ in range(4 * count)})[:count]
+
+
+def test_the_best_is_scored_on_all_chunks_and_nobody_is_told_better(scorer):
+    candidates = generation()
+    told = race(scorer, candidates, generation=3)
+    total = len(scorer.calibration.chunks)
+    whole = [score for score in told if score.num_chunks == total]
+    assert len(whole) == 1
+    best = min(told, key=lambda score: score.value)
+    assert best is whole[0]
+    assert sorted({s.num_chunks for s in told}) == rung_sizes(total, 8)
+    counts = {c: len(chunks) for c, chunks in scorer.compute.chunks.items()}
+    assert [counts[c] for c in candidates] == [score.num_chunks for score in told]
+    winner = candidates[told.index(best)]
+    assert best.lines == scorer.score_many([winner])[0].lines
+
+
+def test_estimates_keep_the_ratio_on_common_chunks(scorer):
+    candidates = generation()
+    told = race(scorer, candidates, generation=0)
+    best = min(range(8), key=lambda i: told[i].value)
+    order = chunk_order(len(scorer.calibration.chunks), 0)
+    for candidate, score in zip(candidates, told, strict=True):
+        mine, its = scorer.score_many([candidate, candidates[best]], order[: score.num_chunks])
+        ratio = mine.value / its.value
+        assert score.value == pytest.approx(told[best].value * max(1.0, ratio), rel=1e-9)
+
+
+def test_a_race_depends_on_nothing_but_its_candidates_and_number(scorer):
+    candidates = generation()
+    first = [score.value for score in race(scorer, candidates, 2)]
+    again = [score.value for score in race(scorer, candidates[::-1], 2)][::-1]
+    assert first == again
+    assert race(scorer, [], 0) == []
+    alone = race(scorer, candidates[:1], 5)[0]
+    assert alone.num_chunks == len(scorer.calibration.chunks)
+
+
+def test_progress_counts_work_in_whole_candidates(scorer):
+    seen: list[float] = []
+    told = race(scorer, generation(), 1, on_progress=seen.append)
+    assert seen == sorted(seen)
+    total = len(scorer.calibration.chunks)
+    assert seen[-1] == pytest.approx(sum(score.num_chunks for score in told) / total)
