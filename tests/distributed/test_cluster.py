@@ -12,7 +12,8 @@ import pytest
 pytestmark = pytest.mark.ray
 
 PROGRAM = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it
 from rayapp.distributed.cluster import local_cluster
 with local_cluster() as cluster:
     print("up", flush=True)
