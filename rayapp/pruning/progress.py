@@ -47,8 +47,8 @@ class SearchProgress:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds to go at this rate, at most."""
-        return self.left / self.rate if self.rate else None
+        """Seconds to go at this rate, at most; None before the first candidate is through."""
+        return self.left / self.rate if self.rate and self.done >= 1 else None
 
     def line(self) -> str:
         """One line for people."""
