@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rayapp.errors import ModelError
-from rayapp.models.fingerprint import weights_fingerprint
+from rayapp.models.fingerprint import canonical_name, weights_fingerprint
 from rayapp.plan import Mode, ModelSignature, PruningPlan, Stage
 
 SUPPORTED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -94,6 +95,17 @@ def signature(config: PreTrainedConfig, fingerprint: str) -> ModelSignature:
     )
 
 
+def fingerprint_names(config: PreTrainedConfig, names: Iterable[str]) -> dict[str, str]:
+    """Tensor name to its name in the fingerprint, the same in a checkpoint and in memory.
+
+    A tied head is left out: checkpoints may hold it or not.
+    """
+    tied = text_config(config).tie_word_embeddings
+    kept = [name for name in names if not (tied and name.endswith("lm_head.weight"))]
+    nested = config.model_type in MULTIMODAL_TYPES
+    return {name: canonical_name(name) if nested else name for name in kept}
+
+
 def signature_of(model: PreTrainedModel) -> ModelSignature:
     """The signature of a model in memory; its fingerprint is computed once, then kept on the model.
 
@@ -102,11 +114,9 @@ def signature_of(model: PreTrainedModel) -> ModelSignature:
     check_supported(model.config)
     fingerprint = getattr(model, "rayapp_fingerprint", None)
     if fingerprint is None:
-        tied = text_config(model.config).tie_word_embeddings
-        tensors = {
-            k: v for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")
-        }
-        fingerprint = weights_fingerprint(tensors.items())
+        state = model.state_dict()
+        named = fingerprint_names(model.config, state)
+        fingerprint = weights_fingerprint((name, state[key]) for key, name in named.items())
         model.rayapp_fingerprint = fingerprint
     return signature(model.config, fingerprint)
 

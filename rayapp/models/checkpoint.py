@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from rayapp.errors import ModelError
-from rayapp.models.blocks import check_supported, signature, text_config
+from rayapp.models.blocks import check_supported, fingerprint_names, signature
 from rayapp.models.fingerprint import weights_fingerprint
 from rayapp.plan import ModelSignature
 
@@ -59,9 +59,9 @@ class Checkpoint:
 
     def signature(self) -> ModelSignature:
         """The model's signature; reads samples of the weights only."""
-        tied = text_config(self.config).tie_word_embeddings
-        names = [name for name in self.names() if not (tied and name == "lm_head.weight")]
-        return signature(self.config, weights_fingerprint(self.read(names)))
+        named = fingerprint_names(self.config, self.names())
+        tensors = ((named[key], tensor) for key, tensor in self.read(named))
+        return signature(self.config, weights_fingerprint(tensors))
 
 
 def _read_config(path: Path) -> PreTrainedConfig:

@@ -13,6 +13,16 @@ _NUM_CHUNKS = 16
 _CHUNK_ELEMENTS = 256
 
 
+# A multimodal checkpoint calls its tensors `language_model.model.layers...`, the model in memory
+# `model.language_model.layers...`: containers that only group others are left out of the name.
+_CONTAINERS = frozenset({"model", "language_model", "vision_model"})
+
+
+def canonical_name(name: str) -> str:
+    """A tensor's name without the containers that checkpoints and models nest differently."""
+    return ".".join(part for part in name.split(".") if part not in _CONTAINERS)
+
+
 def weights_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Hash of names, shapes and evenly spaced samples of all tensors, in any order.
 

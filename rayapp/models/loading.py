@@ -21,6 +21,7 @@ from transformers import (
 from rayapp.errors import ModelError
 from rayapp.models.blocks import MULTIMODAL_TYPES, apply_stage, find_decoder
 from rayapp.models.checkpoint import Checkpoint
+from rayapp.models.fingerprint import canonical_name
 from rayapp.plan import STAGES, ModelSignature, PruningPlan, Stage
 
 logger = logging.getLogger(__name__)
@@ -130,9 +131,16 @@ def _needed_names(model: PreTrainedModel, plan: PruningPlan, stage: Part | None)
     if stage is None:
         return {name for name, _ in model.named_parameters()}
     stages: tuple[Stage, ...] = STAGES if stage == "unified" else (stage,)
-    return {
-        name for each in stages for name, _ in apply_stage(model, plan, each).named_parameters()
-    }
+    return {name for each in stages for name in _run_names(apply_stage(model, plan, each), each)}
+
+
+def _run_names(staged: PreTrainedModel, stage: Stage) -> list[str]:
+    """Names of the parameters that a stage runs; decode never sees an image, so no vision tower."""
+    parts = [staged]
+    if stage == "decode":
+        parts = [find_decoder(staged), staged.get_output_embeddings()]
+    run = {id(p) for part in parts for p in part.parameters()}
+    return [name for name, p in staged.named_parameters() if id(p) in run]
 
 
 def _placement(model: PreTrainedModel, device: str | torch.device) -> dict[str, torch.device]:
@@ -160,9 +168,11 @@ def _fill(
     placement: dict[str, torch.device],
 ) -> None:
     """Read the needed tensors into the empty model, in its element type, and tie what is tied."""
-    stored = [name for name in sorted(needed) if name in checkpoint.files]
+    keys = {canonical_name(key): key for key in checkpoint.names()}
+    stored = {keys[c]: n for n in sorted(needed) if (c := canonical_name(n)) in keys}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, tensor in checkpoint.read(stored):
+    for key, tensor in checkpoint.read(stored):
+        name = stored[key]
         expected = parameters[name]
         if tensor.shape != expected.shape:
             raise ModelError(

@@ -7,11 +7,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    CLIPVisionConfig,
     GPTNeoXConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
 )
 
 from rayapp.errors import ModelError, PlanError
@@ -181,29 +177,8 @@ def test_stack_works_where_the_model_uses_another_attention(tiny_model):
     assert model.config._attn_implementation == "eager"
 
 
-def make_llava():
-    torch.manual_seed(0)
-    text = LlamaConfig(
-        vocab_size=300,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text)).eval()
-
-
 @torch.no_grad()
-def test_language_model_inside_llava():
+def test_language_model_inside_llava(make_llava):
     model = make_llava()
     assert len(decoder_blocks(model)) == 3
     plan = PruningPlan.model_validate(

@@ -115,6 +115,25 @@ def test_greedy_generation_of_the_loaded_model(save_tiny, tiny_model, tmp_path):
     assert loaded.eos_token_ids == (256,)
 
 
+@torch.no_grad()
+def test_a_decode_replica_of_llava_holds_no_vision_tower(make_llava, byte_tokenizer, tmp_path):
+    model = make_llava()
+    model.save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    plan = PruningPlan.model_validate(
+        {"model": read_signature(tmp_path), "decode": {"blocks": {1: "mlp_only"}}}
+    )
+    assert plan.model == signature_of(model)
+    loaded = {s: load_model(tmp_path, plan=plan, stage=s) for s in ("prefill", "decode")}
+    for stage, part in loaded.items():
+        assert torch.equal(logits_of(part.model, plan, stage), logits_of(model, plan, stage))
+    text = BlockStack(model, plan, "decode").model
+    vision = [p for n, p in text.named_parameters() if "vision_tower" in n or "projector" in n]
+    total = sum(p.nbytes for p in text.parameters())
+    assert loaded["decode"].parameter_bytes == total - sum(p.nbytes for p in vision)
+    assert loaded["prefill"].parameter_bytes == sum(p.nbytes for p in model.parameters())
+
+
 def test_refusals(save_tiny, tmp_path):
     with pytest.raises(ModelError, match="no such model directory"):
         load_model(tmp_path / "nowhere")
