@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 
 from rayapp.errors import InputError, RayappError, RequestError
 
@@ -37,11 +36,7 @@ DTypeOption = Annotated[
 
 def main() -> None:
     """Entry point of ``rayapp``: every error that we raise on purpose becomes one line."""
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
-    )
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         app()
     except InputError as error:
