@@ -29,12 +29,19 @@ BATCH_TOKENS = 4_096
 
 @dataclass(frozen=True)
 class LineLikelihood:
-    """Sums over the continuation tokens of one example, in nats."""
+    """Sums over the continuation tokens of one example, in nats.
+
+    ``dense_match`` and ``plan_match`` say whether every continuation token, the end marker
+    included, is the likeliest after those before it: then greedy decoding reproduces the
+    completion, and only then (near ties between two batch shapes aside).
+    """
 
     dense_nll: float
     plan_nll: float
     kl: float
     num_tokens: int
+    dense_match: bool
+    plan_match: bool
 
 
 class TwoStages:
@@ -104,6 +111,8 @@ def _sums(
         plan_nll=float(nll_of(plan, token_ids_C).sum()),
         kl=float(kl_of(dense, plan).sum()),
         num_tokens=count,
+        dense_match=bool((dense.argmax(-1).cpu() == token_ids_C).all()),
+        plan_match=bool((plan.argmax(-1).cpu() == token_ids_C).all()),
     )
 
 

@@ -10,11 +10,16 @@ import pytest
 import torch
 from torch import nn
 
+from rayapp.engine.local import LocalPipeline
+from rayapp.evaluation.answers import judge_answers
 from rayapp.evaluation.likelihood import LineLikelihood, TwoStages, likelihoods
 from rayapp.models.blocks import signature_of
+from rayapp.models.loading import load_model
 from rayapp.plan import KVTransfer, Mode, PruningPlan, StagePlan
 from rayapp.pruning.calibration import TokenizedLine
 from rayapp.pruning.naive import teacher_forced
+from rayapp.testbed import text_model_path
+from rayapp.testbed.tasks import TASKS, generate
 
 
 def random_lines(count: int = 6, seed: int = 0) -> list[TokenizedLine]:
@@ -109,3 +114,31 @@ def test_a_prompt_of_one_token_under_decode_first(tiny_model):
     plan = PruningPlan(model=signature_of(model), first_token="decode")
     (sums,) = measured(model, plan, [TokenizedLine((65,), (66, 256), "a")])
     assert sums.plan_nll == pytest.approx(sums.dense_nll, abs=1e-5)
+
+
+def test_a_teacher_forced_match_is_what_greedy_decoding_gives():
+    loaded = load_model(text_model_path(), dtype="float32")
+    plan = PruningPlan(
+        model=loaded.signature,
+        prefill=StagePlan(blocks={5: Mode.KV_ONLY}),
+        decode=StagePlan(blocks={2: Mode.REMOVED, 6: Mode.REMOVED}),
+    )
+    examples = [e for task in TASKS for e in generate(task, "validation", 10, seed=5)]
+    lines = [
+        TokenizedLine(
+            tuple(loaded.tokenizer(example.prompt)["input_ids"]),
+            (
+                *loaded.tokenizer(example.completion, add_special_tokens=False)["input_ids"],
+                loaded.tokenizer.eos_token_id,
+            ),
+            example.task,
+        )
+        for example in examples
+    ]
+    for side, chosen in (("dense_match", PruningPlan()), ("plan_match", plan)):
+        judged = judge_answers(
+            LocalPipeline(loaded.model, plan=chosen), lines, end_token_ids=loaded.eos_token_ids
+        )
+        found = [getattr(sums, side) for sums in measured(loaded.model, plan, lines)]
+        assert found == [answer.is_match for answer in judged]
+    assert 0 < sum(found) < len(lines), "a plan that loses some and keeps some shows a difference"
