@@ -1,0 +1,76 @@
+"""How the tokens of one image lie in the prompt: pools that are pruned, and newlines that follow.
+
+LLaVA-1.5 gives one pool, a grid in reading order. LLaVA-NeXT gives two: the base view, then the
+merged grid of its tiles, in which every row ends with a newline token. Newlines are neither scored
+nor budgeted: one is kept exactly where its row keeps a token.
+Shapes: N = all tokens of the image, newlines included; K = tokens kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PoolLayout:
+    """A grid of tokens that begins at ``start`` in the image's tokens."""
+
+    start: int
+    rows: int
+    columns: int
+    has_newlines: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that can be scored."""
+        return self.rows * self.columns
+
+    @property
+    def row_length(self) -> int:
+        """Tokens per row, its newline included."""
+        return self.columns + self.has_newlines
+
+    @property
+    def stop(self) -> int:
+        """Where the next pool begins."""
+        return self.start + self.rows * self.row_length
+
+    def places(self, chosen_K: torch.Tensor) -> torch.Tensor:
+        """Places in the image's tokens of chosen grid tokens, then of the newlines they keep."""
+        rows_K = chosen_K // self.columns
+        tokens_K = self.start + rows_K * self.row_length + chosen_K % self.columns
+        if not self.has_newlines:
+            return tokens_K
+        newlines = self.start + rows_K.unique() * self.row_length + self.columns
+        return torch.cat([tokens_K, newlines])
+
+    def tokens(self, features_N: torch.Tensor) -> torch.Tensor:
+        """The grid tokens' rows of per-token values ``(N, ...)``, newlines left out."""
+        mine = features_N[self.start : self.stop]
+        by_row = mine.unflatten(0, (self.rows, self.row_length))[:, : self.columns]
+        return by_row.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """The pools of one image, one after the other."""
+
+    pools: tuple[PoolLayout, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens of the image in the prompt, newlines included."""
+        return self.pools[-1].stop
+
+    @property
+    def num_visual(self) -> int:
+        """Tokens that can be scored: all but newlines."""
+        return sum(pool.num_tokens for pool in self.pools)
+
+    def keep(self, chosen: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Places kept, ascending, ``(K,)``, from the grid indices chosen in each pool."""
+        places = [pool.places(kept) for pool, kept in zip(self.pools, chosen, strict=True)]
+        return torch.cat(places).sort().values

@@ -1,0 +1,203 @@
+"""LLaVA-1.5 and LLaVA-NeXT: from an image to projected tokens, from a prompt to embeddings.
+
+The vision tower and the projector run as the model's own ``get_image_features`` runs them, one
+image at a time, so that an image's features do not depend on its neighbours and can be cached.
+Shapes: N = tokens of an image, newlines included; P = views (base and tiles), C = channels,
+R x S = the merged grid, M = text tokens, E = hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    unpad_image,
+)
+
+from rayapp.errors import ModelError
+from rayapp.models.blocks import MULTIMODAL_TYPES
+from rayapp.models.stack import BlockStack
+from rayapp.plan import VisualTokens
+from rayapp.vision.attention import captured_cls_attention, last_token_attention
+from rayapp.vision.images import DecodedImage
+from rayapp.vision.layout import ImageLayout, PoolLayout
+from rayapp.vision.prompt import PromptEmbeddings, assemble
+from rayapp.vision.selection import EncodedImage, Sharing, keep_places
+
+
+def check_takes_images(config: PreTrainedConfig) -> None:
+    """Raise :class:`ModelError` naming the architecture where this room has no adapter for it."""
+    if config.model_type not in MULTIMODAL_TYPES:
+        raise ModelError(
+            f"model type {config.model_type!r} takes no images here; "
+            f"use one of {', '.join(MULTIMODAL_TYPES)}"
+        )
+    if config.model_type == "llava_next" and config.vision_feature_select_strategy != "default":
+        raise ModelError(
+            f"llava_next with vision_feature_select_strategy "
+            f"{config.vision_feature_select_strategy!r} is not supported; use 'default'"
+        )
+
+
+def load_image_processor(path: str | Path) -> Any:
+    """The image processor of a model directory, without torchvision.
+
+    Raises:
+        ModelError: There is none, or it cannot be read.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(
+            path, backend="pil", local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # noqa: BLE001 - whatever a foreign parser raises is the user's file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{path}: no usable image processor ({reason}); save one beside the model"
+        ) from None
+
+
+class LlavaAdapter:
+    """Encodes images and builds the embeddings of prompts for one prefill stage.
+
+    Args:
+        model: Holds tower and projector. The model as it was loaded, not a stage's copy of it:
+            copies share the hooks with which transformers records hidden states, and a second
+            copy that installs them records everything twice.
+        stack: The prefill stage over the same model.
+        image_processor: As :func:`load_image_processor` gives it.
+
+    Raises:
+        ModelError: Another multimodal model, a text model, or a tower that was not loaded.
+    """
+
+    def __init__(self, model: PreTrainedModel, stack: BlockStack, image_processor: Any) -> None:
+        check_takes_images(model.config)
+        self.stack = stack
+        self._model: Any = model
+        self._process = image_processor
+        self._config: Any = model.config
+        tower = self._model.model.vision_tower
+        if any(parameter.is_meta for parameter in tower.parameters()):
+            raise ModelError("the vision tower was not loaded; load the model for prefill")
+        self.image_token_id: int = self._config.image_token_id
+
+    @torch.inference_mode()
+    def encode(self, image: DecodedImage, *, cls_attention: bool = False) -> EncodedImage:
+        """Run the vision tower and the projector once over one image.
+
+        Args:
+            image: As :mod:`rayapp.vision.images` decodes it.
+            cls_attention: Also keep the tower's CLS attention, for method ``cls_attention``.
+        """
+        model, config = self._model.model, self._config
+        inputs = self._process(images=[image.pixels], return_tensors="pt")
+        parameter = next(model.vision_tower.parameters())
+        pixels = inputs["pixel_values"].to(parameter.device, parameter.dtype)
+        sizes = inputs.get("image_sizes")
+        extra = {} if sizes is None else {"image_sizes": sizes}
+        layer = config.vision_feature_layer
+        capture = captured_cls_attention(model.vision_tower, layer) if cls_attention else None
+        with capture or nullcontext([]) as rows:
+            output = model.get_image_features(pixel_values=pixels, return_dict=True, **extra)
+        features_ND = output.pooler_output[0]
+        size = None if sizes is None else sizes[0].tolist()
+        layout = self._layout(features_ND.shape[0], pixels, size)
+        attention_N = self._in_prompt_order(rows[0], size) if rows else None
+        return EncodedImage(features_ND, layout, image.digest, attention_N)
+
+    def _layout(self, num_tokens: int, pixels: torch.Tensor, size: list[int] | None) -> ImageLayout:
+        """Where the pools lie; raises :class:`ModelError` where the tokens are no such grid."""
+        patch = self._config.vision_config.patch_size
+        rows, columns = (side // patch for side in pixels.shape[-2:])
+        pools = [PoolLayout(0, rows, columns)]
+        if size is not None:
+            merged_RS = self._merged(torch.empty(pixels.shape[1] - 1, rows * columns), size)
+            height, width = merged_RS.shape
+            pools.append(PoolLayout(rows * columns, height, width, has_newlines=True))
+        layout = ImageLayout(tuple(pools))
+        if layout.num_tokens != num_tokens:
+            raise ModelError(
+                f"{self._config.model_type}: an image gave {num_tokens} visual tokens, but its "
+                f"patches make {layout.num_tokens}; this vision tower is not supported"
+            )
+        return layout
+
+    def _merged(self, tiles_PN: torch.Tensor, size: list[int]) -> torch.Tensor:
+        """One value per token of every tile, as the merged grid without padding, ``(R, S)``."""
+        side = self._config.vision_config.image_size
+        pinpoints = self._config.image_grid_pinpoints
+        down, across = get_anyres_image_grid_shape(tuple(size), pinpoints, side)
+        patches = side // self._config.vision_config.patch_size
+        grid = tiles_PN.view(down, across, patches, patches).transpose(1, 2)
+        return unpad_image(grid.reshape(1, down * patches, across * patches), tuple(size))[0]
+
+    def _in_prompt_order(self, views_PN: torch.Tensor, size: list[int] | None) -> torch.Tensor:
+        """Scores of every view's tokens as the prompt has them, 0 at newlines, ``(N,)``."""
+        if size is None:
+            return views_PN[0]
+        merged_RS = self._merged(views_PN[1:], size)
+        newlines_R1 = merged_RS.new_zeros(merged_RS.shape[0], 1)
+        return torch.cat([views_PN[0], torch.cat([merged_RS, newlines_R1], dim=1).flatten()])
+
+    @torch.inference_mode()
+    def text_embeddings(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Embeddings ``(M, E)`` of the user's words, placeholders left out."""
+        words = [token for token in token_ids if token != self.image_token_id]
+        return self.stack.embed(torch.tensor([words], dtype=torch.int64))[0]
+
+    @torch.inference_mode()
+    def embed_prompt(
+        self,
+        token_ids: Sequence[int],
+        images: Sequence[EncodedImage],
+        rule: VisualTokens | None = None,
+        *,
+        text_token_ids: Sequence[int] = (),
+        sharing: Sharing = "equal",
+    ) -> PromptEmbeddings:
+        """What the prefill stage runs.
+
+        Args:
+            token_ids: The whole prompt, one placeholder per image.
+            images: In prompt order.
+            rule: How to prune; None keeps everything.
+            text_token_ids: The user turn's tokens, without template and system prompt: what images
+                are aligned with.
+            sharing: How several images share their budgets.
+
+        Raises:
+            RequestError: Placeholders and images do not match.
+            PlanError: The rule names no method, or its numbers contradict each other.
+        """
+        if rule is None or not images:
+            return self._assemble(token_ids, images, None)
+        attention = None
+        if rule.method == "fastv":
+            dense = self._assemble(token_ids, images, None)
+            attention_T = last_token_attention(self.stack, dense.hidden_TE)
+            attention = [attention_T[start:stop] for start, stop in dense.image_spans]
+        text_ME = self.text_embeddings(text_token_ids)
+        kept = keep_places(rule, images, text_ME, sharing=sharing, text_attention=attention)
+        return self._assemble(token_ids, images, kept, rule)
+
+    def _assemble(
+        self,
+        token_ids: Sequence[int],
+        images: Sequence[EncodedImage],
+        kept: Sequence[torch.Tensor] | None,
+        rule: VisualTokens | None = None,
+    ) -> PromptEmbeddings:
+        return assemble(
+            token_ids,
+            images,
+            kept,
+            embed=self.stack.embed,
+            image_token_id=self.image_token_id,
+            positions="original" if rule is None else rule.positions,
+        )

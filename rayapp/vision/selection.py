@@ -1,0 +1,167 @@
+"""From a plan's rule to the places that each image of a prompt keeps.
+
+Shapes: N = all tokens of an image, newlines included; M = text tokens, D = hidden size, K = kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+
+from rayapp.errors import PlanError
+from rayapp.plan import VisualTokens
+from rayapp.vision.budgets import diversity_weights, image_budgets, largest_remainder
+from rayapp.vision.layout import ImageLayout, PoolLayout
+from rayapp.vision.methods.alignment import most_aligned
+from rayapp.vision.methods.attended import cls_attended, text_attended
+from rayapp.vision.methods.cdpruner import conditional_diversity
+from rayapp.vision.methods.dart import least_duplicated
+from rayapp.vision.methods.divprune import max_min_distance
+from rayapp.vision.methods.pool import Selector, TokenPool
+from rayapp.vision.methods.repmax import most_diverse
+from rayapp.vision.methods.uniform import at_random, downsampled, uniform_grid
+from rayapp.vision.tokens import resolve_budget, trimtokenator
+
+METHODS: dict[str, Selector] = {
+    "trimtokenator": trimtokenator,
+    "alignment": most_aligned,
+    "diversity": most_diverse,
+    "random": at_random,
+    "grid": uniform_grid,
+    "downsampling": downsampled,
+    "divprune": max_min_distance,
+    "cdpruner": conditional_diversity,
+    "dart": least_duplicated,
+    "cls_attention": cls_attended,
+    "fastv": text_attended,
+}
+
+Sharing = Literal["equal", "diversity"]
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One image as the vision tower and the projector left it; what a cache by content holds.
+
+    ``features_ND`` are all its tokens in prompt order, newlines included. ``cls_attention_N`` is
+    there only where it was asked for (0 at newlines). ``digest`` names the image's content.
+    """
+
+    features_ND: torch.Tensor
+    layout: ImageLayout
+    digest: str
+    cls_attention_N: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Places in the unpruned prompt."""
+        return self.layout.num_tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a cache holds for it."""
+        return sum(t.nbytes for t in (self.features_ND, self.cls_attention_N) if t is not None)
+
+    @property
+    def visual_ND(self) -> torch.Tensor:
+        """Features without newlines, pool after pool."""
+        return torch.cat([pool.tokens(self.features_ND) for pool in self.layout.pools])
+
+    def pools(
+        self, text_MD: torch.Tensor, text_attention_N: torch.Tensor | None = None
+    ) -> list[TokenPool]:
+        """What a method chooses from, one per view."""
+        return [
+            TokenPool(
+                visual_ND=pool.tokens(self.features_ND),
+                text_MD=text_MD,
+                grid=(pool.rows, pool.columns),
+                seed=(int(self.digest[:12], 16) + number) % 2**63,
+                cls_attention_N=_tokens(pool, self.cls_attention_N),
+                text_attention_N=_tokens(pool, text_attention_N),
+            )
+            for number, pool in enumerate(self.layout.pools)
+        ]
+
+
+def _tokens(pool: PoolLayout, scores_N: torch.Tensor | None) -> torch.Tensor | None:
+    return None if scores_N is None else pool.tokens(scores_N)
+
+
+def check_method(rule: VisualTokens) -> None:
+    """Raise :class:`PlanError` for a method that does not exist, or a number it has no use for."""
+    if rule.method not in METHODS:
+        raise PlanError(
+            f"visual_tokens.method {rule.method!r} is not known; use one of {', '.join(METHODS)}"
+        )
+    if rule.num_aligned is not None and rule.method != "trimtokenator":
+        raise PlanError(
+            f"visual_tokens.num_aligned={rule.num_aligned} means nothing to method "
+            f"{rule.method!r}; drop it, or use trimtokenator"
+        )
+
+
+def keep_places(
+    rule: VisualTokens,
+    images: Sequence[EncodedImage],
+    text_MD: torch.Tensor,
+    *,
+    sharing: Sharing = "equal",
+    text_attention: Sequence[torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """Places kept of every image, ascending; each image and each of its views is chosen separately.
+
+    An image's budget is shared among its views by their number of tokens, largest remainder.
+
+    Args:
+        rule: Method and numbers; a number is per image.
+        images: In prompt order.
+        text_MD: Embeddings of the user's words.
+        sharing: ``equal``: each image has its own budget; ``diversity``: the same total, shared by
+            diversity (see :mod:`rayapp.vision.budgets`).
+        text_attention: Per image ``(N,)``, for ``fastv``.
+
+    Raises:
+        PlanError: The method is not known, or its numbers contradict each other.
+    """
+    check_method(rule)
+    sizes = [image.layout.num_visual for image in images]
+    weights = diversity_weights([i.visual_ND for i in images]) if sharing == "diversity" else None
+    budgets = image_budgets(rule.num_keep, sizes, weights)
+    scores = text_attention if text_attention is not None else [None] * len(images)
+    return [
+        _keep_of_image(rule, image.layout, image.pools(text_MD, attention_N), budget)
+        for image, budget, attention_N in zip(images, budgets, scores, strict=True)
+    ]
+
+
+def _keep_of_image(
+    rule: VisualTokens, layout: ImageLayout, pools: Sequence[TokenPool], num_keep: int
+) -> torch.Tensor:
+    sizes = [pool.num_tokens for pool in pools]
+    budgets = largest_remainder(sizes, num_keep, sizes)
+    aligned = _aligned(rule, sum(sizes), num_keep)
+    per_pool = largest_remainder(sizes, aligned, sizes)
+    chosen = []
+    for pool, budget, at_first in zip(pools, budgets, per_pool, strict=True):
+        select = METHODS[rule.method]
+        if rule.method == "trimtokenator":
+            # Two remainders may round differently; the second stage must have enough to choose.
+            select = partial(trimtokenator, num_aligned=max(at_first, budget))
+        device = pool.visual_ND.device
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        chosen.append(select(pool, budget) if budget else none)
+    return layout.keep(chosen)
+
+
+def _aligned(rule: VisualTokens, num_tokens: int, num_keep: int) -> int:
+    """Tokens of an image that survive the alignment stage."""
+    if rule.num_aligned is None:
+        return resolve_budget(num_tokens, num_aligned=None, num_keep=num_keep)[0]
+    # Sharing by diversity may give an image more than the plan's own number.
+    own, _ = resolve_budget(num_tokens, num_aligned=rule.num_aligned, num_keep=rule.num_keep)
+    return max(own, num_keep)
