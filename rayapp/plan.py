@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     StrictFloat,
     StrictInt,
     ValidationError,
@@ -168,7 +170,12 @@ class StagePlan(_Strict):
 
 
 class PruningPlan(_Strict):
-    """What each stage computes, which KV travels, and for which model this was found."""
+    """What each stage computes, which KV travels, and for which model this was found.
+
+    ``healed`` is the digest of the tensors in ``weights.safetensors`` beside the plan
+    (:mod:`rayapp.models.healed`): what survivors of a removal were retrained to. ``directory`` is
+    where a plan was read from, so that they are found; it is no part of the plan.
+    """
 
     version: Literal[1] = 1
     model: ModelSignature | None = None
@@ -177,7 +184,12 @@ class PruningPlan(_Strict):
     decode: StagePlan = StagePlan()
     kv_transfer: dict[int, KVTransfer] = Field(default_factory=dict)
     visual_tokens: VisualTokens | None = None
+    healed: str | None = Field(default=None, pattern="^[0-9a-f]{24}$")
     provenance: dict[str, Any] = Field(default_factory=dict)
+    _directory: Path | None = PrivateAttr(default=None)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PruningPlan) and self.__dict__ == other.__dict__
 
     @model_validator(mode="after")
     def _check(self) -> PruningPlan:
@@ -241,6 +253,7 @@ class PruningPlan(_Strict):
             any(m != Mode.FULL for s in STAGES for m in self.stage(s).blocks.values())
             or any(rule != SEND_ALL for rule in self.kv_transfer.values())
             or self.visual_tokens
+            or self.healed
             or self.first_token != "prefill"
         )
 
@@ -258,7 +271,20 @@ class PruningPlan(_Strict):
         }
         if self.is_empty:
             content["model"] = None
+        if self.healed is None:  # plans from before healing keep their fingerprint
+            del content["healed"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def directory(self) -> Path | None:
+        """Where this plan was read from, with its healed tensors; None where it was made here."""
+        return self._directory
+
+    def with_healed(self, digest: str | None, directory: Path | None = None) -> PruningPlan:
+        """The same plan with these healed tensors, to be found in ``directory``."""
+        plan = PruningPlan.model_validate({**dict(self), "healed": digest})
+        plan._directory = directory
+        return plan
 
     def check_model(self, signature: ModelSignature) -> None:
         """Raise :class:`PlanError` where the plan was made for another model.
@@ -307,7 +333,9 @@ class PruningPlan(_Strict):
             raise PlanError(
                 f"{file}: cannot be read ({reason}); give a plan directory or its {PLAN_FILE}"
             ) from None
-        return cls.parse(text, source=str(file))
+        plan = cls.parse(text, source=str(file))
+        plan._directory = file.absolute().parent
+        return plan
 
     def dumps(self) -> str:
         """Human-readable JSON text that :meth:`parse` reads back as an equal plan."""
@@ -317,9 +345,15 @@ class PruningPlan(_Strict):
         )
 
     def save(self, directory: str | Path) -> Path:
-        """Write the plan into ``directory`` (created if missing), atomically; returns the file."""
+        """Write the plan into ``directory`` (created if missing), atomically; returns the file.
+
+        Healed tensors that lie where the plan was read from are copied with it, before it.
+        """
         target = Path(directory) / PLAN_FILE
         target.parent.mkdir(parents=True, exist_ok=True)
+        source = self.healed and self._directory and self._directory / HEALED_FILE
+        if source and source.is_file() and source.parent != target.parent.absolute():
+            shutil.copyfile(source, target.parent / HEALED_FILE)
         temporary = target.with_suffix(".tmp")
         temporary.write_text(self.dumps(), encoding="utf-8")
         temporary.replace(target)

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rayapp.errors import ModelError
+from rayapp.errors import ModelError, PlanError
 from rayapp.models.fingerprint import canonical_name, weights_fingerprint
+from rayapp.models.healed import healed_parameters
 from rayapp.plan import Mode, ModelSignature, PruningPlan, Stage
 
 SUPPORTED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -126,13 +127,33 @@ def apply_stage(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreT
 
     The result has its own module structure and configuration, and shares every parameter with
     ``model``, which is left as it was: both stages of a plan can live beside the dense model at no
-    cost in memory. Blocks keep their numbers. Its ``forward`` works as usual with explicit
+    cost in memory. Only where the plan is healed do the stage's healed tensors replace parameters.
+    Blocks keep their numbers. The result's ``forward`` works as usual with explicit
     ``position_ids``; the engines run it block by block (:class:`rayapp.models.stack.BlockStack`).
 
     Raises:
         ModelError: The architecture is not supported.
-        PlanError: The plan was made for another model.
+        PlanError: The plan was made for another model, or its healed tensors cannot be used.
     """
+    staged = apply_modes(model, plan, stage)
+    owners = {
+        canonical_name(f"{prefix}.{name}"): (module, name)
+        for prefix, module in staged.named_modules()
+        for name in module._parameters
+    }
+    for name, parameter in healed_parameters(model, plan, stage).items():
+        if name not in owners:
+            raise PlanError(
+                f"healed tensor {name!r} is of a part that {stage} does not run under this plan; "
+                "use the weights that were written with it"
+            )
+        module, attribute = owners[name]
+        module._parameters[attribute] = parameter
+    return staged
+
+
+def apply_modes(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreTrainedModel:
+    """:func:`apply_stage` without healed tensors: which parts run, on the model's own weights."""
     check_supported(model.config)
     plan.check_model(signature_of(model))
     staged = _share(model, {})
@@ -148,6 +169,9 @@ def _share(module: Any, configs: dict[int, Any]) -> Any:
     """A copy of the module tree in which tensors are shared and configurations are not."""
     clone = module.__class__.__new__(module.__class__)
     clone.__dict__.update(module.__dict__)
+    # A hook on one copy must not run in the others.
+    hooks = {n: v for n, v in module.__dict__.items() if "_hooks" in n and isinstance(v, dict)}
+    clone.__dict__.update({name: found.copy() for name, found in hooks.items()})
     clone._parameters = dict(module._parameters)
     clone._buffers = dict(module._buffers)
     clone._modules = {

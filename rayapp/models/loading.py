@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from accelerate import infer_auto_device_map, init_empty_weights
@@ -14,14 +14,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from rayapp.errors import ModelError
-from rayapp.models.blocks import MULTIMODAL_TYPES, apply_stage, find_decoder
+from rayapp.models.blocks import MULTIMODAL_TYPES, apply_modes, find_decoder
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.fingerprint import canonical_name
+from rayapp.models.healed import HealedWeights, attach, attached_bytes
 from rayapp.plan import STAGES, ModelSignature, PruningPlan, Stage
 
 logger = logging.getLogger(__name__)
@@ -75,22 +77,27 @@ def load_model(
 
     With a ``stage``, only the tensors that this stage of ``plan`` runs are read (``unified``: the
     union of both stages), besides embeddings, final norm and head; the rest stays on the meta
-    device and costs nothing. ``device="auto"`` spreads the blocks over all GPUs that the process
-    sees.
+    device and costs nothing. Healed tensors of the plan are read as well, and what they replace is
+    not. ``device="auto"`` spreads the blocks over all GPUs that the process sees.
 
     Raises:
         ModelError: The directory is not a supported, complete safetensors checkpoint.
-        PlanError: The plan was made for another model.
+        PlanError: The plan was made for another model, or its healed tensors cannot be used.
     """
     checkpoint = Checkpoint(path)
     found = checkpoint.signature()
     plan = plan or PruningPlan()
     plan.check_model(found)
-    model = _empty_model(checkpoint, dtype)
+    model = empty_model(checkpoint.config, dtype)
+    _read_generation_config(model, checkpoint.path)
     model.rayapp_fingerprint = found.weights_fingerprint
-    needed = _needed_names(model, plan, stage)
+    healed = HealedWeights.load(plan, _stages(stage)) if plan.healed else None
+    needed = _needed_names(model, plan, stage, healed)
     _fill(model, checkpoint, needed, _placement(model, device))
+    if healed:
+        attach(model, healed)
     loaded = sum({p.data_ptr(): p.nbytes for p in model.parameters() if not p.is_meta}.values())
+    loaded += attached_bytes(model)
     return LoadedModel(model, load_tokenizer(path), found, Path(path), loaded)
 
 
@@ -110,28 +117,39 @@ def read_signature(path: str | Path) -> ModelSignature:
     return Checkpoint(path).signature()
 
 
-def _empty_model(checkpoint: Checkpoint, dtype: DType) -> PreTrainedModel:
+def empty_model(config: PreTrainedConfig, dtype: DType = "auto") -> PreTrainedModel:
     """The model on the meta device; buffers that no checkpoint holds (rotary ones) are real."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}")
-    config = checkpoint.config
     target = DTYPES.get(dtype) or config.dtype or torch.float32
     multimodal = config.model_type in MULTIMODAL_TYPES
     auto_class = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     with init_empty_weights(include_buffers=False):
         model = auto_class.from_config(config, dtype=target, trust_remote_code=False)
-    generation = checkpoint.path / "generation_config.json"
-    if generation.is_file():
-        model.generation_config = type(model.generation_config).from_pretrained(checkpoint.path)
     return model.eval()
 
 
-def _needed_names(model: PreTrainedModel, plan: PruningPlan, stage: Part | None) -> set[str]:
+def _read_generation_config(model: PreTrainedModel, path: Path) -> None:
+    if (path / "generation_config.json").is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(path)
+
+
+def _stages(stage: Part | None) -> tuple[Stage, ...]:
+    return STAGES if stage in (None, "unified") else (cast("Stage", stage),)
+
+
+def _needed_names(
+    model: PreTrainedModel, plan: PruningPlan, stage: Part | None, healed: HealedWeights | None
+) -> set[str]:
     """Names of the parameters that are run, as the full model calls them."""
     if stage is None:
         return {name for name, _ in model.named_parameters()}
-    stages: tuple[Stage, ...] = STAGES if stage == "unified" else (stage,)
-    return {name for each in stages for name in _run_names(apply_stage(model, plan, each), each)}
+    return {
+        name
+        for each in _stages(stage)
+        for name in _run_names(apply_modes(model, plan, each), each)
+        if healed is None or canonical_name(name) not in healed.stages[each]
+    }
 
 
 def _run_names(staged: PreTrainedModel, stage: Stage) -> list[str]:

@@ -63,6 +63,7 @@ class BlockStack:
         for attention in (m for m in self._decoder.modules() if hasattr(m, "num_key_value_groups")):
             attention.config._attn_implementation = PACKED_SDPA
         self.num_blocks: int = text.num_hidden_layers
+        self.num_query_heads: int = text.num_attention_heads
         self.num_kv_heads: int = text.num_key_value_heads
         self.head_dim = head_dim(self.model.config)
         self.vocab_size: int = text.vocab_size
@@ -117,6 +118,7 @@ class BlockStack:
         *,
         start: int = 0,
         stop: int | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Hidden states ``(B, T, E)`` after blocks ``start`` to ``stop`` (exclusive; default: all).
 
@@ -129,9 +131,10 @@ class BlockStack:
                 all entries where T == 1.
             start: First block to run.
             stop: Block before which to stop.
+            rotary: What :meth:`rotary` gives for these positions, where it is at hand.
         """
         positions_BT = positions_BT.to(hidden_BTE.device)
-        rotary = self.rotary(hidden_BTE, positions_BT)
+        rotary = self.rotary(hidden_BTE, positions_BT) if rotary is None else rotary
         masks = self._window_masks(positions_BT) if masks is None else masks
         for number in range(start, self.num_blocks if stop is None else stop):
             mask = masks.get(number)
@@ -150,10 +153,16 @@ class BlockStack:
         return hidden_BTE
 
     def _window_masks(self, positions_BT: torch.Tensor) -> Masks:
-        """Masks of the sliding-window blocks over a fresh prompt that is longer than the window."""
-        num_tokens = positions_BT.shape[1]
+        """Masks of the sliding-window blocks over a fresh prompt that spans more than the window.
+
+        Positions decide, not the number of tokens: pruned prompts have gaps.
+        """
+        windows = {w for w in self.windows if w is not None}
+        if not windows or not positions_BT.numel():
+            return {}
+        span = int((positions_BT.amax(dim=1) - positions_BT.amin(dim=1)).max()) + 1
         masks: dict[int, torch.Tensor] = {}
-        for window in {w for w in self.windows if w is not None and w < num_tokens}:
+        for window in {w for w in windows if w < span}:
             distance_BTK = positions_BT[:, :, None] - positions_BT[:, None, :]
             mask = ((distance_BTK >= 0) & (distance_BTK < window))[:, None]
             masks.update({b: mask for b, w in enumerate(self.windows) if w == window})

@@ -11,6 +11,7 @@ from transformers import (
 )
 
 from rayapp.errors import ModelError, PlanError
+from rayapp.kv.cache import CaptureCache
 from rayapp.models.blocks import apply_stage, decoder_blocks, signature_of
 from rayapp.models.stack import BlockStack
 from rayapp.plan import STAGE_MODES, STAGES, Mode, PruningPlan
@@ -226,3 +227,33 @@ def test_fingerprint_notices_a_changed_weight_and_ignores_the_type(tiny_model):
     assert signature_of(model) == signature_of(half)
     other.model.layers[3].mlp.up_proj.weight[5, 7] += 0.5
     assert signature_of(model) != signature_of(other)
+
+
+def test_a_hook_on_a_stage_does_not_run_in_the_dense_model(tiny_model):
+    model = tiny_model("llama")
+    staged = apply_stage(model, PruningPlan(), "prefill")
+    calls = []
+    hook = decoder_blocks(staged)[0].register_forward_hook(lambda *_: calls.append(1))
+    model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert not calls
+    staged(input_ids=torch.tensor([[1, 2, 3]]), position_ids=torch.arange(3)[None])
+    assert calls == [1]
+    hook.remove()
+
+
+def test_windows_go_by_position_where_a_pruned_prompt_has_gaps(tiny_model):
+    """Fewer tokens than the window, spread over more positions than it."""
+    model = tiny_model("mistral", sliding_window=6)
+    stack = BlockStack(model, PruningPlan(), "prefill")
+    kept = torch.tensor([[0, 1, 5, 9, 10]])
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    cache = CaptureCache.for_stack(stack)
+    found = stack.run(stack.embed(ids), kept, cache)
+    distance = kept[:, :, None] - kept[:, None]
+    mask = ((distance >= 0) & (distance < 6))[:, None]
+    masks = dict.fromkeys(range(stack.num_blocks), mask)
+    wanted = stack.run(stack.embed(ids), kept, CaptureCache.for_stack(stack), masks)
+    assert torch.equal(found, wanted)
+    causal = dict.fromkeys(range(stack.num_blocks), distance[:, None] >= 0)
+    unlimited = stack.run(stack.embed(ids), kept, CaptureCache.for_stack(stack), causal)
+    assert not torch.allclose(found, unlimited, atol=1e-3)

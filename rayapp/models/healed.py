@@ -1,0 +1,185 @@
+"""Healed tensors: what replaces parameters of one stage, beside the plan that names them.
+
+A plan directory holds only the tensors that healing changed, as an adapter directory does. They are
+named ``prefill.`` or ``decode.`` and the parameter's canonical name; the plan holds the digest of
+all of them. On a model they are kept by that digest, beside its own parameters, so that several
+plans live over one model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+from transformers import PreTrainedModel
+
+from rayapp.errors import PlanError
+from rayapp.models.fingerprint import canonical_name
+from rayapp.plan import HEALED_FILE, STAGES, PruningPlan, Stage
+
+Tensors = Mapping[str, torch.Tensor]
+_BLOCKS = "layers"
+
+
+@dataclass(frozen=True)
+class HealedWeights:
+    """Healed tensors by stage and canonical parameter name (``layers.3.mlp.up_proj.weight``).
+
+    ``digest`` is that of all stages, also where only one was read.
+    """
+
+    digest: str
+    stages: Mapping[Stage, Tensors]
+
+    @classmethod
+    def of(cls, stages: Mapping[Stage, Tensors]) -> HealedWeights:
+        """Tensors at hand, with their digest."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(_named(stages).items()):
+            _update(digest, name, tensor)
+        return cls(digest.hexdigest()[:24], stages)
+
+    @classmethod
+    def load(cls, plan: PruningPlan, stages: Sequence[Stage] = STAGES) -> HealedWeights:
+        """The healed tensors of a plan for these stages, from the directory it was read from.
+
+        Raises:
+            PlanError: The file is missing, unreadable, or not the one that the plan names.
+        """
+        file = _file(plan)
+        digest, kept = hashlib.sha256(), {stage: dict[str, torch.Tensor]() for stage in stages}
+        try:
+            with safe_open(file, framework="pt", device="cpu") as opened:
+                for name in sorted(opened.keys()):
+                    stage, _, parameter = name.partition(".")
+                    tensor = opened.get_tensor(name)
+                    _update(digest, name, tensor)
+                    if stage in kept:
+                        kept[cast("Stage", stage)][parameter] = tensor
+        except (OSError, SafetensorError) as error:
+            raise PlanError(
+                f"{file}: cannot be read as safetensors ({error}); restore the file that was "
+                "written with the plan, or search again"
+            ) from None
+        found = digest.hexdigest()[:24]
+        if found != plan.healed:
+            raise PlanError(
+                f"{file}: holds tensors {found}, the plan names {plan.healed}; restore the file "
+                "that was written with the plan, or search again"
+            )
+        return cls(found, kept)
+
+    def dumps(self) -> bytes:
+        """The content of ``weights.safetensors``."""
+        return save({name: tensor.contiguous() for name, tensor in _named(self.stages).items()})
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the file that lies beside a plan; returns it."""
+        target = Path(directory) / HEALED_FILE
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(self.dumps())
+        return target
+
+
+def attach(model: PreTrainedModel, healed: HealedWeights) -> None:
+    """Keep healed tensors on the model: in its element type, on the device of their block, once.
+
+    The model's own parameters stay as they are.
+
+    Raises:
+        PlanError: A tensor is of another model: no parameter of a block, or of another shape.
+    """
+    known = _attached(model).setdefault(healed.digest, {})
+    parameters = {canonical_name(name): p for name, p in model.named_parameters()}
+    for stage, tensors in healed.stages.items():
+        if stage not in known:
+            known[stage] = {n: _parameter(n, t, parameters) for n, t in tensors.items()}
+
+
+def healed_parameters(
+    model: PreTrainedModel, plan: PruningPlan, stage: Stage
+) -> Mapping[str, nn.Parameter]:
+    """What replaces the model's parameters in one stage of a plan, by canonical name.
+
+    Tensors that were not attached are read from the directory of the plan.
+
+    Raises:
+        PlanError: They cannot be found, or do not fit the plan or the model.
+    """
+    if plan.healed is None:
+        return {}
+    if stage not in _attached(model).get(plan.healed, {}):
+        attach(model, HealedWeights.load(plan, (stage,)))
+    return _attached(model)[plan.healed][stage]
+
+
+def attached_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all healed tensors that the model keeps."""
+    kept = (p for stages in _attached(model).values() for s in stages.values() for p in s.values())
+    return sum(parameter.nbytes for parameter in kept)
+
+
+def _attached(model: Any) -> dict[str, dict[Stage, dict[str, nn.Parameter]]]:
+    """By digest and stage; copies of the model's modules share it."""
+    if not hasattr(model, "rayapp_healed"):
+        model.rayapp_healed = {}
+    found: dict[str, dict[Stage, dict[str, nn.Parameter]]] = model.rayapp_healed
+    return found
+
+
+def _parameter(
+    name: str, tensor: torch.Tensor, parameters: Mapping[str, nn.Parameter]
+) -> nn.Parameter:
+    own = parameters.get(name)
+    if own is None or not name.startswith(f"{_BLOCKS}."):
+        raise PlanError(
+            f"healed tensor {name!r} is of no block of the model; use the {HEALED_FILE} that was "
+            "written with the plan"
+        )
+    if tensor.shape != own.shape:
+        raise PlanError(
+            f"healed tensor {name!r} has shape {tuple(tensor.shape)}, the model "
+            f"{tuple(own.shape)}; use the {HEALED_FILE} that was written with the plan"
+        )
+    value = tensor.to(_device(name, parameters), own.dtype)
+    return nn.Parameter(value, requires_grad=False)
+
+
+def _device(name: str, parameters: Mapping[str, nn.Parameter]) -> torch.device:
+    """The device of the block: its frozen parameters are there also where this one was not read."""
+    block = ".".join(name.split(".")[:2])
+    there: Iterable[nn.Parameter] = (
+        p for n, p in parameters.items() if n.startswith(f"{block}.") and not p.is_meta
+    )
+    return next((p.device for p in there), torch.device("cpu"))
+
+
+def _named(stages: Mapping[Stage, Tensors]) -> dict[str, torch.Tensor]:
+    return {f"{stage}.{n}": t for stage, tensors in stages.items() for n, t in tensors.items()}
+
+
+def _update(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+def _file(plan: PruningPlan) -> Path:
+    if plan.directory is None:
+        raise PlanError(
+            f"the plan's healed tensors {plan.healed} are nowhere: it was not read from a "
+            "directory; use PruningPlan.load, or attach the tensors to the model first"
+        )
+    file = plan.directory / HEALED_FILE
+    if not file.is_file():
+        raise PlanError(
+            f"{file}: is missing, but the plan beside it is healed; copy both files, or search "
+            "again with --heal none"
+        )
+    return file

@@ -1,0 +1,74 @@
+"""Tensors to the safetensors files of a checkpoint, in one pass, one file in memory at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from rayapp.models.checkpoint import INDEX_FILE
+
+MAX_SHARD_BYTES = 4 * 10**9
+"""Tensors of one file, and so what is in memory at a time (project default)."""
+
+
+def write_shards(
+    directory: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write named tensors as transformers names its files: one file, or several and an index.
+
+    Args:
+        directory: Where the files go; it exists.
+        tensors: Each is read when its turn comes, and freed with its file.
+        max_shard_bytes: Tensors of one file at most; a larger tensor has a file of its own.
+
+    Raises:
+        OSError: The files cannot be written.
+        SafetensorError: Likewise, where safetensors noticed it.
+    """
+    shards: list[list[str]] = []
+    held: dict[str, torch.Tensor] = {}
+    total_bytes = 0
+    for name, tensor in tensors:
+        if held and _bytes(held) + tensor.nbytes > max_shard_bytes:
+            shards.append(_flush(held, directory / _draft(len(shards))))
+        held[name] = tensor
+        total_bytes += tensor.nbytes
+    shards.append(_flush(held, directory / _draft(len(shards))))
+    names = _file_names(len(shards))
+    for number, name in enumerate(names):
+        (directory / _draft(number)).rename(directory / name)
+    if len(shards) > 1:
+        weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _bytes(held: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in held.values())
+
+
+def _flush(held: dict[str, torch.Tensor], file: Path) -> list[str]:
+    """Write and free what is held; returns its names. Readable by others, as other files are."""
+    save_file(held, file, metadata={"format": "pt"})
+    file.chmod(0o644)
+    names = list(held)
+    held.clear()
+    return names
+
+
+def _draft(number: int) -> str:
+    """A file's name until it is known how many there are."""
+    return f"shard-{number}"
+
+
+def _file_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
