@@ -1,0 +1,97 @@
+"""lm-evaluation-harness, offline, on an exported checkpoint: its numbers are ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayapp.engine.local import LocalPipeline
+from rayapp.engine.request import SamplingParams
+from rayapp.export import export_stage
+from rayapp.models.likelihood import nll
+from rayapp.models.loading import load_model, read_signature
+from rayapp.plan import PruningPlan
+
+TASKS = Path(__file__).parent.parent / "benchmarks" / "lm_eval_tasks"
+REMOVED = {2: "removed", 5: "removed", 8: "removed"}
+
+
+def lm_eval(model, data, scratch):
+    """Run the harness as a user does, in the directory of the data; samples by task."""
+    command = [
+        "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32",
+        "--tasks", "rayapp_answers,rayapp_choices", "--include_path", str(TASKS),
+        "--device", "cpu", "--batch_size", "1", "--log_samples",
+        "--output_path", str(scratch / "result"),
+    ]  # fmt: skip
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hf")}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=data,
+        env=os.environ | offline,
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (result,) = scratch.glob("result/*/results_*.json")
+    samples = {}
+    for task in ("rayapp_answers", "rayapp_choices"):
+        (file,) = result.parent.glob(f"samples_{task}_*.jsonl")
+        samples[task] = [json.loads(line) for line in file.read_text().splitlines()]
+    return json.loads(result.read_text())["results"], samples
+
+
+def choice_scores(pipeline, tokenizer, line):
+    """Our log-likelihood of every choice, through prefill, wire and decode."""
+    prompt = tokenizer(line["prompt"])["input_ids"]
+    scores = []
+    for choice in line["choices"]:
+        ids = tokenizer(choice)["input_ids"]
+        scores.append(-nll(pipeline.answer_logits(prompt, ids), torch.tensor(ids)).sum())
+    return torch.stack(scores)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_harness_gives_our_numbers(testbed_path, tmp_path):
+    pytest.importorskip(
+        "lm_eval", reason="lm-evaluation-harness is not installed: pip install 'rayapp[lmeval]'"
+    )
+    stages = {stage: {"blocks": REMOVED} for stage in ("prefill", "decode")}
+    plan = PruningPlan.model_validate({"model": read_signature(testbed_path), **stages})
+    export_stage(testbed_path, plan, "unified", tmp_path / "exported")
+    data = tmp_path / "data"
+    arguments = ["--out", str(data), "--count", "8", "--length", "short"]
+    subprocess.run([sys.executable, str(TASKS / "write_data.py"), *arguments], check=True)
+    results, samples = lm_eval(tmp_path / "exported", data, tmp_path)
+
+    loaded = load_model(testbed_path, dtype="float32")
+    pipeline = LocalPipeline(loaded.model, loaded.tokenizer, plan)
+    lines = [json.loads(line) for line in (data / "answers.jsonl").read_text().splitlines()]
+    ours = pipeline.generate([line["prompt"] for line in lines], SamplingParams(max_tokens=32))
+    theirs = {s["doc"]["prompt"]: s["filtered_resps"][0] for s in samples["rayapp_answers"]}
+    assert [theirs[line["prompt"]] for line in lines] == [answer.text for answer in ours]
+    matches = [a.text == line["completion"] for a, line in zip(ours, lines, strict=True)]
+    accuracy = sum(matches) / len(lines)
+    assert results["rayapp_answers"]["exact_match,none"] == pytest.approx(accuracy)
+
+    right = []
+    for sample in samples["rayapp_choices"]:
+        line = sample["doc"]
+        found = torch.tensor([float(r[0]) for r in sample["filtered_resps"]], dtype=torch.float64)
+        wanted = choice_scores(pipeline, loaded.tokenizer, line)
+        # It counts the newline that ends the prompt as part of every choice.
+        assert torch.allclose(found - found[0], wanted - wanted[0], atol=1e-3)
+        right.append(int(wanted.argmax()) == line["answer"])
+    assert len(right) == len(lines) == 32
+    assert results["rayapp_choices"]["acc,none"] == pytest.approx(sum(right) / len(right))
+    # Neither perfect nor lost: equal numbers mean something.
+    assert 0.1 < accuracy < 0.95
+    assert 0.5 < sum(right) / len(right) < 1.0
