@@ -191,6 +191,19 @@ class PrefixCache:
             torch.cat([prefix.values_BHND, values_BHCD], dim=2),
         )
 
+    def repeated(self, counts_B: torch.Tensor) -> PrefixCache:
+        """A row for each of several continuations of every prompt, ``counts_B`` (int64) of them."""
+        prefixes = {
+            block: Prefix(
+                prefix.keys_BHND.repeat_interleave(counts_B.to(prefix.keys_BHND.device), dim=0),
+                prefix.values_BHND.repeat_interleave(counts_B.to(prefix.values_BHND.device), dim=0),
+                prefix.positions,
+            )
+            for block, prefix in self.prefixes.items()
+            if prefix.num_entries
+        }
+        return PrefixCache(self.prefixes | prefixes, self.windows)
+
     def masks(self, positions: torch.Tensor) -> dict[int, torch.Tensor]:
         """What each continuation token may attend to, per block; True = may.
 

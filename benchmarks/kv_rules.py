@@ -1,0 +1,293 @@
+"""Claim: sets of KV rules chosen jointly keep more quality than other rules at the same bytes.
+
+For each byte budget and smallest encoding, ways to choose what travels are tuned on the same
+calibration prompts, then judged on fresh ones of another split, all with the same block plan:
+
+- elimination: `rayapp kv-select`, sets scored jointly;
+- mass: PDTrim's rule, blocks that concentrate on first and last tokens are cut;
+- sink + recent: one cut in all blocks;
+- lazy blocks: SimLayerKV's rule per prompt, its cut the best of those given (on calibration);
+- scored tokens: SnapKV's rule per prompt and KV head, the same share everywhere;
+- all: every entry, in the model's type, int8 and int4, whatever that weighs.
+
+Bytes are those of whole messages (headers, scales, and the indices of rules per prompt), in the
+checkpoint's own element type. KL is to the dense model with all KV, mean over tasks of the mean
+over answer tokens. Exact match is teacher-forced.
+
+    python benchmarks/kv_rules.py
+    python benchmarks/kv_rules.py --fresh-per-task 4 --calibration-per-task 4 --reductions 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rayapp.errors import InputError
+from rayapp.evaluation.kv_baselines import (
+    FixedRules,
+    KVChooser,
+    LazyBlocks,
+    ScoredTokens,
+    in_all_blocks,
+)
+from rayapp.evaluation.kv_quality import KVQuality, attentions, kv_quality, tuned
+from rayapp.evaluation.machine import this_machine
+from rayapp.evaluation.progress import shown_progress
+from rayapp.evaluation.prompt_attention import PromptAttention
+from rayapp.models.loading import LoadedModel, load_model
+from rayapp.plan import Encoding, KVTransfer, PruningPlan
+from rayapp.pruning.calibration import Calibration, load_calibration
+from rayapp.pruning.evaluator import Evaluator
+from rayapp.pruning.kv_bytes import KVBytes
+from rayapp.pruning.kv_levels import FIRST, RECENT
+from rayapp.pruning.kv_selection import select_kv
+from rayapp.pruning.kv_settings import KVMethod, KVSelectSettings
+from rayapp.pruning.objective import Objective
+from rayapp.pruning.scoring import LocalCompute, Scorer
+from rayapp.testbed import tasks, text_model_path
+
+CALIBRATION_SEED, FRESH_SEED = 0, 1_000_003
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One way at one budget; without a chooser it cannot meet it."""
+
+    way: str
+    target: float | None
+    encoding: Encoding
+    chooser: KVChooser | None
+
+    @property
+    def name(self) -> str:
+        target = "" if self.target is None else f" at {self.target:g}x"
+        return f"{self.way}, {self.encoding}{target}"
+
+
+class Bench:
+    """A model, a plan, and the prompts that ways are tuned on."""
+
+    def __init__(
+        self, loaded: LoadedModel, plan: PruningPlan, lines: Calibration, recent: Sequence[float]
+    ) -> None:
+        self.loaded, self.lines, self.recent = loaded, lines, tuple(recent)
+        self._home = tempfile.TemporaryDirectory()
+        named = plan.model_copy(update={"model": loaded.signature, "kv_transfer": {}})
+        self._plan_file = named.save(self._home.name)
+        self.plan = PruningPlan.load(self._plan_file)
+        self.bytes = KVBytes(loaded.model.config, self.plan, [len(x.prompt) for x in lines.lines])
+        self.attention: list[PromptAttention] = attentions(loaded.model, self.plan, lines.lines)
+        objective = Objective(first_token=plan.first_token)
+        compute = LocalCompute(Evaluator(loaded.model, lines, objective))
+        self._scorer = Scorer(lines, objective, compute, weights="dense")
+        self.selections: dict[str, dict[str, Any]] = {}
+
+    def selected(self, method: KVMethod, target: float, encoding: Encoding) -> KVChooser | None:
+        """What `rayapp kv-select` chooses; scores are shared over budgets."""
+        settings = KVSelectSettings(
+            model="", plan=self._home.name, calibration="", target_reduction=target,
+            encoding=encoding, method=method, recent=self.recent,
+        )  # fmt: skip
+        plan = PruningPlan.load(self._plan_file)
+        try:
+            found = select_kv(settings, plan, self._scorer, self.loaded.model.config)
+        except InputError as error:
+            print(f"  {error}")
+            return None
+        self.selections[f"{method}, {encoding} at {target:g}x"] = found.record()
+        return FixedRules(found.plan.kv_transfer)
+
+    def tuned(self, make: Callable[[float], KVChooser], target: float) -> KVChooser | None:
+        return tuned(make, self.attention, self.bytes, self.bytes.full / target)
+
+    def best_lazy(self, target: float, encoding: Encoding) -> KVChooser | None:
+        """Lazy blocks with the cut that is best on the calibration prompts."""
+        found: dict[str, KVChooser] = {}
+        for last in self.recent:
+            cut = KVTransfer(first=FIRST, last=last, encoding=encoding)
+            chooser = self.tuned(partial(LazyBlocks, cut=cut), target)
+            if chooser is not None:
+                found[str(last)] = chooser
+        if len(found) < 2:
+            return next(iter(found.values()), None)
+        judged = kv_quality(self.loaded.model, self.plan, found, self.lines.lines)
+        scores = {name: quality.mean_kl()[0] for name, quality in judged.items()}
+        return found[min(scores, key=scores.__getitem__)]
+
+    def entries(self, targets: Sequence[float], encodings: Sequence[Encoding]) -> list[Entry]:
+        blocks = range(self.loaded.signature.num_blocks)
+        every: list[Encoding] = ["model", "int8", "int4"]
+        found = [
+            Entry("all", None, each, in_all_blocks(KVTransfer(encoding=each), blocks))
+            for each in every
+        ]
+        for encoding in encodings:
+            for target in targets:
+                started = time.perf_counter()
+                ways = {
+                    "elimination": self.selected("elimination", target, encoding),
+                    "mass": self.selected("mass", target, encoding),
+                    "sink + recent": self.tuned(
+                        partial(sinks_and_recent, blocks, encoding), target
+                    ),
+                    "lazy blocks": self.best_lazy(target, encoding),
+                    "scored tokens": self.tuned(partial(ScoredTokens, encoding=encoding), target),
+                }
+                found += [Entry(way, target, encoding, each) for way, each in ways.items()]
+                seconds = time.perf_counter() - started
+                print(f"tuned for {target:g}x in {encoding}: {seconds:.0f} s", flush=True)
+        return found
+
+
+def sinks_and_recent(blocks: range, encoding: Encoding, share: float) -> KVChooser:
+    return in_all_blocks(KVTransfer(first=FIRST, last=share, encoding=encoding), blocks)
+
+
+def lines_of(loaded: LoadedModel, arguments: argparse.Namespace, fresh: bool) -> Calibration:
+    split, count, seed = (
+        (arguments.split, arguments.fresh_per_task, FRESH_SEED)
+        if fresh
+        else ("calibration", arguments.calibration_per_task, CALIBRATION_SEED)
+    )
+    examples = [
+        example
+        for task in arguments.tasks
+        for example in tasks.generate(
+            task, split, count, seed + arguments.seed, length=arguments.length
+        )
+    ]
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "lines.jsonl"
+        tasks.write_jsonl(file, examples)
+        return load_calibration(file, loaded.tokenizer)
+
+
+def row_of(entry: Entry, quality: KVQuality | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"way": entry.way, "target": entry.target, "encoding": entry.encoding}
+    if quality is None:
+        return row | {"reached": False}
+    mean, upper = quality.mean_kl()
+    match = quality.exact_match()
+    return row | {
+        "reached": True,
+        "reduction": quality.reduction,
+        "bytes_sent": quality.bytes_sent,
+        "kl": mean,
+        "kl_upper_95": upper,
+        "exact_match": sum(match.values()) / len(match),
+        "exact_match_by_task": match,
+    }
+
+
+def table_of(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    lines = [
+        "| encoding | target | way | reduction | KL (at most, 95 %) | exact match | "
+        + " | ".join(names) + " |",
+        "|---" * 2 + "|---" + "|---:" * (3 + len(names)) + "|",
+    ]  # fmt: skip
+    for row in rows:
+        target = "" if row["target"] is None else f"{row['target']:g}x"
+        cells = [row["encoding"], target, row["way"]]
+        if row["reached"]:
+            by_task = row["exact_match_by_task"]
+            cells += [
+                f"{row['reduction']:.2f}x",
+                f"{row['kl']:.4f} ({row['kl_upper_95']:.4f})",
+                f"{row['exact_match']:.1%}",
+                *(f"{by_task[name]:.1%}" for name in names),
+            ]
+        else:
+            cells += ["out of reach", *["-"] * (2 + len(names))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="model directory; default: the test-bed model")
+    parser.add_argument("--plan", type=Path, help="plan directory; default: nothing removed")
+    parser.add_argument("--reductions", type=float, nargs="+", default=[2, 3, 4.95, 8])
+    parser.add_argument(
+        "--encodings", nargs="+", choices=("model", "int8", "int4"), default=["model", "int8"]
+    )
+    parser.add_argument("--recent", type=float, nargs="+", default=list(RECENT))
+    parser.add_argument("--calibration-per-task", type=int, default=32)
+    parser.add_argument("--fresh-per-task", type=int, default=500)
+    parser.add_argument("--tasks", nargs="+", choices=tasks.TASKS, default=list(tasks.TASKS))
+    parser.add_argument("--split", choices=tasks.SPLITS, default="validation")
+    parser.add_argument("--length", choices=("long", "mixed"), default="long")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    started = time.perf_counter(), time.process_time()
+    loaded = load_model(arguments.model or text_model_path(), dtype=arguments.dtype)
+    plan = PruningPlan.load(arguments.plan) if arguments.plan else PruningPlan()
+    plan.check_model(loaded.signature)
+    bench = Bench(loaded, plan, lines_of(loaded, arguments, fresh=False), arguments.recent)
+    entries = bench.entries(arguments.reductions, arguments.encodings)
+    fresh = lines_of(loaded, arguments, fresh=True).lines
+    choosers = {entry.name: entry.chooser for entry in entries if entry.chooser is not None}
+    with shown_progress() as progress:
+        judged = kv_quality(loaded.model, bench.plan, choosers, fresh, progress=progress)
+    rows = [row_of(entry, judged.get(entry.name)) for entry in entries]
+    seconds = time.perf_counter() - started[0], time.process_time() - started[1]
+    write(arguments, bench, rows, [len(line.prompt) for line in fresh], seconds)
+
+
+def write(
+    arguments: argparse.Namespace,
+    bench: Bench,
+    rows: list[dict[str, Any]],
+    lengths: Sequence[int],
+    seconds: tuple[float, float],
+) -> None:
+    machine = this_machine(device="cpu", num_threads=arguments.threads)
+    model = arguments.model.name if arguments.model else "testbed-text"
+    name = f"{model}-{arguments.plan.name}" if arguments.plan else model
+    dtype = str(bench.loaded.model.dtype).removeprefix("torch.")
+    hidden = ("out", "model", "plan", "threads")
+    record = {
+        "configuration": {k: v for k, v in vars(arguments).items() if k not in hidden}
+        | {"model": model, "plan": json.loads(bench.plan.dumps()), "dtype": dtype},
+        "machine": machine.model_dump(),
+        "wall_s": seconds[0],
+        "cpu_s": seconds[1],
+        "prompt_tokens": {"min": min(lengths), "max": max(lengths)},
+        "results": rows,
+        "selections": bench.selections,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    stem = f"kv_rules-{name}"
+    (arguments.out / f"{stem}.json").write_text(json.dumps(record, indent=2) + "\n")
+    heading = (
+        f"What travels, chosen in different ways: {name}, {dtype}; tuned on "
+        f"{arguments.calibration_per_task} calibration prompts per task, judged on "
+        f"{arguments.fresh_per_task} fresh ones of the {arguments.split} split "
+        f"({min(lengths)} to {max(lengths)} tokens, evidence at uniform depth). `encoding` is the "
+        "smallest one allowed; rules other than elimination send everything in it. "
+        f"{machine.processor}, torch {machine.versions['torch']}, commit {machine.commit}.\n\n"
+    )
+    text = heading + table_of(rows, arguments.tasks) + "\n"
+    (arguments.out / f"{stem}.md").write_text(text)
+    print(table_of(rows, arguments.tasks))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What a plan's transfer rules weigh on a calibration set, as the ledger will count it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+from transformers import PreTrainedConfig
+
+from rayapp.kv.forecast import forecast_sizes
+from rayapp.kv.ledger import KVShape
+from rayapp.kv.wire import Envelope
+from rayapp.models.blocks import head_dim, sliding_windows, text_config
+from rayapp.plan import KVTransfer, PruningPlan
+
+_REQUEST_ID = "0" * 32  # as long as the service's; lengths only matter by the header's padding
+
+
+class KVBytes:
+    """Bytes that prompts of some lengths send under any rules, headers and scales included.
+
+    Args:
+        config: Of the model.
+        plan: Its modes say whose KV travels; its transfer rules are replaced.
+        prompt_lengths: One per prompt, in tokens.
+
+    Attributes:
+        full: What the dense model's caches of these prompts weigh.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, plan: PruningPlan, prompt_lengths: Iterable[int]
+    ) -> None:
+        self._dtype = config.dtype or torch.float32
+        text = text_config(config)
+        self._shape = KVShape(
+            num_blocks=text.num_hidden_layers,
+            num_kv_heads=text.num_key_value_heads,
+            head_dim=head_dim(config),
+            element_bytes=self._dtype.itemsize,
+            windows=sliding_windows(config),
+        )
+        self._plan = plan
+        weights = plan.model.weights_fingerprint if plan.model else ""
+        self._envelope = Envelope(_REQUEST_ID, 0, plan.fingerprint, weights)
+        self._lengths = Counter(prompt_lengths)
+        self._sent: dict[tuple[tuple[int, str], ...], int] = {}
+        self.full = sum(count * self.dense(length) for length, count in self._lengths.items())
+
+    def sent(self, rules: Mapping[int, KVTransfer]) -> int:
+        """Bytes of all messages under ``rules``, by block."""
+        key = _key(rules)
+        if key not in self._sent:
+            self._sent[key] = sum(
+                count * self.message(rules, length) for length, count in self._lengths.items()
+            )
+        return self._sent[key]
+
+    def message(self, rules: Mapping[int, KVTransfer], num_prompt_tokens: int) -> int:
+        """Bytes of one message under ``rules``."""
+        plan = self._plan.model_copy(update={"kv_transfer": dict(rules)})
+        sizes = forecast_sizes(self._shape, self._dtype, plan, self._envelope, num_prompt_tokens)
+        return sizes.total_bytes
+
+    def dense(self, num_prompt_tokens: int) -> int:
+        """What the dense model's cache of one prompt weighs."""
+        return self._shape.dense_bytes(num_prompt_tokens)
+
+
+def _key(rules: Mapping[int, KVTransfer]) -> tuple[tuple[int, str], ...]:
+    return tuple((block, rules[block].model_dump_json()) for block in sorted(rules))
