@@ -25,6 +25,7 @@ from rayapp.distributed.placement import check_placement, check_readable
 from rayapp.distributed.settings import APP_NAME, ServiceSettings
 from rayapp.errors import ClusterError
 from rayapp.models.checkpoint import Checkpoint
+from rayapp.models.healed import HealedWeights
 from rayapp.models.loading import load_tokenizer
 from rayapp.plan import PruningPlan
 
@@ -69,7 +70,10 @@ def resolved(settings: ServiceSettings) -> ServiceSettings:
     signature = Checkpoint(settings.model).signature()
     load_tokenizer(settings.model)
     if settings.plan is not None:
-        PruningPlan.load(settings.plan).check_model(signature)
+        plan = PruningPlan.load(settings.plan)
+        plan.check_model(signature)
+        if plan.healed:
+            HealedWeights.load(plan, ())
     paths = {
         "model": str(Path(settings.model).absolute()),
         "plan": None if settings.plan is None else str(Path(settings.plan).absolute()),

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import ray
 
+from rayapp.distributed.report import refresh_report
 from rayapp.distributed.scoring import EvaluatorPool
 from rayapp.errors import ClusterError
-from rayapp.evaluation.report import render_report
-from rayapp.plan import STAGES
-from rayapp.pruning.candidates import Candidate
-from rayapp.pruning.front import FrontResult, search_front
-from rayapp.pruning.preparation import Prepared, open_evaluator, prepare
+from rayapp.plan import PLAN_FILE, PruningPlan
+from rayapp.pruning.front import FRONT_FILE, FrontResult, search_front
+from rayapp.pruning.healed_pairs import HealedPairs
+from rayapp.pruning.preparation import (
+    Prepared,
+    heal_context,
+    open_evaluator,
+    open_healer,
+    prepare,
+)
 from rayapp.pruning.progress import ProgressCallback
 from rayapp.pruning.run import SearchResult, run_search
 from rayapp.pruning.scoring import Compute, LocalCompute, Scorer
+from rayapp.pruning.sensitivity import keep_influence
 from rayapp.pruning.settings import PruneSettings
 from rayapp.pruning.sizes import with_sizes
 from rayapp.pruning.storage import Storage
 
-REPORT_FILE = "report.html"
-
 
 def prune(settings: PruneSettings, *, on_progress: ProgressCallback | None = None) -> SearchResult:
     """Search for a plan; write it, its journal, trials and report to ``settings.out``.
+
+    For the report, the similarity of blocks is measured even where the search has no use for it:
+    the cost of about one evaluation, after the plan is written.
 
     Scores in this process where neither ``workers`` nor ``address`` is given; otherwise on
     evaluators of a Ray cluster: the one that this process is connected to, the one at ``address``,
@@ -38,10 +47,13 @@ def prune(settings: PruneSettings, *, on_progress: ProgressCallback | None = Non
         ClusterError: The cluster cannot be reached, or cannot place an evaluator.
         SearchError: The search cannot go on; the journal keeps what was scored.
     """
-    with _opened(settings) as (settings, prepared, scorer):
+    prepared = prepare(settings)
+    with opened_scorer(settings, prepared) as scorer:
         settings = with_sizes(settings, scorer.compute)
         result = run_search(settings, scorer, prepared.signature, on_progress=on_progress)
-    Storage(settings.out).write_bytes(REPORT_FILE, _report(result).encode())
+        storage = Storage(settings.out)
+        keep_influence(storage, scorer, prepared.signature.weights_fingerprint)
+    refresh_report(storage, result.plan)
     return result
 
 
@@ -55,39 +67,39 @@ def prune_front(
         ClusterError: As there.
         SearchError: As there.
     """
-    with _opened(settings) as (settings, prepared, scorer):
-        return search_front(settings, scorer, prepared.signature, on_progress=on_progress)
+    prepared = prepare(settings)
+    with opened_scorer(settings, prepared) as scorer:
+        result = search_front(settings, scorer, prepared.signature, on_progress=on_progress)
+        storage = Storage(settings.out)
+        keep_influence(storage, scorer, prepared.signature.weights_fingerprint)
+    for row in json.loads(storage.read_text(FRONT_FILE)):
+        plan = PruningPlan.parse(storage.read_text(row["plan"]), source=row["plan"])
+        home = row["plan"].removesuffix(f"/{PLAN_FILE}")
+        refresh_report(Storage(f"{settings.out}/{home}"), plan, storage)
+    return result
 
 
 @contextmanager
-def _opened(settings: PruneSettings) -> Iterator[tuple[PruneSettings, Prepared, Scorer]]:
-    """Checked settings and data, and a scorer on whatever computes."""
-    prepared = prepare(settings)
+def opened_scorer(settings: PruneSettings, prepared: Prepared) -> Iterator[Scorer]:
+    """A scorer on whatever computes: this process, or evaluators of a Ray cluster."""
     if not settings.workers and settings.address is None:
         evaluator = open_evaluator(settings, prepared.calibration)
-        yield settings, prepared, _scorer(settings, prepared, LocalCompute(evaluator))
+        healer = open_healer(settings, evaluator, prepared.heal_data)
+        yield _scorer(settings, prepared, LocalCompute(evaluator, healer))
         return
     # Evaluators run elsewhere: a path relative to this process means nothing to them.
     settings = settings.model_copy(update={"model": str(Path(settings.model).absolute())})
-    with _connected(settings.address), EvaluatorPool(settings, prepared.calibration) as pool:
-        yield settings, prepared, _scorer(settings, prepared, pool)
+    data = (prepared.calibration, prepared.heal_data)
+    with _connected(settings.address), EvaluatorPool(settings, *data) as pool:
+        yield _scorer(settings, prepared, pool)
 
 
 def _scorer(settings: PruneSettings, prepared: Prepared, compute: Compute) -> Scorer:
     weights = prepared.signature.weights_fingerprint
-    return Scorer(prepared.calibration, settings.scoring(), compute, weights=weights)
-
-
-def _report(result: SearchResult) -> str:
-    """The plan and the search's trace: candidates of its size that were scored on all chunks."""
-
-    def removed(candidate: Candidate) -> tuple[float, ...]:
-        return tuple(candidate.removed(stage) for stage in STAGES)
-
-    size = removed(Candidate.from_plan(result.plan))
-    whole = [t for t in result.trials if t.score.num_chunks == result.score.num_chunks]
-    scores = [t.score.value for t in whole if removed(t.candidate) == size]
-    return render_report(result.plan, trials=scores)
+    healed = None
+    if prepared.heal_data is not None:
+        healed = HealedPairs(Storage(settings.out), heal_context(settings, prepared), compute)
+    return Scorer(prepared.calibration, settings.scoring(), compute, weights=weights, healed=healed)
 
 
 @contextmanager

@@ -17,15 +17,23 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from rayapp.errors import ClusterError, RayappError, SearchError
+from rayapp.plan import KVTransfer
+from rayapp.pruning.attention_mass import BlockMass, measure_attention_mass
 from rayapp.pruning.calibration import Calibration
+from rayapp.pruning.candidates import Candidate
 from rayapp.pruning.costs import Costs, measure_costs
+from rayapp.pruning.distill import Healer
 from rayapp.pruning.evaluator import Evaluator
-from rayapp.pruning.preparation import open_evaluator
+from rayapp.pruning.healing import NO_HEALING, HealedPair, Healing, Pair
+from rayapp.pruning.preparation import open_evaluator, open_healer
 from rayapp.pruning.scoring import Done, Work, compute_one
 from rayapp.pruning.settings import PruneSettings
 from rayapp.pruning.similarity import Influence, measure_influence
 
 logger = logging.getLogger(__name__)
+
+Piece = Work | Pair
+"""What one evaluator does at a time: candidates on a chunk, or one pair to train."""
 
 START_TIMEOUT_S = 180.0
 MAX_LOSSES = 3
@@ -37,14 +45,27 @@ class EvaluatorServer:
 
     def __init__(self) -> None:
         self._evaluator: Evaluator | None = None
+        self._healer: Healer | None = None
 
-    def start(self, settings: PruneSettings, calibration: Calibration) -> None:
+    def start(
+        self, settings: PruneSettings, calibration: Calibration, heal_data: Calibration | None
+    ) -> None:
         """Load the model; returns when work can be done."""
         self._evaluator = open_evaluator(settings, calibration)
+        self._healer = open_healer(settings, self._evaluator, heal_data)
 
     def compute(self, work: Work) -> Done:
         """One piece of work."""
         return compute_one(self._ready(), work)
+
+    def heal(self, pair: Pair) -> HealedPair:
+        """Train one pair."""
+        assert self._healer is not None, "a search that heals brings its data"
+        return self._healer.heal(pair)
+
+    def add_healed(self, healed: HealedPair) -> None:
+        """Know a trained pair from now on."""
+        self._ready().add_healed(healed)
 
     def alive(self) -> None:
         """Return: who answers is there."""
@@ -57,6 +78,12 @@ class EvaluatorServer:
         """Seconds and bytes of every part."""
         return measure_costs(self._ready())
 
+    def attention_mass(
+        self, candidate: Candidate, rule: KVTransfer, healing: Healing
+    ) -> tuple[BlockMass, ...]:
+        """Attention on the entries that ``rule`` keeps."""
+        return measure_attention_mass(self._ready(), candidate, rule, healing)
+
     def _ready(self) -> Evaluator:
         assert self._evaluator is not None, "start is called first"
         return self._evaluator
@@ -64,11 +91,15 @@ class EvaluatorServer:
 
 @dataclass(eq=False)
 class _Evaluator:
-    """An actor, the chunks whose states it may still hold, and starts that failed before it."""
+    """An actor, the chunks whose states it may still hold, and starts that failed before it.
+
+    ``healed`` are the trained pairs that it was sent.
+    """
 
     actor: Any
     failed_starts: int
     chunks: set[int] = field(default_factory=set)
+    healed: set[Pair] = field(default_factory=set)
     started: bool = False
 
 
@@ -79,6 +110,7 @@ class EvaluatorPool:
         settings: ``workers`` evaluators, each with ``threads`` CPUs, and one GPU where ``device``
             is CUDA.
         calibration: Sent to every evaluator once.
+        heal_data: What pairs are trained on; sent to every evaluator once.
         start_timeout_s: How long to wait while no evaluator at all is running.
     """
 
@@ -86,16 +118,18 @@ class EvaluatorPool:
         self,
         settings: PruneSettings,
         calibration: Calibration,
+        heal_data: Calibration | None = None,
         *,
         start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         self._settings = settings
-        self._calibration = ray.put(calibration)
+        self._calibration, self._heal_data = ray.put(calibration), ray.put(heal_data)
+        self._healed: dict[Pair, Any] = {}
         self._start_timeout_s = start_timeout_s
         self._needs = {"num_cpus": settings.threads, "num_gpus": int("cuda" in settings.device)}
         self._starting: dict[Any, _Evaluator] = {}
         self._idle: list[_Evaluator] = []
-        self._busy: dict[Any, tuple[_Evaluator, Work]] = {}
+        self._busy: dict[Any, tuple[_Evaluator, Piece]] = {}
         for _ in range(max(1, settings.workers)):
             self._start_one()
 
@@ -117,8 +151,19 @@ class EvaluatorPool:
             SearchError: A piece of work lost too many evaluators, or failed in one.
             ClusterError: No evaluator could be placed in time.
         """
-        waiting = list(work)
-        losses: dict[Work, int] = {}
+        yield from self._results(list(work))
+
+    def heal(self, pairs: Sequence[Pair]) -> Iterator[HealedPair]:
+        """Every pair trained once, as it finishes; errors as for :meth:`run`."""
+        yield from self._results(list(pairs))
+
+    def add_healed(self, healed: HealedPair) -> None:
+        """Keep a trained pair for evaluators: each is sent it before work that needs it."""
+        self._healed[healed.pair] = ray.put(healed)
+
+    def _results(self, waiting: list[Any]) -> Iterator[Any]:
+        """What evaluators make of every piece, as it finishes."""
+        losses: dict[Piece, int] = {}
         while waiting or self._busy:
             self._assign(waiting)
             for reference in self._wait():
@@ -143,13 +188,23 @@ class EvaluatorPool:
         found: Costs = self._measured("costs")
         return found
 
-    def _measured(self, what: str) -> Any:
+    def attention_mass(
+        self, candidate: Candidate, rule: KVTransfer, healing: Healing = NO_HEALING
+    ) -> tuple[BlockMass, ...]:
+        """Measured on one evaluator, on another one if it is lost."""
+        pairs = frozenset(healing.pairs(candidate))
+        arguments = (candidate, rule, healing)
+        found: tuple[BlockMass, ...] = self._measured("attention_mass", *arguments, pairs=pairs)
+        return found
+
+    def _measured(self, what: str, *arguments: object, pairs: frozenset[Pair] = frozenset()) -> Any:
         for _ in range(MAX_LOSSES):
             while not self._idle:
                 self._wait()
             evaluator = self._idle.pop(0)
+            self._send_pairs(evaluator, pairs)
             try:
-                found = _fetch(getattr(evaluator.actor, what).remote())
+                found = _fetch(getattr(evaluator.actor, what).remote(*arguments))
             except RayActorError as error:
                 self._lost(evaluator, error)
                 continue
@@ -166,21 +221,43 @@ class EvaluatorPool:
 
     def _start_one(self, failed_starts: int = 0) -> None:
         actor = ray.remote(EvaluatorServer).options(**self._needs).remote()
-        reference = actor.start.remote(self._settings, self._calibration)
+        reference = actor.start.remote(self._settings, self._calibration, self._heal_data)
         self._starting[reference] = _Evaluator(actor, failed_starts)
 
-    def _assign(self, waiting: list[Work]) -> None:
-        """Give every idle evaluator a piece: of a chunk that it knows, or that nobody does."""
+    def _assign(self, waiting: list[Any]) -> None:
+        """Give every idle evaluator a piece."""
         while waiting and self._idle:
             evaluator = self._idle.pop(0)
-            running = [other for other, _ in self._busy.values()]
-            taken = {chunk for other in [*self._idle, *running] for chunk in other.chunks}
-            piece = min(
-                waiting, key=lambda w: (w.chunk not in evaluator.chunks, w.chunk in taken, w.chunk)
-            )
+            piece = self._chosen(evaluator, waiting)
             waiting.remove(piece)
-            evaluator.chunks.add(piece.chunk)
-            self._busy[evaluator.actor.compute.remote(piece)] = (evaluator, piece)
+            self._busy[self._submitted(evaluator, piece)] = (evaluator, piece)
+
+    def _chosen(self, evaluator: _Evaluator, waiting: list[Any]) -> Piece:
+        """The next pair, or work on a chunk that the evaluator knows, or that nobody does."""
+        running = [other for other, _ in self._busy.values()]
+        taken = {chunk for other in [*self._idle, *running] for chunk in other.chunks}
+
+        def rank(piece: Piece) -> tuple[bool, bool, int]:
+            if isinstance(piece, Pair):
+                return False, False, 0
+            return piece.chunk not in evaluator.chunks, piece.chunk in taken, piece.chunk
+
+        found: Piece = min(waiting, key=rank)
+        return found
+
+    def _submitted(self, evaluator: _Evaluator, piece: Piece) -> Any:
+        """A reference to the result; calls reach an actor in the order in which they were made."""
+        if isinstance(piece, Pair):
+            return evaluator.actor.heal.remote(piece)
+        evaluator.chunks.add(piece.chunk)
+        self._send_pairs(evaluator, piece.pairs)
+        return evaluator.actor.compute.remote(piece)
+
+    def _send_pairs(self, evaluator: _Evaluator, pairs: frozenset[Pair]) -> None:
+        """Have an evaluator know pairs before the calls that follow."""
+        for pair in sorted(pairs - evaluator.healed):
+            evaluator.actor.add_healed.remote(self._healed[pair])
+            evaluator.healed.add(pair)
 
     def _wait(self) -> list[Any]:
         """References of work that ended; evaluators that finished starting become idle."""
@@ -221,13 +298,17 @@ class EvaluatorPool:
         self._idle = []
 
 
-def _count_loss(losses: dict[Work, int], piece: Work) -> None:
+def _count_loss(losses: dict[Piece, int], piece: Piece) -> None:
     losses[piece] = losses.get(piece, 0) + 1
     if losses[piece] >= MAX_LOSSES:
+        what = (
+            f"while healing {piece}"
+            if isinstance(piece, Pair)
+            else f"on chunk {piece.chunk} with {len(piece.candidates)} candidates"
+        )
         raise SearchError(
-            f"{MAX_LOSSES} evaluators died on chunk {piece.chunk} with {len(piece.candidates)} "
-            "candidates; probably memory: lower cache_bytes or chunk_tokens, or give evaluators "
-            "more"
+            f"{MAX_LOSSES} evaluators died {what}; probably memory: lower cache_bytes or "
+            "chunk_tokens, or give evaluators more"
         )
 
 

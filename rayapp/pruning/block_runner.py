@@ -7,14 +7,17 @@ vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from rayapp.models.blocks import signature_of
+from rayapp.models.healed import attach
 from rayapp.models.stack import BlockStack
 from rayapp.plan import Mode, PruningPlan, StagePlan
 from rayapp.pruning.candidates import ATTENTION, MLP
+from rayapp.pruning.healing import HealedPair, Pair
 
 KV = tuple[torch.Tensor, torch.Tensor]
 
@@ -49,10 +52,13 @@ class BlockRunner:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
         self.signature = signature_of(model)
         modes = (*RUN_MODES.values(), Mode.KV_ONLY)
         self._stacks = {mode: BlockStack(model, self._uniform(mode), "prefill") for mode in modes}
         self._dense = self._stacks[Mode.FULL]
+        self._healed: dict[Pair, BlockStack] = {}
+        self._rotated: tuple[torch.Tensor, Any, tuple[torch.Tensor, torch.Tensor]] | None = None
         self.num_blocks = self._dense.num_blocks
         self.windows = self._dense.windows
         self.device = self._dense.device
@@ -88,7 +94,49 @@ class BlockRunner:
         if skipped == ATTENTION | MLP:
             return hidden_BTE
         stack = self._stacks[RUN_MODES[skipped]]
-        return stack.run(hidden_BTE, positions_BT, slot, {block: mask}, start=block, stop=block + 1)
+        return self._run_one(stack, block, hidden_BTE, positions_BT, mask, slot)
+
+    def _run_one(
+        self,
+        stack: BlockStack,
+        block: int,
+        hidden_BTE: torch.Tensor,
+        positions_BT: torch.Tensor,
+        mask: torch.Tensor | None,
+        slot: BlockKVSlot,
+    ) -> torch.Tensor:
+        """One block of a stack; all blocks of a pass share the rotation of its positions."""
+        key = (hidden_BTE.dtype, hidden_BTE.device)
+        if self._rotated is None or self._rotated[0] is not positions_BT or self._rotated[1] != key:
+            self._rotated = (positions_BT, key, stack.rotary(hidden_BTE, positions_BT))
+        return stack.run(
+            hidden_BTE,
+            positions_BT,
+            slot,
+            {block: mask},
+            start=block,
+            stop=block + 1,
+            rotary=self._rotated[2],
+        )
+
+    def add_healed(self, healed: HealedPair) -> None:
+        """Make the survivor of a pair ready to run, as a plan would serve it."""
+        weights = healed.weights
+        attach(self.model, weights)
+        plan = PruningPlan(model=self.signature, healed=weights.digest)
+        self._healed[healed.pair] = BlockStack(self.model, plan, healed.pair.stage)
+
+    def run_healed(
+        self,
+        pair: Pair,
+        hidden_BTE: torch.Tensor,
+        positions_BT: torch.Tensor,
+        mask: torch.Tensor | None,
+        slot: BlockKVSlot,
+    ) -> torch.Tensor:
+        """The survivor of a pair that was added; attention reads and writes ``slot``."""
+        stack = self._healed[pair]
+        return self._run_one(stack, pair.survivor, hidden_BTE, positions_BT, mask, slot)
 
     def write_kv(self, block: int, hidden_BTE: torch.Tensor, positions_BT: torch.Tensor) -> KV:
         """Keys and values ``(B, H, T, D)`` of one block: bit for bit what attention writes."""

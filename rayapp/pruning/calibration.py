@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,6 +23,9 @@ from rayapp.errors import DataError
 
 CHUNK_TOKENS = 2048
 """Tokens of a chunk, padding included (project default)."""
+
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
 
 
 class Line(BaseModel):
@@ -105,7 +109,7 @@ def load_calibration(
         DataError: The file cannot be read or is empty, or a line (named) is malformed or too long.
     """
     lines = [
-        _tokenize(line, tokenizer, f"{path} line {number}", max_positions)
+        tokenize_line(line, tokenizer, f"{path} line {number}", max_positions)
         for number, line in read_lines(path)
     ]
     return cut(lines, chunk_tokens=chunk_tokens)
@@ -117,6 +121,18 @@ def read_lines(path: str | Path) -> list[tuple[int, Line]]:
     Raises:
         DataError: The file cannot be read or holds no line, or a line (named) is malformed.
     """
+    return [
+        (number, checked_line(Line, fields, f"{path} line {number}"))
+        for number, fields in read_objects(path)
+    ]
+
+
+def read_objects(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a file with their line numbers, from 1; blank lines are skipped.
+
+    Raises:
+        DataError: The file cannot be read or holds no line, or a line (named) is no JSON object.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -124,7 +140,7 @@ def read_lines(path: str | Path) -> list[tuple[int, Line]]:
         raise DataError(f"{path}: cannot be read ({reason}); give a file of JSON lines") from None
     numbered = enumerate(text.split("\n"), start=1)
     lines = [
-        (number, _parse(raw, f"{path} line {number}")) for number, raw in numbered if raw.strip()
+        (number, _object(raw, f"{path} line {number}")) for number, raw in numbered if raw.strip()
     ]
     if not lines:
         raise DataError(
@@ -147,7 +163,17 @@ def cut(lines: Sequence[TokenizedLine], *, chunk_tokens: int = CHUNK_TOKENS) -> 
     return Calibration(tuple(lines), tuple(_chunk(lines, tuple(group)) for group in groups))
 
 
-def _parse(raw: str, where: str) -> Line:
+def checked_line(kind: type[_Kind], fields: dict[str, Any], where: str) -> _Kind:
+    """A line of some kind; raises :class:`DataError` naming ``where`` and every broken rule."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise DataError(
+            f"{where}: " + "; ".join(_explain(kind, each) for each in error.errors())
+        ) from None
+
+
+def _object(raw: str, where: str) -> dict[str, Any]:
     try:
         fields = json.loads(raw)
     except json.JSONDecodeError as error:
@@ -156,31 +182,32 @@ def _parse(raw: str, where: str) -> Line:
         ) from None
     if not isinstance(fields, dict):
         raise DataError(
-            f"{where}: a {type(fields).__name__}, not a JSON object with prompt and completion"
+            f"{where}: a {type(fields).__name__}, not a JSON object; write one JSON object per line"
         )
-    try:
-        return Line.model_validate(fields)
-    except ValidationError as error:
-        raise DataError(
-            f"{where}: "
-            + "; ".join(_explain(e["loc"], e["type"], e["msg"]) for e in error.errors())
-        ) from None
+    return fields
 
 
-def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
-    key = ".".join(map(str, location))
+def _explain(kind: type[BaseModel], error: Any) -> str:
+    key, message = ".".join(map(str, error["loc"])), str(error["msg"]).removeprefix("Value error, ")
+    needed = [name for name, each in kind.model_fields.items() if each.is_required()]
     rules = {
-        "missing": f"`{key}` is missing; every line needs prompt and completion",
-        "extra_forbidden": f"unknown key `{key}`; use prompt, completion, task and image",
+        "missing": f"`{key}` is missing; every line needs {_listed(needed)}",
+        "extra_forbidden": f"unknown key `{key}`; use {_listed(list(kind.model_fields))}",
         "string_too_short": f"`{key}` is empty; give at least one character",
         "string_type": f"`{key}` is not a string; put it in quotes",
     }
-    return rules.get(kind, f"`{key}`: {message}")
+    return rules.get(error["type"], f"`{key}`: {message}" if key else message)
 
 
-def _tokenize(
+def _listed(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def tokenize_line(
     line: Line, tokenizer: PreTrainedTokenizerBase, where: str, max_positions: int | None
 ) -> TokenizedLine:
+    """Token ids of a line; raises :class:`DataError` where it cannot be used, naming ``where``."""
     if line.image is not None:
         raise DataError(
             f"{where}: has an image, and this model reads text only; drop the line or the key"

@@ -2,11 +2,12 @@
 
 A state is named by exactly what it depends on, and looked up before it is computed:
 
-- prefill's hidden state that enters block ``b``: the chunk and prefill's skips before ``b``;
-- the KV of block ``b``: the same, and whether it went through its encoding (the dense reference
-  never does);
+- prefill's hidden state that enters block ``b``: the chunk and prefill's skips before ``b``, which
+  say of a survivor that it is healed, and for which neighbour;
+- the KV of block ``b``: the same, and the rule whose encoding it went through, if any;
 - decode's hidden state that enters block ``b``: decode's skips before ``b``, and prefill's skips
-  before the last block under ``b`` where decode attended.
+  before the last block under ``b`` where decode attended, with the transfer rules of the blocks
+  where it did.
 
 So a candidate restarts at its first changed block, siblings share prefixes when they come in order,
 and changes of decode alone find the whole prefill done. Results never depend on what was found: the
@@ -17,18 +18,27 @@ E = hidden size, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
 
 from rayapp.kv.quantize import round_trip
-from rayapp.plan import SEND_ALL, KVTransfer
+from rayapp.plan import SEND_ALL, KVTransfer, Stage
 from rayapp.pruning.block_runner import KV, BlockKVSlot, BlockRunner
 from rayapp.pruning.calibration import Calibration
-from rayapp.pruning.candidates import ATTENTION, DENSE, Candidate
+from rayapp.pruning.candidates import (
+    ATTENTION,
+    DENSE,
+    SEND_ALL_RULE,
+    Candidate,
+    KVRule,
+    kv_rule,
+    transfer_of,
+)
 from rayapp.pruning.handoff import Handoff, handoff
+from rayapp.pruning.healing import NO_HEALING, PARTS, HealedPair, Healing, Pair
 from rayapp.pruning.objective import Objective, Reference, reference_of, token_values
 from rayapp.pruning.state_cache import StateCache, Tensors
 
@@ -41,18 +51,22 @@ _Key = tuple[object, ...]
 
 @dataclass(frozen=True)
 class _Pass:
-    """One candidate on one chunk; ``held`` keeps what its rest needs, whatever the bound."""
+    """One candidate on one chunk; ``held`` keeps what its rest needs, whatever the bound.
+
+    ``rules`` are those of all blocks; they send all where decode does not attend.
+    """
 
     chunk: int
     inputs: Handoff
     prefill: tuple[int, ...]
     decode: tuple[int, ...]
-    cut: bool
+    rules: tuple[KVRule, ...]
     held: dict[_Key, Tensors] = field(default_factory=dict)
 
     @property
     def is_dense(self) -> bool:
-        return not any(self.prefill) and not any(self.decode) and not self.cut
+        cut = any(rule[1:] != SEND_ALL_RULE for rule in self.rules)
+        return not any(self.prefill) and not any(self.decode) and not cut
 
 
 class Evaluator:
@@ -83,27 +97,70 @@ class Evaluator:
         self.runner = BlockRunner(model)
         self.blocks_run = 0
         self.forwards = 0.0
-        self._rules = {b: r for b, r in objective.kv_transfer.items() if r != SEND_ALL}
         self._cache = StateCache(cache_bytes)
         self._inputs: dict[int, Handoff] = {}
         self._masks: dict[_Key, torch.Tensor | None] = {}
 
     @torch.inference_mode()
-    def line_sums(self, candidates: Sequence[Candidate], chunk: int) -> list[LineSums]:
+    def line_sums(
+        self, candidates: Sequence[Candidate], chunk: int, healing: Healing = NO_HEALING
+    ) -> list[LineSums]:
         """Per candidate the sum over the continuation tokens of every line of ``chunk``, float64.
 
-        Candidates may come in any order; ascending order shares most.
+        Candidates may come in any order; ascending order shares most. The pairs that they use under
+        ``healing`` must have been added.
         """
         lines = self.calibration.chunks[chunk]
         valid_BC = self.inputs(chunk).valid_BC
         reference = self._reference(chunk) if self.objective.kind == "kl" else None
         found = []
         for candidate in candidates:
-            logits_BCV = self._logits(self._pass(candidate, chunk, cut=bool(self._rules)))
+            run = self._pass(candidate, chunk, self.objective.kv_transfer, healing)
+            logits_BCV = self._logits(run)
             values_BC = token_values(self.objective, reference, logits_BCV, lines.continuations_BC)
             sums_B = values_BC.cpu().masked_fill(~valid_BC, 0.0).sum(dim=1)
             found.append(tuple(sums_B.tolist()))
         return found
+
+    def add_healed(self, healed: HealedPair) -> None:
+        """Make a trained pair known to candidates that use it."""
+        self.runner.add_healed(healed)
+
+    @torch.inference_mode()
+    def dense_state(self, stage: Stage, chunk: int, block: int) -> torch.Tensor:
+        """The dense model's hidden states that enter ``block`` at a stage's positions, ``BTE``."""
+        run = self._pass(DENSE, chunk, {})
+        if stage == "prefill":
+            return self._prefill_state(run, block)
+        return self._decode_state(run, block)
+
+    @torch.inference_mode()
+    def dense_kv(self, chunk: int, block: int) -> KV:
+        """The KV of ``block`` that the dense model's prefill writes, padding included."""
+        return self._written_kv(self._pass(DENSE, chunk, {}), block)
+
+    @torch.inference_mode()
+    def attend(
+        self,
+        candidate: Candidate,
+        stage: Stage,
+        chunk: int,
+        block: int,
+        healing: Healing = NO_HEALING,
+    ) -> None:
+        """Run one block of a stage on the states that enter it, all KV at hand, for observers.
+
+        See :func:`rayapp.models.attention.observed_attention`. Transfer rules are not applied.
+        """
+        run = self._pass(replace(candidate, kv=()), chunk, {}, healing)
+        skips, inputs = run.prefill if stage == "prefill" else run.decode, run.inputs
+        if stage == "prefill":
+            hidden_BTE, positions_BT = self._prefill_state(run, block), inputs.prefill_positions_BP
+            mask, slot = self.prefill_mask(chunk, block), BlockKVSlot()
+        else:
+            hidden_BTE, positions_BT = self._decode_state(run, block), inputs.decode_positions_BD
+            mask, slot = self.decode_mask(chunk, block), BlockKVSlot(self._written_kv(run, block))
+        self._run(stage, block, skips[block], hidden_BTE, positions_BT, mask, slot)
 
     def inputs(self, chunk: int) -> Handoff:
         """What both stages run on a chunk."""
@@ -113,16 +170,28 @@ class Evaluator:
             )
         return self._inputs[chunk]
 
-    def _pass(self, candidate: Candidate, chunk: int, *, cut: bool) -> _Pass:
+    def _pass(
+        self,
+        candidate: Candidate,
+        chunk: int,
+        default_rules: Mapping[int, KVTransfer],
+        healing: Healing = NO_HEALING,
+    ) -> _Pass:
         blocks = self.runner.num_blocks
-        prefill, decode = candidate.skips("prefill", blocks), candidate.skips("decode", blocks)
-        return _Pass(chunk, self.inputs(chunk), prefill, decode, cut)
+        prefill = healing.skips(candidate, "prefill", blocks)
+        decode = healing.skips(candidate, "decode", blocks)
+        wanted = candidate.transfers(default_rules)
+        rules = tuple(
+            kv_rule(b, SEND_ALL if decode[b] & ATTENTION else wanted.get(b, SEND_ALL))
+            for b in range(blocks)
+        )
+        return _Pass(chunk, self.inputs(chunk), prefill, decode, rules)
 
     def _reference(self, chunk: int) -> Reference:
         """What candidates are compared with: dense stages, uncut KV."""
         found = self._cache.get(("reference", chunk))
         if found is None:
-            logits_BCV = self._logits(self._pass(DENSE, chunk, cut=False))
+            logits_BCV = self._logits(self._pass(DENSE, chunk, {}))
             found = reference_of(self.objective, logits_BCV)
             self._cache.put(("reference", chunk), found, dense=True)
         return found
@@ -156,7 +225,9 @@ class Evaluator:
                 self._write_kv(run, each, hidden_BPE)
             mask = self.prefill_mask(run.chunk, each)
             slot = BlockKVSlot()
-            hidden_BPE = self._run(each, run.prefill[each], hidden_BPE, positions_BP, mask, slot)
+            hidden_BPE = self._run(
+                "prefill", each, run.prefill[each], hidden_BPE, positions_BP, mask, slot
+            )
             if slot.written:
                 self._keep(_kv_key(run, each), slot.written, run)
             self._keep(("prefill", run.chunk, run.prefill[: each + 1]), (hidden_BPE,), run)
@@ -164,12 +235,12 @@ class Evaluator:
 
     def _kv(self, run: _Pass, block: int) -> KV:
         """The KV of ``block`` that decode finds: what prefill wrote, after the transfer."""
-        if not run.cut or block not in self._rules or self._rules[block].encoding == "model":
+        rule = transfer_of(run.rules[block])
+        if rule.encoding == "model":
             return self._written_kv(run, block)
-        key = (*_kv_key(run, block), "encoded")
+        key = (*_kv_key(run, block), run.rules[block])
         found = self._find(key, run)
         if found is None:
-            rule = self._rules[block]
             found = self._encoded(self._written_kv(run, block), rule, run.inputs, block)
             self._keep(key, found, run)
         return found[0], found[1]
@@ -205,9 +276,10 @@ class Evaluator:
             values_BHPD[row, :, index_N] = values_HND
         return keys_BHPD, values_BHPD
 
-    def _decode_state(self, run: _Pass) -> torch.Tensor:
-        """Decode's hidden states after the last block, ``(B, D, E)``."""
-        start, hidden_BDE = self.runner.num_blocks, None
+    def _decode_state(self, run: _Pass, stop: int | None = None) -> torch.Tensor:
+        """Decode's hidden states that enter block ``stop``, ``(B, D, E)``; None: after the last."""
+        stop = self.runner.num_blocks if stop is None else stop
+        start, hidden_BDE = stop, None
         while start and hidden_BDE is None:
             found = self._find(_decode_key(run, start), run)
             hidden_BDE = found[0] if found else None
@@ -215,21 +287,25 @@ class Evaluator:
         if hidden_BDE is None:
             hidden_BDE = self.runner.embed(run.inputs.decode_ids_BD)
         positions_BD = run.inputs.decode_positions_BD
-        for block in range(start, self.runner.num_blocks):
+        for block in range(start, stop):
             attends = not run.decode[block] & ATTENTION
             slot = BlockKVSlot(prefix=self._kv(run, block) if attends else None)
-            mask = self.decode_mask(run.chunk, block, cut=run.cut) if attends else None
-            hidden_BDE = self._run(block, run.decode[block], hidden_BDE, positions_BD, mask, slot)
+            mask = self.decode_mask(run.chunk, block, run.rules[block]) if attends else None
+            hidden_BDE = self._run(
+                "decode", block, run.decode[block], hidden_BDE, positions_BD, mask, slot
+            )
             self._keep(_decode_key(run, block + 1), (hidden_BDE,), run)
         return hidden_BDE
 
-    def decode_mask(self, chunk: int, block: int, *, cut: bool) -> torch.Tensor | None:
-        """What decode's tokens may attend to in a block, with or without the transfer rules."""
-        rule = self._rules.get(block, SEND_ALL) if cut else SEND_ALL
+    def decode_mask(
+        self, chunk: int, block: int, rule: KVRule | None = None
+    ) -> torch.Tensor | None:
+        """What decode's tokens may attend to in a block, under a transfer rule; None sends all."""
         window = self.runner.windows[block]
-        key = ("decode", chunk, rule, window)
+        spelled = rule[1:3] if rule else SEND_ALL_RULE[:2]
+        key = ("decode", chunk, spelled, window)
         if key not in self._masks:
-            mask = self.inputs(chunk).decode_mask(rule, window)
+            mask = self.inputs(chunk).decode_mask(transfer_of(rule) if rule else SEND_ALL, window)
             self._masks[key] = mask.to(self.runner.device)
         return self._masks[key]
 
@@ -244,6 +320,7 @@ class Evaluator:
 
     def _run(
         self,
+        stage: Stage,
         block: int,
         skipped: int,
         hidden_BTE: torch.Tensor,
@@ -252,7 +329,11 @@ class Evaluator:
         slot: BlockKVSlot,
     ) -> torch.Tensor:
         self.blocks_run += 1
-        self.forwards += hidden_BTE.shape[0] * hidden_BTE.shape[1] * (1 - skipped.bit_count() / 2)
+        parts_run = 2 - (skipped & PARTS).bit_count()
+        self.forwards += hidden_BTE.shape[0] * hidden_BTE.shape[1] * parts_run / 2
+        if skipped & ~PARTS:
+            pair = Pair.of_mark(stage, block, skipped)
+            return self.runner.run_healed(pair, hidden_BTE, positions_BT, mask, slot)
         return self.runner.run(block, skipped, hidden_BTE, positions_BT, mask, slot)
 
     def _find(self, key: _Key, run: _Pass) -> Tensors | None:
@@ -274,4 +355,4 @@ def _kv_key(run: _Pass, block: int) -> _Key:
 def _decode_key(run: _Pass, block: int) -> _Key:
     attended = [b for b in range(block) if not run.decode[b] & ATTENTION]
     prefill = run.prefill[: attended[-1]] if attended else ()
-    return ("decode", run.chunk, run.decode[:block], prefill, run.cut)
+    return ("decode", run.chunk, run.decode[:block], prefill, run.rules[:block])

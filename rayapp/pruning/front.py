@@ -17,7 +17,7 @@ from rayapp.pruning.candidates import Candidate
 from rayapp.pruning.costs import Costs
 from rayapp.pruning.objective import Score
 from rayapp.pruning.progress import ProgressCallback
-from rayapp.pruning.run import SearchResult, run_search
+from rayapp.pruning.run import SearchResult, run_search, write_plan
 from rayapp.pruning.scoring import Scorer
 from rayapp.pruning.settings import PruneSettings
 from rayapp.pruning.sizes import kept_costs
@@ -91,7 +91,7 @@ def search_front(
     ]
     scores = _whole_scores(searches, len(scorer.calibration.chunks))
     points = undominated(_point(candidate, scores[candidate], costs) for candidate in scores)
-    _write(storage, settings, model, points, scores)
+    _write(storage, settings, model, points, scores, scorer)
     return FrontResult(tuple(points), tuple(searches))
 
 
@@ -156,6 +156,7 @@ def _write(
     model: ModelSignature,
     points: Sequence[Point],
     scores: Mapping[Candidate, Score],
+    scorer: Scorer,
 ) -> None:
     """The list last: whoever finds it finds every plan that it names."""
     rows: list[dict[str, Any]] = []
@@ -172,7 +173,7 @@ def _write(
                 "estimated": dict(zip(PRICE, point.price, strict=True)),
             },
         )
-        Storage(f"{storage.location}/{directory}").write_bytes(PLAN_FILE, plan.dumps().encode())
+        write_plan(Storage(f"{storage.location}/{directory}"), plan, point.candidate, scorer)
         removed: dict[str, Any] = {stage: point.candidate.labels(stage) for stage in STAGES}
         values = {"score": point.score, **dict(zip(PRICE, point.price, strict=True))}
         rows.append({"plan": f"{directory}/{PLAN_FILE}", **removed, **values})

@@ -10,6 +10,7 @@ D = tokens that decode runs, K = P + D entries.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -38,7 +39,7 @@ class Handoff:
     first_from_prefill: bool
     valid_BC: torch.Tensor
 
-    @property
+    @cached_property
     def prefill_positions_BP(self) -> torch.Tensor:
         """Positions of the prompt, ``(1, P)``."""
         return torch.arange(self.prefill_ids_BP.shape[1])[None]

@@ -32,9 +32,11 @@ class Trial:
 
     def record(self) -> dict[str, Any]:
         """As JSON, without the generation's number and phase."""
+        kv = {"kv": [list(rule) for rule in self.candidate.kv]} if self.candidate.kv else {}
         return {
             "prefill": list(self.candidate.prefill),
             "decode": list(self.candidate.decode),
+            **kv,
             "score": self.score.value,
             "tasks": self.score.tasks,
             "chunks": self.score.num_chunks,
@@ -121,7 +123,8 @@ class Journal:
 
 
 def _trial(line: Mapping[str, Any], record: Mapping[str, Any]) -> Trial:
-    candidate = Candidate(tuple(record["prefill"]), tuple(record["decode"]))
+    kv = tuple(tuple(rule) for rule in record.get("kv", ()))
+    candidate = Candidate(tuple(record["prefill"]), tuple(record["decode"]), kv)
     score = Score(
         record["score"],
         record["tasks"],

@@ -8,7 +8,7 @@ dimension, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -18,6 +18,7 @@ from rayapp.kv.quantize import decode, encode
 from rayapp.kv.segment import KVSegment
 from rayapp.kv.select import select_segment
 from rayapp.models.blocks import signature_of
+from rayapp.models.healed import HealedWeights, attach
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 from rayapp.pruning.calibration import Calibration, TokenizedLine
@@ -30,19 +31,30 @@ def naive_scores(
     calibration: Calibration,
     objective: Objective,
     candidates: Sequence[Candidate],
+    weights_of: Callable[[Candidate], HealedWeights | None] = lambda _: None,
 ) -> list[Score]:
-    """Scores of ``candidates``, nothing shared between them or between lines."""
-    return [_score(model, calibration, objective, candidate) for candidate in candidates]
+    """Scores of ``candidates``, nothing shared between them or between lines.
+
+    ``weights_of`` gives the healed tensors that a candidate is served with.
+    """
+    return [_score(model, calibration, objective, c, weights_of(c)) for c in candidates]
 
 
 @torch.inference_mode()
 def _score(
-    model: PreTrainedModel, calibration: Calibration, objective: Objective, candidate: Candidate
+    model: PreTrainedModel,
+    calibration: Calibration,
+    objective: Objective,
+    candidate: Candidate,
+    weights: HealedWeights | None,
 ) -> Score:
     signature = signature_of(model)
     plan = candidate.plan(
         signature, first_token=objective.first_token, kv_transfer=objective.kv_transfer
     )
+    if weights is not None:
+        attach(model, weights)
+        plan = plan.with_healed(weights.digest)
     dense = DENSE.plan(signature, first_token=objective.first_token)
     sums = {}
     for index, line in enumerate(calibration.lines):

@@ -29,6 +29,7 @@ class SearchProgress:
         best: The best candidate so far, in words, or None.
         best_score: Its score.
         num_evaluators: Evaluators alive.
+        pairs: While survivors are trained: how many pairs are done, and how many are left.
     """
 
     done: float
@@ -39,6 +40,7 @@ class SearchProgress:
     best: str | None
     best_score: float | None
     num_evaluators: int
+    pairs: tuple[int, int] | None = None
 
     @property
     def rate(self) -> float:
@@ -58,8 +60,11 @@ class SearchProgress:
             else "no plan yet"
         )
         time_left = "?" if self.left_s is None else f"{self.left_s:.0f} s"
+        phase = self.phase
+        if self.pairs is not None:
+            phase += f", healing ({self.pairs[0]} pairs done, {self.pairs[1]} left)"
         return (
-            f"{self.phase}: {self.replayed + self.done:.0f} scored, at most {self.left:.0f} left, "
+            f"{phase}: {self.replayed + self.done:.0f} scored, at most {self.left:.0f} left, "
             f"{self.rate:.2f}/s, {time_left} left, {self.num_evaluators} evaluators, {best}"
         )
 

@@ -1,20 +1,26 @@
-"""A race: a generation is scored on few chunks, its better part on more, the best on all.
+"""A race: a generation is scored on few chunks, its better half on twice as many, the best on all.
 
 A layer between the methods and the scorer; a method is told one score per candidate, as without.
 The rungs are nested prefixes of one order of the chunks. Chunks are cut by prompt length, so the
 order jumps through them, and it starts elsewhere in every generation: no chunk decides alone.
 
+From rung to rung at most the better half goes on (successive halving, arXiv:1502.07943), and of
+that half only who may still win: whose mean loss against the leader, paired line by line, is within
+``MAY_WIN`` standard errors of none.
+
 Who falls out at a rung is told an estimate: the winner's score on all chunks, times the ratio of
 the two scores on the chunks that both ran. It is never as good as the winner's own, so whatever a
 method takes for the best of a generation was scored on all chunks.
-The rungs and the share that goes on are project defaults; EvoPress (arXiv:2410.14649) races its
-offspring in the same manner. The outcome depends on the candidates and the generation's number
-alone: not on workers, and not on whether the search was resumed.
+Rungs, share and bound are project defaults, chosen by replays on other calibration sets than those
+reported; EvoPress (arXiv:2410.14649) races its offspring in the same manner. The outcome depends on
+the candidates and the generation's number alone: not on workers, and not on whether the search was
+resumed.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,10 +29,12 @@ from rayapp.pruning.candidates import Candidate
 from rayapp.pruning.objective import Score
 from rayapp.pruning.scoring import Scorer
 
-RUNGS = (1 / 8, 1 / 2)
+RUNGS = (1 / 8, 1 / 4, 1 / 2)
 """Shares of the chunks that the rungs below the last run on; the last runs on all."""
-GO_ON = 1 / 4
-"""Share of the candidates of a rung that reach the next one, rounded up."""
+GO_ON = 1 / 2
+"""Share of the candidates of a rung that reach the next one at most, rounded up."""
+MAY_WIN = 2.0
+"""Standard errors that a candidate may lie behind the leader of its rung and go on."""
 
 
 def race(
@@ -59,7 +67,7 @@ def race(
         rungs.append(dict(zip(running, scores, strict=True)))
         finished += len(running) * (size - last_size) / len(order)
         last_size = size
-        running = sorted(_ranked(rungs[-1])[: math.ceil(len(running) * GO_ON)])
+        running = _going_on(rungs[-1], _line_weights(scorer, order[:size]))
     told = _told(rungs)
     return [told[candidate] for candidate in candidates]
 
@@ -86,6 +94,40 @@ def _report(
 
 def _ranked(scores: Mapping[Candidate, Score]) -> list[Candidate]:
     return sorted(scores, key=lambda candidate: (scores[candidate].value, candidate))
+
+
+def _going_on(scores: Mapping[Candidate, Score], weights: Sequence[float]) -> list[Candidate]:
+    """The leader, and of the better half whoever may still win; ascending."""
+    ranked = _ranked(scores)
+    leader = scores[ranked[0]]
+    return sorted(
+        candidate
+        for candidate in ranked[: math.ceil(len(ranked) * GO_ON)]
+        if _may_win(scores[candidate], leader, weights)
+    )
+
+
+def _may_win(score: Score, leader: Score, weights: Sequence[float]) -> bool:
+    """Whether the loss against the leader may be chance, judged by its spread over the lines."""
+    lost = [
+        weight * (mine - its)
+        for weight, mine, its in zip(weights, score.lines, leader.lines, strict=True)
+    ]
+    if len(lost) < 2:
+        return True
+    return math.fsum(lost) <= MAY_WIN * math.sqrt(len(lost)) * statistics.stdev(lost)
+
+
+def _line_weights(scorer: Scorer, chunks: Sequence[int]) -> list[float]:
+    """What one unit of each line's sum adds to the score on these chunks; lines ascending."""
+    lines = scorer.calibration.lines
+    scored = sorted(line for chunk in chunks for line in scorer.calibration.chunks[chunk].lines)
+    by_task = scorer.objective.score_by == "task"
+    tokens: dict[str, int] = {}
+    for line in scored:
+        task = lines[line].task if by_task else ""
+        tokens[task] = tokens.get(task, 0) + len(lines[line].continuation)
+    return [1 / (len(tokens) * tokens[lines[line].task if by_task else ""]) for line in scored]
 
 
 def _told(rungs: Sequence[Mapping[Candidate, Score]]) -> dict[Candidate, Score]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ import transformers
 
 from rayapp import __version__
 from rayapp.errors import SearchError
-from rayapp.plan import PLAN_FILE, STAGES, ModelSignature, PruningPlan
+from rayapp.plan import HEALED_FILE, PLAN_FILE, STAGES, ModelSignature, PruningPlan
 from rayapp.pruning.candidates import DENSE, Candidate
+from rayapp.pruning.healing import Healing
 from rayapp.pruning.journal import Journal, Trial, check_replayed
 from rayapp.pruning.objective import Score
 from rayapp.pruning.progress import ProgressCallback, SearchProgress
@@ -23,10 +25,16 @@ from rayapp.pruning.scoring import Scorer
 from rayapp.pruning.search.method import Generation, SearchMethod, Setup
 from rayapp.pruning.search.methods import METHODS
 from rayapp.pruning.settings import PruneSettings
-from rayapp.pruning.similarity import Influence, pruning_set
+from rayapp.pruning.similarity import Influence, distillation_set, pruning_set
 from rayapp.pruning.spaces import Space
 from rayapp.pruning.storage import Storage
 from rayapp.pruning.trials import write_trials
+
+VERIFIED = "verified"
+"""Phase in which the best candidates of a search with races are scored on everything."""
+
+NUM_VERIFIED = 8
+"""How many of them, those included that were scored on everything before (project default)."""
 
 
 @dataclass(frozen=True)
@@ -114,17 +122,31 @@ class _Search:
         while (asked := method.ask()) is not None:
             scores = self._generation(asked, next(replay, None), left=method.evaluations_left)
             method.tell(scores)
+        if runners_up := self._runners_up():
+            verified = Generation(runners_up, VERIFIED)
+            self._generation(verified, next(replay, None), left=len(runners_up))
         return self._finish()
+
+    def _runners_up(self) -> tuple[Candidate, ...]:
+        """After races: the best estimates, to be scored on all chunks before one plan is chosen."""
+        if not self._settings.racing:
+            return ()
+        told = ((s.value, c) for c, s in self._told.items() if c in self._space)
+        best = [candidate for _, candidate in sorted(told)[:NUM_VERIFIED]]
+        return tuple(sorted(c for c in best if not self._is_scored(c)))
 
     def _method(self) -> SearchMethod:
         settings, kind = self._settings, METHODS[self._settings.method]
-        uses_influence = kind.uses_influence or settings.pruning_set
+        splits_blocks = settings.pruning_set or settings.heal == "pair"
+        uses_influence = kind.uses_influence or splits_blocks
         if uses_influence and self._journal.influence is None:
             self._journal.add_influence(_checked(self._scorer.compute.influence()))
         influence = self._journal.influence
         if settings.pruning_set:
             assert influence is not None, "measured above"
             self._space = _restricted(self._space, influence, settings.distillation_threshold)
+        if settings.heal != "none":
+            self._scorer.heal_with(_healing(settings, self._model.num_blocks, influence))
         return kind(
             Setup(
                 space=self._space,
@@ -163,7 +185,8 @@ class _Search:
         def report(finished: float) -> None:
             self._report(asked.phase, finished, left - finished)
 
-        if self._settings.racing:
+        self._scorer.heal(new, lambda *pairs: self._report(asked.phase, 0.0, left, pairs))
+        if self._settings.racing and asked.phase != VERIFIED:
             scores = race(self._scorer, new, self._number, on_progress=report)
         else:
             scores = self._scorer.score_many(new, on_progress=report) if new else []
@@ -192,7 +215,9 @@ class _Search:
         if self._best is None or found < self._best:
             self._best = found
 
-    def _report(self, phase: str, unfinished: float, left: float) -> None:
+    def _report(
+        self, phase: str, unfinished: float, left: float, pairs: tuple[int, int] | None = None
+    ) -> None:
         if self._on_progress is None:
             return
         self._on_progress(
@@ -205,6 +230,7 @@ class _Search:
                 best=str(self._best[1]) if self._best else None,
                 best_score=self._best[0] if self._best else None,
                 num_evaluators=self._scorer.compute.num_evaluators,
+                pairs=pairs,
             )
         )
 
@@ -222,8 +248,8 @@ class _Search:
             kv_transfer=self._settings.kv_transfer,
             provenance=self._provenance(seconds),
         )
-        write_trials(self._storage, self._trials)
-        self._storage.write_bytes(PLAN_FILE, plan.dumps().encode())
+        write_trials(self._storage, self._trials, self._scorer.pairs)
+        plan = write_plan(self._storage, plan, best, self._scorer)
         return SearchResult(
             plan=plan,
             score=self._told[best],
@@ -234,10 +260,12 @@ class _Search:
         )
 
     def _header(self) -> dict[str, Any]:
+        healed = self._scorer.healed
         return {
             "settings": self._settings.identity,
             "model": self._model.model_dump(mode="json"),
             "calibration": self._scorer.calibration.fingerprint,
+            **({"heal_data": healed.context["data"]} if healed else {}),
         }
 
     def _provenance(self, seconds: float) -> dict[str, Any]:
@@ -255,6 +283,34 @@ class _Search:
             "evaluator_seconds": round(sum(score.seconds for score in self._told.values()), 3),
             "seconds": round(seconds, 3),
         }
+
+
+def write_plan(
+    storage: Storage, plan: PruningPlan, candidate: Candidate, scorer: Scorer
+) -> PruningPlan:
+    """Write a candidate's plan, before it the healed tensors that it was scored with, if any."""
+    pairs = scorer.pairs(candidate)
+    if pairs and scorer.healed is not None:
+        weights = scorer.healed.weights(pairs)
+        storage.write_bytes(HEALED_FILE, weights.dumps())
+        records = [dict(scorer.healed.record(pair)) for pair in pairs]
+        directory = None if "://" in storage.location else Path(storage.location).absolute()
+        plan = plan.model_copy(update={"provenance": {**plan.provenance, "healed": records}})
+        plan = plan.with_healed(weights.digest, directory)
+    storage.write_bytes(PLAN_FILE, plan.dumps().encode())
+    return plan
+
+
+def _healing(settings: PruneSettings, num_blocks: int, influence: Influence | None) -> Healing:
+    """Which removed blocks are healed."""
+    if settings.heal == "all":
+        return Healing.of_all(num_blocks)
+    assert influence is not None, "measured before"
+    prefill, decode = (
+        distillation_set(influence, stage, num_blocks, settings.distillation_threshold)
+        for stage in STAGES
+    )
+    return Healing(num_blocks, prefill, decode)
 
 
 def _check_method(settings: PruneSettings, space: Space) -> None:

@@ -13,20 +13,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from rayapp.plan import KVTransfer
+from rayapp.pruning.attention_mass import BlockMass, measure_attention_mass
 from rayapp.pruning.calibration import Calibration
 from rayapp.pruning.candidates import Candidate
 from rayapp.pruning.costs import Costs, measure_costs
+from rayapp.pruning.distill import Healer
 from rayapp.pruning.evaluator import Evaluator, LineSums
+from rayapp.pruning.healed_pairs import HealedPairs, OnPair
+from rayapp.pruning.healing import NO_HEALING, HealedPair, Healing, Pair
 from rayapp.pruning.objective import Objective, Score, combine
 from rayapp.pruning.similarity import Influence, measure_influence
 
 
 @dataclass(frozen=True)
 class Work:
-    """Neighbouring candidates (ascending) on one chunk."""
+    """Neighbouring candidates (ascending) on one chunk, and how they are healed."""
 
     chunk: int
     candidates: tuple[Candidate, ...]
+    healing: Healing = NO_HEALING
+
+    @property
+    def pairs(self) -> frozenset[Pair]:
+        """What must have been added before."""
+        return frozenset(pair for c in self.candidates for pair in self.healing.pairs(c))
 
 
 @dataclass(frozen=True)
@@ -45,12 +56,26 @@ class Compute(Protocol):
         """Every piece of work once, in any order, as it finishes."""
         ...
 
+    def heal(self, pairs: Sequence[Pair]) -> Iterator[HealedPair]:
+        """Train every pair once, in any order, as they finish."""
+        ...
+
+    def add_healed(self, healed: HealedPair) -> None:
+        """Make a trained pair known to whoever computes candidates that use it."""
+        ...
+
     def influence(self) -> Influence:
         """Block and part influence of the dense model."""
         ...
 
     def costs(self) -> Costs:
         """Seconds and bytes of every part, as one evaluator measures them."""
+        ...
+
+    def attention_mass(
+        self, candidate: Candidate, rule: KVTransfer, healing: Healing = NO_HEALING
+    ) -> tuple[BlockMass, ...]:
+        """Attention on the entries that ``rule`` keeps, by block where decode attends."""
         ...
 
     @property
@@ -60,17 +85,28 @@ class Compute(Protocol):
 
 
 class LocalCompute:
-    """One evaluator in this process."""
+    """One evaluator in this process, and what trains pairs, if any are to be trained."""
 
     num_evaluators = 1
 
-    def __init__(self, evaluator: Evaluator) -> None:
+    def __init__(self, evaluator: Evaluator, healer: Healer | None = None) -> None:
         self._evaluator = evaluator
+        self._healer = healer
 
     def run(self, work: Sequence[Work]) -> Iterator[Done]:
         """One piece after the other, in order."""
         for each in work:
             yield compute_one(self._evaluator, each)
+
+    def heal(self, pairs: Sequence[Pair]) -> Iterator[HealedPair]:
+        """One pair after the other, in order."""
+        assert self._healer is not None, "a search that heals brings its data"
+        for pair in pairs:
+            yield self._healer.heal(pair)
+
+    def add_healed(self, healed: HealedPair) -> None:
+        """Known here at once."""
+        self._evaluator.add_healed(healed)
 
     def influence(self) -> Influence:
         """Measured here."""
@@ -80,15 +116,25 @@ class LocalCompute:
         """Measured here."""
         return measure_costs(self._evaluator)
 
+    def attention_mass(
+        self, candidate: Candidate, rule: KVTransfer, healing: Healing = NO_HEALING
+    ) -> tuple[BlockMass, ...]:
+        """Measured here."""
+        return measure_attention_mass(self._evaluator, candidate, rule, healing)
+
 
 def compute_one(evaluator: Evaluator, work: Work) -> Done:
     """Compute one piece of work on an evaluator."""
     started = time.perf_counter()
-    sums = tuple(evaluator.line_sums(work.candidates, work.chunk))
+    sums = tuple(evaluator.line_sums(work.candidates, work.chunk, work.healing))
     return Done(work, sums, time.perf_counter() - started)
 
 
-def split_work(candidates: Mapping[int, Sequence[Candidate]], num_evaluators: int) -> list[Work]:
+def split_work(
+    candidates: Mapping[int, Sequence[Candidate]],
+    num_evaluators: int,
+    healing: Healing = NO_HEALING,
+) -> list[Work]:
     """Candidates (ascending) by chunk as pieces of work: chunk by chunk, neighbours together.
 
     Enough pieces that no evaluator idles long, and no more, since neighbours share states.
@@ -98,7 +144,7 @@ def split_work(candidates: Mapping[int, Sequence[Candidate]], num_evaluators: in
     for chunk, waiting in candidates.items():
         size = max(1, math.ceil(len(waiting) / num_groups))
         work += [
-            Work(chunk, tuple(waiting[start : start + size]))
+            Work(chunk, tuple(waiting[start : start + size]), healing)
             for start in range(0, len(waiting), size)
         ]
     return work
@@ -112,10 +158,17 @@ class Scorer:
         objective: What a score is.
         compute: Where it is computed.
         weights: Fingerprint of the weights in use: part of the memo's key.
+        healed: Trained pairs, for searches that heal.
     """
 
     def __init__(
-        self, calibration: Calibration, objective: Objective, compute: Compute, *, weights: str
+        self,
+        calibration: Calibration,
+        objective: Objective,
+        compute: Compute,
+        *,
+        weights: str,
+        healed: HealedPairs | None = None,
     ) -> None:
         self.calibration = calibration
         self.objective = objective
@@ -123,7 +176,39 @@ class Scorer:
         rules = tuple(sorted((b, r.model_dump_json()) for b, r in objective.kv_transfer.items()))
         kind = (objective.kind, objective.kl_top_k)
         self._context = (weights, *kind, objective.first_token, rules)
+        self.healed = healed
+        self._healing = NO_HEALING
+        self._fixed: dict[Pair, str] = {}
         self._memo: dict[tuple[object, ...], tuple[LineSums, float]] = {}
+
+    def heal_with(self, healing: Healing) -> None:
+        """From now on, score candidates with the pairs that they use under ``healing``."""
+        assert self.healed is not None, "a search that heals brings its pairs"
+        self._healing = healing
+
+    def heal_as(self, pairs: Sequence[HealedPair]) -> None:
+        """From now on, score candidates with these pairs: those of a plan that is healed."""
+        for healed in pairs:
+            self.compute.add_healed(healed)
+        self._fixed = {healed.pair: healed.weights.digest for healed in pairs}
+        self._healing = Healing(fixed=tuple(sorted(self._fixed)))
+
+    def attention_mass(self, candidate: Candidate, rule: KVTransfer) -> tuple[BlockMass, ...]:
+        """Attention on the entries that ``rule`` keeps, healed as candidates are scored."""
+        return self.compute.attention_mass(candidate, rule, self._healing)
+
+    def heal(self, candidates: Sequence[Candidate], on_pair: OnPair | None = None) -> None:
+        """Have every pair trained that the candidates use; what was trained before is reused.
+
+        Raises:
+            SearchError: A pair cannot be trained, or not be kept.
+        """
+        if self.healed is not None:
+            self.healed.ensure((p for c in candidates for p in self.pairs(c)), on_pair)
+
+    def pairs(self, candidate: Candidate) -> tuple[Pair, ...]:
+        """The pairs that a candidate is scored with."""
+        return self._healing.pairs(candidate)
 
     def score_many(
         self,
@@ -132,7 +217,7 @@ class Scorer:
         *,
         on_progress: Callable[[float], None] | None = None,
     ) -> list[Score]:
-        """Scores, in the order of ``candidates``.
+        """Scores, in the order of ``candidates``; pairs that they use are trained first.
 
         Args:
             candidates: What to score; repeated ones are computed once.
@@ -145,6 +230,7 @@ class Scorer:
         """
         chunks = range(len(self.calibration.chunks)) if chunks is None else chunks
         finished = 0.0
+        self.heal(candidates)
         for done in self.compute.run(self._missing(candidates, chunks)):
             self._remember(done)
             finished += len(done.work.candidates) / len(chunks)
@@ -158,7 +244,7 @@ class Scorer:
         missing = {
             chunk: [c for c in unique if self._key(c, chunk) not in self._memo] for chunk in chunks
         }
-        return split_work(missing, self.compute.num_evaluators)
+        return split_work(missing, self.compute.num_evaluators, self._healing)
 
     def _remember(self, done: Done) -> None:
         share = done.seconds / len(done.work.candidates)
@@ -176,4 +262,6 @@ class Scorer:
         return replace(score, seconds=seconds, num_chunks=len(chunks))
 
     def _key(self, candidate: Candidate, chunk: int) -> tuple[object, ...]:
-        return (candidate, self.calibration.chunks[chunk].key, *self._context)
+        digest = self.healed.digest if self.healed else self._fixed.__getitem__
+        digests = tuple(digest(pair) for pair in self.pairs(candidate))
+        return (candidate, self.calibration.chunks[chunk].key, digests, *self._context)

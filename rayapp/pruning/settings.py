@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -10,7 +11,9 @@ from rayapp.errors import InputError
 from rayapp.models.loading import DType
 from rayapp.plan import KVTransfer, Stage
 from rayapp.pruning.calibration import CHUNK_TOKENS
+from rayapp.pruning.distill import Training
 from rayapp.pruning.evaluator import CACHE_BYTES
+from rayapp.pruning.healing import Heal
 from rayapp.pruning.objective import Objective, ObjectiveKind, ScoreBy
 from rayapp.pruning.spaces import Space, Unit
 
@@ -26,8 +29,28 @@ Method = Literal[
     "window",
 ]
 
-_NOT_IDENTITY = {"model", "calibration", "out", "workers", "address", "resume", "cache_bytes"}
+_NOT_IDENTITY = {
+    "model", "calibration", "heal_data", "out", "workers", "address", "resume", "cache_bytes",
+}  # fmt: skip
+_HEALING = {"heal", "heal_steps", "heal_learning_rate"}
 _ENVIRONMENT = {"device", "threads"}
+
+
+_Settings = TypeVar("_Settings", bound=BaseModel)
+
+
+def checked(kind: type[_Settings], values: Mapping[str, Any]) -> _Settings:
+    """Settings of a kind; raises :class:`InputError` naming every bad value."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise InputError("; ".join(_explain(each) for each in error.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    if not error["loc"]:  # a rule of several values, which its message names
+        return str(error["msg"]).removeprefix("Value error, ")
+    return f"{'.'.join(map(str, error['loc']))}={error['input']!r}: {error['msg']}"
 
 
 class PruneSettings(BaseModel):
@@ -47,10 +70,16 @@ class PruneSettings(BaseModel):
         kv_modes: Whether prefill may skip a block and still write its KV; without, prefill removes
             only what decode removes (PDTrim's rule).
         shared: Whether both stages remove one and the same set.
-        pruning_set: Whether only blocks of PDTrim's pruning set may be removed (our reading: its
-            distillation set waits for healing, which is not searched yet).
+        pruning_set: Whether only blocks of PDTrim's pruning set may be removed.
         distillation_threshold: Similarity from which on a block belongs to the pruning set; the
             paper's default.
+        heal: Which removed blocks hand their work to a trained survivor: ``none``, those of the
+            distillation set (``pair``), or ``all``; where a survivor is free
+            (:mod:`rayapp.pruning.healing`).
+        heal_data: File of JSON lines to train survivors on; none of its prompts may be in the
+            calibration file.
+        heal_steps: Training steps of a pair.
+        heal_learning_rate: At their first step; None follows the model's width.
         method: Search method.
         score_by: Whether tasks or tokens weigh equally.
         objective: KL to the dense model, or negative log-likelihood.
@@ -88,7 +117,11 @@ class PruneSettings(BaseModel):
     shared: bool = False
     pruning_set: bool = False
     distillation_threshold: float = Field(default=0.95, ge=-1, le=1)
-    method: Method = "annealing"
+    heal: Heal = "none"
+    heal_data: str | None = None
+    heal_steps: int = Field(default=Training.steps, ge=1)
+    heal_learning_rate: float | None = Field(default=None, gt=0)
+    method: Method = "surrogate"
     score_by: ScoreBy = "task"
     objective: ObjectiveKind = "kl"
     kl_top_k: int = Field(default=0, ge=0)
@@ -110,18 +143,13 @@ class PruneSettings(BaseModel):
     @classmethod
     def checked(cls, **values: Any) -> PruneSettings:
         """Settings from a command line; raises :class:`InputError` naming every bad value."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            broken = (
-                f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors()
-            )
-            raise InputError("; ".join(broken)) from None
+        return checked(cls, values)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a journal must agree on: everything that changes scores or choices, but paths."""
-        return self.model_dump(mode="json", exclude=_NOT_IDENTITY | _ENVIRONMENT)
+        unused = _HEALING if self.heal == "none" else set()
+        return self.model_dump(mode="json", exclude=_NOT_IDENTITY | _ENVIRONMENT | unused)
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -137,6 +165,28 @@ class PruneSettings(BaseModel):
             kv_transfer=self.kv_transfer,
             kl_top_k=self.kl_top_k,
         )
+
+    def training(self) -> Training:
+        """How survivors are trained."""
+        return Training(steps=self.heal_steps, learning_rate=self.heal_learning_rate)
+
+    def check_healing(self) -> None:
+        """Raise :class:`InputError` where healing contradicts another setting."""
+        if (self.heal == "none") != (self.heal_data is None):
+            raise InputError(
+                f"heal={self.heal} with heal_data={self.heal_data}: healing needs a file of its "
+                "own; give both --heal pair or all and --heal-data, or neither"
+            )
+        if self.heal != "none" and self.unit == "part":
+            raise InputError(
+                f"heal={self.heal} with unit=part: only whole blocks are healed; use --unit block, "
+                "or --heal none"
+            )
+        if self.heal != "none" and self.pruning_set:
+            raise InputError(
+                f"heal={self.heal} with pruning_set: blocks of the pruning set need no healing, "
+                "and no others would be removed; leave out --pruning-set, or use --heal none"
+            )
 
     def fits(self, prefill_remove: float, decode_remove: float) -> bool:
         """Whether the coupling of the stages allows these sizes."""
@@ -160,7 +210,8 @@ class PruneSettings(BaseModel):
         return pairs
 
     def check(self, num_blocks: int) -> None:
-        """Raise :class:`InputError` where sizes contradict a rule, or each other."""
+        """Raise :class:`InputError` where settings contradict a rule, or each other."""
+        self.check_healing()
         if self.pareto and self.target_speedup is not None:
             raise InputError(
                 f"target_speedup={self.target_speedup:g} asks for one plan and pareto for a front; "

@@ -45,6 +45,13 @@ def pruning_set(influence: Influence, stage: Stage, num_units: int, d_t: float) 
     return frozenset(unit for unit, similarity in enumerate(similarities) if similarity >= d_t)
 
 
+def distillation_set(
+    influence: Influence, stage: Stage, num_units: int, d_t: float
+) -> frozenset[int]:
+    """PDTrim's distillation set of one stage: all units but those of :func:`pruning_set`."""
+    return frozenset(range(num_units)) - pruning_set(influence, stage, num_units, d_t)
+
+
 @torch.inference_mode()
 def measure_influence(evaluator: Evaluator) -> Influence:
     """Both stages of the dense model on the whole calibration set: the cost of one evaluation."""
@@ -68,7 +75,7 @@ def _measure_chunk(evaluator: Evaluator, chunk: int, prefill: _Sums, decode: _Su
         after = runner.run(block, ATTENTION, between, prompt_positions_BP, None, BlockKVSlot())
         prefill.add(block, (prompt, between, after), prompt_valid_BP)
         prompt = after
-        mask = evaluator.decode_mask(chunk, block, cut=False)
+        mask = evaluator.decode_mask(chunk, block)
         slot = BlockKVSlot(prefix=slot.written)
         positions_BD = inputs.decode_positions_BD
         between = runner.run(block, MLP, answer, positions_BD, mask, slot)

@@ -40,8 +40,12 @@ class Storage:
 
     def read_text(self, name: str) -> str:
         """A whole file; bytes that are no UTF-8 are replaced."""
+        return self.read_bytes(name).decode("utf-8", errors="replace")
+
+    def read_bytes(self, name: str) -> bytes:
+        """A whole file."""
         with self._files.open_input_stream(self._path(name)) as stream:
-            return bytes(stream.read()).decode("utf-8", errors="replace")
+            return bytes(stream.read())
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a whole file; on a local disk it is there complete or not at all."""

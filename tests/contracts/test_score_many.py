@@ -12,6 +12,7 @@ import ray
 from rayapp.distributed.scoring import EvaluatorPool
 from rayapp.plan import KVTransfer
 from rayapp.pruning.candidates import DENSE, Candidate
+from rayapp.pruning.healing import HealedPair, Healing, Pair
 from rayapp.pruning.naive import naive_scores
 from rayapp.pruning.objective import Score
 from rayapp.pruning.preparation import open_evaluator, prepare
@@ -120,3 +121,27 @@ def test_chunks_and_repetitions(settings, compute, candidates, reference):
 def test_influence(settings, compute):
     local = LocalCompute(open_evaluator(settings, prepare(settings).calibration))
     assert compute.influence() == local.influence()
+
+
+def test_attention_mass(settings, compute):
+    local = LocalCompute(open_evaluator(settings, prepare(settings).calibration))
+    asked = Candidate((0, 1), (4,)), KVTransfer(first=1, last=3)
+    found = compute.attention_mass(*asked)
+    assert [mass.block for mass in found] == [0, 1, 3, 4]
+    assert found == local.attention_mass(*asked)
+
+
+def test_attention_mass_of_a_healed_plan(settings, compute):
+    """A survivor with negated queries attends elsewhere, whoever measures it."""
+    plan, rule = Candidate((4, 5), (4, 5)), KVTransfer(first=1, last=3)
+    own = dict(open_model(settings.model).get_decoder().named_parameters())
+    name = "layers.3.self_attn.q_proj.weight"
+    healed = HealedPair(Pair("decode", 2, 3), {name: -own[name].detach()}, 1.0, 1.0)
+    local = LocalCompute(open_evaluator(settings, prepare(settings).calibration))
+    for each in (local, compute):
+        each.add_healed(healed)
+    asked = (plan, rule, Healing(fixed=(healed.pair,)))
+    found = compute.attention_mass(*asked)
+    assert found == local.attention_mass(*asked)
+    before = {mass.block: mass for mass in local.attention_mass(plan, rule)}
+    assert {mass.block for mass in found if mass != before[mass.block]} == {3, 4}

@@ -7,9 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from transformers import AutoModelForCausalLM
 
+from rayapp.distributed.deploy import resolved
+from rayapp.distributed.settings import ServiceSettings
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.request import SamplingParams
+from rayapp.errors import PlanError
 from rayapp.models.blocks import signature_of
+from rayapp.models.healed import HealedWeights
+from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 
 pytestmark = pytest.mark.ray
@@ -100,3 +105,56 @@ def check_parameters(service, mode, dense):
     expected = outside + 3 * full + part["attention"] + part["mlp"] + 2 * part["norm"]
     assert pools["decode"][0]["parameter_bytes"] == expected
     assert pools["prefill"][0]["parameter_bytes"] < everything
+
+
+@pytest.mark.parametrize("mode", ["disaggregated", "unified"])
+def test_served_healed_answers_equal_the_local_ones(
+    mode, deploy, model, dense, byte_tokenizer, tmp_path
+):
+    """Both stages heal a survivor of their own; every replica finds its tensors by the plan."""
+    tensors = {
+        stage: {
+            f"layers.{block}.{name}": p.detach() * scale
+            for name, p in dense.model.layers[block].named_parameters()
+            if "mlp" in name or "o_proj" in name
+        }
+        for stage, block, scale in (("prefill", 3, 1.2), ("decode", 1, 0.8))
+    }
+    healed = HealedWeights.of(tensors)
+    healed.save(tmp_path)
+    bare = PruningPlan.model_validate(
+        {
+            "prefill": {"blocks": {"2": "kv_only"}},
+            "decode": {"blocks": {"0": "removed"}},
+            "model": signature_of(dense).model_dump(),
+        }
+    )
+    bare.with_healed(healed.digest).save(tmp_path)
+    plan = PruningPlan.load(tmp_path)
+    sampling = SamplingParams(max_tokens=10, temperature=0.0, logprobs=0)
+    expected = LocalPipeline(dense, byte_tokenizer, plan).generate(PROMPTS, sampling)
+    plain = LocalPipeline(dense, byte_tokenizer, bare).generate(PROMPTS, sampling)
+    assert [c.token_ids for c in expected] != [c.token_ids for c in plain]
+    with deploy(model=str(model), plan=str(tmp_path), mode=mode, max_num_seqs=4) as service:
+        for prompt, completion in zip(PROMPTS, expected, strict=True):
+            answer = service.complete(prompt, max_tokens=10, logprobs=0)
+            assert answer.status_code == 200, answer.text
+            (choice,) = answer.json()["choices"]
+            assert choice["text"] == completion.text
+            logprobs = [entry.logprob for entry in completion.logprobs]
+            assert choice["logprobs"]["token_logprobs"] == pytest.approx(logprobs, abs=1e-5)
+        pools = service.client.get("/health").json()["pools"]
+        own = BlockStack(dense, plan, "decode").model.parameters()
+        if mode == "disaggregated":
+            assert pools["decode"][0]["parameter_bytes"] == sum(p.nbytes for p in own)
+        service.check_idle()
+
+
+def test_a_healed_plan_without_its_tensors_is_refused_at_once(
+    model, dense, tmp_path
+):
+    plan = PruningPlan.model_validate({"model": signature_of(dense).model_dump()})
+    plan.with_healed("0" * 24).save(tmp_path)
+    settings = ServiceSettings.parse({"model": str(model), "plan": str(tmp_path)})
+    with pytest.raises(PlanError, match=r"weights.safetensors: is missing"):
+        resolved(settings)

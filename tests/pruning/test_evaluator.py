@@ -136,3 +136,44 @@ def test_the_cache_keeps_its_bound(tiny_model, calibration):
     evaluator = Evaluator(tiny_model("llama"), calibration, Objective(), cache_bytes=150_000)
     scores(evaluator, draw(2))
     assert 0 < evaluator._cache.nbytes <= 150_000
+
+
+def kv_sets() -> list[Candidate]:
+    """Rule sets over one block plan that differ early and late, some under no objective's rules."""
+    base = Candidate((2, 3), (3, 6))
+    cut, coded = KVTransfer(first=2, last=3), KVTransfer(first=1, last=0.5, encoding="int8")
+    return [
+        base.with_kv({0: cut, 1: coded, 4: KVTransfer(encoding="int4")}),
+        base.with_kv({0: cut, 1: coded, 4: cut}),
+        base.with_kv({0: cut, 1: KVTransfer(first=1, last=0.5), 2: cut}),
+        base.with_kv({2: KVTransfer(last=1)}),
+        DENSE.with_kv({2: coded, 3: cut}),
+        base,
+    ]
+
+
+@pytest.mark.parametrize("first_token", ["prefill", "decode"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_own_rules_with_reuse_equal_the_naive_score(tiny_model, calibration, family, first_token):
+    model = tiny_model(family)
+    objective = Objective(first_token=first_token, kv_transfer=RULES)
+    candidates = kv_sets()
+    wanted = naive_scores(model, calibration, objective, candidates)
+    assert len({want.value for want in wanted}) == len(candidates)
+    for cache_bytes in (1 << 30, 150_000, 0):
+        evaluator = Evaluator(model, calibration, objective, cache_bytes=cache_bytes)
+        for found, want in zip(scores(evaluator, candidates), wanted, strict=True):
+            assert abs(found.value - want.value) <= 1e-5 * want.value + 1e-7
+
+
+def test_rule_sets_share_the_prefill_and_decode_below_the_first_difference(tiny_model, calibration):
+    one = Calibration(calibration.lines[:2], cut(calibration.lines[:2]).chunks)
+    evaluator = Evaluator(tiny_model("llama"), one, Objective())
+    cut_rule, coded = KVTransfer(first=1, last=2), KVTransfer(encoding="int8")
+    scores(evaluator, [DENSE.with_kv({1: cut_rule})])
+    before = evaluator.blocks_run
+    scores(evaluator, [DENSE.with_kv({1: cut_rule, 3: coded})])  # decode goes on from block 3
+    assert evaluator.blocks_run - before == 2 * len(one.chunks)
+    before = evaluator.blocks_run
+    scores(evaluator, [DENSE.with_kv({4: coded})])  # the dense model's states up to block 4
+    assert evaluator.blocks_run - before == len(one.chunks)

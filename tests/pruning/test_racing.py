@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+import operator
 import random
 from dataclasses import replace
 
@@ -8,8 +10,8 @@ import pytest
 from rayapp.pruning.calibration import Calibration, cut
 from rayapp.pruning.candidates import Candidate
 from rayapp.pruning.evaluator import Evaluator
-from rayapp.pruning.objective import Objective
-from rayapp.pruning.racing import chunk_order, race, rung_sizes
+from rayapp.pruning.objective import Objective, Score
+from rayapp.pruning.racing import _going_on, _line_weights, chunk_order, race, rung_sizes
 from rayapp.pruning.scoring import LocalCompute, Scorer
 from rayapp.pruning.spaces import Space
 
@@ -28,7 +30,7 @@ def test_prefixes_spread_over_short_and_long_prompts():
 
 
 def test_rungs_grow_to_all_chunks():
-    assert rung_sizes(16, 8) == [2, 8, 16]
+    assert rung_sizes(16, 8) == [2, 4, 8, 16]
     assert rung_sizes(3, 8) == [1, 2, 3]
     assert rung_sizes(1, 8) == [1]
     assert rung_sizes(16, 1) == [16]
@@ -71,7 +73,8 @@ def test_the_best_is_scored_on_all_chunks_and_nobody_is_told_better(scorer):
     assert len(whole) == 1
     best = min(told, key=lambda score: score.value)
     assert best is whole[0]
-    assert sorted({s.num_chunks for s in told}) == rung_sizes(total, 8)
+    assert {s.num_chunks for s in told} <= set(rung_sizes(total, 8))
+    assert sum(s.num_chunks == rung_sizes(total, 8)[0] for s in told) >= 4
     counts = {c: len(chunks) for c, chunks in scorer.compute.chunks.items()}
     assert [counts[c] for c in candidates] == [score.num_chunks for score in told]
     winner = candidates[told.index(best)]
@@ -87,6 +90,45 @@ def test_estimates_keep_the_ratio_on_common_chunks(scorer):
         mine, its = scorer.score_many([candidate, candidates[best]], order[: score.num_chunks])
         ratio = mine.value / its.value
         assert score.value == pytest.approx(told[best].value * max(1.0, ratio), rel=1e-9)
+
+
+@pytest.mark.parametrize("score_by", ["task", "token"])
+def test_weights_add_lines_up_to_the_score(tiny_model, calibration, score_by):
+    chunked = cut(calibration.lines, chunk_tokens=40)
+    objective = Objective(score_by=score_by)
+    compute = LocalCompute(Evaluator(tiny_model("llama"), chunked, objective))
+    scorer = Scorer(chunked, objective, compute, weights="w")
+    for chunks in ([2], [0, 3, 1], range(len(chunked.chunks))):
+        score = scorer.score_many(generation(1), chunks)[0]
+        weights = _line_weights(scorer, chunks)
+        assert math.fsum(map(operator.mul, weights, score.lines)) == pytest.approx(score.value)
+
+
+def scores_of(rows: dict[Candidate, list[float]]) -> dict[Candidate, Score]:
+    return {c: Score(math.fsum(row) / len(row), {}, tuple(row)) for c, row in rows.items()}
+
+
+def test_who_clearly_lost_goes_no_further_and_who_may_win_does():
+    lead, near, far, last, *_ = generation()
+    scores = scores_of(
+        {
+            lead: [1.0, 2.0, 3.0, 4.0],
+            near: [3.0, 1.0, 4.0, 3.0],  # behind by chance: the lines disagree
+            far: [2.0, 3.1, 4.0, 5.0],  # behind on every line alike
+            last: [9.0, 9.0, 9.0, 9.0],
+        }
+    )
+    assert _going_on(scores, [0.25] * 4) == sorted([lead, near])
+    del scores[near]
+    assert _going_on(scores, [0.25] * 4) == [lead]
+
+
+def test_at_most_half_go_on_and_one_line_proves_nothing():
+    candidates = generation()
+    alike = scores_of({c: [1.0, 1.0 + i % 2] for i, c in enumerate(candidates)})
+    assert len(_going_on(alike, [0.5] * 2)) == 4
+    single = scores_of({c: [1.0 + i] for i, c in enumerate(candidates)})
+    assert _going_on(single, [1.0]) == candidates[:4]
 
 
 def test_a_race_depends_on_nothing_but_its_candidates_and_number(scorer):

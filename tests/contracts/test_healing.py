@@ -1,0 +1,153 @@
+"""One contract, two computes: healed in this process and on Ray, whatever becomes of evaluators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ray
+
+from rayapp.distributed.prune import prune
+from rayapp.distributed.scoring import EvaluatorPool
+from rayapp.errors import SearchError
+from rayapp.plan import HEALED_FILE
+from rayapp.pruning.candidates import DENSE, Candidate
+from rayapp.pruning.healed_pairs import HealedPairs
+from rayapp.pruning.healing import Healing, Pair
+from rayapp.pruning.preparation import heal_context, open_evaluator, open_healer, prepare
+from rayapp.pruning.scoring import LocalCompute, Scorer
+from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.storage import Storage
+
+pytestmark = pytest.mark.ray
+
+CANDIDATES = [DENSE, Candidate((), (2, 3)), Candidate((4, 5), (4, 5)), Candidate((6, 7), (2, 3))]
+PAIRS = [Pair("decode", 1, 2), Pair("decode", 2, 3), Pair("prefill", 2, 3), Pair("prefill", 3, 4)]
+
+
+def write_lines(path: Path, count: int, letter: str) -> str:
+    lines = [
+        f'{{"prompt": "{letter * (1 + 3 * n)}", "completion": "{"yz"[: 1 + n % 2]}"}}'
+        for n in range(count)
+    ]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, save_tiny) -> PruneSettings:
+    directory = tmp_path_factory.mktemp("healing")
+    return PruneSettings.checked(
+        model=str(save_tiny(directory, "qwen3")),
+        calibration=write_lines(directory / "calibration.jsonl", 6, "x"),
+        heal_data=write_lines(directory / "heal.jsonl", 16, "w"),
+        heal="all",
+        heal_steps=6,
+        heal_learning_rate=3e-3,
+        out=str(directory / "out"),
+        decode_remove=1,
+        prefill_remove=1,
+        evaluations=12,
+        chunk_tokens=60,
+    )
+
+
+@pytest.fixture(scope="module")
+def ray_session():
+    ray.init(address="local", num_cpus=6, include_dashboard=False, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+def opened(settings, compute):
+    prepared = prepare(settings)
+    healed = HealedPairs(Storage(settings.out), heal_context(settings, prepared), compute)
+    scorer = Scorer(prepared.calibration, settings.scoring(), compute, weights="w", healed=healed)
+    scorer.heal_with(Healing.of_all(5))
+    return scorer
+
+
+@pytest.fixture(scope="module")
+def pool(settings, ray_session):
+    prepared = prepare(settings)
+    two = settings.model_copy(update={"workers": 2})
+    with EvaluatorPool(two, prepared.calibration, prepared.heal_data) as running:
+        yield running
+
+
+def local(settings):
+    prepared = prepare(settings)
+    evaluator = open_evaluator(settings, prepared.calibration)
+    return LocalCompute(evaluator, open_healer(settings, evaluator, prepared.heal_data))
+
+
+def test_tensors_are_equal_bit_for_bit(settings, pool):
+    wanted = {h.pair: (h.weights.digest, h.record()) for h in local(settings).heal(PAIRS)}
+    found = {h.pair: (h.weights.digest, h.record()) for h in pool.heal(PAIRS)}
+    assert found == wanted
+    assert len(found) == 4
+
+
+def test_scores_are_equal_bit_for_bit(tmp_path, settings, pool):
+    here, there = (settings.model_copy(update={"out": str(tmp_path / name)}) for name in "ab")
+    wanted = opened(here, local(here)).score_many(CANDIDATES)
+    seen: list[tuple[int, int]] = []
+    scorer = opened(there, pool)
+    scorer.heal(CANDIDATES, lambda *pairs: seen.append(pairs))
+    found = scorer.score_many(CANDIDATES)
+    assert [s.lines for s in found] == [s.lines for s in wanted]
+    assert seen == [(n, 4 - n) for n in range(5)]
+    plain = Scorer(scorer.calibration, scorer.objective, pool, weights="w").score_many(CANDIDATES)
+    assert all(a.lines != b.lines for a, b in zip(found[1:], plain[1:], strict=True))
+
+
+def result_of(settings, out, **changes):
+    result = prune(settings.model_copy(update={"out": str(out), **changes}))
+    trials = [(trial.candidate, trial.score.value) for trial in result.trials]
+    return result.plan.healed, trials, (out / HEALED_FILE).read_bytes()
+
+
+def test_workers_do_not_change_a_search(tmp_path, settings, ray_session):
+    alone = result_of(settings, tmp_path / "alone")
+    assert alone[0]
+    assert result_of(settings, tmp_path / "two", workers=2) == alone
+
+
+def test_a_pair_lost_with_its_evaluator_is_trained_elsewhere(
+    tmp_path, settings, ray_session, caplog, monkeypatch
+):
+    """Killed while it heals; whoever comes in its place is sent what was trained before."""
+    search = settings.model_copy(update={"out": str(tmp_path / "lost"), "workers": 2})
+    prepared = prepare(search)
+    wanted = opened(settings, local(settings)).score_many(CANDIDATES)
+    kills = []
+    with EvaluatorPool(search, prepared.calibration, prepared.heal_data) as pool:
+        assign = pool._assign
+
+        def assign_and_kill(waiting) -> None:
+            assign(waiting)
+            busy = [(e, piece) for e, piece in pool._busy.values() if isinstance(piece, Pair)]
+            if busy and len(kills) < 2 and (pool._healed or not kills):
+                kills.append(busy[0][1])
+                ray.kill(busy[0][0].actor)
+
+        monkeypatch.setattr(pool, "_assign", assign_and_kill)
+        found = opened(search, pool).score_many(CANDIDATES)
+    assert len(kills) == 2
+    assert [s.lines for s in found] == [s.lines for s in wanted]
+    assert "an evaluator was lost" in caplog.text
+
+
+def test_a_pair_that_kills_every_evaluator_is_named(settings, ray_session, monkeypatch):
+    prepared = prepare(settings)
+    with EvaluatorPool(settings, prepared.calibration, prepared.heal_data) as pool:
+        assign = pool._assign
+
+        def assign_and_kill(waiting) -> None:
+            assign(waiting)
+            for evaluator, _ in pool._busy.values():
+                ray.kill(evaluator.actor)
+
+        monkeypatch.setattr(pool, "_assign", assign_and_kill)
+        with pytest.raises(SearchError, match="died while healing decode 1 into 2"):
+            list(pool.heal(PAIRS[:1]))
