@@ -1,8 +1,7 @@
-"""Geometry of the report's drawings: plain numbers in, coordinates and labels out, no markup."""
+"""What the report draws of a plan, block by block: plain numbers and labels, no markup."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,18 +15,50 @@ MODE_LABELS: dict[Mode, str] = {
     Mode.KV_ONLY: "kv",
     Mode.REMOVED: "-",
 }
-_MAX_DOTS = 1_000
-_LOG_FROM_RATIO = 30.0
+
+
+@dataclass(frozen=True)
+class HealedPair:
+    """A removed block and the trained neighbour that does its work, as the provenance says.
+
+    The errors are relative mean squared ones of the pair's output, before and after training.
+    """
+
+    stage: Stage
+    removed: int
+    survivor: int
+    before: float
+    after: float
+
+
+def healed_pairs(plan: PruningPlan) -> tuple[HealedPair, ...]:
+    """The pairs of a healed plan; those whose record is not whole are left out."""
+    found = []
+    for record in plan.provenance.get("healed", ()) if plan.healed else ():
+        try:
+            stage, blocks = record["stage"], (int(record["removed"]), int(record["survivor"]))
+            errors = [float(record[f"relative_mse_{when}"]) for when in ("before", "after")]
+        except (KeyError, TypeError, ValueError):
+            continue
+        if stage in STAGES:
+            found.append(HealedPair(stage, *blocks, *errors))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
 class BlockCell:
-    """One block of one stage in the removal map; ``hands_over``: its KV goes to decode."""
+    """One block of one stage in the removal map; ``hands_over``: its KV goes to decode.
+
+    ``healed_by`` is the survivor that does this block's work, ``heals`` the block whose work this
+    one does.
+    """
 
     stage: Stage
     block: int
     mode: Mode
     hands_over: bool
+    healed_by: int | None = None
+    heals: int | None = None
 
     @property
     def label(self) -> str:
@@ -35,12 +66,23 @@ class BlockCell:
         return MODE_LABELS[self.mode]
 
 
-def removal_map(plan: PruningPlan, num_blocks: int) -> dict[Stage, list[BlockCell]]:
-    """Every block's mode, per stage."""
+def removal_map(
+    plan: PruningPlan, num_blocks: int, healed: Sequence[HealedPair] = ()
+) -> dict[Stage, list[BlockCell]]:
+    """Every block's mode, per stage, and its part in a healed pair."""
     attended = [plan.mode("decode", block).attends for block in range(num_blocks)]
+    healed_by = {(pair.stage, pair.removed): pair.survivor for pair in healed}
+    heals = {(pair.stage, pair.survivor): pair.removed for pair in healed}
     return {
         stage: [
-            BlockCell(stage, b, plan.mode(stage, b), stage == "prefill" and attended[b])
+            BlockCell(
+                stage,
+                b,
+                plan.mode(stage, b),
+                stage == "prefill" and attended[b],
+                healed_by.get((stage, b)),
+                heals.get((stage, b)),
+            )
             for b in range(num_blocks)
         ]
         for stage in STAGES
@@ -78,70 +120,17 @@ def _strip(plan: PruningPlan, block: int, num_entries: int) -> TransferStrip:
 
 
 @dataclass(frozen=True)
-class SearchTrace:
-    """Scores over evaluations in a unit square: x to the right, y downwards (SVG).
-
-    ``best`` are the corners of the staircase of the best score so far, ``dots`` the scores
-    themselves (thinned). ``ticks`` are ``(y, label)``.
-    """
-
-    best: tuple[tuple[float, float], ...]
-    dots: tuple[tuple[float, float], ...]
-    ticks: tuple[tuple[float, str], ...]
-    num_evaluations: int
-    best_score: float
-    is_log: bool
-
-
-def search_trace(scores: Sequence[float]) -> SearchTrace | None:
-    """The trace of ``scores`` (lower is better), in order; None where none is finite."""
-    finite = [score for score in scores if math.isfinite(score)]
-    if not finite:
-        return None
-    low, high = min(finite), max(finite)
-    is_log = low > 0 and high / low > _LOG_FROM_RATIO
-
-    def height(score: float) -> float:
-        if high == low:
-            return 0.5
-        if is_log:
-            return 1 - math.log(score / low) / math.log(high / low)
-        return 1 - (score - low) / (high - low)
-
-    def across(index: int) -> float:
-        return index / max(len(scores) - 1, 1)
-
-    stride = max(1, math.ceil(len(scores) / _MAX_DOTS))
-    dots = tuple(
-        (across(i), height(score))
-        for i, score in enumerate(scores)
-        if math.isfinite(score) and i % stride == 0
-    )
-    middle = math.sqrt(low * high) if is_log else (low + high) / 2
-    ticks = tuple((height(s), f"{s:.3g}") for s in ([low] if high == low else [low, middle, high]))
-    stairs = tuple((across(i), height(score)) for i, score in _staircase(scores))
-    return SearchTrace(stairs, dots, ticks, len(scores), low, is_log)
-
-
-def _staircase(scores: Sequence[float]) -> list[tuple[int, float]]:
-    """Corners ``(index, best score so far)`` of a step line."""
-    corners: list[tuple[int, float]] = []
-    for index, score in enumerate(scores):
-        if math.isfinite(score) and (not corners or score < corners[-1][1]):
-            corners += [(index, corners[-1][1])] if corners else []
-            corners.append((index, score))
-    corners.append((len(scores) - 1, corners[-1][1]))
-    return corners
-
-
-@dataclass(frozen=True)
 class Share:
-    """One part of a stacked bar; ``start`` and ``width`` are shares of the whole."""
+    """One part of a stacked bar; ``start`` and ``width`` are shares of the whole.
+
+    ``colour`` is the same for a part wherever it is drawn.
+    """
 
     name: str
     num_bytes: int
     start: float
     width: float
+    colour: int
 
 
 LEDGER_PARTS = {
@@ -158,8 +147,8 @@ def byte_shares(totals: Mapping[str, float]) -> list[Share]:
     parts = [(name, int(totals.get(key, 0))) for key, name in LEDGER_PARTS.items()]
     whole = sum(max(count, 0) for _, count in parts)
     shares, start = [], 0.0
-    for name, count in parts:
+    for colour, (name, count) in enumerate(parts):
         if count > 0:
-            shares.append(Share(name, count, start, count / whole))
+            shares.append(Share(name, count, start, count / whole, colour))
             start += count / whole
     return shares

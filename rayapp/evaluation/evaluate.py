@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from rayapp.engine.local import LocalPipeline
-from rayapp.errors import DataError
-from rayapp.evaluation.answers import JudgedAnswer, judge_answers
-from rayapp.evaluation.bootstrap import upper_bound
-from rayapp.evaluation.latency import measure_latency
-from rayapp.evaluation.likelihood import LineLikelihood, TwoStages, likelihoods
+from rayapp.evaluation.choices import AnsweredQuestions, choice_result
+from rayapp.evaluation.completions import JudgedCompletions, completion_result
+from rayapp.evaluation.data import EvaluationData, read_data
 from rayapp.evaluation.machine import this_machine
+from rayapp.evaluation.perplexity import ScoredWindows, text_result
 from rayapp.evaluation.progress import ProgressCallback, silent
-from rayapp.evaluation.result import (
-    MEAN,
-    DataFile,
-    EvaluationResult,
-    LatencyResult,
-    PlanSummary,
-    TaskResult,
-)
+from rayapp.evaluation.result import MEAN, EvaluationResult, LatencyResult, PlanSummary
 from rayapp.evaluation.settings import EvaluationSettings
+from rayapp.evaluation.sides import Sides
 from rayapp.models.blocks import text_config
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.loading import DType, LoadedModel, load_model, load_tokenizer
+from rayapp.models.loading import DType, load_model, load_tokenizer
 from rayapp.plan import PruningPlan
-from rayapp.pruning.calibration import TokenizedLine, load_calibration
 
 logger = logging.getLogger(__name__)
 
 _DEFAULT_SETTINGS = EvaluationSettings()
+NAMELESS = "examples"
 
 
 def evaluate(
@@ -50,7 +40,10 @@ def evaluate(
     out: str | Path | None = None,
     progress: ProgressCallback = silent,
 ) -> EvaluationResult:
-    """Measure answer NLL, KL, exact match, bytes and latency of a plan beside the dense model.
+    """Measure what a plan loses, saves and gains, beside the dense model on the same examples.
+
+    Completions: answer NLL, KL and exact match. Multiple choice: accuracy. Texts: perplexity.
+    Always bytes, and latency where runs are asked for.
 
     Everything is checked before anything is run. What is measured is written to ``out`` task by
     task, so a failure loses nothing but the task that it fell into.
@@ -58,7 +51,7 @@ def evaluate(
     Args:
         model: A checkpoint directory.
         plan: A plan, its file or its directory; None is the dense model (beside itself).
-        data: Files of JSON lines ``{"prompt", "completion"}``, optionally ``"task"``.
+        data: Files of JSON lines of any kind (:mod:`rayapp.evaluation.data`).
         settings: What to measure.
         dtype: Element type of the engine; ``auto`` is the checkpoint's own.
         device: Where to run.
@@ -71,18 +64,19 @@ def evaluate(
         DataError: A file cannot be read or holds no example, or a line (named) is malformed.
     """
     chosen = _chosen(plan)
-    files, tasks = _read(Checkpoint(model), chosen, data, settings)
-    with _threads(settings.num_threads):
+    examples = _read(Checkpoint(model), chosen, data, settings)
+    with num_threads(settings.num_threads):
         loaded = load_model(model, dtype=dtype, device=device)
         start = EvaluationResult(
             model=loaded.signature,
             dtype=str(loaded.model.dtype).removeprefix("torch."),
             plan=_summary(chosen),
             settings=settings,
-            data=files,
+            data=examples.files,
             machine=this_machine(device=str(loaded.model.device), num_threads=settings.num_threads),
         )
-        return _Evaluation(loaded, chosen, start, out, progress).run(tasks)
+        sides = Sides(loaded, chosen, settings, progress)
+        return _Evaluation(sides, start, out).run(examples)
 
 
 def _chosen(plan: PruningPlan | str | Path | None) -> PruningPlan:
@@ -96,21 +90,15 @@ def _read(
     plan: PruningPlan,
     data: Sequence[str | Path],
     settings: EvaluationSettings,
-) -> tuple[tuple[DataFile, ...], dict[str, list[TokenizedLine]]]:
-    """Check plan and data against the checkpoint without its weights; examples by task, sorted."""
+) -> EvaluationData:
+    """Check plan and data against the checkpoint without its weights."""
     plan.check_model(checkpoint.signature())
-    if not data:
-        raise DataError("no data: give at least one file of JSON lines with prompt and completion")
-    tokenizer = load_tokenizer(checkpoint.path)
-    limit = text_config(checkpoint.config).max_position_embeddings
-    files, tasks = [], dict[str, list[TokenizedLine]]()
-    for path in map(Path, data):
-        lines = load_calibration(path, tokenizer, max_positions=limit).lines
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        files.append(DataFile(name=path.name, sha256=digest, num_examples=len(lines)))
-        for line in lines:
-            tasks.setdefault(line.task, []).append(line)
-    return tuple(files), {task: tasks[task][: settings.limit] for task in sorted(tasks)}
+    return read_data(
+        data,
+        load_tokenizer(checkpoint.path),
+        max_positions=text_config(checkpoint.config).max_position_embeddings,
+        settings=settings,
+    )
 
 
 def _summary(plan: PruningPlan) -> PlanSummary:
@@ -123,7 +111,7 @@ def _summary(plan: PruningPlan) -> PlanSummary:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def num_threads(count: int) -> Iterator[None]:
     """Compute with ``count`` threads for a while."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -133,132 +121,53 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@dataclass(frozen=True)
-class _Examples:
-    """What was measured on each example of one task."""
-
-    lines: Sequence[TokenizedLine]
-    likelihoods: list[LineLikelihood]
-    dense: list[JudgedAnswer]
-    plan: list[JudgedAnswer]
-
-    @property
-    def points_lost(self) -> list[float]:
-        """Per example, in percentage points: 100, 0 or -100."""
-        pairs = zip(self.dense, self.plan, strict=True)
-        return [100.0 * (dense.is_match - plan.is_match) for dense, plan in pairs]
-
-    @property
-    def token_kl(self) -> list[float]:
-        """Per example, the mean over its continuation tokens."""
-        return [sums.kl / sums.num_tokens for sums in self.likelihoods]
-
-    @property
-    def num_tokens(self) -> list[float]:
-        """Per example, continuation tokens."""
-        return [float(sums.num_tokens) for sums in self.likelihoods]
-
-
 class _Evaluation:
     """One evaluation on its way, task by task."""
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        plan: PruningPlan,
-        start: EvaluationResult,
-        out: str | Path | None,
-        progress: ProgressCallback,
-    ) -> None:
-        self._result = start
+    def __init__(self, sides: Sides, start: EvaluationResult, out: str | Path | None) -> None:
+        self._sides, self._result, self._out = sides, start, out
         self._settings = start.settings
-        self._out = out
-        self._progress = progress
-        self._end_token_ids = loaded.eos_token_ids
-        self._sides = (TwoStages(loaded.model, PruningPlan()), TwoStages(loaded.model, plan))
-        self._pipelines = [
-            LocalPipeline(loaded.model, plan=side.plan, max_num_seqs=self._settings.max_num_seqs)
-            for side in self._sides
-        ]
 
-    def run(self, tasks: dict[str, list[TokenizedLine]]) -> EvaluationResult:
+    def run(self, data: EvaluationData) -> EvaluationResult:
         """Measure everything; keeps what is done in the result file."""
-        measured: list[_Examples] = []
-        results: list[TaskResult] = []
-        for task, lines in tasks.items():
-            measured.append(self._examples(task or "examples", lines))
-            results.append(_aggregate(task, [measured[-1]], self._settings))
-            self._keep(tasks=tuple(results))
-        self._keep(mean=_aggregate(MEAN, measured, self._settings))
+        if data.completions:
+            self._completions(data)
+        if data.choices:
+            self._choices(data)
+        if data.texts:
+            self._texts(data)
         timings: list[LatencyResult] = []
         for batch_size in self._settings.batch_sizes if self._settings.num_runs else ():
-            timings.append(
-                measure_latency(
-                    *self._sides, self._settings, batch_size=batch_size, progress=self._progress
-                )
-            )
+            timings.append(self._sides.latency(batch_size))
             self._keep(latency=tuple(timings))
         self._keep(complete=True)
         return self._result
+
+    def _completions(self, data: EvaluationData) -> None:
+        measured: list[JudgedCompletions] = []
+        for task, lines in data.completions.items():
+            measured.append(self._sides.completions(task or NAMELESS, lines))
+            found = completion_result(task, measured[-1:], self._settings)
+            self._keep(tasks=(*self._result.tasks, found))
+        self._keep(mean=completion_result(MEAN, measured, self._settings))
+
+    def _choices(self, data: EvaluationData) -> None:
+        measured: list[AnsweredQuestions] = []
+        for task, questions in data.choices.items():
+            measured.append(self._sides.choices(task or NAMELESS, questions))
+            found = choice_result(task, measured[-1:], self._settings)
+            self._keep(choices=(*self._result.choices, found))
+        self._keep(choice_mean=choice_result(MEAN, measured, self._settings))
+
+    def _texts(self, data: EvaluationData) -> None:
+        measured: list[ScoredWindows] = []
+        for task, windows in data.texts.items():
+            measured.append(self._sides.texts(task or NAMELESS, windows))
+            found = text_result(task, measured[-1:], self._settings)
+            self._keep(texts=(*self._result.texts, found))
+        self._keep(text_mean=text_result(MEAN, measured, self._settings))
 
     def _keep(self, **found: object) -> None:
         self._result = self._result.model_copy(update=found)
         if self._out is not None:
             self._result.save(self._out)
-
-    def _examples(self, task: str, lines: list[TokenizedLine]) -> _Examples:
-        sums: dict[int, LineLikelihood] = {}
-        for index, found in likelihoods(*self._sides, lines):
-            sums[index] = found
-            self._progress(f"{task}: likelihood", len(sums), len(lines))
-        judged = [
-            judge_answers(
-                pipeline,
-                lines,
-                end_token_ids=self._end_token_ids,
-                progress=self._progress,
-                what=f"{task}: {name} answers",
-            )
-            for name, pipeline in zip(("dense", "plan"), self._pipelines, strict=True)
-        ]
-        return _Examples(lines, [sums[i] for i in range(len(lines))], judged[0], judged[1])
-
-
-def _aggregate(task: str, groups: Sequence[_Examples], settings: EvaluationSettings) -> TaskResult:
-    """One row: a task, or the mean over tasks."""
-    seed, resamples = settings.seed, settings.num_resamples
-    weights = [group.num_tokens for group in groups]
-    lengths = [len(line.prompt) for group in groups for line in group.lines]
-    transfers = [answer.transfer for group in groups for answer in group.plan]
-    return TaskResult(
-        task=task,
-        num_examples=len(lengths),
-        num_tokens=round(sum(sum(group) for group in weights)),
-        min_prompt_tokens=min(lengths),
-        mean_prompt_tokens=sum(lengths) / len(lengths),
-        max_prompt_tokens=max(lengths),
-        dense_nll=_mean([_token_nll(group, "dense_nll") for group in groups]),
-        plan_nll=_mean([_token_nll(group, "plan_nll") for group in groups]),
-        kl=upper_bound(
-            [group.token_kl for group in groups],
-            weights=weights,
-            seed=seed,
-            num_resamples=resamples,
-        ),
-        dense_exact_match=_mean([_mean([a.is_match for a in group.dense]) for group in groups]),
-        plan_exact_match=_mean([_mean([a.is_match for a in group.plan]) for group in groups]),
-        points_lost=upper_bound(
-            [group.points_lost for group in groups], seed=seed, num_resamples=resamples
-        ),
-        bytes_full=sum(record.bytes_full for record in transfers),
-        bytes_sent=sum(record.bytes_sent for record in transfers),
-        overhead_bytes=sum(record.overhead_bytes for record in transfers),
-    )
-
-
-def _token_nll(group: _Examples, side: str) -> float:
-    return sum(getattr(sums, side) for sums in group.likelihoods) / sum(group.num_tokens)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

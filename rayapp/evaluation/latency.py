@@ -13,16 +13,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from rayapp.engine.decode import DecodeEngine
 from rayapp.engine.prefill import PrefillEngine, PrefillOutput
 from rayapp.engine.request import GenerationRequest, SamplingParams
 from rayapp.errors import IntegrityError
+from rayapp.evaluation.bootstrap import CONFIDENCE
 from rayapp.evaluation.likelihood import TwoStages
 from rayapp.evaluation.progress import ProgressCallback, silent
 from rayapp.evaluation.result import LatencyResult, StageTimes
 from rayapp.evaluation.settings import EvaluationSettings
+
+_RESAMPLES = 2_000
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ def measure_latency(
     )
     num_answer = settings.num_answer_tokens
     return LatencyResult(
+        speedup_at_least=least_speedup(dense_runs, plan_runs, num_answer, seed=settings.seed),
         num_prompt_tokens=settings.num_prompt_tokens,
         num_answer_tokens=num_answer,
         batch_size=batch_size,
@@ -83,12 +88,28 @@ def interleave(
 
 def medians(runs: Sequence[RunTimes], num_answer_tokens: int) -> StageTimes:
     """Medians over runs; that of a whole answer is over whole answers, not a sum of medians."""
-    answers = [run.prefill_s + (num_answer_tokens - 1) * run.tpot_s for run in runs]
+    answers = _answers(runs, num_answer_tokens)
     return StageTimes(
         prefill_ms=1e3 * statistics.median(run.prefill_s for run in runs),
         tpot_ms=1e3 * statistics.median(run.tpot_s for run in runs),
         answer_ms=1e3 * statistics.median(answers),
     )
+
+
+def least_speedup(
+    dense: Sequence[RunTimes], plan: Sequence[RunTimes], num_answer_tokens: int, *, seed: int = 0
+) -> float:
+    """The one-sided 95 % lower bound of the speed-up of whole answers: pairs of runs resampled."""
+    dense_N, plan_N = (np.array(_answers(runs, num_answer_tokens)) for runs in (dense, plan))
+    rng = np.random.default_rng(seed)
+    index_RN = rng.integers(len(dense_N), size=(_RESAMPLES, len(dense_N)))
+    ratios_R = np.median(dense_N[index_RN], axis=1) / np.median(plan_N[index_RN], axis=1)
+    return float(np.quantile(ratios_R, 1 - CONFIDENCE, method="lower"))
+
+
+def _answers(runs: Sequence[RunTimes], num_answer_tokens: int) -> list[float]:
+    """Seconds of a whole answer, per run."""
+    return [run.prefill_s + (num_answer_tokens - 1) * run.tpot_s for run in runs]
 
 
 def _requests(

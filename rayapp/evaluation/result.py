@@ -24,26 +24,13 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TaskResult(_Strict):
-    """One task, or the mean over tasks (``task`` = ``mean``; tasks count alike).
-
-    NLL and KL are nats per continuation token, end marker included; ``exact_match`` is the share of
-    completions that greedy decoding reproduces to the end marker. ``points_lost`` is in percentage
-    points, dense minus plan. Bytes are sums over the plan's transfers of these examples.
-    """
+class MeasuredRow(_Strict):
+    """A task, or the mean over tasks (``mean``): its examples, and their KV's bytes in all."""
 
     task: str
     num_examples: int = Field(ge=1)
-    num_tokens: int = Field(ge=1)
     min_prompt_tokens: int = Field(ge=1)
-    mean_prompt_tokens: float
     max_prompt_tokens: int
-    dense_nll: float
-    plan_nll: float
-    kl: Bound
-    dense_exact_match: float
-    plan_exact_match: float
-    points_lost: Bound
     bytes_full: int
     bytes_sent: int
     overhead_bytes: int
@@ -52,6 +39,67 @@ class TaskResult(_Strict):
     def reduction(self) -> float:
         """``sum(bytes_full) / sum(bytes_sent)``, header and padding counted as sent."""
         return self.bytes_full / self.bytes_sent if self.bytes_sent else math.inf
+
+
+class TaskResult(MeasuredRow):
+    """One task, or the mean over tasks (``task`` = ``mean``; tasks count alike).
+
+    NLL and KL are nats per continuation token, end marker included; ``exact_match`` is the share of
+    completions that greedy decoding reproduces to the end marker. ``points_lost`` is in percentage
+    points, dense minus plan. Bytes are sums over the plan's transfers of these examples.
+    """
+
+    num_tokens: int = Field(ge=1)
+    mean_prompt_tokens: float
+    dense_nll: float
+    plan_nll: float
+    kl: Bound
+    dense_exact_match: float
+    plan_exact_match: float
+    points_lost: Bound
+
+
+class ChoiceResult(MeasuredRow):
+    """One multiple-choice task, or the mean over tasks (``task`` = ``mean``; tasks count alike).
+
+    ``acc`` goes by summed log-likelihood, ``acc_norm`` by its quotient per character
+    (:mod:`rayapp.evaluation.choices`). What is lost is in percentage points, dense minus plan.
+    """
+
+    dense_acc: float
+    plan_acc: float
+    acc_lost: Bound
+    dense_acc_norm: float
+    plan_acc_norm: float
+    acc_norm_lost: Bound
+
+
+class TextResult(MeasuredRow):
+    """Perplexity of one task's texts, or of the mean over tasks of their NLL.
+
+    ``num_examples`` are windows (:mod:`rayapp.evaluation.perplexity`). NLL and KL are nats per
+    scored token; ``nll_lost`` is plan minus dense. ``num_context_tokens`` of the text are never
+    scored, ``num_left_out`` lie beyond the limit of windows.
+    """
+
+    num_tokens: int = Field(ge=1)
+    num_context_tokens: int
+    num_left_out: int
+    num_window_tokens: int
+    dense_nll: float
+    plan_nll: float
+    nll_lost: Bound
+    kl: Bound
+
+    @property
+    def dense_perplexity(self) -> float:
+        """``exp`` of the dense NLL."""
+        return math.exp(self.dense_nll)
+
+    @property
+    def plan_perplexity(self) -> float:
+        """``exp`` of the plan's NLL."""
+        return math.exp(self.plan_nll)
 
 
 class StageTimes(_Strict):
@@ -63,7 +111,10 @@ class StageTimes(_Strict):
 
 
 class LatencyResult(_Strict):
-    """Interleaved timings without any transfer; speed-ups are dense over plan."""
+    """Interleaved timings without any transfer; speed-ups are dense over plan.
+
+    ``speedup_at_least`` is the one-sided 95 % lower bound of ``speedup``.
+    """
 
     num_prompt_tokens: int
     num_answer_tokens: int
@@ -72,6 +123,7 @@ class LatencyResult(_Strict):
     num_threads: int
     dense: StageTimes
     plan: StageTimes
+    speedup_at_least: float | None = None
 
     @property
     def speedup(self) -> float:
@@ -121,6 +173,10 @@ class EvaluationResult(_Strict):
     data: tuple[DataFile, ...]
     tasks: tuple[TaskResult, ...] = ()
     mean: TaskResult | None = None
+    choices: tuple[ChoiceResult, ...] = ()
+    choice_mean: ChoiceResult | None = None
+    texts: tuple[TextResult, ...] = ()
+    text_mean: TextResult | None = None
     latency: tuple[LatencyResult, ...] = ()
     machine: Machine
 
@@ -137,16 +193,23 @@ class EvaluationResult(_Strict):
     def load(cls, path: str | Path) -> EvaluationResult:
         """Read what :meth:`save` wrote; raises :class:`DataError` where that fails."""
         try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            content = Path(path).read_bytes()
+        except OSError as error:
             raise DataError(
                 f"{path}: cannot be read ({error}); give an evaluation's JSON"
             ) from None
+        return cls.parse(content, source=str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, *, source: str) -> EvaluationResult:
+        """From the bytes of a file called ``source``; raises :class:`DataError`."""
+        try:
+            return cls.model_validate_json(content)
         except ValidationError as error:
             first: Any = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "file"
             raise DataError(
-                f"{path}: not an evaluation result ({where}: {first['msg']}); "
+                f"{source}: not an evaluation result ({where}: {first['msg']}); "
                 "write one with `rayapp evaluate --out`"
             ) from None
 
@@ -154,12 +217,14 @@ class EvaluationResult(_Strict):
     def caveats(self) -> tuple[str, ...]:
         """Why these numbers must not be quoted as claims about the plan; empty where they may."""
         found = [] if self.complete else ["the evaluation did not finish"]
-        fewest = min((task.num_examples for task in self.tasks), default=0)
-        if fewest < CLAIM_EXAMPLES:
+        judged: tuple[MeasuredRow, ...] = (*self.tasks, *self.choices)
+        fewest = min((task.num_examples for task in judged), default=0)
+        if fewest < CLAIM_EXAMPLES and (judged or not self.texts):
             found.append(
                 f"{fewest} examples in the smallest task; points lost need {CLAIM_EXAMPLES:,} each"
             )
-        shortest = min((task.min_prompt_tokens for task in self.tasks), default=0)
+        measured = (*judged, *self.texts)
+        shortest = min((task.min_prompt_tokens for task in measured), default=0)
         if shortest < CLAIM_PROMPT_TOKENS:
             found.append(
                 f"the shortest prompt has {shortest} tokens; "
@@ -170,6 +235,9 @@ class EvaluationResult(_Strict):
         fewest_runs = min((timing.num_runs for timing in self.latency), default=CLAIM_RUNS)
         if fewest_runs < CLAIM_RUNS:
             found.append(f"{fewest_runs} timed runs; a speed-up is quoted from {CLAIM_RUNS}")
+        left_out = sum(task.num_left_out for task in self.texts)
+        if left_out:
+            found.append(f"{left_out:,} tokens of text lie beyond the limit of windows")
         if not self.settings.split:
             found.append("the split of the data is not stated")
         return tuple(found)

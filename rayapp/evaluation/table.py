@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 from rich.table import Table as RichTable
 
-from rayapp.evaluation.result import MEAN, EvaluationResult, LatencyResult, StageTimes, TaskResult
+from rayapp.evaluation.result import (
+    MEAN,
+    ChoiceResult,
+    EvaluationResult,
+    LatencyResult,
+    MeasuredRow,
+    StageTimes,
+    TaskResult,
+    TextResult,
+)
 
 NAMELESS = "(no task)"
 SPEEDUP = "speed-up"
@@ -41,8 +50,13 @@ class Table:
 
 
 def tables(result: EvaluationResult) -> tuple[Table, ...]:
-    """Quality, bytes and, where they were measured, timings."""
-    found = [_quality(result), _bytes(result)]
+    """Quality by kind of example, bytes and, where they were measured, timings."""
+    found = [_quality(result)] if result.tasks else []
+    if result.choices:
+        found.append(_accuracy(result.choices, result.choice_mean))
+    if result.texts:
+        found.append(_perplexity(result.texts, result.text_mean))
+    found.append(_bytes(result))
     if result.latency:
         found.append(_timings(result.latency))
     return tuple(found)
@@ -57,6 +71,19 @@ def markdown(result: EvaluationResult) -> str:
 
 def _lines(result: EvaluationResult) -> Iterable[TaskResult]:
     return (*result.tasks, result.mean) if result.mean else result.tasks
+
+
+def _all_lines(result: EvaluationResult) -> Iterable[MeasuredRow]:
+    """Of every kind, its mean below its tasks."""
+    kinds: tuple[tuple[Iterable[MeasuredRow], MeasuredRow | None], ...] = (
+        (result.tasks, result.mean),
+        (result.choices, result.choice_mean),
+        (result.texts, result.text_mean),
+    )
+    for tasks, mean in kinds:
+        yield from tasks
+        if mean:
+            yield mean
 
 
 def _quality(result: EvaluationResult) -> Table:
@@ -88,6 +115,66 @@ def _quality(result: EvaluationResult) -> Table:
     return Table("Quality: dense beside plan", columns, rows)
 
 
+def _accuracy(tasks: tuple[ChoiceResult, ...], mean: ChoiceResult | None) -> Table:
+    columns = (
+        "task",
+        "n",
+        "acc dense",
+        "acc plan",
+        "points lost",
+        "at most (95 %)",
+        "acc_norm dense",
+        "acc_norm plan",
+        "points lost",
+        "at most (95 %)",
+    )
+    rows = tuple(
+        (
+            line.task or NAMELESS,
+            f"{line.num_examples:,}",
+            f"{line.dense_acc:.1%}",
+            f"{line.plan_acc:.1%}",
+            _signed(line.acc_lost.mean),
+            _signed(line.acc_lost.upper),
+            f"{line.dense_acc_norm:.1%}",
+            f"{line.plan_acc_norm:.1%}",
+            _signed(line.acc_norm_lost.mean),
+            _signed(line.acc_norm_lost.upper),
+        )
+        for line in ((*tasks, mean) if mean else tasks)
+    )
+    return Table("Multiple choice: dense beside plan", columns, rows)
+
+
+def _perplexity(tasks: tuple[TextResult, ...], mean: TextResult | None) -> Table:
+    columns = (
+        "task",
+        "windows",
+        "tokens scored",
+        "window (prompt)",
+        "perplexity dense",
+        "perplexity plan",
+        "NLL lost",
+        "at most (95 %)",
+        "KL",
+    )
+    rows = tuple(
+        (
+            line.task or NAMELESS,
+            f"{line.num_examples:,}",
+            f"{line.num_tokens:,}",
+            f"{line.num_window_tokens:,} ({line.max_prompt_tokens:,})",
+            f"{line.dense_perplexity:.4f}",
+            f"{line.plan_perplexity:.4f}",
+            f"{line.nll_lost.mean:.4f}",
+            f"{line.nll_lost.upper:.4f}",
+            f"{line.kl.mean:.4f}",
+        )
+        for line in ((*tasks, mean) if mean else tasks)
+    )
+    return Table("Perplexity: dense beside plan", columns, rows)
+
+
 def _bytes(result: EvaluationResult) -> Table:
     columns = ("task", "prompt tokens", "bytes full", "bytes sent", "of it overhead", "reduction")
     rows = tuple(
@@ -99,7 +186,7 @@ def _bytes(result: EvaluationResult) -> Table:
             f"{line.overhead_bytes / line.num_examples:,.0f}",
             f"{line.reduction:.2f}x",
         )
-        for line in _lines(result)
+        for line in _all_lines(result)
     )
     return Table(f"KV per request ({result.dtype})", columns, rows)
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from rayapp.errors import DataError, PlanError, RayappError
 from rayapp.evaluation import evaluate as module
+from rayapp.evaluation import sides
 from rayapp.evaluation.answers import JudgedAnswer, judge_answers
 from rayapp.evaluation.evaluate import evaluate
 from rayapp.evaluation.result import EvaluationResult
@@ -99,7 +100,7 @@ def test_points_lost_are_dense_minus_plan(checkpoint, data, plan, monkeypatch):
         wrong = pipeline.plan.is_empty is False
         return [JudgedAnswer(not (wrong and i == 0), a.transfer) for i, a in enumerate(judged)]
 
-    monkeypatch.setattr(module, "judge_answers", scripted)
+    monkeypatch.setattr(sides, "judge_answers", scripted)
     result = evaluate(checkpoint, plan, [data], settings=QUALITY)
     for row in (*result.tasks, result.mean):
         assert (row.dense_exact_match, row.plan_exact_match) == (1.0, pytest.approx(0.8))
@@ -147,7 +148,7 @@ def test_finished_tasks_survive_a_failure(checkpoint, data, plan, tmp_path, monk
             raise RayappError("the machine went away")
         return judge_answers(pipeline, lines, what=what, **options)
 
-    monkeypatch.setattr(module, "judge_answers", failing)
+    monkeypatch.setattr(sides, "judge_answers", failing)
     out = tmp_path / "result.json"
     with pytest.raises(RayappError, match="went away"):
         evaluate(checkpoint, plan, [data], settings=QUALITY, out=out)

@@ -1,117 +1,44 @@
-"""The HTML report: complete, self-contained, escaped; and the tables beside it."""
+"""The HTML report: complete, self-contained, escaped, and its numbers are those of its data."""
 
 from __future__ import annotations
 
-import io
 import re
 from html.parser import HTMLParser
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
-from rayapp.errors import DataError
-from rayapp.evaluation.bootstrap import Bound
-from rayapp.evaluation.charts import byte_shares, removal_map, search_trace, transfer_strips
-from rayapp.evaluation.machine import this_machine
-from rayapp.evaluation.progress import shown_progress
-from rayapp.evaluation.report import write_report
-from rayapp.evaluation.result import (
-    DataFile,
-    EvaluationResult,
-    LatencyResult,
-    PlanSummary,
-    StageTimes,
-    TaskResult,
+from rayapp.errors import InputError
+from rayapp.evaluation.charts import byte_shares, removal_map, transfer_strips
+from rayapp.evaluation.findings import Findings, SingleEffects
+from rayapp.evaluation.kv_findings import read_kv
+from rayapp.evaluation.report import render_report, write_report
+from rayapp.evaluation.search_record import FrontRow, TrialRow
+from rayapp.evaluation.transfer_bytes import forecast_transfer
+from rayapp.kv.header import DTYPES
+from rayapp.plan import KVTransfer, ModelSignature, PruningPlan
+from rayapp.pruning.similarity import Influence
+
+VOID = {"meta", "rect", "line", "circle", "polyline", "path", "link", "br", "img"}
+GEOMETRY = {
+    "x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "r", "rx", "width", "height", "points", "d",
+    "viewbox", "fill-opacity",
+}  # fmt: skip
+INFLUENCE = Influence(
+    tuple(0.01 * (b + 1) for b in range(6)),
+    tuple(0.005 * (p + 1) for p in range(12)),
+    tuple(0.02 * (b + 1) for b in range(6)),
+    tuple(0.006 * (p + 1) for p in range(12)),
 )
-from rayapp.evaluation.settings import EvaluationSettings
-from rayapp.evaluation.table import markdown, tables
-from rayapp.plan import KVTransfer, Mode, ModelSignature, PruningPlan, StagePlan
-
-MODEL = ModelSignature(
-    model_type="llama",
-    num_blocks=6,
-    hidden_size=48,
-    num_kv_heads=2,
-    head_dim=16,
-    vocab_size=300,
-    weights_fingerprint="feedc0de",
-)
-PLAN = PruningPlan(
-    model=MODEL,
-    prefill=StagePlan(
-        blocks={
-            1: Mode.KV_ONLY,
-            2: Mode.MLP_AND_KV,
-            3: Mode.REMOVED,
-            4: Mode.MLP_ONLY,
-            5: Mode.ATTENTION_ONLY,
-        }
-    ),
-    decode=StagePlan(blocks={3: Mode.REMOVED, 4: Mode.MLP_ONLY}),
-    kv_transfer={0: KVTransfer(first=4, last=16), 1: KVTransfer(encoding="int4")},
-    provenance={"method": "<script>alert(1)</script>", "scores": {"kl": 0.0123}},
-)
-VOID = {"meta", "rect", "line", "circle", "polyline", "link", "br", "img"}
 
 
-def row(task: str, **changes: object) -> TaskResult:
-    fields = {
-        "task": task,
-        "num_examples": 40,
-        "num_tokens": 200,
-        "min_prompt_tokens": 100,
-        "mean_prompt_tokens": 200.0,
-        "max_prompt_tokens": 300,
-        "dense_nll": 0.01,
-        "plan_nll": 0.02345,
-        "kl": Bound(mean=0.0312, upper=0.04, num_examples=40),
-        "dense_exact_match": 1.0,
-        "plan_exact_match": 0.95,
-        "points_lost": Bound(mean=5.0, upper=11.25, num_examples=40),
-        "bytes_full": 8_000_000,
-        "bytes_sent": 2_000_000,
-        "overhead_bytes": 40_000,
-    }
-    return TaskResult.model_validate(fields | changes)
-
-
-@pytest.fixture
-def evaluation() -> EvaluationResult:
-    return EvaluationResult(
-        complete=True,
-        model=MODEL,
-        dtype="bfloat16",
-        plan=PlanSummary(
-            fingerprint=PLAN.fingerprint, is_empty=False, prefill_removed=3.0, decode_removed=1.5
-        ),
-        settings=EvaluationSettings(split="validation"),
-        data=(DataFile(name="validation.jsonl", sha256="ab" * 32, num_examples=80),),
-        tasks=(row("copy"), row("so|rt", min_prompt_tokens=130)),
-        mean=row("mean", num_examples=80),
-        latency=(
-            LatencyResult(
-                num_prompt_tokens=128,
-                num_answer_tokens=64,
-                batch_size=8,
-                num_runs=30,
-                num_threads=1,
-                dense=StageTimes(prefill_ms=20, tpot_ms=10, answer_ms=650),
-                plan=StageTimes(prefill_ms=10, tpot_ms=8, answer_ms=520),
-            ),
-        ),
-        machine=this_machine(device="cpu", num_threads=1),
-    )
-
-
-class Balance(HTMLParser):
+class Page(HTMLParser):
     """Fails on a tag that is closed in the wrong place; collects tags with their attributes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
         self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.headings: list[str] = []
 
     def handle_starttag(self, tag, attrs):
         self.seen.append((tag, dict(attrs)))
@@ -122,126 +49,246 @@ class Balance(HTMLParser):
         if tag not in VOID:
             assert self.open.pop() == tag
 
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("h2", "h3"):
+            self.headings.append(data)
 
-def parsed(text: str) -> Balance:
-    page = Balance()
+
+def parsed(text: str) -> Page:
+    page = Page()
     page.feed(text)
     assert page.open == []
     return page
 
 
-LEDGER = {
-    "totals": {
-        "num_transfers": 12,
-        "bytes_full": 10_000,
-        "bytes_sent": 4_100,
-        "overhead_bytes": 100,
-        "saved_by_visual_tokens_bytes": 0,
-        "saved_by_blocks_bytes": 2_000,
-        "saved_by_tokens_bytes": 3_000,
-        "saved_by_encoding_bytes": 1_000,
-    },
-    "links": [],
-    "recent": [],
-}
+@pytest.fixture
+def everything(plan, evaluation, ledger, kv_json) -> Findings:
+    """Findings with all that there can be, some of it hostile."""
+    mine = (("1", "2.attention", "3", "4.attention", "5.mlp"), ("3", "4.attention"))
+    trials = (
+        TrialRow((), (), 0.0, 3, "dense", False),
+        TrialRow(("2",), (), 250.0, 1, "singles", False),
+        TrialRow(*mine, 0.4375, 3, "swap", False),
+        TrialRow(("1",), ("2",), float("inf"), 3, "swap", False),
+        TrialRow(*mine, 0.0625, 3, "<img src=x>", False),
+    )
+    healed = [
+        {
+            "stage": "decode",
+            "removed": 3,
+            "survivor": 2,
+            "relative_mse_before": 0.125,
+            "relative_mse_after": 0.03125,
+        },
+        {"stage": "nowhere"},
+    ]
+    provenance = {**plan.provenance, "healed": healed, "num_lines": 96}
+    plan = PruningPlan.model_validate({**dict(plan), "healed": "a" * 24, "provenance": provenance})
+    return Findings(
+        plan,
+        evaluation.model_copy(
+            update={"tasks": (evaluation.tasks[0].model_copy(update={"task": "</svg><script>"}),)}
+        ),
+        ledger,
+        trials,
+        INFLUENCE,
+        48,
+        SingleEffects({"prefill": {"0": 3.0, "1": 0.001}, "decode": {"0": 0.75}}, "scored so"),
+        read_kv(kv_json(plan), "kv.json"),
+        (
+            FrontRow((), (), 0.0, 0.02, 0.004, 8_000),
+            FrontRow(*mine, 0.0625, 0.01, 0.003, 4_000),
+            FrontRow(("<i>",), (), 0.5, 0.005, 0.001, 2_000),
+        ),
+        ("kv.json: <u>why</u>",),
+    )
 
 
-def test_every_block_and_stage_is_shown(tmp_path, evaluation):
-    trials = [0.5, 0.4, float("inf"), 0.3]
-    text = write_report(tmp_path / "new" / "r.html", PLAN, evaluation, trials, LEDGER).read_text()
+def test_every_block_and_stage_is_shown(plan, evaluation):
+    page = parsed(render_report(Findings(plan, evaluation)))
     cells = {
         (a["data-stage"], int(a["data-block"])): a["data-mode"]
-        for tag, a in parsed(text).seen
+        for tag, a in page.seen
         if tag == "g" and "data-mode" in a
     }
     assert cells == {
-        (stage, block): PLAN.mode(stage, block).value
+        (stage, block): plan.mode(stage, block).value
         for stage in ("prefill", "decode")
         for block in range(6)
     }
-    sent = {
-        int(a["data-block"]): a["data-transfer"]
-        for tag, a in parsed(text).seen
-        if "data-transfer" in a
-    }
+    sent = {int(a["data-block"]): a["data-transfer"] for _, a in page.seen if "data-transfer" in a}
     assert sent[0] == "first 4, last 16 of 200"
     assert sent[1] == "all 200, int4"
     assert sent[3] == sent[4] == "not sent: decode does not attend"
 
 
-def test_the_report_refers_to_nothing_outside(tmp_path, evaluation):
-    text = write_report(tmp_path / "r.html", PLAN, evaluation, [1.0], LEDGER).read_text()
+def test_the_report_refers_to_nothing_outside(everything):
+    text = render_report(everything)
     page = parsed(text)
     assert "http" not in text
     assert "url(" not in text
     assert "@import" not in text
-    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.seen}
-    assert not {"src", "href"} & {name for _, attributes in page.seen for name in attributes}
-    assert "&lt;script&gt;" in text  # provenance is text, whatever it holds
-
-
-def test_numbers_and_caveats_are_on_the_page(tmp_path, evaluation):
-    text = write_report(tmp_path / "r.html", PLAN, evaluation, [0.9, 0.25], LEDGER).read_text()
-    for expected in ("0.0312", "+11.25", "4.00x", "1.25x", "0.25 after 2 evaluations", "2.44x"):
-        assert expected in text
-    assert "40 examples in the smallest task" in text
-    assert "the shortest prompt has 100 tokens" in text
+    assert not {"script", "link", "img", "iframe", "i>", "u", "b>"} & {tag for tag, _ in page.seen}
+    names = {name for _, attributes in page.seen for name in attributes}
+    assert not {"src", "href", "onload"} & names
     assert "prefers-color-scheme: dark" in text
 
 
-def test_a_report_of_a_plan_alone(tmp_path):
-    text = write_report(tmp_path / "r.html", PLAN).read_text()
-    assert "Removal map" in text
-    assert "The search" not in text
-    assert "Transfers" not in text
-    empty = write_report(tmp_path / "e.html", PruningPlan()).read_text()
-    parsed(empty)
+def test_hostile_text_stays_text(everything):
+    text = render_report(everything)
+    for hostile in ("<script>", "</svg><script>", "<b>node", "<u>why", "<img", "<i>"):
+        assert hostile not in text
+    for escaped in ("&lt;script&gt;", "&lt;b&gt;node", "&lt;u&gt;why"):
+        assert escaped in text
+
+
+def test_every_section_says_what_it_does_not_show(everything):
+    text = render_report(everything)
+    page = parsed(text)
+    assert page.headings == [
+        "What each stage computes",
+        "Healed pairs",
+        "Dense beside plan",
+        "Quality: dense beside plan",
+        "KV per request (bfloat16)",
+        "Speed, without transfer: median of interleaved runs",
+        "Which KV travels",
+        "Where the bytes of the dense cache go",
+        "How the transfer was chosen",
+        "The way to it",
+        "Transfers",
+        "Similarity per block",
+        "Sensitivity per block and stage",
+        "The search",
+        "The front",
+        "Where this comes from",
+    ]
+    assert text.count("It does not show") == len(page.headings) - 4  # three tables and the origins
+
+
+def test_all_coordinates_are_finite_and_inside(everything):
+    wide = 0.0
+    for tag, attributes in parsed(render_report(everything)).seen:
+        for name, value in attributes.items():
+            if name not in GEOMETRY:
+                continue
+            assert not re.search("nan|inf|none|e[+-]", value, re.IGNORECASE), (tag, name, value)
+            numbers = [float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", value)]
+            assert numbers
+            wide = numbers[2] if name == "viewbox" else wide
+            if name in ("x", "x1", "x2", "cx", "width"):
+                assert 0 <= numbers[0] <= wide, (tag, name, value)
+
+
+def test_numbers_on_the_page_are_those_of_the_data(everything):
+    text = render_report(everything)
+    quality = ("0.0312", "+11.25", "5.00, at most 11.25 (40 examples)", "1.25x", "4.00x")
+    searched = ("All 5 scores", "2 of them of this plan", "all of 96 calibration lines")
+    best = ("has 0.0625", "this plan: 0.0625")
+    singles = ("prefill, block 1: 0.001", "decode, block 0: 0.75", "scored so")
+    similar = ("48 calibration lines: prompt", "decode, block 5: 0.12", "prefill, block 0: 0.01")
+    healed = ("<td>0.125</td>", "<td>0.0312</td>", "block 2 was trained to do its work")
+    chosen = ("at least 5x", "Over 321 sets", "0.0875 for the set", "all blocks cut: 4.5")
+    heat = ("block 0, first: 0.1250", "block 5, last: 0.2500", 'fill-opacity="0.875"')
+    front = ("The 3 plans", "score 0.0625, 10 ms per prompt", "score 0.0625, 4 kB per prompt")
+    ledger = ("12 transfers", "2,000 bytes (19.8 %)", "2.44x")
+    for group in (quality, searched, best, singles, similar, healed, chosen, heat, front, ledger):
+        for expected in group:
+            assert expected in text, expected
+    assert "40 examples in the smallest task" in text
+    assert "the shortest prompt has 100 tokens" in text
+
+
+def test_the_bytes_by_category_add_up_to_what_a_ledger_would_say(plan):
+    record = forecast_transfer(plan, 200, DTYPES["bfloat16"])
+    entry = 2 * 2 * 16 * 2  # keys and values, heads, dimension, bytes
+    attending = 4
+    assert record["bytes_full"] == 6 * 200 * entry
+    assert record["saved_by_blocks_bytes"] == (6 - attending) * 200 * entry
+    assert record["saved_by_tokens_bytes"] == 180 * entry
+    text = render_report(Findings(plan))
+    assert f"{forecast_transfer(plan, 256, DTYPES['bfloat16'])['bytes_sent']:,} sent" in text
+
+
+def test_a_report_of_a_plan_alone(plan):
+    page = parsed(render_report(Findings(plan)))
+    assert page.headings == [
+        "What each stage computes",
+        "Which KV travels",
+        "Where the bytes of the dense cache go",
+        "Where this comes from",
+    ]
+    empty = render_report(Findings(PruningPlan()))
+    assert parsed(empty).headings == ["What each stage computes", "Where this comes from"]
     assert "The dense model" in empty
 
 
-def test_trials_are_read_from_parquet(tmp_path):
-    dense, size = (0.0, 0.0), (PLAN.removed("prefill"), PLAN.removed("decode"))
-    removed = [dense, size, size, (1.0, 0.0), size]
-    columns = {
-        "prefill_removed": [prefill for prefill, _ in removed],
-        "decode_removed": [decode for _, decode in removed],
-        "score": [0.0, 3.0, 1.0, 0.5, 2.0],
-    }
-    pq.write_table(pa.table(columns), tmp_path / "trials.parquet")
-    text = write_report(tmp_path / "r.html", PLAN, trials=tmp_path / "trials.parquet").read_text()
-    assert "1 after 3 evaluations" in text
-    pq.write_table(pa.table({"other": [3.0]}), tmp_path / "wrong.parquet")
-    for name in ("wrong.parquet", "missing.parquet"):
-        with pytest.raises(DataError, match=name):
-            write_report(tmp_path / "r.html", PLAN, trials=tmp_path / name)
+def test_provenance_of_any_shape_is_text(blocks_plan):
+    for odd in (
+        {"settings": "x"},
+        {"settings": {"objective": 3}, "num_lines": "many"},
+        {"score": []},
+    ):
+        parsed(render_report(Findings(blocks_plan.model_copy(update={"provenance": odd}))))
+    healed = PruningPlan.model_validate(
+        {**dict(blocks_plan), "healed": "b" * 24, "provenance": {"healed": [{"stage": "decode"}]}}
+    )
+    assert "Healed pairs" not in render_report(Findings(healed))
 
 
-def test_the_trace_is_a_staircase_of_the_best_score():
-    trace = search_trace([4.0, 6.0, 2.0, 3.0, 2.0])
-    assert trace.best == ((0.0, 0.5), (0.5, 0.5), (0.5, 1.0), (1.0, 1.0))
-    assert trace.dots == ((0.0, 0.5), (0.25, 0.0), (0.5, 1.0), (0.75, 0.75), (1.0, 1.0))
-    assert (trace.best_score, trace.is_log) == (2.0, False)
-    assert search_trace([1e-4, 1.0]).is_log
-    assert search_trace([float("inf"), float("nan")]) is None
-    assert search_trace([]) is None
-    assert len(search_trace([1.0] * 10_000).dots) <= 1_000
+def test_pdtrims_threshold_is_drawn_where_the_search_used_it(blocks_plan):
+    settings = {"heal": "pair", "distillation_threshold": 0.75}
+    plan = blocks_plan.model_copy(update={"provenance": {"settings": settings}})
+    assert "d_T = 0.75: 0.25" in render_report(Findings(plan, influence=INFLUENCE))
+    settings["heal"] = "none"
+    assert "d_T" not in render_report(Findings(plan, influence=INFLUENCE)).split("<details>")[0]
 
 
-def test_kv_is_handed_over_where_decode_attends():
-    cells = removal_map(PLAN, 6)
+def test_the_page_stays_small(everything):
+    model = MODEL_80
+    plan = PruningPlan(model=model, decode={"blocks": {7: "removed"}})
+    trials = tuple(TrialRow((), (str(n % 80),), 1.0 + n, 3, "x", False) for n in range(20_000))
+    influence = Influence((0.1,) * 80, (0.1,) * 160, (0.1,) * 80, (0.1,) * 160)
+    text = render_report(Findings(plan, trials=trials, influence=influence))
+    assert len(text) < 400_000
+    assert "All 20,000 scores" in text
+    assert len(render_report(everything)) < 120_000
+
+
+MODEL_80 = ModelSignature(
+    model_type="llama",
+    num_blocks=80,
+    hidden_size=48,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=300,
+    weights_fingerprint="feedc0de",
+)
+
+
+def test_a_file_that_cannot_be_written(plan, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="give another --out"):
+        write_report(tmp_path / "file" / "r.html", Findings(plan))
+    assert write_report(tmp_path / "new" / "r.html", Findings(plan)).is_file()
+
+
+def test_kv_is_handed_over_where_decode_attends(plan):
+    cells = removal_map(plan, 6)
     assert [cell.hands_over for cell in cells["prefill"]] == [True, True, True, False, False, True]
     assert not any(cell.hands_over for cell in cells["decode"])
 
 
-def test_strips_are_shares_of_the_prompt():
-    strips = transfer_strips(PLAN, 6, 40)
+def test_strips_are_shares_of_the_prompt(plan):
+    strips = transfer_strips(plan, 6, 40)
     assert (strips[0].first, strips[0].last) == (0.1, 0.4)
     assert (strips[2].first, strips[2].last) == (1.0, 0.0)
     assert (strips[3].first, strips[3].last) == (0.0, 0.0)
+    assert KVTransfer(first=4, last=16) == plan.transfer(0)
 
 
-def test_byte_shares_cover_the_bar():
-    shares = byte_shares(LEDGER["totals"])
+def test_byte_shares_cover_the_bar(ledger):
+    shares = byte_shares(ledger["totals"])
     assert [share.name for share in shares] == [
         "sent",
         "saved by blocks",
@@ -250,41 +297,3 @@ def test_byte_shares_cover_the_bar():
     ]
     assert shares[-1].start + shares[-1].width == pytest.approx(1.0)
     assert byte_shares({"bytes_sent": 0}) == []
-
-
-def test_markdown_tables(evaluation):
-    text = markdown(evaluation)
-    assert "| copy | 40 | 0.0100 | 0.0234 | 0.0312 | 100.0% | 95.0% | +5.00 | +11.25 |" in text
-    assert "| so\\|rt | 130-300 | 200,000 | 50,000 | 1,000 | 4.00x |" in text
-    assert "| speed-up |  | 2.00x | 1.25x | 1.25x |" in text
-    for table in tables(evaluation):
-        assert all(len(cells) == len(table.columns) for cells in table.rows)
-
-
-def test_tables_fit_a_terminal_of_80_columns(evaluation):
-    for table in tables(evaluation):
-        console = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
-        console.print(table.rich())
-        text = console.file.getvalue()
-        assert "…" not in text
-        assert all(len(line) <= 80 for line in text.splitlines())
-
-
-def test_a_claim_has_no_caveats(evaluation):
-    claim = evaluation.model_copy(
-        update={"tasks": (row("copy", num_examples=2_000, min_prompt_tokens=128),)}
-    )
-    assert claim.caveats == ()
-    assert len(claim.model_copy(update={"dtype": "float32"}).caveats) == 1
-
-
-def test_progress_in_a_log_is_lines_and_on_a_terminal_bars():
-    log = io.StringIO()
-    with shown_progress(Console(file=log, width=80)) as progress:
-        for done in range(1, 101):
-            progress("copy: likelihood", done, 100)
-    assert log.getvalue().splitlines() == ["copy: likelihood: 1/100", "copy: likelihood: 100/100"]
-    terminal = io.StringIO()
-    with shown_progress(Console(file=terminal, width=80, force_terminal=True)) as progress:
-        progress("copy: likelihood", 3, 3)
-    assert re.search(r"copy: likelihood.*3/3", terminal.getvalue())

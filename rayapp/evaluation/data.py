@@ -1,0 +1,135 @@
+"""Evaluation files: JSON lines of three kinds, sorted by task.
+
+A line is a completion ``{"prompt", "completion"}``, a multiple choice
+``{"prompt", "choices", "answer"}`` or a text ``{"text"}``; each may name its ``"task"``. A file may
+mix kinds, a task may not: its numbers would be of two sorts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from rayapp.errors import DataError
+from rayapp.evaluation.choices import ChoiceLine, Question, tokenize_question
+from rayapp.evaluation.perplexity import TextLine, Windows, cut_windows
+from rayapp.evaluation.result import DataFile
+from rayapp.evaluation.settings import EvaluationSettings
+from rayapp.pruning.calibration import (
+    Line,
+    TokenizedLine,
+    checked_line,
+    read_objects,
+    tokenize_line,
+)
+
+Kind = Literal["completions", "choices", "texts"]
+EvaluationLine = Line | ChoiceLine | TextLine
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Tokenised examples by task, tasks sorted; ``limit`` examples of each at most."""
+
+    files: tuple[DataFile, ...]
+    completions: Mapping[str, Sequence[TokenizedLine]] = field(default_factory=dict)
+    choices: Mapping[str, Sequence[Question]] = field(default_factory=dict)
+    texts: Mapping[str, Windows] = field(default_factory=dict)
+
+
+def read_data(
+    paths: Sequence[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_positions: int,
+    settings: EvaluationSettings,
+) -> EvaluationData:
+    """Read, check and tokenise files of lines of any kind.
+
+    Args:
+        paths: The files.
+        tokenizer: Tokenises prompts as the service does.
+        max_positions: Context of the model in tokens.
+        settings: Their limit, and how texts are cut.
+
+    Raises:
+        DataError: There is no file, one cannot be read or is empty, a line (named) is malformed or
+            too long, or a task holds lines of two kinds.
+    """
+    if not paths:
+        raise DataError("no data: give at least one file of JSON lines")
+    sorter = _Sorter(tokenizer, max_positions)
+    files = tuple(sorter.read(Path(path)) for path in paths)
+    limit = settings.limit
+    return EvaluationData(
+        files,
+        {task: lines[:limit] for task, lines in sorted(sorter.completions.items())},
+        {task: questions[:limit] for task, questions in sorted(sorter.choices.items())},
+        {
+            task: cut_windows(
+                texts, tokenizer, settings=settings, max_positions=max_positions, task=task
+            )
+            for task, texts in sorted(sorter.texts.items())
+        },
+    )
+
+
+def parse_line(fields: dict[str, Any], where: str) -> EvaluationLine:
+    """A checked line of the kind that its keys say; raises :class:`DataError`, naming ``where``."""
+    if "text" in fields:
+        return checked_line(TextLine, fields, where)
+    if {"choices", "answer"} & set(fields):
+        return checked_line(ChoiceLine, fields, where)
+    return checked_line(Line, fields, where)
+
+
+def kind_of(line: EvaluationLine) -> Kind:
+    """What is measured on a line."""
+    if isinstance(line, TextLine):
+        return "texts"
+    return "choices" if isinstance(line, ChoiceLine) else "completions"
+
+
+class _Sorter:
+    """Lines as they are read, by kind and task."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_positions: int) -> None:
+        self._tokenizer, self._max_positions = tokenizer, max_positions
+        self._kinds: dict[str, tuple[Kind, str]] = {}
+        self.completions: dict[str, list[TokenizedLine]] = {}
+        self.choices: dict[str, list[Question]] = {}
+        self.texts: dict[str, list[str]] = {}
+
+    def read(self, path: Path) -> DataFile:
+        objects = read_objects(path)
+        for number, fields in objects:
+            where = f"{path} line {number}"
+            line = parse_line(fields, where)
+            self._check_kind(line, where)
+            self._add(line, where)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return DataFile(name=path.name, sha256=digest, num_examples=len(objects))
+
+    def _check_kind(self, line: EvaluationLine, where: str) -> None:
+        kind = kind_of(line)
+        known, first = self._kinds.setdefault(line.task, (kind, where))
+        if kind != known:
+            name = f"task {line.task!r}" if line.task else "the nameless task"
+            raise DataError(
+                f"{where}: {name} holds {kind} here and {known} in {first}; "
+                "give every kind a task of its own"
+            )
+
+    def _add(self, line: EvaluationLine, where: str) -> None:
+        options = (self._tokenizer, where, self._max_positions)
+        if isinstance(line, TextLine):
+            self.texts.setdefault(line.task, []).append(line.text)
+        elif isinstance(line, ChoiceLine):
+            self.choices.setdefault(line.task, []).append(tokenize_question(line, *options))
+        else:
+            self.completions.setdefault(line.task, []).append(tokenize_line(line, *options))

@@ -1,0 +1,159 @@
+"""Outcomes to numbers, each with its sample size and, where examples vary, its paired bound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rayapp.evaluation.bootstrap import Bound, upper_bound
+from rayapp.evaluation.paper.outcome import NUM_RESAMPLES, RowOutcome
+from rayapp.evaluation.result import MEAN, LatencyResult
+
+ACCURACY = "accuracy"
+ANSWER, TTFT, TPOT = "answer ms", "TTFT ms", "TPOT ms"
+WITH_TRANSFER = "answer ms with transfer"
+BYTES = "bytes per request"
+ALL_DATA = "all data"
+
+
+@dataclass(frozen=True)
+class Number:
+    """One quantity of one row.
+
+    Attributes:
+        data: Data set, ``mean``, ``all data``, or batch size.
+        metric: What was measured.
+        num: Examples, windows, runs or requests that it rests on.
+        dense: The dense model's.
+        plan: The plan's.
+        difference: Points or nats per token lost; of times and bytes, dense over plan.
+        bound: One-sided 95 % bound of the difference on its bad side, where there is one.
+    """
+
+    data: str
+    metric: str
+    num: int
+    dense: float
+    plan: float
+    difference: float
+    bound: float | None = None
+
+
+def row_numbers(row: RowOutcome, *, link_gbps: float, seed: int) -> list[Number]:
+    """All numbers of a row.
+
+    Args:
+        row: What was measured; a unified row sends nothing.
+        link_gbps: Link that transfers are reckoned with, in gigabits per second.
+        seed: Of the resampling.
+    """
+    found = [
+        Number(
+            name,
+            metric.name,
+            len(metric.dense),
+            metric.dense_value,
+            metric.plan_value,
+            *_mean_and_bound(metric.lost(seed=seed)),
+        )
+        for name, data in row.data.items()
+        for metric in data.metrics
+    ]
+    found += _mean(row, seed)
+    for timing in row.latency:
+        found += _times(timing)
+    if row.base is None:
+        found += _bytes(row)
+        found += [_with_transfer(t, row, link_gbps) for t in row.latency if t.batch_size == 1]
+    return found
+
+
+def _mean_and_bound(bound: Bound) -> tuple[float, float]:
+    return bound.mean, bound.upper
+
+
+def _accuracies(row: RowOutcome) -> dict[str, list[float]]:
+    """Points lost per example of every data set that has an accuracy."""
+    return {n: d.primary.losses for n, d in row.data.items() if d.primary.is_accuracy}
+
+
+def _mean(row: RowOutcome, seed: int) -> list[Number]:
+    """Over the data sets that have an accuracy, each counting alike; none without any."""
+    metrics = [d.primary for d in row.data.values() if d.primary.is_accuracy]
+    if not metrics:
+        return []
+    lost = upper_bound([m.losses for m in metrics], seed=seed, num_resamples=NUM_RESAMPLES)
+    dense = sum(m.dense_value for m in metrics) / len(metrics)
+    plan = sum(m.plan_value for m in metrics) / len(metrics)
+    return [Number(MEAN, ACCURACY, lost.num_examples, dense, plan, lost.mean, lost.upper)]
+
+
+def _times(timing: LatencyResult) -> list[Number]:
+    data, runs, dense, plan = (
+        f"batch {timing.batch_size}",
+        timing.num_runs,
+        timing.dense,
+        timing.plan,
+    )
+    return [
+        Number(data, TTFT, runs, dense.prefill_ms, plan.prefill_ms, timing.ttft_speedup),
+        Number(data, TPOT, runs, dense.tpot_ms, plan.tpot_ms, timing.tpot_speedup),
+        Number(
+            data,
+            ANSWER,
+            runs,
+            dense.answer_ms,
+            plan.answer_ms,
+            timing.speedup,
+            timing.speedup_at_least,
+        ),
+    ]
+
+
+def _with_transfer(timing: LatencyResult, row: RowOutcome, link_gbps: float) -> Number:
+    """Reckoned, not measured: bytes over bandwidth, none of it hidden, and no round trips."""
+    dense, plan = (
+        answer_ms + 8e-6 * num_bytes / link_gbps
+        for answer_ms, num_bytes in zip(
+            (timing.dense.answer_ms, timing.plan.answer_ms), row.timed_bytes, strict=True
+        )
+    )
+    return Number("batch 1", WITH_TRANSFER, timing.num_runs, dense, plan, dense / plan)
+
+
+def _bytes(row: RowOutcome) -> list[Number]:
+    num = sum(data.num_prompts for data in row.data.values())
+    full = sum(data.bytes_full for data in row.data.values())
+    sent = sum(data.bytes_sent for data in row.data.values())
+    return [Number(ALL_DATA, BYTES, num, full / num, sent / num, full / sent)] if num else []
+
+
+def beside_ours(peer: RowOutcome, ours: RowOutcome, *, seed: int) -> Number | None:
+    """How many points of mean accuracy a peer loses more than ours, and at least (95 %).
+
+    Paired on the same examples, ours in the place of dense; None where no data set of both has an
+    accuracy.
+    """
+    theirs, mine = _accuracies(peer), _accuracies(ours)
+    names = [name for name in theirs if name in mine]
+    if not names:
+        return None
+    less = [_differences(mine[name], theirs[name]) for name in names]
+    bound = upper_bound(less, seed=seed, num_resamples=NUM_RESAMPLES)
+    return Number(
+        MEAN,
+        ACCURACY,
+        bound.num_examples,
+        _mean_plan(ours, names),
+        _mean_plan(peer, names),
+        -bound.mean,
+        -bound.upper,
+    )
+
+
+def _differences(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(mine, theirs, strict=True)]
+
+
+def _mean_plan(row: RowOutcome, names: Sequence[str]) -> float:
+    return sum(row.data[name].primary.plan_value for name in names) / len(names)

@@ -1,0 +1,234 @@
+"""What one plan did beside the dense model, example by example, kept in its directory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rayapp.errors import InputError
+from rayapp.evaluation.bootstrap import Bound, upper_bound
+from rayapp.evaluation.choices import AnsweredQuestions
+from rayapp.evaluation.completions import JudgedCompletions
+from rayapp.evaluation.data import EvaluationData, Kind
+from rayapp.evaluation.perplexity import ScoredWindows
+from rayapp.evaluation.prompt_bytes import PromptBytes
+from rayapp.evaluation.result import LatencyResult
+from rayapp.evaluation.sides import Sides
+
+MetricName = Literal["acc", "acc_norm", "exact match", "perplexity"]
+ROW_FILE = "row.json"
+NUM_RESAMPLES = 2_000
+"""Of every interval in the tables: they are written anew after each row."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Metric(_Strict):
+    """One metric of a data set, per example; all its tasks together, examples counting alike.
+
+    Accuracies are 100 or 0. Perplexity is kept as nats per token, with tokens as ``weights``
+    (empty: all alike).
+    """
+
+    name: MetricName
+    dense: tuple[float, ...]
+    plan: tuple[float, ...]
+    weights: tuple[float, ...] = ()
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether values are percentages, and higher is better."""
+        return self.name != "perplexity"
+
+    @property
+    def dense_value(self) -> float:
+        """Per cent, or the perplexity."""
+        return self._value(self.dense)
+
+    @property
+    def plan_value(self) -> float:
+        """Per cent, or the perplexity."""
+        return self._value(self.plan)
+
+    @property
+    def losses(self) -> list[float]:
+        """Per example, how much worse the plan is: points, or nats per token."""
+        sign = 1.0 if self.is_accuracy else -1.0
+        return [sign * (d - p) for d, p in zip(self.dense, self.plan, strict=True)]
+
+    def lost(self, *, seed: int) -> Bound:
+        """What the plan loses, and at most (95 %)."""
+        weights = [self.weights] if self.weights else None
+        return upper_bound([self.losses], weights=weights, seed=seed, num_resamples=NUM_RESAMPLES)
+
+    def _value(self, values: Sequence[float]) -> float:
+        weights = self.weights or (1.0,) * len(values)
+        mean = math.fsum(v * w for v, w in zip(values, weights, strict=True)) / math.fsum(weights)
+        return mean if self.is_accuracy else math.exp(mean)
+
+
+class DataOutcome(_Strict):
+    """A plan on one data set; ``sha256`` is the file's.
+
+    ``num_prompts`` is how many prompts the bytes are the sum of.
+    """
+
+    sha256: str
+    kind: Kind
+    metrics: tuple[Metric, ...]
+    num_prompts: int
+    min_prompt_tokens: int
+    bytes_full: int
+    bytes_sent: int
+    num_left_out: int = 0
+
+    @property
+    def primary(self) -> Metric:
+        """The metric that enters the mean: ``acc``, exact match or perplexity."""
+        return self.metrics[0]
+
+
+class SearchCost(_Strict):
+    """What finding a plan took."""
+
+    evaluations: int
+    seconds: float
+    score: float
+
+
+class WeightBytes(_Strict):
+    """Parameters that a replica holds, tied ones once; unified holds what either stage runs."""
+
+    prefill: int
+    decode: int
+    unified: int
+
+
+class RowOutcome(_Strict):
+    """Everything that was measured of one row.
+
+    ``timed_bytes`` are what the dense model and the plan send of a prompt of the timed length.
+    ``base`` names the row whose plan and numbers a unified row shares.
+    """
+
+    name: str
+    plan: str
+    prefill_removed: float
+    decode_removed: float
+    search: SearchCost | None = None
+    data: dict[str, DataOutcome] = Field(default_factory=dict)
+    latency: tuple[LatencyResult, ...] = ()
+    timed_bytes: tuple[int, int] = (0, 0)
+    weights: WeightBytes | None = None
+    base: str | None = None
+
+    def save(self, directory: Path) -> None:
+        """Write it into the row's directory, complete or not at all."""
+        target = directory / ROW_FILE
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(self.model_dump_json() + "\n", encoding="utf-8")
+        temporary.replace(target)
+
+    @classmethod
+    def load(cls, directory: Path) -> RowOutcome | None:
+        """What a row's directory holds; None where nothing was measured yet.
+
+        Raises:
+            InputError: The file is no outcome.
+        """
+        file = directory / ROW_FILE
+        if not file.is_file():
+            return None
+        try:
+            return cls.model_validate_json(file.read_text(encoding="utf-8"))
+        except (ValidationError, UnicodeDecodeError):
+            raise InputError(
+                f"{file}: is not what a reproduction writes; delete it to measure the row again"
+            ) from None
+
+
+def measure_data(sides: Sides, name: str, data: EvaluationData) -> DataOutcome:
+    """A data set of one kind on both sides, its tasks together."""
+    groups: list[JudgedCompletions | AnsweredQuestions | ScoredWindows] = [
+        *(sides.completions(_label(name, t), lines) for t, lines in data.completions.items()),
+        *(sides.choices(_label(name, t), found) for t, found in data.choices.items()),
+        *(sides.texts(_label(name, t), windows) for t, windows in data.texts.items()),
+    ]
+    sent = PromptBytes.total(group.sent for group in groups)
+    lengths = [length for group in groups for length in _prompt_lengths(group)]
+    by_group = [_metrics(group) for group in groups]
+    return DataOutcome(
+        sha256=data.files[0].sha256,
+        kind=kind_of_data(data),
+        metrics=tuple(_joined(metrics) for metrics in zip(*by_group, strict=True)),
+        num_prompts=len(lengths),
+        min_prompt_tokens=min(lengths),
+        bytes_full=sent.bytes_full,
+        bytes_sent=sent.bytes_sent,
+        num_left_out=sum(windows.num_left_out for windows in data.texts.values()),
+    )
+
+
+def kind_of_data(data: EvaluationData) -> Kind:
+    """The only kind of its lines."""
+    if data.completions:
+        return "completions"
+    return "choices" if data.choices else "texts"
+
+
+def _label(name: str, task: str) -> str:
+    return f"{name} {task}" if task else name
+
+
+def _metrics(group: JudgedCompletions | AnsweredQuestions | ScoredWindows) -> list[Metric]:
+    if isinstance(group, JudgedCompletions):
+        matches = ([a.is_match for a in side] for side in (group.dense, group.plan))
+        return [_accuracy("exact match", *matches)]
+    if isinstance(group, AnsweredQuestions):
+        kinds: tuple[tuple[MetricName, bool], ...] = (("acc", False), ("acc_norm", True))
+        return [
+            _accuracy(name, *(group.right(s, by_character=norm) for s in (group.dense, group.plan)))
+            for name, norm in kinds
+        ]
+    found = group.likelihoods
+    return [
+        Metric(
+            name="perplexity",
+            dense=tuple(sums.dense_nll / sums.num_tokens for sums in found),
+            plan=tuple(sums.plan_nll / sums.num_tokens for sums in found),
+            weights=tuple(group.num_tokens),
+        )
+    ]
+
+
+def _accuracy(name: MetricName, dense: Sequence[bool], plan: Sequence[bool]) -> Metric:
+    return Metric(name=name, dense=_percent(dense), plan=_percent(plan))
+
+
+def _percent(right: Sequence[bool]) -> tuple[float, ...]:
+    return tuple(100.0 * each for each in right)
+
+
+def _joined(metrics: Sequence[Metric]) -> Metric:
+    """One metric over several tasks."""
+    return Metric(
+        name=metrics[0].name,
+        dense=tuple(value for metric in metrics for value in metric.dense),
+        plan=tuple(value for metric in metrics for value in metric.plan),
+        weights=tuple(weight for metric in metrics for weight in metric.weights),
+    )
+
+
+def _prompt_lengths(
+    group: JudgedCompletions | AnsweredQuestions | ScoredWindows,
+) -> list[int]:
+    if isinstance(group, AnsweredQuestions):
+        return [len(question.prompt) for question in group.questions]
+    lines = group.lines if isinstance(group, JudgedCompletions) else group.windows.lines
+    return [len(line.prompt) for line in lines]

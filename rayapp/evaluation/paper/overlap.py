@@ -1,0 +1,42 @@
+"""Prompts that stand in what a plan was chosen or trained on, and in what it is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rayapp.evaluation.choices import ChoiceLine
+from rayapp.evaluation.data import parse_line
+from rayapp.evaluation.perplexity import TextLine
+from rayapp.pruning.calibration import Line, read_lines, read_objects
+
+MIN_CHARACTERS = 32
+"""From which length on a prompt counts as found inside a text (project default)."""
+
+
+def count_overlaps(chosen_on: Iterable[str], data: Mapping[str, str]) -> dict[str, int]:
+    """Per data set the number of calibration (or heal) prompts that it holds.
+
+    Prompts are equal but for case and white space. A text holds a prompt that stands in it whole.
+
+    Args:
+        chosen_on: Calibration and heal files.
+        data: Evaluation files by name.
+
+    Raises:
+        DataError: A file cannot be read, or a line (named) is malformed.
+    """
+    prompts = {_plain(line.prompt) for path in chosen_on for _, line in read_lines(path)}
+    return {name: _count(prompts, Path(path)) for name, path in data.items()}
+
+
+def _count(prompts: set[str], path: Path) -> int:
+    lines = [parse_line(fields, f"{path} line {n}") for n, fields in read_objects(path)]
+    asked = {_plain(line.prompt) for line in lines if isinstance(line, Line | ChoiceLine)}
+    text = _plain("\n\n".join(line.text for line in lines if isinstance(line, TextLine)))
+    inside = {p for p in prompts if len(p) >= MIN_CHARACTERS and p in text} if text else set()
+    return len((prompts & asked) | inside)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())

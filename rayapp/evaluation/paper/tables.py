@@ -1,0 +1,285 @@
+"""Numbers as the paper's tables: Markdown for people, CSV and JSON for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+from rayapp.evaluation.machine import Machine
+from rayapp.evaluation.paper.numbers import (
+    ACCURACY,
+    ALL_DATA,
+    ANSWER,
+    BYTES,
+    TPOT,
+    TTFT,
+    WITH_TRANSFER,
+    Number,
+    beside_ours,
+    row_numbers,
+)
+from rayapp.evaluation.paper.outcome import RowOutcome
+from rayapp.evaluation.paper.rows import OURS, PEERS, ROWS, Row
+from rayapp.evaluation.paper.settings import ReproduceSettings
+from rayapp.evaluation.result import MEAN
+from rayapp.evaluation.table import Table
+
+_ROWS = {row.name: row for row in ROWS}
+
+
+@dataclass(frozen=True)
+class Paper:
+    """All that the tables are made of.
+
+    Attributes:
+        settings: What was asked for.
+        rows: What was measured, in the order of the tables.
+        left_out: Rows that are not there, and why.
+        machine: Where it was measured.
+        notes: How numbers are defined.
+        caveats: Why some must not be quoted.
+    """
+
+    settings: ReproduceSettings
+    rows: Sequence[RowOutcome]
+    left_out: Mapping[str, str]
+    machine: Machine
+    notes: Sequence[str]
+    caveats: Sequence[str]
+
+    @cached_property
+    def numbers(self) -> dict[str, list[Number]]:
+        """By row."""
+        seed, link = self.settings.seed, self.settings.link_gbps
+        return {row.name: row_numbers(row, link_gbps=link, seed=seed) for row in self.rows}
+
+    def number(self, row: str, data: str, metric: str) -> Number | None:
+        """One of them, where it is there."""
+        found = (n for n in self.numbers[row] if (n.data, n.metric) == (data, metric))
+        return next(found, None)
+
+    def write(self, directory: Path) -> None:
+        """``paper.md``, ``paper.csv`` and ``paper.json``."""
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "paper.md").write_text(self.markdown(), encoding="utf-8")
+        (directory / "paper.csv").write_text(self.csv(), encoding="utf-8")
+        (directory / "paper.json").write_text(self.json(), encoding="utf-8")
+
+    def markdown(self) -> str:
+        """Tables, definitions, and what speaks against quoting them."""
+        parts = [table.markdown() for table in self.tables()]
+        lines = [f"- {note}" for note in self.notes]
+        lines += [f"- left out, {row_title(name)}: {why}" for name, why in self.left_out.items()]
+        lines += [f"- not for quotation: {caveat}" for caveat in self.caveats]
+        return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
+
+    def csv(self) -> str:
+        """A line for every number."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["row", "title", *(field.name for field in fields(Number))])
+        for row, numbers in self.numbers.items():
+            for number in numbers:
+                writer.writerow([row, row_title(row), *asdict(number).values()])
+        return text.getvalue()
+
+    def json(self) -> str:
+        """Everything but the outcomes per example, which lie beside the plans."""
+        rows = [
+            {
+                **row.model_dump(mode="json", exclude={"data", "latency"}),
+                "title": row_title(row.name),
+                "source": _ROWS[row.name].source,
+                "numbers": [asdict(number) for number in self.numbers[row.name]],
+            }
+            for row in self.rows
+        ]
+        record = {
+            "settings": self.settings.model_dump(mode="json"),
+            "machine": self.machine.model_dump(mode="json"),
+            "rows": rows,
+            "left_out": dict(self.left_out),
+            "notes": list(self.notes),
+            "caveats": list(self.caveats),
+        }
+        return json.dumps(record, indent=2) + "\n"
+
+    def tables(self) -> list[Table]:
+        """Quality, ours beside the peers, speed, bytes and searches; those that are not empty."""
+        found = [self._quality(), self._beside_ours(), self._speed(), self._bytes(), self._search()]
+        return [table for table in found if table.rows and len(table.columns) > 1]
+
+    def _quality(self) -> Table:
+        dense = self.numbers[self.rows[0].name]
+        kept = [n for n in dense if n.data not in (ALL_DATA,) and not n.data.startswith("batch ")]
+        heads = [f"{n.data} {n.metric} (n={n.num:,})" for n in kept]
+        rows = []
+        for row in self.rows:
+            cells = [self._lost(row.name, n.data, n.metric) for n in kept]
+            rows.append((row_title(row.name), _removed(row), *cells))
+        return Table(
+            "Quality (lost against dense, at most so much with 95 %)",
+            ("row", "blocks removed, prefill and decode", *heads),
+            tuple(rows),
+        )
+
+    def _lost(self, row: str, data: str, metric: str) -> str:
+        number = self.number(row, data, metric)
+        if number is None:
+            return "-"
+        if row == ROWS[0].name:
+            return f"{number.plan:.2f}"
+        return f"{number.plan:.2f} (lost {number.difference:.3g}, ≤ {number.bound:.3g})"
+
+    def _beside_ours(self) -> Table:
+        rows = []
+        by_name = {row.name: row for row in self.rows}
+        for name in PEERS:
+            if name not in by_name or OURS not in by_name:
+                continue
+            number = beside_ours(by_name[name], by_name[OURS], seed=self.settings.seed)
+            if number is not None:
+                points = (f"{number.difference:.2f}", f"{number.bound:.2f}")
+                rows.append((row_title(name), f"{number.num:,}", *points))
+        columns = ("peer", "n", "points that it loses more", "at least (95 %)")
+        return Table(f"Peers beside {row_title(OURS)}: mean accuracy, paired", columns, tuple(rows))
+
+    def _speed(self) -> Table:
+        batches = [f"batch {timing.batch_size}" for timing in self.rows[0].latency]
+        link = f"with transfer at {self.settings.link_gbps:g} Gb/s, batch 1"
+        rows = []
+        for row in self.rows:
+            times = [self._ratio(row.name, b, m) for b in batches for m in (TTFT, TPOT, ANSWER)]
+            reckoned = self._ratio(row.name, "batch 1", WITH_TRANSFER)
+            rows.append((row_title(row.name), *times, reckoned))
+        heads = [f"{m}, {b}" for b in batches for m in (TTFT, TPOT, ANSWER)]
+        timing = self.rows[0].latency[0] if self.rows[0].latency else None
+        what = "Speed"
+        if timing:
+            what += (
+                f" ({timing.num_prompt_tokens} in, {timing.num_answer_tokens} out, median of "
+                f"{timing.num_runs} interleaved runs, {timing.num_threads} threads; speed-up, at "
+                "least so much with 95 %)"
+            )
+        return Table(what, ("row", *heads, link), tuple(rows) if timing else ())
+
+    def _ratio(self, row: str, data: str, metric: str) -> str:
+        number = self.number(row, data, metric)
+        if number is None:
+            return "-"
+        at_least = "" if number.bound is None else f", ≥ {number.bound:.3f}"
+        return f"{number.plan:.2f} ({number.difference:.3f}x{at_least})"
+
+    def _bytes(self) -> Table:
+        columns = (
+            "row",
+            "requests",
+            "KV bytes sent per request",
+            "reduction",
+            "weights of a prefill replica",
+            "of a decode replica",
+            "of a unified replica",
+        )
+        rows = tuple((row_title(row.name), *self._bytes_cells(row)) for row in self.rows)
+        return Table("Bytes", columns, rows)
+
+    def _bytes_cells(self, row: RowOutcome) -> tuple[str, ...]:
+        number = self.number(row.name, ALL_DATA, BYTES)
+        sent = ("-", "nothing is sent", "-")
+        if number is not None:
+            sent = (f"{number.num:,}", f"{number.plan:,.0f}", f"{number.difference:.3f}x")
+        if row.weights is None:
+            return (*sent, "-", "-", "-")
+        held = (row.weights.prefill, row.weights.decode, row.weights.unified)
+        shown = [f"{num_bytes / 1e6:,.1f} MB" for num_bytes in held]
+        return (*sent, *(["-", "-", shown[2]] if row.base else shown))
+
+    def _search(self) -> Table:
+        rows = tuple(
+            (
+                row_title(row.name),
+                _ROWS[row.name].source,
+                f"{row.search.evaluations:,}",
+                f"{row.search.seconds:,.0f}",
+                f"{row.search.score:.4g}",
+                row.plan,
+            )
+            for row in self.rows
+            if row.search
+        )
+        columns = ("row", "method of", "evaluations", "seconds", "KL on calibration", "plan")
+        return Table("Searches", columns, rows)
+
+
+def row_title(name: str) -> str:
+    """A row in words."""
+    return _ROWS[name].title
+
+
+def _removed(row: RowOutcome) -> str:
+    return f"{row.prefill_removed:g} and {row.decode_removed:g}"
+
+
+def definitions(settings: ReproduceSettings, rows: Sequence[Row]) -> list[str]:
+    """How the numbers are defined."""
+    found = [
+        "acc: the right choice has the highest summed log-likelihood; acc_norm: the highest per "
+        "character (as lm-evaluation-harness); shots are those of the prompts in the files; exact "
+        "match: greedy decoding gives the whole completion",
+        "a data set's tasks count by their examples; the mean counts data sets with an accuracy "
+        "alike, by acc or exact match",
+        "perplexity: prompt part through prefill, rest teacher-forced through decode; lost is NLL "
+        "in nats per token; not comparable with another paper's windows",
+        "bounds: one-sided, 95 %, paired bootstrap over examples, windows or runs",
+        f"with transfer: bytes over {settings.link_gbps:g} Gb/s added to the median answer, "
+        "reckoned, not measured",
+    ]
+    if any(row.name in PEERS for row in rows):
+        found.append(
+            "peers' searches remove one set from both stages and score our calibration lines by "
+            "our KL: a comparison of searches, not of the papers' data or objectives"
+        )
+    if any(row.name == "unified" for row in rows):
+        found.append(
+            "unified: both stages in one replica; tokens equal those of its plan by construction, "
+            "so do times without transfer, and nothing is sent"
+        )
+    return found
+
+
+def caveats(settings: ReproduceSettings, rows: Sequence[RowOutcome], dtype: str) -> list[str]:
+    """Why numbers must not be quoted as claims."""
+    sets = rows[0].data if rows else {}
+    found = [
+        f"{name}: {len(data.primary.dense):,} examples; points lost need 2,000"
+        for name, data in sets.items()
+        if data.primary.is_accuracy and len(data.primary.dense) < 2_000
+    ]
+    found += [
+        f"{name}: {data.num_left_out:,} tokens of text lie beyond the limit"
+        for name, data in sets.items()
+        if data.num_left_out
+    ]
+    shortest = min((data.min_prompt_tokens for data in sets.values()), default=128)
+    if shortest < 128:
+        found.append(
+            f"the shortest prompt has {shortest} tokens; a reduction is quoted for 128 or more"
+        )
+    if dtype != "bfloat16":
+        found.append(f"the engine ran in {dtype}; a reduction is quoted in bfloat16")
+    if 0 < settings.num_runs < 30:
+        found.append(f"{settings.num_runs} timed runs; a speed-up is quoted from 30")
+    if not settings.split:
+        found.append("the split of the data is not stated")
+    return found
+
+
+def mean_accuracy(paper: Paper, row: str) -> str:
+    """For a line of progress: what a row reached."""
+    number = paper.number(row, MEAN, ACCURACY)
+    return "" if number is None else f", mean accuracy {number.plan:.2f}"

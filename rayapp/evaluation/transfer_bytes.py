@@ -1,0 +1,45 @@
+"""Where the bytes of the dense cache go under a plan: for one prompt, before anything is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from rayapp.kv.forecast import forecast_sizes
+from rayapp.kv.ledger import KVShape, Route, account
+from rayapp.kv.wire import Envelope
+from rayapp.plan import PruningPlan
+
+_REQUEST_ID = "0" * 32
+"""As long as the service's; only its length matters, by the header's padding."""
+
+
+def forecast_transfer(
+    plan: PruningPlan, num_prompt_tokens: int, dtype: torch.dtype
+) -> Mapping[str, Any]:
+    """The ledger's record of a prompt, as the plan says it will be.
+
+    Blocks are taken to hold the whole prompt (no sliding windows, which a plan does not know), and
+    no visual token to be removed.
+
+    Args:
+        plan: With its model.
+        num_prompt_tokens: Length of the prompt.
+        dtype: Element type of the engine.
+    """
+    model = plan.model
+    assert model is not None, "only plans that name their model are asked about"
+    shape = KVShape(
+        num_blocks=model.num_blocks,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        element_bytes=dtype.itemsize,
+        windows=(None,) * model.num_blocks,
+    )
+    envelope = Envelope(_REQUEST_ID, 0, plan.fingerprint, model.weights_fingerprint)
+    sizes = forecast_sizes(shape, dtype, plan, envelope, num_prompt_tokens)
+    route = Route(_REQUEST_ID, 0, "", "")
+    return asdict(account(shape, plan, sizes, route, num_prompt_tokens=num_prompt_tokens))
