@@ -40,6 +40,7 @@ from rayapp.testbed import text_model_path
 
 # hidden size, blocks, query heads, KV heads, MLP size, vocabulary
 SHAPES = {
+    "tiny": (64, 4, 4, 2, 160, 300),
     "llama-1m": (128, 8, 4, 2, 320, 384),
     "llama-150m": (768, 12, 12, 4, 2048, 32_000),
     "llama-8b": (4096, 32, 32, 8, 14_336, 128_256),

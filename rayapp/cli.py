@@ -177,6 +177,13 @@ def prune(
     distillation_threshold: Annotated[
         float, typer.Option(help="Similarity from which on a block is in the pruning set.")
     ] = 0.95,
+    heal: Annotated[
+        Literal["none", "pair", "all"],
+        typer.Option(help="Removed blocks whose work a trained survivor takes over."),
+    ] = "none",
+    heal_data: Annotated[
+        Path | None, typer.Option(help="JSON lines to train survivors on; with --heal.")
+    ] = None,
     method: Annotated[
         Literal[
             "annealing",
@@ -190,7 +197,7 @@ def prune(
             "window",
         ],
         typer.Option(help="Search method."),
-    ] = "annealing",
+    ] = "surrogate",
     score_by: Annotated[
         Literal["task", "token"], typer.Option(help="What weighs equally.")
     ] = "task",
@@ -218,7 +225,8 @@ def prune(
         model=str(model), calibration=str(calibration), out=out, prefill_remove=prefill_remove,
         decode_remove=decode_remove, target_speedup=target_speedup, pareto=pareto,
         unit=unit, kv_modes=kv_modes, shared=shared,
-        pruning_set=pruning_set, distillation_threshold=distillation_threshold, method=method,
+        pruning_set=pruning_set, distillation_threshold=distillation_threshold,
+        heal=heal, heal_data=str(heal_data) if heal_data else None, method=method,
         score_by=score_by, objective=objective, kl_top_k=kl_top_k, racing=racing,
         first_token=first_token, evaluations=evaluations, workers=workers,
         seed=seed, address=address, resume=resume, dtype=dtype,
@@ -227,6 +235,60 @@ def prune(
         found = prune_front if settings.pareto else search
         summary = found(settings, on_progress=report).summary(out)
     typer.echo(summary)
+
+
+@app.command()
+def kv_select(
+    model: Model,
+    plan: Annotated[Path, typer.Option("--plan", help="Plan directory or plan.json.")],
+    calibration: Annotated[Path, typer.Option(help="JSON lines of prompt and completion.")],
+    target_reduction: Annotated[
+        float | None, typer.Option(help="Best quality with so many times fewer bytes than dense.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Instead: fewest bytes within this KL to dense.")
+    ] = None,
+    dtype: Annotated[
+        Literal["model", "int8", "int4"],
+        typer.Option(help="Smallest encoding allowed; model never quantises."),
+    ] = "model",
+    method: Annotated[
+        Literal["elimination", "mass"],
+        typer.Option(help="Sets scored jointly, or PDTrim's rule on attention mass."),
+    ] = "elimination",
+    threshold: Annotated[
+        float | None, typer.Option(help="For mass: cut blocks from this share on.")
+    ] = None,
+    first: Annotated[
+        str | None, typer.Option(help="Entries a cut keeps at the start: 4, or 0.1.")
+    ] = None,
+    last: Annotated[
+        list[str] | None, typer.Option(help="And at the end; may be given several times.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the new plan; default: in place.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Ray evaluators; 0: none, in process.")] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use.")] = None,
+) -> None:
+    """Choose which KV of a plan travels, and in which encoding."""
+    from rayapp.distributed.kv_select import kv_select as select
+    from rayapp.pruning.kv_settings import KVSelectSettings, amounts
+    from rayapp.pruning.progress import ProgressReport
+    from rayapp.terminal import kv_table
+
+    logging.getLogger("rayapp").setLevel(logging.INFO)
+    settings = KVSelectSettings.checked(
+        model=str(model), plan=str(plan), calibration=str(calibration),
+        target_reduction=target_reduction, max_kl=max_kl, encoding=dtype, method=method,
+        threshold=threshold, out=str(out) if out else None, workers=workers, seed=seed,
+        address=address, **amounts(first, last),
+    )  # fmt: skip
+    with ProgressReport() as report:
+        found = select(settings, on_progress=report)
+    Console().print(kv_table(found))
+    typer.echo(found.summary(str(out or plan)))
 
 
 @app.command()
@@ -259,6 +321,69 @@ def evaluate(
         console.print(table.rich())
     for caveat in result.caveats:
         console.print(f"not for quotation: {caveat}", highlight=False)
+
+
+@app.command()
+def report(
+    plan: Annotated[Path, typer.Option("--plan", help="Plan directory or plan.json.")],
+    evaluation: Annotated[
+        Path | None, typer.Option(help="JSON of evaluate; default: evaluation.json beside it.")
+    ] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="JSON of transfers; default: ledger.json beside it.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file; default: report.html there.")] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="First measure what each block costs alone.")
+    ] = False,
+    model: Annotated[Path | None, typer.Option(help="For --sensitivity.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="For --sensitivity.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Ray evaluators; 0: none, in process.")] = 0,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use.")] = None,
+) -> None:
+    """Draw all that is known of a plan on one HTML page."""
+    from rayapp.evaluation.findings import gather
+    from rayapp.evaluation.report import REPORT_FILE, write_report
+
+    if sensitivity != bool(model and calibration) or bool(model) != bool(calibration):
+        raise InputError(
+            "--sensitivity runs a model on lines, and nothing else does: give it with --model and "
+            "--calibration, or none of the three"
+        )
+    if sensitivity:
+        from rayapp.distributed.sensitivity import measure
+        from rayapp.evaluation.progress import shown_progress
+
+        with shown_progress() as progress:
+            measure(
+                plan, model=str(model), calibration=str(calibration), workers=workers,
+                address=address, progress=progress,
+            )  # fmt: skip
+    home = plan if plan.is_dir() else plan.parent
+    findings = gather(plan, evaluation=evaluation, ledger=ledger)
+    typer.echo(write_report(out or home / REPORT_FILE, findings))
+    for what in findings.left_out:
+        typer.echo(f"left out: {what}", err=True)
+
+
+@app.command()
+def export(
+    model: Model,
+    plan: Annotated[Path, typer.Option("--plan", help="Plan directory or plan.json.")],
+    stage: Annotated[
+        Literal["prefill", "decode", "unified"],
+        typer.Option(help="One stage, or the one model that both are."),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to make.")],
+) -> None:
+    """Write a stage as an ordinary Hugging Face checkpoint, where it removes whole blocks only."""
+    from rayapp.evaluation.progress import shown_progress
+    from rayapp.export import export_stage
+
+    with shown_progress() as progress:
+        record = export_stage(model, plan, stage, out, progress=progress)
+    total = record.source.num_blocks
+    typer.echo(f"{out}: {stage} with {len(record.kept_blocks)} of {total} blocks")
 
 
 @app.command()

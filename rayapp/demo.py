@@ -24,6 +24,7 @@ from rayapp.distributed.deploy import RunningService, running_service
 from rayapp.distributed.settings import ServiceSettings
 from rayapp.errors import ClusterError, InputError
 from rayapp.evaluation.evaluate import evaluate
+from rayapp.evaluation.findings import gather
 from rayapp.evaluation.progress import shown_progress
 from rayapp.evaluation.report import write_report
 from rayapp.evaluation.result import EvaluationResult, TaskResult
@@ -36,6 +37,9 @@ from rayapp.testbed.tasks import TASKS, Example, generate, write_jsonl
 PREFILL_REMOVE, DECODE_REMOVE = 1, 2
 CALIBRATION_PER_TASK, TEST_PER_TASK, QUESTIONS_PER_TASK = 48, 100, 2
 EVALUATIONS, WORKERS, TIMED_RUNS = 160, 2, 10
+# The sizes above were chosen while the test prompts of seed 0 were in sight, so those cannot tell
+# any more what a plan costs; nothing was ever chosen on the prompts of this seed.
+SEEDS = {"calibration": 0, "test": 730_241}
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "prune.py"
 
 
@@ -77,7 +81,7 @@ def run_demo(out: Path, console: Console) -> None:
         evaluation = _evaluate(plan, files)
         _heading(console, "3. serve", "prefill and decode on nodes of their own")
         ledger = _serve(cluster, files, console)
-    write_report(files.report, plan, evaluation, files.trials, ledger)
+    write_report(files.report, gather(files.out))
     _heading(console, "4. result", f"{time.monotonic() - began_s:.0f} s in all, files in {out}")
     console.print(*ledger_tables(ledger), result_table(evaluation), sep="\n")
 
@@ -94,7 +98,7 @@ def _write_data(files: Files) -> None:
 
 
 def _examples(split: str, per_task: int) -> list[Example]:
-    return [example for task in TASKS for example in generate(task, split, per_task, seed=0)]
+    return [example for task in TASKS for example in generate(task, split, per_task, SEEDS[split])]
 
 
 def _heading(console: Console, title: str, what: str) -> None:

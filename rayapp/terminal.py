@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rayapp.plan import STAGES, KVTransfer, Mode, PruningPlan
+from rayapp.plan import HEALED_FILE, STAGES, KVTransfer, Mode, PruningPlan
+
+if TYPE_CHECKING:  # it needs torch, and `rayapp plan show` must not wait for that
+    from rayapp.pruning.kv_result import KVSelection
 
 _MODE_STYLES = {
     Mode.FULL: "dim",
@@ -31,10 +34,16 @@ def plan_tables(plan: PruningPlan) -> list[RenderableType]:
         f"(weights {plan.model.weights_fingerprint})\nblocks removed: {removed}; "
         f"first answer token from {plan.first_token}"
     )
+    healed = _healed(plan)
+    if plan.healed:
+        head += f"\nhealed tensors: {plan.healed} in {HEALED_FILE}"
     table = Table("block", "prefill", "decode", "KV sent", "encoding")
     for block in range(plan.model.num_blocks):
         modes = [plan.mode(stage, block) for stage in STAGES]
-        cells = [Text(mode, style=_MODE_STYLES[mode]) for mode in modes]
+        cells = [
+            Text(mode, style=_MODE_STYLES[mode]) + Text(healed.get((stage, block), ""), "green")
+            for stage, mode in zip(STAGES, modes, strict=True)
+        ]
         rule = plan.transfer(block)
         sent = _amount(rule) if modes[1].attends else "-"
         table.add_row(str(block), *cells, sent, rule.encoding if modes[1].attends else "-")
@@ -42,6 +51,29 @@ def plan_tables(plan: PruningPlan) -> list[RenderableType]:
     if plan.visual_tokens:
         parts.append(Text(f"visual tokens: {plan.visual_tokens.model_dump_json()}"))
     return parts
+
+
+def kv_table(found: KVSelection) -> RenderableType:
+    """A row for every block where decode attends: what was measured of it, and what it sends."""
+    table = Table(
+        "block", "mass kept", "KL, cut alone", "KL, kept alone", "KV sent", "encoding",
+        title=f"KL {found.score:.4g} at {found.reduction:.2f}x fewer bytes; {found.base_score:.4g} "
+        f"with all KV, {found.cut_score:.4g} with every block cut",
+    )  # fmt: skip
+    for each in found.blocks:
+        effects = (each.mass.kept, each.cut_alone, each.kept_alone)
+        cells = [f"{effects[0]:.3f}", *(f"{effect:.4g}" for effect in effects[1:])]
+        table.add_row(str(each.block), *cells, _amount(each.rule), each.rule.encoding)
+    return table
+
+
+def _healed(plan: PruningPlan) -> dict[tuple[str, int], str]:
+    """What the provenance says of survivors: by stage and block, whose work they do, how well."""
+    return {
+        (r["stage"], r["survivor"]): f" + {r['removed']} (healed, relative MSE "
+        f"{r['relative_mse_before']:.2g} to {r['relative_mse_after']:.2g})"
+        for r in plan.provenance.get("healed", ())
+    }
 
 
 def _amount(rule: KVTransfer) -> str:

@@ -13,7 +13,10 @@ from rayapp import cli
 from rayapp.models.loading import load_model, read_signature
 from rayapp.plan import PruningPlan
 
-COMMANDS = {"demo", "prune", "evaluate", "serve", "generate", "transfers", "plan"}
+COMMANDS = {
+    "demo", "prune", "kv-select", "evaluate", "report", "export", "serve", "generate", "transfers",
+    "plan",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -71,7 +74,7 @@ def complains(result, needle):
 def test_help_lists_exactly_what_works(run):
     code, out, _ = run("--help")
     assert code == 0
-    listed = {line.split()[1] for line in out.splitlines() if re.match(r"│ \w+ {2,}\S", line)}
+    listed = {line.split()[1] for line in out.splitlines() if re.match(r"│ \w[\w-]* {2,}\S", line)}
     assert listed == COMMANDS
     for command in COMMANDS:
         assert run(command, "--help")[0] == 0
@@ -115,6 +118,28 @@ def test_evaluate(run, checkpoint, plan_dir, data, tmp_path):
     assert json.loads(out.read_text())["complete"] is True
 
 
+def test_report(run, checkpoint, plan_dir, data, tmp_path):
+    code, printed, err = run("report", "--plan", plan_dir)
+    assert code == 0, err
+    assert printed.strip() == str(plan_dir / "report.html")
+    measuring = ("--sensitivity", "--model", checkpoint, "--calibration", data)
+    page = tmp_path / "new" / "page.html"
+    code, _, err = run("report", "--plan", plan_dir / "plan.json", "--out", page, *measuring)
+    assert code == 0, err
+    assert "Sensitivity per block" in page.read_text()
+    (plan_dir / "kv.json").write_text(
+        json.dumps(
+            {"complete": False, "subject": {"plan": ""}, "settings": {"method": "mass"}, "mass": []}
+        )
+    )
+    code, _, err = run("report", "--plan", plan_dir)
+    assert (code, err) == (0, "left out: kv.json: the selection did not finish\n")
+    complains(run("report", "--plan", plan_dir, "--sensitivity"), "give it with --model and")
+    complains(run("report", "--plan", plan_dir, *measuring[1:3]), "give it with --model and")
+    complains(run("report", "--plan", tmp_path / "nowhere"), "cannot be read")
+    complains(run("report", "--plan", plan_dir, "--ledger", data), "is not JSON")
+
+
 def test_prune_in_process(run, checkpoint, data, tmp_path):
     out = tmp_path / "found"
     code, printed, err = run(
@@ -126,6 +151,28 @@ def test_prune_in_process(run, checkpoint, data, tmp_path):
     assert PruningPlan.load(out).removed("decode") == 1
     for name in ("journal.jsonl", "trials.parquet", "report.html"):
         assert (out / name).is_file(), name
+
+
+def test_kv_select(run, checkpoint, plan_dir, data, tmp_path):
+    before = PruningPlan.load(plan_dir)
+    arguments = (
+        "kv-select", "--model", checkpoint, "--plan", plan_dir, "--calibration", data, "--first", 1,
+        "--last", 2, "--last", 0.5,
+    )  # fmt: skip
+    out = tmp_path / "chosen"
+    goal = ("--target-reduction", 2, "--dtype", "int8", "--out", out)
+    code, printed, err = run(*arguments, *goal)
+    assert code == 0, err
+    assert "KL, cut alone" in printed
+    assert f"{out}/plan.json: 2." in printed.replace("\n", "")
+    assert PruningPlan.load(out).kv_transfer
+    assert json.loads((out / "kv.json").read_text())["complete"] is True
+    assert PruningPlan.load(plan_dir) == before
+    assert run(*arguments, "--method", "mass", "--threshold", 0.5)[0] == 0  # in place
+    complains(run(*arguments), "give either --target-reduction or --max-kl")
+    complains(run(*arguments, "--target-reduction", 99), r"99 cannot be met.*reach \d+")
+    complains(run(*arguments, "--max-kl", 1, "--out", out), "a plan already lies here")
+    complains(run(*arguments, "--max-kl", 1, "--last", "x"), "--last x")
 
 
 def test_bad_models_plans_and_data(run, checkpoint, plan_dir, data, save_tiny, tmp_path):

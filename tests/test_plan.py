@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 
 import pytest
 from hypothesis import given
@@ -188,3 +189,32 @@ def test_removals_count_parts_as_halves():
     )
     assert plan.removed("prefill") == 1 + 0.5 + 0.5 + 1
     assert plan.removed("decode") == 0.5
+
+
+def test_healed_tensors_are_part_of_the_computation():
+    plan = parse(decode={"blocks": {"3": "removed"}})
+    healed = plan.with_healed("0" * 24)
+    assert healed.fingerprint not in (plan.fingerprint, plan.with_healed("1" * 24).fingerprint)
+    assert not parse(healed="0" * 24).is_empty
+    assert PruningPlan.parse(healed.dumps()) == healed
+    assert "healed" not in plan.dumps()
+    with pytest.raises(PlanError, match="healed: String should match pattern"):
+        parse(healed="../../weights")
+
+
+def test_plans_from_before_healing_keep_their_fingerprint():
+    assert parse(decode={"blocks": {"3": "removed"}}).fingerprint == "1f94680e8f43eb3a"
+    assert PruningPlan().fingerprint == "16f2b7994dc2d339"
+
+
+def test_where_a_plan_lies_is_no_part_of_it(tmp_path):
+    plan = parse(decode={"blocks": {"3": "removed"}})
+    assert plan.directory is None
+    plan.save(tmp_path)
+    loaded = PruningPlan.load(tmp_path / "plan.json")
+    assert loaded.directory == tmp_path
+    assert loaded == plan
+    assert loaded.dumps() == plan.dumps()
+    assert loaded.model_copy(update={"provenance": {}}).directory == tmp_path
+    assert pickle.loads(pickle.dumps(loaded)).directory == tmp_path
+    assert plan != parse()

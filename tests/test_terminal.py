@@ -45,6 +45,28 @@ def test_every_block_of_a_plan_is_drawn():
     ]
 
 
+def test_whose_work_a_healed_block_does_is_drawn():
+    plan = PruningPlan.parse(
+        json.dumps(
+            {
+                "model": {
+                    "model_type": "llama", "num_blocks": 3, "hidden_size": 8, "num_kv_heads": 1,
+                    "head_dim": 8, "vocab_size": 9, "weights_fingerprint": "f00",
+                },
+                "decode": {"blocks": {"1": "removed"}},
+                "healed": "0" * 24,
+                "provenance": {"healed": [{
+                    "stage": "decode", "removed": 1, "survivor": 2,
+                    "relative_mse_before": 0.08123, "relative_mse_after": 0.0021,
+                }]},
+            }
+        )
+    )  # fmt: skip
+    text = drawn(plan_tables(plan))
+    assert f"healed tensors: {'0' * 24} in weights.safetensors" in text
+    assert "full + 1 (healed, relative MSE 0.081 to 0.0021)" in text
+
+
 def test_an_empty_plan_says_so():
     assert "dense model" in drawn(plan_tables(PruningPlan()))
 

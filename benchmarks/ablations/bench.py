@@ -1,0 +1,199 @@
+"""One model on its fresh examples: what a plan, or any pair of stages, loses, weighs and takes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rayapp.distributed.prune import prune
+from rayapp.evaluation.bootstrap import upper_bound
+from rayapp.evaluation.latency import measure_latency
+from rayapp.evaluation.likelihood import LineLikelihood, TwoStages, likelihoods
+from rayapp.evaluation.result import LatencyResult
+from rayapp.evaluation.settings import EvaluationSettings
+from rayapp.models.blocks import signature_of
+from rayapp.models.loading import LoadedModel, load_model
+from rayapp.plan import PruningPlan
+from rayapp.pruning.calibration import TokenizedLine, load_calibration
+from rayapp.pruning.kv_bytes import KVBytes
+from rayapp.pruning.settings import PruneSettings
+from rayapp.testbed import tasks
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    calibration_per_task: int = 64
+    heal_per_task: int = 128
+    fresh_per_task: int = 500
+    runs: int = 30
+    seeds: int = 3
+    seed: int = 0
+
+
+class Remembered:
+    """A side whose logits are computed once per batch: the dense one meets every plan."""
+
+    def __init__(self, side: TwoStages) -> None:
+        self.plan, self.prefill, self.decode = side.plan, side.prefill, side.decode
+        self._side, self._logits = side, dict[bytes, torch.Tensor]()
+
+    def logits(self, prompts_BT: torch.Tensor, continuations_BC: torch.Tensor) -> torch.Tensor:
+        key = prompts_BT.numpy().tobytes() + continuations_BC.numpy().tobytes()
+        if key not in self._logits:
+            self._logits[key] = self._side.logits(prompts_BT, continuations_BC)
+        return self._logits[key]
+
+
+@dataclass
+class Bench:
+    """A model, its data, and a directory where searches leave what they found."""
+
+    path: Path
+    work: Path
+    sizes: Sizes
+    loaded: LoadedModel = field(init=False)
+    lines: dict[str, list[TokenizedLine]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.loaded = load_model(self.path, dtype="float32")
+        self.dense = Remembered(TwoStages(self.loaded.model, PruningPlan()))
+        self.lines = {
+            length: self.tokenized("validation", self.sizes.fresh_per_task, 900_001, length)
+            for length in ("short", "mixed")
+        }
+
+    @property
+    def num_blocks(self) -> int:
+        return signature_of(self.loaded.model).num_blocks
+
+    def data(self, split: str, per_task: int, seed: int, length: str, only: str = "") -> Path:
+        """A file of examples, written once."""
+        path = self.work / f"{split}-{length}-{per_task}-{seed}{'-' + only if only else ''}.jsonl"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            names = (only,) if only else tasks.TASKS
+            found = [
+                e for t in names for e in tasks.generate(t, split, per_task, seed, length=length)
+            ]
+            tasks.write_jsonl(path, found)
+        return path
+
+    def calibration(self, length: str = "short", only: str = "") -> Path:
+        per_task = self.sizes.calibration_per_task * (len(tasks.TASKS) if only else 1)
+        return self.data("calibration", per_task, self.sizes.seed, length, only)
+
+    def heal_data(self) -> Path:
+        return self.data("heal", self.sizes.heal_per_task, self.sizes.seed, "mixed")
+
+    def tokenized(self, split: str, count: int, seed: int, length: str) -> list[TokenizedLine]:
+        """Fresh examples as the engines see them."""
+        return list(
+            load_calibration(self.data(split, count, seed, length), self.loaded.tokenizer).lines
+        )
+
+    def search(self, name: str, **settings: Any) -> tuple[PruningPlan, dict[str, Any]]:
+        """A finished search, resumed where it stopped; its plan, and what it took."""
+        out = self.work / "plans" / name
+        record = out / "took.json"
+        if not record.is_file():
+            wanted = {
+                "model": str(self.path),
+                "calibration": str(self.calibration()),
+                "out": str(out),
+                "dtype": "float32",
+                "resume": (out / "journal.jsonl").is_file(),
+                "seed": self.sizes.seed,
+            } | settings
+            found = prune(PruneSettings.checked(**wanted))
+            took = {
+                "evaluations": found.evaluations,
+                "search_s": found.seconds,
+                "score": found.score.value,
+            }
+            record.write_text(json.dumps(took))
+        return PruningPlan.load(out), json.loads(record.read_text())
+
+    def quality(self, side: TwoStages, length: str = "short") -> dict[str, Any]:
+        """KL and points lost on the fresh examples, tasks alike, with 95 % upper bounds."""
+        lines = self.lines[length]
+        dense: Any = self.dense
+        found = dict(likelihoods(dense, side, lines))
+        groups = [
+            [found[i] for i, line in enumerate(lines) if line.task == task] for task in tasks.TASKS
+        ]
+        lost = [[100.0 * (e.dense_match - e.plan_match) for e in group] for group in groups]
+        kl = upper_bound(
+            [[e.kl / e.num_tokens for e in group] for group in groups],
+            weights=[[float(e.num_tokens) for e in group] for group in groups],
+            num_resamples=RESAMPLES,
+        )
+        bounds = [upper_bound([each], num_resamples=RESAMPLES) for each in lost]
+        worst = max(range(len(bounds)), key=lambda i: bounds[i].mean)
+        return {
+            "kl": kl.mean,
+            "kl_upper": kl.upper,
+            "dense_match": _shares(groups, "dense_match"),
+            "plan_match": _shares(groups, "plan_match"),
+            "mean_lost": sum(b.mean for b in bounds) / len(bounds),
+            "worst_task": tasks.TASKS[worst],
+            "worst_lost": bounds[worst].mean,
+            "worst_lost_upper": max(bound.upper for bound in bounds),
+        }
+
+    def reduction(self, plan: PruningPlan, length: str = "mixed") -> float:
+        """Bytes of the dense caches over bytes sent, engine in bf16, headers included."""
+        lengths = [len(line.prompt) for line in self.lines[length]]
+        return self._bytes(plan, lengths).reduction(plan.kv_transfer)
+
+    def side(self, plan: PruningPlan) -> TwoStages:
+        return TwoStages(self.loaded.model, plan)
+
+    def bytes_full(self, num_prompt_tokens: int) -> int:
+        """What the dense cache of one prompt weighs in bf16."""
+        return self._bytes(PruningPlan(), [num_prompt_tokens]).full
+
+    def _bytes(self, plan: PruningPlan, lengths: list[int]) -> KVBytes:
+        config = copy.deepcopy(self.loaded.model.config)
+        config.dtype = torch.bfloat16
+        return KVBytes(config, plan, lengths)
+
+    def speed(self, side: TwoStages, batch_size: int = 1) -> LatencyResult:
+        settings = EvaluationSettings(num_runs=self.sizes.runs)
+        dense: Any = self.dense
+        return measure_latency(dense, side, settings, batch_size=batch_size)
+
+    def plan_row(self, plan: PruningPlan, length: str = "short") -> dict[str, Any]:
+        """Everything of one plan but its speed in batches."""
+        side = self.side(plan)
+        timing = self.speed(side)
+        return self.quality(side, length) | {
+            "speedup": timing.speedup,
+            "ttft_speedup": timing.ttft_speedup,
+            "tpot_speedup": timing.tpot_speedup,
+            "reduction": self.reduction(plan),
+            "plan": plan_words(plan),
+        }
+
+
+def plan_words(plan: PruningPlan) -> str:
+    """The blocks that each stage does not run in full."""
+    return "; ".join(
+        f"{stage} "
+        + (", ".join(f"{b} {m}" for b, m in sorted(plan.stage(stage).blocks.items())) or "-")
+        for stage in ("prefill", "decode")
+    )
+
+
+def _shares(groups: Sequence[Sequence[LineLikelihood]], name: str) -> dict[str, float]:
+    pairs = zip(tasks.TASKS, groups, strict=True)
+    return {task: sum(getattr(e, name) for e in group) / len(group) for task, group in pairs}

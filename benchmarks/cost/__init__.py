@@ -1,0 +1,1 @@
+"""Parts of ``search_cost.py``: what a search costs, and what its races find."""

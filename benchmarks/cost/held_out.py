@@ -1,0 +1,65 @@
+"""What the plans of races lose on lines that no search saw, with a paired bound.
+
+One set of fresh lines for all seeds. A resample draws seeds, and lines within every task, so the
+bound holds for other seeds *and* other lines. Shapes: P = plans, S = seeds, R = resamples, L =
+lines, N = lines of a task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from rayapp.pruning.calibration import Calibration
+from rayapp.pruning.candidates import Candidate
+from rayapp.pruning.evaluator import Evaluator
+from rayapp.pruning.objective import Objective
+from rayapp.pruning.scoring import LocalCompute, Scorer
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+def held_out(
+    model: PreTrainedModel, lines: Calibration, pairs: Sequence[tuple[Candidate, Candidate]]
+) -> dict[str, Any]:
+    """Scores of every seed's two plans on fresh lines, and the bound of the races' loss."""
+    plans = sorted({plan for pair in pairs for plan in pair})
+    evaluator = Evaluator(model, lines, Objective())
+    scorer = Scorer(lines, Objective(), LocalCompute(evaluator), weights="benchmark")
+    scores = scorer.score_many(plans)
+    sums_PL = np.array([score.lines for score in scores])
+    indices_S2 = np.array([[plans.index(plan) for plan in pair] for pair in pairs])
+    mean, upper = relative_loss(lines, sums_PL, indices_S2)
+    return {
+        "num_lines": len(lines.lines),
+        "plans": [[str(plan) for plan in pair] for pair in pairs],
+        "scores": [[scores[index].value for index in row] for row in indices_S2.tolist()],
+        "loss": mean,
+        "loss_upper_bound": upper,
+    }
+
+
+def relative_loss(
+    lines: Calibration, sums_PL: NDArray[np.float64], indices_S2: NDArray[np.int64]
+) -> tuple[float, float]:
+    """Mean score of the second plans over that of the first, minus one; and its upper bound."""
+    rng = np.random.default_rng(0)
+    tokens_L = np.array([len(line.continuation) for line in lines.lines], float)
+    drawn_RP = np.zeros((RESAMPLES, len(sums_PL)))
+    mean_P = np.zeros(len(sums_PL))
+    for task in lines.tasks:
+        group = np.array([i for i, line in enumerate(lines.lines) if line.task == task])
+        counts_RN = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), RESAMPLES)
+        tokens_R1 = (counts_RN @ tokens_L[group])[:, None]
+        drawn_RP += counts_RN @ sums_PL[:, group].T / tokens_R1 / len(lines.tasks)
+        mean_P += sums_PL[:, group].sum(axis=1) / tokens_L[group].sum() / len(lines.tasks)
+    seeds_RS = rng.integers(len(indices_S2), size=(RESAMPLES, len(indices_S2)))
+    rows = np.arange(RESAMPLES)[:, None]
+    whole_R, raced_R = (drawn_RP[rows, indices_S2[seeds_RS, k]].sum(axis=1) for k in (0, 1))
+    loss = mean_P[indices_S2[:, 1]].sum() / mean_P[indices_S2[:, 0]].sum() - 1
+    return float(loss), float(np.quantile(raced_R / whole_R - 1, CONFIDENCE, method="higher"))

@@ -1,0 +1,75 @@
+"""What something took, and compute that keeps count of itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from rayapp.pruning.evaluator import Evaluator
+from rayapp.pruning.scoring import Done, LocalCompute, Work
+from rayapp.pruning.similarity import Influence
+
+
+@dataclass
+class Cost:
+    """Block x token forwards, and seconds."""
+
+    forwards: float = 0.0
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        pairs = zip(asdict(self).values(), asdict(other).values(), strict=True)
+        return Cost(*(mine + its for mine, its in pairs))
+
+    def __sub__(self, other: Cost) -> Cost:
+        return self + Cost(*(-value for value in asdict(other).values()))
+
+    def over(self, other: Cost) -> dict[str, float]:
+        """How many times ``other`` this is."""
+        return {key: value / getattr(other, key) for key, value in asdict(self).items()}
+
+
+class Meter:
+    """Adds up what an evaluator does within the context."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self._evaluator = evaluator
+        self.cost = Cost()
+
+    def __enter__(self) -> Meter:
+        self._began = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cost += self._now() - self._began
+
+    def _now(self) -> Cost:
+        return Cost(self._evaluator.forwards, time.perf_counter(), time.process_time())
+
+
+class Recording(LocalCompute):
+    """In-process compute that keeps its cost, and every piece of work with its seconds."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        super().__init__(evaluator)
+        self.meter = Meter(evaluator)
+        self.rounds: list[list[Done]] = []
+
+    def run(self, work: Sequence[Work]) -> Iterator[Done]:
+        self.rounds.append([])
+        with self.meter:
+            done = list(super().run(work))
+        self.rounds[-1] += done
+        yield from done
+
+    def influence(self) -> Influence:
+        """Measured here: both stages of the dense model once, which no evaluator counts."""
+        with self.meter:
+            found = super().influence()
+        evaluator = self._evaluator
+        inputs = [evaluator.inputs(chunk) for chunk in range(len(evaluator.calibration.chunks))]
+        tokens = sum(each.prefill_ids_BP.numel() + each.decode_ids_BD.numel() for each in inputs)
+        self.meter.cost += Cost(forwards=float(tokens * evaluator.runner.num_blocks))
+        return found

@@ -1,0 +1,84 @@
+"""More evaluators: two of Ray's, measured; up to 256, simulated."""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import os
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from cost.lines import equal_lines
+from cost.trial import search, settings_of
+from rayapp.models.loading import LoadedModel
+from rayapp.pruning.candidates import Candidate
+from rayapp.pruning.scoring import Done, split_work
+from rayapp.pruning.spaces import Space
+
+WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PIECE_OVERHEAD_S = 0.003  # a bare actor call with a small answer
+
+
+def two_workers(arguments: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
+    """The same fresh candidates on one and on two evaluators, in turns."""
+    os.environ.update({"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"})
+    import ray
+
+    from rayapp.distributed.scoring import EvaluatorPool
+
+    lines = equal_lines(model.tokenizer, arguments, "calibration", arguments.lines, arguments.seed)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="warning")
+    settings = settings_of(arguments, "unused", arguments.seed, racing=False)
+    pools = {
+        count: EvaluatorPool(settings.model_copy(update={"workers": count}), lines)
+        for count in (1, 2)
+    }
+    for pool in pools.values():
+        ray.wait(list(pool._starting), num_returns=len(pool._starting))
+    space = Space(model.signature.num_blocks, arguments.remove, arguments.remove)
+    seconds: dict[int, list[float]] = {count: [] for count in pools}
+    for repeat in range(-1, arguments.repeats):  # the first, uncounted, warms both up
+        rng = random.Random(repeat)
+        drawn = sorted({space.draw(rng) for _ in range(arguments.worker_candidates)})
+        for count in sorted(pools, reverse=repeat % 2 == 1):
+            work = split_work(dict.fromkeys(range(len(lines.chunks)), drawn), count)
+            started = time.perf_counter()
+            assert len(list(pools[count].run(work))) == len(work)
+            if repeat >= 0:
+                seconds[count].append(time.perf_counter() - started)
+    for pool in pools.values():
+        pool.close()
+    ray.shutdown()
+    ratios = [one / two for one, two in zip(*seconds.values(), strict=True)]
+    return {"seconds": seconds, "speed_up": statistics.median(ratios), "ratios": ratios}
+
+
+def simulation(arguments: argparse.Namespace, model: LoadedModel) -> list[dict[str, float]]:
+    """How long one recorded search would take on more evaluators, work split as it would be.
+
+    Every piece goes to the evaluator that is free first. What pieces share when they follow one
+    another on one evaluator is not added where they are apart, so this is an upper bound.
+    """
+    lines = equal_lines(model.tokenizer, arguments, "calibration", arguments.lines, arguments.seed)
+    _, compute = search(arguments, model, lines, arguments.seed, racing=False)
+    rows = [
+        {"workers": count, "seconds": sum(_round(done, count) for done in compute.rounds)}
+        for count in WORKERS
+    ]
+    return [{**row, "speed_up": rows[0]["seconds"] / row["seconds"]} for row in rows]
+
+
+def _round(done: Sequence[Done], num_workers: int) -> float:
+    """One generation (or rung): nothing of the next begins before its last piece ends."""
+    seconds: dict[int, dict[Candidate, float]] = {}
+    for piece in done:
+        share = piece.seconds / len(piece.work.candidates)
+        seconds.setdefault(piece.work.chunk, {}).update(dict.fromkeys(piece.work.candidates, share))
+    free = [0.0] * num_workers
+    for work in split_work({k: sorted(shares) for k, shares in seconds.items()}, num_workers):
+        takes = PIECE_OVERHEAD_S + sum(seconds[work.chunk][c] for c in work.candidates)
+        heapq.heappush(free, heapq.heappop(free) + takes)
+    return max(free)

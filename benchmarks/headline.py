@@ -1,0 +1,226 @@
+"""Claim: one plan is 1.2056x faster and sends 4.95x fewer bytes, at most 1 point lost on any task.
+
+These are the two figures of PDTrim's abstract (20.56 % and 4.95x), asked of one and the same plan;
+and how far a plan can go at 3 points. Everything is chosen on calibration and validation examples:
+for every number of blocks removed, a plan is searched (with healing and without) and its KV chosen
+(`rayapp kv-select`), and the furthest that keeps its limit on validation is taken. Only those meet
+the test examples, once. Loss is exact match, dense minus plan, teacher-forced (equal to greedy
+decoding), the worst task's one-sided 95 % upper bound; speed-up is 128 tokens in, 64 out,
+interleaved runs; bytes are the engine's in bf16, every prompt at least 128 tokens.
+
+    python benchmarks/headline.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from ablations.bench import Bench, Sizes, plan_words
+from ablations.studies import METHOD
+
+from rayapp.distributed.kv_select import kv_select
+from rayapp.evaluation.machine import this_machine
+from rayapp.plan import PruningPlan
+from rayapp.pruning.kv_settings import KVSelectSettings
+from rayapp.testbed import text_model_path
+
+SPEED, REDUCTION = 1.2056, 4.95
+MARGIN = 1.01
+"""The choice asks for 1 % more bytes saved than is claimed: other prompts have other lengths."""
+LIMITS = (1.0, 3.0)
+TEST_SEED = 7_000_003
+"""Of examples that no choice was made on."""
+
+Row = dict[str, Any]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=text_model_path())
+    parser.add_argument("--prefill-remove", type=float, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--decode-remove", type=float, nargs="+", default=[2, 3, 4, 5])
+    parser.add_argument("--heal", nargs="+", default=["none", "all"])
+    parser.add_argument("--targets", type=float, nargs="+", default=[REDUCTION, 9.0])
+    parser.add_argument("--calibration-per-task", type=int, default=64)
+    parser.add_argument("--validation-per-task", type=int, default=500)
+    parser.add_argument("--test-per-task", type=int, default=2000)
+    parser.add_argument("--runs", type=int, default=30)
+    parser.add_argument("--work", type=Path, default=Path("out") / "headline")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(1)
+    name = "testbed-text" if arguments.model == text_model_path() else arguments.model.name
+    sizes = Sizes(
+        calibration_per_task=arguments.calibration_per_task,
+        fresh_per_task=arguments.validation_per_task,
+        runs=arguments.runs,
+    )
+    bench = Bench(arguments.model.absolute(), (arguments.work / name).absolute(), sizes)
+    rows = [
+        kept(bench, f"{heal}-{prefill:g}-{decode:g}-{target:g}", validate, heal, prefill, decode,
+             target)
+        for heal in arguments.heal
+        for decode in arguments.decode_remove
+        for prefill in arguments.prefill_remove
+        for target in arguments.targets
+    ]  # fmt: skip
+    chosen = choose(rows)
+    tested = [
+        kept(bench, f"test-{row['plan_name']}", test, row, arguments.test_per_task)
+        for row in {row["plan_name"]: row for _, row in chosen}.values()
+    ]
+    write(arguments, name, rows, chosen, {row["plan_name"]: row for row in tested})
+
+
+def kept(bench: Bench, name: str, measure: Any, *given: Any) -> Row:
+    """A row that was measured before, or now."""
+    file = bench.work / "rows" / f"{name}.json"
+    if not file.is_file():
+        row = measure(bench, *given)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(row, indent=2))
+        print(f"{name}: {row['worst_lost']:.2f} points, {row['speedup']:.3f}x", flush=True)
+    found: Row = json.loads(file.read_text())
+    return found
+
+
+def validate(bench: Bench, heal: str, prefill: float, decode: float, target: float) -> Row:
+    """Search, choose the KV, and measure on validation examples."""
+    blocks = f"{heal}-{prefill:g}-{decode:g}"
+    healed = {} if heal == "none" else {"heal": heal, "heal_data": str(bench.heal_data())}
+    _, took = bench.search(
+        blocks,
+        prefill_remove=prefill,
+        decode_remove=decode,
+        method=METHOD,
+        calibration=str(bench.calibration("mixed")),
+        **healed,
+    )
+    name = f"{blocks}-kv{target:g}"
+    out = bench.work / "plans" / name
+    if not (out / "plan.json").is_file():
+        settings = KVSelectSettings.checked(
+            model=str(bench.path),
+            plan=str(bench.work / "plans" / blocks),
+            calibration=str(bench.calibration("mixed")),
+            out=str(out),
+            target_reduction=target * MARGIN,
+            encoding="model" if target == REDUCTION else "int8",
+        )
+        kv_select(settings)
+    plan = PruningPlan.load(out)
+    return bench.plan_row(plan, "mixed") | {
+        "plan_name": name, "heal": heal, "prefill_remove": prefill, "decode_remove": decode,
+        "target": target, "search_s": took["search_s"],
+    }  # fmt: skip
+
+
+def choose(rows: list[Row]) -> list[tuple[str, Row]]:
+    """Per limit, healing and encoding: the fastest plan whose bound keeps it; or the mildest."""
+    chosen = []
+    for limit in LIMITS:
+        for heal in sorted({row["heal"] for row in rows}):
+            for target in sorted({row["target"] for row in rows}):
+                group = [r for r in rows if r["heal"] == heal and r["target"] == target]
+                within = [row for row in group if row["worst_lost_upper"] <= limit]
+                best = (
+                    max(within, key=lambda row: row["speedup"])
+                    if within
+                    else min(group, key=lambda row: row["worst_lost_upper"])
+                )
+                chosen.append((f"{limit:g} points, healing {heal}, {target:g}x", best))
+    return chosen
+
+
+def test(bench: Bench, row: Row, per_task: int) -> Row:
+    """The one look at the test examples."""
+    plan = PruningPlan.load(bench.work / "plans" / row["plan_name"])
+    bench.lines["test"] = bench.tokenized("test", per_task, TEST_SEED, "mixed")
+    side = bench.side(plan)
+    timings = {f"batch{size}": bench.speed(side, size) for size in (1, 8)}
+    return bench.quality(side, "test") | {
+        "plan_name": row["plan_name"],
+        "plan": plan_words(plan),
+        "rules": {b: r.model_dump(exclude_none=True) for b, r in sorted(plan.kv_transfer.items())},
+        "reduction": bench.reduction(plan, "test"),
+        "speedup": timings["batch1"].speedup,
+        "ttft_speedup": timings["batch1"].ttft_speedup,
+        "tpot_speedup": timings["batch1"].tpot_speedup,
+        "speedup_batch8": timings["batch8"].speedup,
+        "examples_per_task": per_task,
+    }
+
+
+def write(
+    arguments: argparse.Namespace,
+    name: str,
+    rows: list[Row],
+    chosen: list[tuple[str, Row]],
+    tested: dict[str, Row],
+) -> None:
+    machine = this_machine(device="cpu", num_threads=1)
+    record = {
+        "machine": machine.model_dump(),
+        "model": name,
+        "validation": rows,
+        "chosen": {goal: row["plan_name"] for goal, row in chosen},
+        "test": tested,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    stem = f"headline-{name}"
+    (arguments.out / f"{stem}.json").write_text(json.dumps(record, indent=2) + "\n")
+    text = "\n\n".join([heading(arguments, name, machine), tests(chosen, tested), front(rows)])
+    (arguments.out / f"{stem}.md").write_text(text + "\n")
+    print(text)
+
+
+def heading(arguments: argparse.Namespace, name: str, machine: Any) -> str:
+    return (
+        f"{name}, float32 (bytes: bf16), one thread; test: {arguments.test_per_task} examples per "
+        f"task with prompts of 128 to 400 tokens, seed {TEST_SEED}, looked at once; speed: 128 "
+        f"tokens in, 64 out, {arguments.runs} interleaved runs. {machine.processor}, torch "
+        f"{machine.versions['torch']}, commit {machine.commit}."
+    )
+
+
+def tests(chosen: list[tuple[str, Row]], tested: dict[str, Row]) -> str:
+    lines = [
+        "| asked on validation | plan | worst task | points lost there | upper bound | mean of "
+        "tasks | speed-up, batch 1 | batch 8 | prefill | decode | fewer bytes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for goal, row in chosen:
+        r = tested[row["plan_name"]]
+        lines.append(
+            f"| {goal} | {row['plan_name']} | {r['worst_task']} | {r['worst_lost']:.2f} | "
+            f"{r['worst_lost_upper']:.2f} | {r['mean_lost']:.2f} | {r['speedup']:.3f}x | "
+            f"{r['speedup_batch8']:.3f}x | {r['ttft_speedup']:.3f}x | {r['tpot_speedup']:.3f}x | "
+            f"{r['reduction']:.2f}x |"
+        )
+    return "## On the test examples\n\n" + "\n".join(lines)
+
+
+def front(rows: list[Row]) -> str:
+    lines = [
+        "| plan | worst task | points lost there | upper bound | KL | speed-up | fewer bytes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['plan_name']} | {r['worst_task']} | {r['worst_lost']:.2f} | "
+        f"{r['worst_lost_upper']:.2f} | {r['kl']:.4f} | {r['speedup']:.3f}x | "
+        f"{r['reduction']:.2f}x |"
+        for r in sorted(rows, key=lambda row: row["worst_lost_upper"])
+    ]
+    return "## All plans on validation\n\n" + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
