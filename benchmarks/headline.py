@@ -32,6 +32,8 @@ SPEED, REDUCTION = 1.2056, 4.95
 MARGIN = 1.01
 """The choice asks for 1 % more bytes saved than is claimed: other prompts have other lengths."""
 LIMITS = (1.0, 3.0)
+LONG_PER_TASK = 32
+"""Calibration prompts of 128 to 400 tokens that KV is chosen on; blocks go by shorter ones."""
 TEST_SEED = 7_000_003
 """Of examples that no choice was made on."""
 
@@ -41,12 +43,12 @@ Row = dict[str, Any]
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=text_model_path())
-    parser.add_argument("--prefill-remove", type=float, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--decode-remove", type=float, nargs="+", default=[2, 3, 4, 5])
+    parser.add_argument("--prefill-remove", type=float, nargs="+", default=[0, 1])
+    parser.add_argument("--decode-remove", type=float, nargs="+", default=[2, 3, 4])
     parser.add_argument("--heal", nargs="+", default=["none", "all"])
     parser.add_argument("--targets", type=float, nargs="+", default=[REDUCTION, 9.0])
     parser.add_argument("--calibration-per-task", type=int, default=64)
-    parser.add_argument("--validation-per-task", type=int, default=500)
+    parser.add_argument("--validation-per-task", type=int, default=200)
     parser.add_argument("--test-per-task", type=int, default=2000)
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--work", type=Path, default=Path("out") / "headline")
@@ -101,7 +103,6 @@ def validate(bench: Bench, heal: str, prefill: float, decode: float, target: flo
         prefill_remove=prefill,
         decode_remove=decode,
         method=METHOD,
-        calibration=str(bench.calibration("mixed")),
         **healed,
     )
     name = f"{blocks}-kv{target:g}"
@@ -110,7 +111,7 @@ def validate(bench: Bench, heal: str, prefill: float, decode: float, target: flo
         settings = KVSelectSettings.checked(
             model=str(bench.path),
             plan=str(bench.work / "plans" / blocks),
-            calibration=str(bench.calibration("mixed")),
+            calibration=str(bench.data("calibration", LONG_PER_TASK, 0, "mixed")),
             out=str(out),
             target_reduction=target * MARGIN,
             encoding="model" if target == REDUCTION else "int8",
