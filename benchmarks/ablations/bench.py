@@ -153,7 +153,8 @@ class Bench:
     def reduction(self, plan: PruningPlan, length: str = "mixed") -> float:
         """Bytes of the dense caches over bytes sent, engine in bf16, headers included."""
         lengths = [len(line.prompt) for line in self.lines[length]]
-        return self._bytes(plan, lengths).reduction(plan.kv_transfer)
+        weighed = self._bytes(plan, lengths)
+        return weighed.full / weighed.sent(plan.kv_transfer)
 
     def side(self, plan: PruningPlan) -> TwoStages:
         return TwoStages(self.loaded.model, plan)

@@ -82,6 +82,7 @@ class _Reproduction:
     settings: ReproduceSettings
     watch: Watch
     left_out: dict[str, str] = field(default_factory=dict)
+    bases: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         settings = self.settings
@@ -170,6 +171,8 @@ class _Reproduction:
             if row.after and base is None:
                 self._leave_out(row, f"it needs one of the rows {', '.join(row.after)}")
                 continue
+            if base is not None:
+                self.bases[row.name] = base
             try:
                 if row.search is not None:
                     plans[row.name] = (self._searched(row), None)
@@ -278,7 +281,7 @@ class _Reproduction:
             for name, count in self._overlaps.items()
         ]
         machine = this_machine(device=str(loaded.model.device), num_threads=settings.threads)
-        notes = definitions(settings, self._rows)
+        notes = definitions(settings, self._rows, self.bases)
         return Paper(settings, tuple(measured), dict(self.left_out), machine, notes, warned)
 
 

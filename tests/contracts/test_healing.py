@@ -138,6 +138,7 @@ def test_a_pair_lost_with_its_evaluator_is_trained_elsewhere(
     assert "an evaluator was lost" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_pair_that_kills_every_evaluator_is_named(settings, ray_session, monkeypatch):
     prepared = prepare(settings)
     with EvaluatorPool(settings, prepared.calibration, prepared.heal_data) as pool:

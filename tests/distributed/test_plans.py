@@ -150,9 +150,7 @@ def test_served_healed_answers_equal_the_local_ones(
         service.check_idle()
 
 
-def test_a_healed_plan_without_its_tensors_is_refused_at_once(
-    model, dense, tmp_path
-):
+def test_a_healed_plan_without_its_tensors_is_refused_at_once(model, dense, tmp_path):
     plan = PruningPlan.model_validate({"model": signature_of(dense).model_dump()})
     plan.with_healed("0" * 24).save(tmp_path)
     settings = ServiceSettings.parse({"model": str(model), "plan": str(tmp_path)})

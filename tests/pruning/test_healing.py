@@ -10,9 +10,10 @@ import torch
 from rayapp.models.blocks import signature_of
 from rayapp.models.fingerprint import canonical_name
 from rayapp.models.healed import HealedWeights, attach
+from rayapp.models.loading import load_model
 from rayapp.models.stack import BlockStack
 from rayapp.plan import STAGES, PruningPlan
-from rayapp.pruning.calibration import cut
+from rayapp.pruning.calibration import TokenizedLine, cut
 from rayapp.pruning.candidates import DENSE, Candidate
 from rayapp.pruning.distill import FROZEN, Healer, Training
 from rayapp.pruning.evaluator import Evaluator
@@ -22,6 +23,7 @@ from rayapp.pruning.naive import naive_scores
 from rayapp.pruning.objective import Objective
 from rayapp.pruning.scoring import LocalCompute, Scorer
 from rayapp.pruning.storage import Storage
+from rayapp.testbed.tasks import TASKS, generate
 
 BLOCKS = 7
 ALL = Healing.of_all(BLOCKS)
@@ -258,3 +260,45 @@ def test_a_survivor_that_gets_no_better_stays_as_it_was(tiny_model, lines):
     assert healed.loss_after == healed.loss_before
     own = {canonical_name(name): p for name, p in model.named_parameters()}
     assert all(torch.equal(t, own[name]) for name, t in healed.tensors.items())
+
+
+def test_bfloat16_models_are_trained_in_float32_and_judged_as_they_will_run(tiny_model, lines):
+    model, pair = tiny_model("llama").to(torch.bfloat16), Pair("decode", 1, 2)
+    healed = Healer(model, lines, training=QUICK).heal(pair)
+    assert {tensor.dtype for tensor in healed.tensors.values()} == {torch.bfloat16}
+    assert healed.loss_after < 0.9 * healed.loss_before
+
+
+def testbed_lines(tokenizer, split, per_task):
+    found = [
+        TokenizedLine(
+            tuple(tokenizer(e.prompt)["input_ids"]),
+            (*tokenizer(e.completion)["input_ids"], tokenizer.eos_token_id),
+            e.task,
+        )
+        for task in TASKS
+        for e in generate(task, split, per_task, seed=0, length="short")
+    ]
+    return [found[i] for start in range(per_task) for i in range(start, len(found), per_task)]
+
+
+@pytest.mark.slow
+def test_the_shipped_model_loses_far_less_where_it_is_healed(testbed_path, tmp_path):
+    loaded = load_model(testbed_path, dtype="float32")
+    healer = Healer(loaded.model, testbed_lines(loaded.tokenizer, "heal", 32))
+    calibration = cut(testbed_lines(loaded.tokenizer, "validation", 16))
+    evaluator = Evaluator(loaded.model, calibration, Objective())
+    compute = LocalCompute(evaluator, healer)
+    healed = HealedPairs(Storage(tmp_path), {}, compute)
+    scorer = Scorer(calibration, Objective(), compute, weights="w", healed=healed)
+    candidates = [removing(decode=[2, 4]), removing(prefill=[3, 6])]
+    plain = [score.value for score in scorer.score_many(candidates)]
+    scorer.heal_with(Healing.of_all(12))
+    pairs = {pair for candidate in candidates for pair in scorer.pairs(candidate)}
+    scores = [score.value for score in scorer.score_many(candidates)]
+    assert len(pairs) == 4
+    for pair in pairs:
+        record = healed.record(pair)
+        assert record["relative_mse_after"] < 0.5 * record["relative_mse_before"]
+    for healthy, bare in zip(scores, plain, strict=True):
+        assert healthy < 0.2 * bare

@@ -163,7 +163,7 @@ class Paper:
         if timing:
             what += (
                 f" ({timing.num_prompt_tokens} in, {timing.num_answer_tokens} out, median of "
-                f"{timing.num_runs} interleaved runs, {timing.num_threads} threads; speed-up, at "
+                f"{timing.num_runs} interleaved runs, threads: {timing.num_threads}; speed-up, at "
                 "least so much with 95 %)"
             )
         return Table(what, ("row", *heads, link), tuple(rows) if timing else ())
@@ -225,8 +225,10 @@ def _removed(row: RowOutcome) -> str:
     return f"{row.prefill_removed:g} and {row.decode_removed:g}"
 
 
-def definitions(settings: ReproduceSettings, rows: Sequence[Row]) -> list[str]:
-    """How the numbers are defined."""
+def definitions(
+    settings: ReproduceSettings, rows: Sequence[Row], bases: Mapping[str, str]
+) -> list[str]:
+    """How the numbers are defined; ``bases`` says on which row's plan another one rests."""
     found = [
         "acc: the right choice has the highest summed log-likelihood; acc_norm: the highest per "
         "character (as lm-evaluation-harness); shots are those of the prompts in the files; exact "
@@ -249,6 +251,7 @@ def definitions(settings: ReproduceSettings, rows: Sequence[Row]) -> list[str]:
             "unified: both stages in one replica; tokens equal those of its plan by construction, "
             "so do times without transfer, and nothing is sent"
         )
+    found += [f"{row_title(row)}: rests on the plan of `{base}`" for row, base in bases.items()]
     return found
 
 
