@@ -14,6 +14,7 @@ interleaved runs; bytes are the engine's in bf16, every prompt at least 128 toke
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def parse() -> argparse.Namespace:
                         help="reduction, and the smallest encoding allowed")  # fmt: skip
     parser.add_argument("--calibration-per-task", type=int, default=64)
     parser.add_argument("--validation-per-task", type=int, default=200)
-    parser.add_argument("--test-per-task", type=int, default=2000)
+    parser.add_argument("--test-per-task", type=int, default=2000, help="0: no look at test")
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--work", type=Path, default=Path("out") / "headline")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -66,13 +67,16 @@ def main() -> None:
         runs=arguments.runs,
     )
     bench = Bench(arguments.model.absolute(), (arguments.work / name).absolute(), sizes)
-    rows = [
-        kept(bench, f"{heal}-{prefill:g}-{decode:g}-{goal}", validate, heal, prefill, decode, goal)
-        for heal in arguments.heal
-        for decode in arguments.decode_remove
-        for prefill in arguments.prefill_remove
-        for goal in arguments.goals
-    ]
+    for heal, decode, prefill, goal in itertools.product(
+        arguments.heal, arguments.decode_remove, arguments.prefill_remove, arguments.goals
+    ):
+        name_of_row = f"{heal}-{prefill:g}-{decode:g}-{goal}"
+        kept(bench, name_of_row, validate, heal, prefill, decode, goal)
+    if not arguments.test_per_task:
+        return
+    # Rows of earlier runs count: the front may be measured piece by piece.
+    files = sorted((bench.work / "rows").glob("[!t]*.json"))
+    rows: list[Row] = [json.loads(file.read_text()) for file in files]
     chosen = choose(rows)
     tested = [
         kept(bench, f"test-{row['plan_name']}", test, row, arguments.test_per_task)
