@@ -29,6 +29,7 @@ from rayapp.plan import PruningPlan
 from rayapp.pruning.kv_settings import KVSelectSettings
 from rayapp.testbed import text_model_path
 
+GOALS = ("3.5:model", "4.95:model", "4.95:int8", "9:int4")
 MARGIN = 1.01
 """The choice asks for 1 % more bytes saved than is claimed: other prompts have other lengths."""
 LIMITS = (1.0, 3.0)
@@ -46,8 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prefill-remove", type=float, nargs="+", default=[1])
     parser.add_argument("--decode-remove", type=float, nargs="+", default=[2, 3, 4, 5])
     parser.add_argument("--heal", nargs="+", default=["none", "all"])
-    parser.add_argument("--goals", nargs="+", default=["3.5:model", "4.95:model", "4.95:int8", "9:int4"],
-                        help="reduction, and the smallest encoding allowed")  # fmt: skip
+    parser.add_argument("--goals", nargs="+", default=GOALS, help="reduction:smallest encoding")
     parser.add_argument("--calibration-per-task", type=int, default=64)
     parser.add_argument("--validation-per-task", type=int, default=200)
     parser.add_argument("--test-per-task", type=int, default=2000, help="0: no look at test")
