@@ -24,7 +24,7 @@ def main(
     runs: Annotated[int, typer.Option(min=0, help="Timed runs per batch size; 0: no timing.")] = 30,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Dense beside plan: answer NLL, KL, exact match, bytes and latency."""
+    """Dense beside plan: exact match, multiple choice, perplexity, KL, bytes and latency."""
     settings = EvaluationSettings(split=split, limit=limit, num_runs=runs, seed=seed)
     try:
         with shown_progress() as progress:

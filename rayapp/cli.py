@@ -304,7 +304,7 @@ def evaluate(
     dtype: DTypeOption = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto for all GPUs.")] = "cpu",
 ) -> None:
-    """Dense beside plan: answer NLL, KL, exact match, bytes and latency."""
+    """Dense beside plan: exact match, multiple choice, perplexity, KL, bytes and latency."""
     from rayapp.evaluation.evaluate import evaluate as measure
     from rayapp.evaluation.progress import shown_progress
     from rayapp.evaluation.settings import EvaluationSettings

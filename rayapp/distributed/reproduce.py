@@ -30,7 +30,7 @@ from rayapp.evaluation.paper.outcome import (
     kind_of_data,
     measure_data,
 )
-from rayapp.evaluation.paper.overlap import count_overlaps
+from rayapp.evaluation.paper.overlap import checked_overlaps
 from rayapp.evaluation.paper.rows import DENSE, Row, chosen_rows, left_out, search_settings
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.paper.tables import Paper, caveats, definitions, mean_accuracy
@@ -91,7 +91,7 @@ class _Reproduction:
         self._sizes = settings.sizes(self._signature.num_blocks)
         self._rows = chosen_rows(settings)
         self._data = _read(settings, checkpoint)
-        self._overlaps = _checked_overlaps(settings)
+        self._overlaps = checked_overlaps(settings)
         self._out = Path(settings.out)
         self._check_searches()
         self._claim_directory()
@@ -304,20 +304,6 @@ def _read(settings: ReproduceSettings, checkpoint: Checkpoint) -> dict[str, Eval
             )
         found[name] = data
     return found
-
-
-def _checked_overlaps(settings: ReproduceSettings) -> dict[str, int]:
-    """Data sets that share prompts with calibration or heal data; refused unless allowed."""
-    chosen_on = [path for path in (settings.calibration, settings.heal_data) if path]
-    counts = {n: c for n, c in count_overlaps(chosen_on, settings.data).items() if c}
-    if counts and not settings.allow_overlap:
-        found = ", ".join(f"{count} in {name}" for name, count in counts.items())
-        raise DataError(
-            f"prompts of {' and '.join(chosen_on)} stand in the evaluation data ({found}): a plan "
-            "would be judged by what it was chosen on; take them out of one of the files, or give "
-            "--allow-overlap, and the tables say so"
-        )
-    return counts
 
 
 def _check_subject(file: Path, wanted: Mapping[str, Any]) -> None:

@@ -5,13 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from rayapp.errors import DataError
 from rayapp.evaluation.choices import ChoiceLine
 from rayapp.evaluation.data import parse_line
+from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.perplexity import TextLine
 from rayapp.pruning.calibration import Line, read_lines, read_objects
 
 MIN_CHARACTERS = 32
 """From which length on a prompt counts as found inside a text (project default)."""
+
+
+def checked_overlaps(settings: ReproduceSettings) -> dict[str, int]:
+    """Data sets that share prompts with calibration or heal data; refused unless allowed.
+
+    Raises:
+        DataError: As :func:`count_overlaps`, or prompts are shared and ``allow_overlap`` is not
+            set.
+    """
+    chosen_on = [path for path in (settings.calibration, settings.heal_data) if path]
+    counts = {n: c for n, c in count_overlaps(chosen_on, settings.data).items() if c}
+    if counts and not settings.allow_overlap:
+        found = ", ".join(f"{count} in {name}" for name, count in counts.items())
+        raise DataError(
+            f"prompts of {' and '.join(chosen_on)} stand in the evaluation data ({found}): a plan "
+            "would be judged by what it was chosen on; take them out of one of the files, or give "
+            "--allow-overlap, and the tables say so"
+        )
+    return counts
 
 
 def count_overlaps(chosen_on: Iterable[str], data: Mapping[str, str]) -> dict[str, int]:
