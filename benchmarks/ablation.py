@@ -32,7 +32,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibration-per-task", type=int, default=Sizes.calibration_per_task)
     parser.add_argument("--heal-per-task", type=int, default=Sizes.heal_per_task)
     parser.add_argument("--fresh-per-task", type=int, default=Sizes.fresh_per_task)
-    parser.add_argument("--runs", type=int, default=Sizes.runs)
+    parser.add_argument(
+        "--runs", type=int, default=Sizes.runs, help="timed; 0: tables without speed"
+    )
     parser.add_argument("--seeds", type=int, default=Sizes.seeds, help="of the study of methods")
     parser.add_argument("--work", type=Path, default=Path("out") / "ablation")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -81,7 +83,7 @@ def write(arguments: argparse.Namespace, models: list[Path]) -> None:
     for path in models:
         rows = arguments.work / name_of(path) / "rows"
         found[name_of(path)] = {
-            study: [json.loads(f.read_text()) for f in sorted_by_time(rows / study)]
+            study: [read_row(f, timed=bool(arguments.runs)) for f in sorted_by_time(rows / study)]
             for study in STUDIES
             if (rows / study).is_dir()
         }
@@ -98,6 +100,12 @@ def write(arguments: argparse.Namespace, models: list[Path]) -> None:
     text = markdown(found, configuration, machine)
     (arguments.out / "ablation.md").write_text(text)
     print(text)
+
+
+def read_row(file: Path, *, timed: bool) -> dict[str, Any]:
+    """A measured row; without its times where they were taken on a busy machine."""
+    row: dict[str, Any] = json.loads(file.read_text())
+    return {key: value for key, value in row.items() if timed or "speedup" not in key}
 
 
 def sorted_by_time(directory: Path) -> list[Path]:

@@ -176,13 +176,18 @@ class Bench:
     def plan_row(self, plan: PruningPlan, length: str = "short") -> dict[str, Any]:
         """Everything of one plan but its speed in batches."""
         side = self.side(plan)
+        words = {"reduction": self.reduction(plan), "plan": plan_words(plan)}
+        return self.quality(side, length) | self.speedups(side) | words
+
+    def speedups(self, side: TwoStages) -> dict[str, float]:
+        """At batch 1: of a whole answer, of prefill, of decode; nothing where no run is asked."""
+        if not self.sizes.runs:
+            return {}
         timing = self.speed(side)
-        return self.quality(side, length) | {
+        return {
             "speedup": timing.speedup,
             "ttft_speedup": timing.ttft_speedup,
             "tpot_speedup": timing.tpot_speedup,
-            "reduction": self.reduction(plan),
-            "plan": plan_words(plan),
         }
 
 

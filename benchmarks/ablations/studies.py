@@ -191,19 +191,13 @@ def channels(bench: Bench) -> Iterator[Cell]:
 
 def channel_row(bench: Bench, *, per_stage: bool) -> Row:
     side, share = without_channels(bench, REMOVE, per_stage=per_stage)
-    timing = bench.speed(side)
-    return bench.quality(side) | {
-        "speedup": timing.speedup,
-        "ttft_speedup": timing.ttft_speedup,
-        "tpot_speedup": timing.tpot_speedup,
-        "reduction": 1.0,
-        "plan": f"{share:.1%} of the channels of every MLP",
-    }
+    words = {"reduction": 1.0, "plan": f"{share:.1%} of the channels of every MLP"}
+    return bench.quality(side) | bench.speedups(side) | words
 
 
 def end_to_end(bench: Bench) -> Iterator[Cell]:
     """Prompt to last token with the transfer, by batch and link; unified mode sends nothing."""
-    for batch in BATCHES:
+    for batch in BATCHES if bench.sizes.runs else ():
         yield f"batch {batch}", lambda b=batch: end_to_end_row(bench, b)
 
 

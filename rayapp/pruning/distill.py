@@ -10,6 +10,7 @@ Shapes: B = lines, T = tokens, E = hidden size.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,12 +31,13 @@ from rayapp.pruning.evaluator import CACHE_BYTES, Evaluator
 from rayapp.pruning.healing import HealedPair, Pair
 from rayapp.pruning.objective import Objective
 
+logger = logging.getLogger(__name__)
+
 FROZEN = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
 """Modules of a block that make its keys and values."""
 
 HELD_BACK_EVERY = 8
 """Every eighth line is kept from training, and judges it."""
-
 
 RATE_X_WIDTH = 0.4
 """Default learning rate times hidden size. Tuned on the test-bed (0.003 at 128), and carried to
@@ -117,23 +119,24 @@ class Healer:
         A survivor that training does not improve on the held-back lines stays as it was.
 
         Raises:
-            SearchError: Training ran out of the range of its numbers.
+            SearchError: The dense model's own states are not finite.
         """
         rng = random.Random(f"{self._training.seed}/{pair}")
         train = _batches(self._train, pair, (rng, self._training))
         held_back = _batches(self._held_back, pair)
         survivor = _Survivor(self._model, pair)
         before = survivor.loss(held_back)
+        if not math.isfinite(before):
+            raise SearchError(
+                f"healing {pair}: the untrained loss is {before}; states must be finite: check the "
+                "model in its element type (float16 overflows), or use --dtype float32"
+            )
         dense = survivor.tensors()
         self._fit(survivor, train, rng)
         survivor.round()
         after = survivor.loss(held_back)
-        if not math.isfinite(after):
-            raise SearchError(
-                f"healing {pair}: the loss became {after}; lower heal_learning_rate "
-                f"({self._rate:g})"
-            )
-        if after >= before:
+        if not after < before:  # nor where it became infinite or no number
+            logger.warning("healing %s: training did not help (%g, %g)", pair, before, after)
             return HealedPair(pair, dense, before, before)
         return HealedPair(pair, survivor.tensors(), before, after)
 

@@ -253,9 +253,10 @@ def test_training_repeats_bit_for_bit(tiny_model, lines):
     assert healer.heal(pair).weights.digest == first.weights.digest
 
 
-def test_a_survivor_that_gets_no_better_stays_as_it_was(tiny_model, lines):
+@pytest.mark.parametrize("rate", [5.0, 1e30])
+def test_a_survivor_that_gets_no_better_stays_as_it_was(tiny_model, lines, rate):
     model, pair = tiny_model("llama"), Pair("prefill", 1, 2)
-    wild = Training(steps=3, learning_rate=5.0)
+    wild = Training(steps=3, learning_rate=rate)
     healed = Healer(model, lines, training=wild).heal(pair)
     assert healed.loss_after == healed.loss_before
     own = {canonical_name(name): p for name, p in model.named_parameters()}
