@@ -28,6 +28,8 @@ from rayapp.models.blocks import signature_of, text_config
 from rayapp.models.loading import eos_token_ids
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
+from rayapp.vision.images import ImageLimits
+from rayapp.vision.reader import ImageReader
 
 NODE = "local"
 _IDLE_WAIT_S = 0.5
@@ -54,6 +56,8 @@ class InProcessService:
         max_num_seqs: Decode slots.
         max_waiting: Requests that may wait for a slot; beyond it they are refused.
         deadline_s: Longest time that an answer may go without a token.
+        image_processor: Needed to take images.
+        image_limits: What one request may send of them.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class InProcessService:
         max_num_seqs: int = 8,
         max_waiting: int = 64,
         deadline_s: float = 60.0,
+        image_processor: Any = None,
+        image_limits: ImageLimits | None = None,
     ) -> None:
         plan = plan or PruningPlan()
         self._signature = signature_of(model)
@@ -75,13 +81,17 @@ class InProcessService:
         self._max_waiting = max_waiting
         self._deadline_s = deadline_s
         self._parameter_bytes = sum(p.nbytes for p in model.parameters())
-        self._prefill, self._decode = _engines(model, tokenizer, plan, limit, max_num_seqs)
+        stack = BlockStack(model, plan, "prefill")
+        images = image_processor and ImageReader(model, stack, image_processor, limits=image_limits)
+        lengths = (limit, max_num_seqs)
+        self._prefill, self._decode = _engines(model, tokenizer, plan, stack, images, *lengths)
         self._description = ServiceDescription(
             model_name=model_name,
             max_model_len=limit,
             vocab_size=self._prefill.stack.vocab_size,
             tokenizer=tokenizer,
             plan=plan,
+            images=images.intake if images else None,
         )
         self._kv_shape = KVShape.of(self._decode.stack)
         self._ledger = Ledger()
@@ -101,8 +111,7 @@ class InProcessService:
         self, request: GenerationRequest, timeline: Timeline | None = None
     ) -> AsyncGenerator[TokenBatch, None]:
         """Token batches of one answer; see :class:`rayapp.api.service.Service`."""
-        served = self._description
-        request.check_limits(max_model_len=served.max_model_len, vocab_size=served.vocab_size)
+        self._description.check(request)
         self._check_open()
         inbox: asyncio.Queue[TokenBatch | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -274,6 +283,7 @@ class InProcessService:
             message_sizes(message),
             Route(request.request_id, request.attempt, NODE, NODE),
             num_prompt_tokens=request.num_prompt_tokens,
+            num_visual_tokens_removed=output.segment.num_visual_tokens_removed,
             times=times,
         )
         self._ledger.add(record)
@@ -291,17 +301,20 @@ def _engines(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     plan: PruningPlan,
+    prefill_stack: BlockStack,
+    images: ImageReader | None,
     max_model_len: int,
     max_num_seqs: int,
 ) -> tuple[PrefillEngine, DecodeEngine]:
     """Both engines over one model."""
     ends = eos_token_ids(model)
     prefill = PrefillEngine(
-        BlockStack(model, plan, "prefill"),
+        prefill_stack,
         plan,
         max_model_len=max_model_len,
         eos_token_ids=ends,
         tokenizer=tokenizer,
+        images=images,
     )
     decode = DecodeEngine(
         BlockStack(model, plan, "decode"),

@@ -117,7 +117,9 @@ class LlavaAdapter:
             )
         return layout
 
-    def _in_prompt_order(self, views_PN: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
+    def _in_prompt_order(
+        self, views_PN: torch.Tensor, size: tuple[int, int] | None
+    ) -> torch.Tensor:
         """Scores of every view's tokens as the prompt has them, 0 at newlines, ``(N,)``."""
         if size is None:
             return views_PN[0]
