@@ -28,8 +28,7 @@ from rayapp.models.blocks import signature_of, text_config
 from rayapp.models.loading import eos_token_ids
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
-from rayapp.vision.images import ImageLimits
-from rayapp.vision.reader import ImageReader
+from rayapp.vision.reader import ImageReader, ImageSupport
 
 NODE = "local"
 _IDLE_WAIT_S = 0.5
@@ -44,6 +43,19 @@ class _Ticket:
     deliver: Callable[[TokenBatch | Exception], None]
 
 
+@dataclass(frozen=True)
+class Patience:
+    """How long requests may wait.
+
+    Args:
+        max_waiting: Requests that may wait for a slot; beyond it they are refused.
+        deadline_s: Longest time that an answer may go without a token.
+    """
+
+    max_waiting: int = 64
+    deadline_s: float = 60.0
+
+
 class InProcessService:
     """Implements :class:`rayapp.api.service.Service` with one prefill and one decode engine.
 
@@ -54,10 +66,8 @@ class InProcessService:
         model_name: As clients ask for it.
         max_model_len: Most tokens of prompt and answer; None is the model's own limit.
         max_num_seqs: Decode slots.
-        max_waiting: Requests that may wait for a slot; beyond it they are refused.
-        deadline_s: Longest time that an answer may go without a token.
-        image_processor: Needed to take images.
-        image_limits: What one request may send of them.
+        patience: How many requests may wait, and for how long.
+        images: Needed to take images.
     """
 
     def __init__(
@@ -69,29 +79,25 @@ class InProcessService:
         model_name: str = "model",
         max_model_len: int | None = None,
         max_num_seqs: int = 8,
-        max_waiting: int = 64,
-        deadline_s: float = 60.0,
-        image_processor: Any = None,
-        image_limits: ImageLimits | None = None,
+        patience: Patience = Patience(),
+        images: ImageSupport | None = None,
     ) -> None:
         plan = plan or PruningPlan()
         self._signature = signature_of(model)
         plan.check_model(self._signature)
         limit = max_model_len or text_config(model.config).max_position_embeddings
-        self._max_waiting = max_waiting
-        self._deadline_s = deadline_s
+        self._patience = patience
         self._parameter_bytes = sum(p.nbytes for p in model.parameters())
-        stack = BlockStack(model, plan, "prefill")
-        images = image_processor and ImageReader(model, stack, image_processor, limits=image_limits)
-        lengths = (limit, max_num_seqs)
-        self._prefill, self._decode = _engines(model, tokenizer, plan, stack, images, *lengths)
+        stacks = (BlockStack(model, plan, "prefill"), BlockStack(model, plan, "decode"))
+        reader = ImageReader(model, stacks[0], images) if images else None
+        self._prefill, self._decode = _engines(stacks, plan, tokenizer, reader, limit, max_num_seqs)
         self._description = ServiceDescription(
             model_name=model_name,
             max_model_len=limit,
             vocab_size=self._prefill.stack.vocab_size,
             tokenizer=tokenizer,
             plan=plan,
-            images=images.intake if images else None,
+            images=reader.intake if reader else None,
         )
         self._kv_shape = KVShape.of(self._decode.stack)
         self._ledger = Ledger()
@@ -164,10 +170,10 @@ class InProcessService:
         self, inbox: asyncio.Queue[TokenBatch | Exception], request: GenerationRequest
     ) -> TokenBatch:
         try:
-            item = await asyncio.wait_for(inbox.get(), self._deadline_s)
+            item = await asyncio.wait_for(inbox.get(), self._patience.deadline_s)
         except TimeoutError:
             raise DeadlineError(
-                f"request {request.request_id}: no token within {self._deadline_s} s; "
+                f"request {request.request_id}: no token within {self._patience.deadline_s} s; "
                 "ask again later or for less"
             ) from None
         if isinstance(item, Exception):
@@ -226,7 +232,7 @@ class InProcessService:
             return
 
     def _enqueue(self, ticket: _Ticket) -> None:
-        if len(self._waiting) >= self._max_waiting + self._decode.num_free:
+        if len(self._waiting) >= self._patience.max_waiting + self._decode.num_free:
             ticket.deliver(
                 OverloadedError(
                     f"{len(self._waiting)} requests are waiting, which is the limit; "
@@ -298,18 +304,17 @@ class InProcessService:
 
 
 def _engines(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    stacks: tuple[BlockStack, BlockStack],
     plan: PruningPlan,
-    prefill_stack: BlockStack,
+    tokenizer: PreTrainedTokenizerBase,
     images: ImageReader | None,
     max_model_len: int,
     max_num_seqs: int,
 ) -> tuple[PrefillEngine, DecodeEngine]:
     """Both engines over one model."""
-    ends = eos_token_ids(model)
+    ends = eos_token_ids(stacks[0].model)
     prefill = PrefillEngine(
-        prefill_stack,
+        stacks[0],
         plan,
         max_model_len=max_model_len,
         eos_token_ids=ends,
@@ -317,7 +322,7 @@ def _engines(
         images=images,
     )
     decode = DecodeEngine(
-        BlockStack(model, plan, "decode"),
+        stacks[1],
         plan,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,

@@ -55,7 +55,7 @@ class PromptReader:
         self._tokenizer = tokenizer
         self._model_name = model_name
         self._intake = images
-        self._images = images and ImageLoader(images)
+        self._images = ImageLoader(images) if images else None
         self._template = ChatTemplate(tokenizer, images.image_token_id if images else None)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rayapp-tokenize")
 

@@ -157,8 +157,8 @@ class AnswerRoutes:
             room = limit - prompt.num_tokens
             if room < 1:
                 raise RequestError(
-                    f"the prompt has {prompt.num_tokens} tokens, but this model serves at most {limit} "
-                    "tokens of prompt and answer together; shorten the prompt"
+                    f"the prompt has {prompt.num_tokens} tokens, but this model serves at most "
+                    f"{limit} tokens of prompt and answer together; shorten the prompt"
                 )
             for sampling in body.sampling(body.answer_limit or min(default, room)):
                 request = GenerationRequest(

@@ -36,7 +36,7 @@ from rayapp.models.loading import eos_token_ids
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan, VisualTokens
 from rayapp.vision.inputs import ImageSource
-from rayapp.vision.reader import ImageReader
+from rayapp.vision.reader import ImageReader, ImageSupport
 
 NODE = "local"
 
@@ -136,7 +136,11 @@ class LocalPipeline:
         self._eos_token_ids = eos_token_ids(model)
         self._decode_stack = BlockStack(model, self.plan, "decode")
         prefill_stack = BlockStack(model, self.plan, "prefill")
-        self.images = image_processor and ImageReader(model, prefill_stack, image_processor)
+        self.images = (
+            ImageReader(model, prefill_stack, ImageSupport(image_processor))
+            if image_processor
+            else None
+        )
         self.prefill = PrefillEngine(
             prefill_stack,
             self.plan,

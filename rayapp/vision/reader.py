@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -58,34 +59,39 @@ class ImageCache:
             self.nbytes -= dropped.nbytes
 
 
+@dataclass(frozen=True)
+class ImageSupport:
+    """What it takes to read images, beside a model.
+
+    Args:
+        processor: As :func:`rayapp.vision.llava.load_image_processor` gives it.
+        limits: Of the images of a request.
+        max_cache_bytes: Of encoded images.
+    """
+
+    processor: Any
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    max_cache_bytes: int = CACHE_BYTES
+
+
 class ImageReader:
     """Encodes and prunes the images of prompts for one prefill stage. Not thread-safe.
 
     Args:
         model: As it was loaded, with its vision tower.
         stack: The prefill stage over it.
-        image_processor: As :func:`rayapp.vision.llava.load_image_processor` gives it.
-        limits: Of the images that are decoded.
-        max_cache_bytes: Of encoded images.
+        support: What else it takes.
 
     Raises:
         ModelError: The model takes no images, or its tower was not loaded.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        stack: BlockStack,
-        image_processor: Any,
-        *,
-        limits: ImageLimits | None = None,
-        max_cache_bytes: int = CACHE_BYTES,
-    ) -> None:
-        self._adapter = LlavaAdapter(model, stack, image_processor)
+    def __init__(self, model: PreTrainedModel, stack: BlockStack, support: ImageSupport) -> None:
+        self._adapter = LlavaAdapter(model, stack, support.processor)
         self._tower_type = model.config.vision_config.model_type
         self._fingerprint = signature_of(model).weights_fingerprint
-        self.intake = ImageIntake(model.config, limits or ImageLimits())
-        self.cache = ImageCache(max_cache_bytes)
+        self.intake = ImageIntake(model.config, support.limits)
+        self.cache = ImageCache(support.max_cache_bytes)
 
     def check_rule(self, rule: VisualTokens) -> None:
         """Raise :class:`PlanError` where this model and stage cannot prune by ``rule``."""
