@@ -47,6 +47,15 @@ class PrefillOutput:
         return self.first is not None and self.first.finish_reason is not None
 
 
+def check_prunable(*, takes_images: bool) -> None:
+    """Raise :class:`PlanError` where a plan that prunes visual tokens has none to prune."""
+    if not takes_images:
+        raise PlanError(
+            "the plan prunes visual tokens, but this model takes no images (or its image "
+            "processor was not given); drop `visual_tokens`, or use another model"
+        )
+
+
 class PrefillEngine:
     """Runs prompts one by one.
 
@@ -80,11 +89,8 @@ class PrefillEngine:
         self._images = images
         self._image_token_id = images.intake.image_token_id if images else None
         if plan.visual_tokens is not None:
-            if images is None:
-                raise PlanError(
-                    "the plan prunes visual tokens, but this model takes no images (or its image "
-                    "processor was not given); drop `visual_tokens`, or use another model"
-                )
+            check_prunable(takes_images=images is not None)
+        if plan.visual_tokens is not None and images is not None:
             images.check_rule(plan.visual_tokens)
 
     def run(self, request: GenerationRequest) -> PrefillOutput:
