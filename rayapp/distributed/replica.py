@@ -21,10 +21,10 @@ from ray import serve
 
 from rayapp.distributed.messages import Place, Versions
 from rayapp.distributed.settings import ServiceSettings
-from rayapp.models.blocks import MULTIMODAL_TYPES, text_config
+from rayapp.models.blocks import text_config
 from rayapp.models.loading import LoadedModel, load_model
 from rayapp.plan import PruningPlan
-from rayapp.vision.llava import check_takes_images, load_image_processor
+from rayapp.vision.llava import image_processor_of
 from rayapp.vision.reader import ImageSupport
 
 logger = logging.getLogger(__name__)
@@ -69,10 +69,9 @@ def image_support(settings: ServiceSettings, config: Any) -> ImageSupport | None
     Raises:
         ModelError: The model takes images and has no usable image processor.
     """
-    if config.model_type not in MULTIMODAL_TYPES:
+    processor = image_processor_of(settings.model, config)
+    if processor is None:
         return None
-    check_takes_images(config)
-    processor = load_image_processor(settings.model)
     return ImageSupport(processor, settings.images, settings.image_cache_bytes)
 
 

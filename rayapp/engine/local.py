@@ -39,6 +39,10 @@ from rayapp.vision.inputs import ImageSource
 from rayapp.vision.reader import ImageReader, ImageSupport
 
 NODE = "local"
+_NO_IMAGES = (
+    "images were given, but this model is text-only or came without its image processor or "
+    "tokenizer; use one that takes images"
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,13 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...]
     timeline: Timeline
     transfer: TransferRecord | None
+
+
+def with_images(text: str, images: Sequence[ImageSource], pipeline: LocalPipeline) -> ImagePrompt:
+    """A prompt of words and images, which come first unless the words hold their placeholders."""
+    place = pipeline.placeholder
+    prompt = text if place in text else f"{place}\n" * len(images) + text
+    return ImagePrompt(prompt, images, text.replace(place, ""))
 
 
 @dataclass
@@ -151,6 +162,13 @@ class LocalPipeline:
         )
         self._kv_shape = KVShape.of(self._decode_stack)
 
+    @property
+    def placeholder(self) -> str:
+        """The text that stands for an image in a prompt; raises :class:`RequestError`."""
+        if self.images is None or self._tokenizer is None:
+            raise RequestError(_NO_IMAGES)
+        return str(self._tokenizer.convert_ids_to_tokens(self.images.intake.image_token_id))
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -219,10 +237,7 @@ class LocalPipeline:
         if not isinstance(prompt, ImagePrompt):
             return GenerationRequest(name, self._token_ids(prompt), sampling)
         if self.images is None:
-            raise RequestError(
-                "images were given, but this model is text-only or came without its image "
-                "processor; use one that takes images"
-            )
+            raise RequestError(_NO_IMAGES)
         token_ids, intake = self._token_ids(prompt.prompt), self.images.intake
         text = token_ids if prompt.text is None else self._token_ids(prompt.text, special=False)
         return GenerationRequest(

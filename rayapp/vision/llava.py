@@ -58,6 +58,14 @@ def load_image_processor(path: str | Path) -> Any:
         ) from None
 
 
+def image_processor_of(path: str | Path, config: PreTrainedConfig) -> Any | None:
+    """The image processor of a model that takes images, None where it is text-only."""
+    if config.model_type not in MULTIMODAL_TYPES:
+        return None
+    check_takes_images(config)
+    return load_image_processor(path)
+
+
 class LlavaAdapter:
     """Encodes images and builds the embeddings of prompts for one prefill stage.
 
