@@ -119,6 +119,9 @@ def serve(
 def generate(
     model: Model,
     prompt: Annotated[list[str], typer.Option(help="Prompt text; may be given several times.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image file shown with every prompt; several times.")
+    ] = None,
     plan: Plan = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -131,9 +134,10 @@ def generate(
     """Answer prompts in this process: the reference that the service must equal. No Ray."""
     from pydantic import ValidationError
 
-    from rayapp.engine.local import LocalPipeline
+    from rayapp.engine.local import LocalPipeline, with_images
     from rayapp.engine.request import SamplingParams
     from rayapp.models.loading import load_model
+    from rayapp.vision.llava import image_processor_of
 
     try:
         sampling = SamplingParams(
@@ -146,8 +150,12 @@ def generate(
         raise RequestError(f"{option} {first['input']}: {first['msg']}") from None
     pruning_plan = _load_plan(plan)
     loaded = load_model(model, plan=pruning_plan, stage="unified", dtype=dtype)
-    pipeline = LocalPipeline(loaded.model, loaded.tokenizer, pruning_plan)
-    for completion in pipeline.generate(list(prompt), sampling):
+    processor = image_processor_of(model, loaded.model.config)
+    pipeline = LocalPipeline(
+        loaded.model, loaded.tokenizer, pruning_plan, image_processor=processor
+    )
+    prompts = [with_images(text, image, pipeline) for text in prompt] if image else list(prompt)
+    for completion in pipeline.generate(prompts, sampling):
         typer.echo(completion.text)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before anything imports ray or torch: processes must agree on authentication, and workers that
 # share two cores must not spin against each other.
@@ -13,17 +15,29 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    CLIPVisionConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     MistralConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -88,6 +102,104 @@ def save_model(model: PreTrainedModel, directory: Path) -> Path:
     model.save_pretrained(directory)
     make_byte_tokenizer().save_pretrained(directory)
     return directory
+
+
+IMAGE_TOKEN = 290
+SIDE, PATCH = 16, 4  # of images that a tower sees, and of its patches, in pixels
+PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16]]
+LLAVA_TEXT = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+LLAVA_VISION = CLIPVisionConfig(
+    hidden_size=24,
+    intermediate_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    image_size=SIDE,
+    patch_size=PATCH,
+    initializer_range=0.2,
+)
+
+
+def make_llava(kind: str, text: str = "llama") -> PreTrainedModel:
+    """A random float32 model; ``kind`` is its model type."""
+    language: PreTrainedConfig = (
+        MistralConfig(**LLAVA_TEXT, sliding_window=10)
+        if text == "mistral"
+        else LlamaConfig(**LLAVA_TEXT)
+    )
+    torch.manual_seed(7)
+    shared: dict[str, Any] = {
+        "vision_config": LLAVA_VISION,
+        "text_config": language,
+        "image_token_index": IMAGE_TOKEN,
+    }
+    if kind == "llava":
+        return LlavaForConditionalGeneration(LlavaConfig(**shared)).eval()
+    config = LlavaNextConfig(**shared, image_grid_pinpoints=PINPOINTS)
+    return LlavaNextForConditionalGeneration(config).eval()
+
+
+def make_processor(kind: str) -> Any:
+    """The image processor that fits :func:`make_llava`."""
+    sizes = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    if kind == "llava":
+        return LlavaImageProcessorPil(**sizes)
+    return LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=PINPOINTS)
+
+
+def save_llava(directory: Path, kind: str, text: str = "llama") -> Path:
+    """Write a tiny LLaVA with tokenizer (``<image>`` is its placeholder) and image processor."""
+    model, tokenizer = make_llava(kind, text), make_byte_tokenizer()
+    fillers = [f"<unused-{number}>" for number in range(258, IMAGE_TOKEN)]
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in (*fillers, "<image>")])
+    assert tokenizer.convert_tokens_to_ids("<image>") == IMAGE_TOKEN
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    make_processor(kind).save_pretrained(directory)
+    return directory
+
+
+def make_encoded_image(seed: int, width: int = 20, height: int = 20, form: str = "PNG") -> bytes:
+    """Coloured noise as the bytes of an image file."""
+    noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, format=form)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def llava() -> Callable[..., PreTrainedModel]:
+    """``llava(kind, text="llama")``."""
+    return make_llava
+
+
+@pytest.fixture(scope="session")
+def processor() -> Callable[[str], Any]:
+    """``processor(kind)``."""
+    return make_processor
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_path() -> Callable[..., Path]:
+    """``tiny_llava_path(directory, kind, text="llama")`` writes a checkpoint; returns its path."""
+    return save_llava
+
+
+@pytest.fixture(scope="session")
+def encoded_image() -> Callable[..., bytes]:
+    """``encoded_image(seed, width, height, form="PNG")``."""
+    return make_encoded_image
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ from rayapp.models.blocks import signature_of, text_config
 from rayapp.models.loading import eos_token_ids
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
+from rayapp.vision.reader import ImageReader, ImageSupport
 
 NODE = "local"
 _IDLE_WAIT_S = 0.5
@@ -42,6 +43,19 @@ class _Ticket:
     deliver: Callable[[TokenBatch | Exception], None]
 
 
+@dataclass(frozen=True)
+class Patience:
+    """How long requests may wait.
+
+    Args:
+        max_waiting: Requests that may wait for a slot; beyond it they are refused.
+        deadline_s: Longest time that an answer may go without a token.
+    """
+
+    max_waiting: int = 64
+    deadline_s: float = 60.0
+
+
 class InProcessService:
     """Implements :class:`rayapp.api.service.Service` with one prefill and one decode engine.
 
@@ -52,8 +66,8 @@ class InProcessService:
         model_name: As clients ask for it.
         max_model_len: Most tokens of prompt and answer; None is the model's own limit.
         max_num_seqs: Decode slots.
-        max_waiting: Requests that may wait for a slot; beyond it they are refused.
-        deadline_s: Longest time that an answer may go without a token.
+        patience: How many requests may wait, and for how long.
+        images: Needed to take images.
     """
 
     def __init__(
@@ -65,23 +79,25 @@ class InProcessService:
         model_name: str = "model",
         max_model_len: int | None = None,
         max_num_seqs: int = 8,
-        max_waiting: int = 64,
-        deadline_s: float = 60.0,
+        patience: Patience = Patience(),
+        images: ImageSupport | None = None,
     ) -> None:
         plan = plan or PruningPlan()
         self._signature = signature_of(model)
         plan.check_model(self._signature)
         limit = max_model_len or text_config(model.config).max_position_embeddings
-        self._max_waiting = max_waiting
-        self._deadline_s = deadline_s
+        self._patience = patience
         self._parameter_bytes = sum(p.nbytes for p in model.parameters())
-        self._prefill, self._decode = _engines(model, tokenizer, plan, limit, max_num_seqs)
+        stacks = (BlockStack(model, plan, "prefill"), BlockStack(model, plan, "decode"))
+        reader = ImageReader(model, stacks[0], images) if images else None
+        self._prefill, self._decode = _engines(stacks, plan, tokenizer, reader, limit, max_num_seqs)
         self._description = ServiceDescription(
             model_name=model_name,
             max_model_len=limit,
             vocab_size=self._prefill.stack.vocab_size,
             tokenizer=tokenizer,
             plan=plan,
+            images=reader.intake if reader else None,
         )
         self._kv_shape = KVShape.of(self._decode.stack)
         self._ledger = Ledger()
@@ -101,8 +117,7 @@ class InProcessService:
         self, request: GenerationRequest, timeline: Timeline | None = None
     ) -> AsyncGenerator[TokenBatch, None]:
         """Token batches of one answer; see :class:`rayapp.api.service.Service`."""
-        served = self._description
-        request.check_limits(max_model_len=served.max_model_len, vocab_size=served.vocab_size)
+        self._description.check(request)
         self._check_open()
         inbox: asyncio.Queue[TokenBatch | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -155,10 +170,10 @@ class InProcessService:
         self, inbox: asyncio.Queue[TokenBatch | Exception], request: GenerationRequest
     ) -> TokenBatch:
         try:
-            item = await asyncio.wait_for(inbox.get(), self._deadline_s)
+            item = await asyncio.wait_for(inbox.get(), self._patience.deadline_s)
         except TimeoutError:
             raise DeadlineError(
-                f"request {request.request_id}: no token within {self._deadline_s} s; "
+                f"request {request.request_id}: no token within {self._patience.deadline_s} s; "
                 "ask again later or for less"
             ) from None
         if isinstance(item, Exception):
@@ -217,7 +232,7 @@ class InProcessService:
             return
 
     def _enqueue(self, ticket: _Ticket) -> None:
-        if len(self._waiting) >= self._max_waiting + self._decode.num_free:
+        if len(self._waiting) >= self._patience.max_waiting + self._decode.num_free:
             ticket.deliver(
                 OverloadedError(
                     f"{len(self._waiting)} requests are waiting, which is the limit; "
@@ -274,6 +289,7 @@ class InProcessService:
             message_sizes(message),
             Route(request.request_id, request.attempt, NODE, NODE),
             num_prompt_tokens=request.num_prompt_tokens,
+            num_visual_tokens_removed=output.segment.num_visual_tokens_removed,
             times=times,
         )
         self._ledger.add(record)
@@ -288,23 +304,25 @@ class InProcessService:
 
 
 def _engines(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    stacks: tuple[BlockStack, BlockStack],
     plan: PruningPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    images: ImageReader | None,
     max_model_len: int,
     max_num_seqs: int,
 ) -> tuple[PrefillEngine, DecodeEngine]:
     """Both engines over one model."""
-    ends = eos_token_ids(model)
+    ends = eos_token_ids(stacks[0].model)
     prefill = PrefillEngine(
-        BlockStack(model, plan, "prefill"),
+        stacks[0],
         plan,
         max_model_len=max_model_len,
         eos_token_ids=ends,
         tokenizer=tokenizer,
+        images=images,
     )
     decode = DecodeEngine(
-        BlockStack(model, plan, "decode"),
+        stacks[1],
         plan,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,

@@ -5,15 +5,33 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from rayapp.api.chat import ChatTemplate
+from rayapp.api.images import ImageLoader
 from rayapp.api.schema import ChatMessage
 from rayapp.errors import RequestError
+from rayapp.vision.inputs import ImageInput, ImageIntake
+from rayapp.vision.prompt import check_places, num_unpruned
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt in tokens, one placeholder per image; ``text_token_ids`` are the user's words."""
+
+    token_ids: tuple[int, ...]
+    images: tuple[ImageInput, ...] = ()
+    text_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the unpruned prompt."""
+        return num_unpruned(self.token_ids, [image.num_tokens for image in self.images])
 
 
 class PromptReader:
@@ -23,27 +41,58 @@ class PromptReader:
 
     Args:
         tokenizer: Of the served model; its chat template is the only one ever used.
+        images: Checks and counts images; None where the model takes none.
+        model_name: For refusals.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        images: ImageIntake | None = None,
+        *,
+        model_name: str = "model",
+    ) -> None:
         self._tokenizer = tokenizer
+        self._model_name = model_name
+        self._intake = images
+        self._images = ImageLoader(images) if images else None
+        self._template = ChatTemplate(tokenizer, images.image_token_id if images else None)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rayapp-tokenize")
 
-    async def texts(
-        self, texts: Sequence[str], *, add_special_tokens: bool = True
-    ) -> list[tuple[int, ...]]:
+    async def texts(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[Prompt]:
         """Token ids of each text."""
         return await self._run(
-            lambda: [self._encode(text, add_special_tokens=add_special_tokens) for text in texts]
+            lambda: [
+                Prompt(self._encode(text, add_special_tokens=add_special_tokens)) for text in texts
+            ]
         )
 
-    async def chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        """Token ids of a conversation, up to where the assistant's answer begins.
+    async def chat(self, messages: Sequence[ChatMessage]) -> Prompt:
+        """A conversation, up to where the assistant's answer begins.
 
         Raises:
-            RequestError: The model has no chat template, or its template refuses the messages.
+            RequestError: The model has no chat template, or its template refuses the messages; or
+                images that it does not take, or that cannot be used.
         """
-        return await self._run(lambda: self._encode(self._render(messages)))
+        urls = [url for message in messages for url in message.image_urls]
+        images: tuple[ImageInput, ...] = ()
+        if urls and self._images is None:
+            raise RequestError(
+                f"model `{self._model_name}` takes no images: it is text-only; send text, or ask a "
+                "model that does"
+            )
+        if urls and self._images is not None:
+            images = await self._images.load(urls)
+        return await self._run(lambda: self._chat(messages, images))
+
+    def expanded(self, prompt: Prompt) -> list[int]:
+        """Token ids of the unpruned prompt: each placeholder as often as its image has tokens."""
+        counts = iter(prompt.images)
+        place = self._intake.image_token_id if self._intake and prompt.images else None
+        ids: list[int] = []
+        for token in prompt.token_ids:
+            ids += [token] * (next(counts).num_tokens if token == place else 1)
+        return ids
 
     async def _run(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -52,21 +101,13 @@ class PromptReader:
         encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         return tuple(encoded["input_ids"])
 
-    def _render(self, messages: Sequence[ChatMessage]) -> str:
-        if not self._tokenizer.chat_template:
-            raise RequestError("this model has no chat template; use /v1/completions")
-        try:
-            text: Any = self._tokenizer.apply_chat_template(
-                [_turn(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except TemplateError as error:
-            raise RequestError(f"the model's chat template refuses the messages: {error}") from None
-        return str(text)
-
-
-def _turn(message: ChatMessage) -> dict[str, str]:
-    """As chat templates read it; they know no role ``developer``, which OpenAI put for system."""
-    role = "system" if message.role == "developer" else message.role
-    return {"role": role, "content": message.text}
+    def _chat(self, messages: Sequence[ChatMessage], images: tuple[ImageInput, ...]) -> Prompt:
+        text = self._template.render(messages)
+        special = self._template.adds_special_tokens(text)
+        token_ids = self._encode(text, add_special_tokens=special)
+        if self._intake is not None:
+            check_places(token_ids, self._intake.image_token_id, len(images))
+        if not images:
+            return Prompt(token_ids)
+        words = [message.text for message in messages if message.role == "user" and message.text]
+        return Prompt(token_ids, images, self._encode(words[-1]) if words else ())

@@ -14,11 +14,12 @@ from rayapp.api.access import LimitBody, RequireKey, is_authorized
 from rayapp.api.answers import Delta, answer_deltas, collected, merged
 from rayapp.api.disconnect import EventStream, unless_disconnected
 from rayapp.api.metrics import ApiMetrics, CountResponses
-from rayapp.api.prompts import PromptReader
+from rayapp.api.prompts import Prompt, PromptReader
 from rayapp.api.refusals import install_error_handlers
 from rayapp.api.replies import ChatFormat, CompletionFormat, Reply, ReplyFormat
 from rayapp.api.schema import (
     MAX_BODY_BYTES,
+    MAX_BODY_BYTES_WITH_IMAGES,
     AnswerRequest,
     ChatRequest,
     CompletionRequest,
@@ -28,15 +29,15 @@ from rayapp.api.service import HealthReport, Service
 from rayapp.api.status_page import status_page
 from rayapp.engine.request import GenerationRequest
 from rayapp.errors import NotFoundError, RayappError, RequestError
+from rayapp.plan import VisualTokens
+from rayapp.vision.selection import check_rule
 
 DEFAULT_COMPLETION_TOKENS = 16
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-TokenPrompts = Sequence[Sequence[int]]
-
 
 def build_app(
-    service: Service, *, key_digest: str | None = None, max_body_bytes: int = MAX_BODY_BYTES
+    service: Service, *, key_digest: str | None = None, max_body_bytes: int | None = None
 ) -> FastAPI:
     """An ASGI app over ``service``, with no state outside itself.
 
@@ -44,8 +45,11 @@ def build_app(
         service: Where tokens come from.
         key_digest: :func:`rayapp.api.access.digest_of` the key. Without it every caller is served;
             with it, only ``/health`` is open.
-        max_body_bytes: Larger request bodies are refused.
+        max_body_bytes: Larger request bodies are refused; None depends on whether images are taken.
     """
+    if max_body_bytes is None:
+        takes_images = service.description.images is not None
+        max_body_bytes = MAX_BODY_BYTES_WITH_IMAGES if takes_images else MAX_BODY_BYTES
     app = FastAPI(title="rayapp", version=__version__, docs_url=None, redoc_url=None)
     metrics = ApiMetrics()
     answers, views = AnswerRoutes(service, metrics), ViewRoutes(service, metrics, key_digest)
@@ -86,15 +90,17 @@ class AnswerRoutes:
         self._service = service
         self._metrics = metrics
         self._served = service.description
-        self._prompts = PromptReader(self._served.tokenizer)
+        self._prompts = PromptReader(
+            self._served.tokenizer, self._served.images, model_name=self._served.model_name
+        )
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or several."""
         self._check_model(body.model)
-        prompts: TokenPrompts = (
+        prompts = (
             await self._prompts.texts([str(prompt) for prompt in body.prompts])
             if isinstance(body.prompts[0], str)
-            else [tuple(map(int, prompt)) for prompt in body.prompts]
+            else [Prompt(tuple(map(int, prompt))) for prompt in body.prompts]
         )
         requests = self._requests(body, prompts, default=DEFAULT_COMPLETION_TOKENS)
         wants_logprobs = body.num_top_logprobs is not None
@@ -104,22 +110,25 @@ class AnswerRoutes:
     async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         self._check_model(body.model)
+        rule = body.visual_tokens
+        if rule is not None:
+            check_rule(rule)
         prompts = [await self._prompts.chat(body.messages)]
-        requests = self._requests(body, prompts, default=self._served.max_model_len)
+        requests = self._requests(body, prompts, default=self._served.max_model_len, rule=rule)
         form = ChatFormat(self._served.tokenizer, logprobs=body.logprobs)
         return await self._answer(body, request, requests, form, prefix="chatcmpl-")
 
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
-        """The token ids that a prompt stands for."""
+        """The token ids that a prompt stands for, all tokens of its images counted."""
         self._check_model(body.model)
         if body.messages is not None:
-            tokens = await self._prompts.chat(body.messages)
+            prompt = await self._prompts.chat(body.messages)
         else:
-            (tokens,) = await self._prompts.texts(
+            (prompt,) = await self._prompts.texts(
                 [body.prompt or ""], add_special_tokens=body.add_special_tokens
             )
-        limit = self._served.max_model_len
-        return {"count": len(tokens), "max_model_len": limit, "tokens": list(tokens)}
+        tokens, limit = self._prompts.expanded(prompt), self._served.max_model_len
+        return {"count": len(tokens), "max_model_len": limit, "tokens": tokens}
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._served.model_name:
@@ -128,26 +137,39 @@ class AnswerRoutes:
             )
 
     def _requests(
-        self, body: AnswerRequest, prompts: TokenPrompts, *, default: int
+        self,
+        body: AnswerRequest,
+        prompts: Sequence[Prompt],
+        *,
+        default: int,
+        rule: VisualTokens | None = None,
     ) -> list[GenerationRequest]:
         """One request per answer, prompt by prompt; all are checked before any begins.
 
         Args:
             body: Parameters.
-            prompts: Token ids.
+            prompts: In tokens.
             default: Most answer tokens where the client does not say; cut to the room left.
+            rule: How to prune visual tokens, in place of the plan's.
         """
         limit, requests = self._served.max_model_len, []
         for prompt in prompts:
-            room = limit - len(prompt)
+            room = limit - prompt.num_tokens
             if room < 1:
                 raise RequestError(
-                    f"the prompt has {len(prompt)} tokens, but this model serves at most {limit} "
-                    "tokens of prompt and answer together; shorten the prompt"
+                    f"the prompt has {prompt.num_tokens} tokens, but this model serves at most "
+                    f"{limit} tokens of prompt and answer together; shorten the prompt"
                 )
             for sampling in body.sampling(body.answer_limit or min(default, room)):
-                request = GenerationRequest(uuid.uuid4().hex, tuple(prompt), sampling)
-                request.check_limits(max_model_len=limit, vocab_size=self._served.vocab_size)
+                request = GenerationRequest(
+                    uuid.uuid4().hex,
+                    prompt.token_ids,
+                    sampling,
+                    images=prompt.images,
+                    text_token_ids=prompt.text_token_ids,
+                    visual_tokens=rule,
+                )
+                self._served.check(request)
                 requests.append(request)
         return requests
 

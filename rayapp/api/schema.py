@@ -24,8 +24,10 @@ from pydantic import (
 )
 
 from rayapp.engine.request import SamplingParams
+from rayapp.plan import VisualTokens
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
+MAX_BODY_BYTES_WITH_IMAGES = 64 * 1024 * 1024
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
 MAX_ANSWERS = 128
@@ -247,18 +249,38 @@ class CompletionRequest(AnswerRequest):
         return self.logprobs
 
 
+class ImageUrl(_Request):
+    """Where an image is: a ``data:`` URL, or an address that the service allows."""
+
+    url: Text
+    detail: Name | None = None
+
+    @field_validator("detail")
+    @classmethod
+    def _is_automatic(cls, value: str | None) -> str | None:
+        if value not in (None, "auto"):
+            raise ValueError(f"detail {value!r} is not supported by this server; leave it out")
+        return value
+
+
 class ContentPart(_Request):
-    """One part of a message."""
+    """One part of a message: text, or an image."""
 
     type: Name
     text: Text = ""
+    image_url: ImageUrl | None = None
 
-    @field_validator("type")
-    @classmethod
-    def _is_text(cls, value: str) -> str:
-        if value != "text":
-            raise ValueError(f"a part of type {value!r} cannot be read: this model is text-only")
-        return value
+    @model_validator(mode="after")
+    def _is_known(self) -> ContentPart:
+        if self.type not in ("text", "image_url"):
+            raise ValueError(
+                f"a part of type {self.type!r} cannot be read; send parts of type text or image_url"
+            )
+        if (self.type == "image_url") != (self.image_url is not None):
+            raise ValueError(
+                "a part {'type': 'image_url'} holds {'image_url': {'url': ...}}, and no other does"
+            )
+        return self
 
 
 Parts = Annotated[list[ContentPart], Field(max_length=MAX_PARTS)]
@@ -284,14 +306,26 @@ class ChatMessage(_Request):
     def _says_something(self) -> ChatMessage:
         if self.content is None and self.role != "assistant":
             raise ValueError(f"a message of role {self.role} needs `content`")
+        if self.role != "user" and self.image_urls:
+            raise ValueError(f"a message of role {self.role} holds an image; users send images")
         return self
 
     @property
     def text(self) -> str:
-        """The message as one string."""
+        """The message's words as one string."""
+        return "".join(part.text for part in self.parts)
+
+    @property
+    def parts(self) -> list[ContentPart]:
+        """The message as parts, in order."""
         if self.content is None or isinstance(self.content, str):
-            return self.content or ""
-        return "".join(part.text for part in self.content)
+            return [ContentPart(type="text", text=self.content)] if self.content else []
+        return self.content
+
+    @property
+    def image_urls(self) -> list[str]:
+        """Its images, in order."""
+        return [part.image_url.url for part in self.parts if part.image_url]
 
 
 def _check_content(content: Any) -> None:
@@ -300,7 +334,10 @@ def _check_content(content: Any) -> None:
         _encodable(content)
         return
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise ValueError("`content` is a text or a list of parts {'type': 'text', 'text': ...}")
+        raise ValueError(
+            "`content` is a text or a list of parts {'type': 'text', 'text': ...} and "
+            "{'type': 'image_url', 'image_url': {'url': ...}}"
+        )
     if len(content) > MAX_PARTS:
         raise ValueError(f"{len(content)} parts are more than {MAX_PARTS}; join them")
     for part in content:
@@ -311,6 +348,9 @@ class ChatRequest(AnswerRequest):
     """Body of ``POST /v1/chat/completions``."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    visual_tokens: VisualTokens | None = Field(
+        default=None, description="our own: replaces the plan's rule for this request's images"
+    )
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 

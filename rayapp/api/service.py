@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch
 from rayapp.plan import PruningPlan
+from rayapp.vision.inputs import ImageIntake
 
 Pool = Literal["prefill", "decode", "unified"]
 
@@ -68,6 +69,7 @@ class ServiceDescription:
         plan: What the stages leave out.
         mode: Prefill and decode apart, or together.
         created: Unix time, seconds.
+        images: Checks and counts images; None where the model takes none.
     """
 
     model_name: str
@@ -77,6 +79,15 @@ class ServiceDescription:
     plan: PruningPlan = field(default_factory=PruningPlan)
     mode: Literal["disaggregated", "unified"] = "disaggregated"
     created: int = field(default_factory=lambda: int(time.time()))
+    images: ImageIntake | None = None
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raise :class:`RequestError` where a request lies outside what is served."""
+        request.check_limits(
+            max_model_len=self.max_model_len,
+            vocab_size=self.vocab_size,
+            image_token_id=self.images.image_token_id if self.images else None,
+        )
 
 
 class Service(Protocol):

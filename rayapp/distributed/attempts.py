@@ -150,7 +150,9 @@ class DisaggregatedAttempts:
                 self._channel.received(stream, answer.kv_bytes or 0) as handle,
             ):
                 put_s = time.monotonic() - began_s
-                handover = Handover(request, self._versions, answer.first, replay, limit_s)
+                handover = Handover(
+                    request.without_image_data, self._versions, answer.first, replay, limit_s
+                )
                 admission = await self._admitted(handover, handle)
         except BaseException:
             stream.cancel()
@@ -161,6 +163,7 @@ class DisaggregatedAttempts:
             admission.sizes,
             Route(request.request_id, request.attempt, answer.place.node, admission.place.node),
             num_prompt_tokens=request.num_prompt_tokens,
+            num_visual_tokens_removed=answer.num_visual_tokens_removed,
             times=TransferTimes(put_s=put_s, fetch_s=admission.fetch_s),
         )
         self._ledger.add(record)

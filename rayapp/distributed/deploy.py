@@ -22,12 +22,15 @@ from ray.serve.context import _get_global_client, _set_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from rayapp.distributed.placement import check_placement, check_readable
+from rayapp.distributed.replica import image_support
 from rayapp.distributed.settings import APP_NAME, ServiceSettings
+from rayapp.engine.prefill import check_prunable
 from rayapp.errors import ClusterError
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.healed import HealedWeights
 from rayapp.models.loading import load_tokenizer
 from rayapp.plan import PruningPlan
+from rayapp.vision.selection import check_rule
 
 logger = logging.getLogger(__name__)
 IMPORT_PATH = "rayapp.distributed.app:build"
@@ -67,11 +70,16 @@ def resolved(settings: ServiceSettings) -> ServiceSettings:
         ModelError: The model cannot be used.
         PlanError: The plan cannot, or was made for another model.
     """
-    signature = Checkpoint(settings.model).signature()
+    checkpoint = Checkpoint(settings.model)
+    signature = checkpoint.signature()
     load_tokenizer(settings.model)
+    takes_images = image_support(settings, checkpoint.config) is not None
     if settings.plan is not None:
         plan = PruningPlan.load(settings.plan)
         plan.check_model(signature)
+        if plan.visual_tokens is not None:
+            check_rule(plan.visual_tokens)
+            check_prunable(takes_images=takes_images)
         if plan.healed:
             HealedWeights.load(plan, ())
     paths = {

@@ -27,6 +27,7 @@ from rayapp.models.blocks import head_dim, sliding_windows, text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.loading import DTYPES, load_tokenizer
 from rayapp.plan import PruningPlan
+from rayapp.vision.inputs import ImageIntake
 
 
 class Ingress:
@@ -102,6 +103,7 @@ def _description(
         tokenizer=load_tokenizer(settings.model),
         plan=plan,
         mode=settings.mode,
+        images=ImageIntake.of(checkpoint.config, settings.images),
     )
 
 

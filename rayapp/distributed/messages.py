@@ -54,6 +54,7 @@ class PrefillAnswer:
         kv_bytes: What the segment weighs in the model's own type.
         queue_s: Seconds that the request waited for its turn.
         prefill_s: Seconds that the prefill took.
+        num_visual_tokens_removed: Tokens of images that were not run.
     """
 
     place: Place
@@ -61,6 +62,7 @@ class PrefillAnswer:
     kv_bytes: int | None
     queue_s: float
     prefill_s: float
+    num_visual_tokens_removed: int = 0
 
 
 @dataclass(frozen=True)

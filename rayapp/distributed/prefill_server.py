@@ -27,6 +27,7 @@ from rayapp.engine.request import GenerationRequest
 from rayapp.errors import DeadlineError, IntegrityError, OverloadedError
 from rayapp.kv.wire import Message, pack
 from rayapp.models.stack import BlockStack
+from rayapp.vision.reader import ImageReader
 
 
 class PrefillServer:
@@ -52,12 +53,14 @@ class PrefillServer:
         self._max_waiting = max_waiting
         self._thread = thread or EngineThread()
         self._versions = stage.versions
+        stack = BlockStack(stage.loaded.model, stage.plan, "prefill")
         self._engine = PrefillEngine(
-            BlockStack(stage.loaded.model, stage.plan, "prefill"),
+            stack,
             stage.plan,
             max_model_len=stage.max_model_len,
             eos_token_ids=stage.loaded.eos_token_ids,
             tokenizer=stage.loaded.tokenizer,
+            images=ImageReader(stage.loaded.model, stack, stage.images) if stage.images else None,
         )
         self._queued: dict[object, int] = {}
         self._num_running = 0
@@ -98,6 +101,7 @@ class PrefillServer:
             kv_bytes=None if segment is None else segment.nbytes,
             queue_s=time.monotonic() - began_s - output.prefill_s,
             prefill_s=output.prefill_s,
+            num_visual_tokens_removed=0 if segment is None else segment.num_visual_tokens_removed,
         )
         if segment is not None:
             envelope = versions.envelope(request.request_id, request.attempt)

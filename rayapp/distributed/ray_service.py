@@ -111,8 +111,8 @@ class RayService:
         self, request: GenerationRequest, timeline: Timeline | None = None
     ) -> AsyncGenerator[TokenBatch, None]:
         """Token batches of one answer; see :class:`rayapp.api.service.Service`."""
-        served, name = self._description, request.request_id
-        request.check_limits(max_model_len=served.max_model_len, vocab_size=served.vocab_size)
+        name = request.request_id
+        self._description.check(request)
         self._waiting.enter(name)
         self._num_answering += 1
         try:

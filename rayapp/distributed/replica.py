@@ -24,6 +24,8 @@ from rayapp.distributed.settings import ServiceSettings
 from rayapp.models.blocks import text_config
 from rayapp.models.loading import LoadedModel, load_model
 from rayapp.plan import PruningPlan
+from rayapp.vision.llava import image_processor_of
+from rayapp.vision.reader import ImageSupport
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -31,11 +33,15 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class StageModel:
-    """One stage's weights on a replica, and what they are to be run under."""
+    """One stage's weights on a replica, and what they are to be run under.
+
+    ``images`` is there where this replica prefills a model that takes images.
+    """
 
     loaded: LoadedModel
     plan: PruningPlan
     max_model_len: int
+    images: ImageSupport | None = None
 
     @property
     def versions(self) -> Versions:
@@ -53,7 +59,20 @@ def load_stage(
     loaded = load_model(settings.model, plan=plan, stage=stage, dtype=settings.dtype, device=device)
     limit = settings.max_model_len or text_config(loaded.model.config).max_position_embeddings
     logger.info("%s: %d parameter bytes of %s", stage, loaded.parameter_bytes, settings.model)
-    return StageModel(loaded, plan, limit)
+    images = None if stage == "decode" else image_support(settings, loaded.model.config)
+    return StageModel(loaded, plan, limit, images)
+
+
+def image_support(settings: ServiceSettings, config: Any) -> ImageSupport | None:
+    """What prefill reads images with; None where the model is text-only.
+
+    Raises:
+        ModelError: The model takes images and has no usable image processor.
+    """
+    processor = image_processor_of(settings.model, config)
+    if processor is None:
+        return None
+    return ImageSupport(processor, settings.images, settings.image_cache_bytes)
 
 
 def this_place() -> Place:

@@ -20,6 +20,8 @@ from pydantic import (
 
 from rayapp.api.access import digest_of
 from rayapp.errors import InputError
+from rayapp.vision.images import ImageLimits
+from rayapp.vision.reader import CACHE_BYTES
 
 APP_NAME = "rayapp"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -126,6 +128,8 @@ class ServiceSettings(_Strict):
         max_waiting: Requests of one ingress without a decode slot; more are answered with 429.
         max_attempts: How often a request is prefilled again after losses before it fails.
         max_kv_bytes: Most bytes of KV under way per ingress replica.
+        images: What one request may send of images, where the model takes them.
+        image_cache_bytes: Most bytes of encoded images that a prefill replica keeps.
         ingress: The replicas that speak HTTP.
         prefill: The prefill pool.
         decode: The decode pool.
@@ -148,6 +152,8 @@ class ServiceSettings(_Strict):
     max_waiting: int = Field(default=256, ge=1)
     max_attempts: int = Field(default=3, ge=1)
     max_kv_bytes: int = Field(default=2 << 30, ge=1)
+    images: ImageLimits = ImageLimits()
+    image_cache_bytes: int = Field(default=CACHE_BYTES, ge=0)
     ingress: PoolSettings = PoolSettings()
     prefill: PoolSettings = PoolSettings(labels={"role": "prefill"})
     decode: PoolSettings = PoolSettings(labels={"role": "decode"})

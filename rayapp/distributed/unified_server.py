@@ -80,7 +80,9 @@ class UnifiedServer:
             if isinstance(answer, Refusal) or answer.kv_bytes is None:
                 return
             handle = await self._channel.send(cast("Message", await anext(items)))
-        handover = Handover(request, versions, answer.first, replay, self._deadlines.transfer_s)
+        handover = Handover(
+            request.without_image_data, versions, answer.first, replay, self._deadlines.transfer_s
+        )
         try:
             admission = await self._decode.admit(handover, [handle])
         finally:

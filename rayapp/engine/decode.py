@@ -125,7 +125,8 @@ class DecodeEngine:
             IntegrityError: ``first`` and ``replay`` contradict the plan, or end the answer.
         """
         self._check_segment(request, segment)
-        sequence = self._sequence(request, tuple(replay) or (first.token_ids if first else ()))
+        sent = tuple(replay) or (first.token_ids if first else ())
+        sequence = self._sequence(request, segment.next_position, sent)
         self._supersede(request)
         if not self.num_free:
             raise OverloadedError(
@@ -139,9 +140,13 @@ class DecodeEngine:
         return slot
 
     def _check_segment(self, request: GenerationRequest, segment: KVSegment) -> None:
-        expected = num_prefilled(self.plan, request.num_prompt_tokens)
+        kept = request.num_prompt_tokens - segment.num_visual_tokens_removed
+        expected = num_prefilled(self.plan, kept)
         found = (segment.num_prompt_tokens, segment.num_prefilled)
-        if found != (request.num_prompt_tokens, expected):
+        in_images = sum(image.num_tokens for image in request.images)
+        if found != (request.num_prompt_tokens, expected) or (
+            segment.num_visual_tokens_removed > in_images
+        ):
             raise WireError(
                 f"the KV segment is of {found[0]} prompt tokens, {found[1]} of them prefilled; the "
                 f"request has {request.num_prompt_tokens}, {expected} to prefill: prefill again"
@@ -154,7 +159,9 @@ class DecodeEngine:
                 f"{self.max_model_len} entries of a slot; lower max_tokens or raise max_model_len"
             )
 
-    def _sequence(self, request: GenerationRequest, sent: tuple[int, ...]) -> _Sequence:
+    def _sequence(
+        self, request: GenerationRequest, next_position: int, sent: tuple[int, ...]
+    ) -> _Sequence:
         """The sequence, with what it is fed first: the last prompt token, tokens already sent."""
         decodes_first = self.plan.first_token == "decode"
         if not decodes_first and not sent:
@@ -172,7 +179,7 @@ class DecodeEngine:
         pending = deque(sent)
         if decodes_first:
             pending.appendleft(request.prompt_token_ids[-1])
-        return _Sequence(request, answer, pending, request.num_prompt_tokens - decodes_first)
+        return _Sequence(request, answer, pending, next_position - decodes_first)
 
     def _supersede(self, request: GenerationRequest) -> None:
         slot = self._slots.get(request.request_id)

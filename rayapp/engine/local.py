@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,9 +34,35 @@ from rayapp.kv.wire import Envelope, Message, message_sizes, pack, unpack
 from rayapp.models.blocks import signature_of, text_config
 from rayapp.models.loading import eos_token_ids
 from rayapp.models.stack import BlockStack
-from rayapp.plan import PruningPlan
+from rayapp.plan import PruningPlan, VisualTokens
+from rayapp.vision.inputs import ImageSource
+from rayapp.vision.reader import ImageReader, ImageSupport
 
 NODE = "local"
+_NO_IMAGES = (
+    "images were given, but this model is text-only or came without its image processor or "
+    "tokenizer; use one that takes images"
+)
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """A prompt with images.
+
+    Args:
+        prompt: Text or token ids, with one placeholder per image.
+        images: Encoded images (bytes) or files, in the order of the placeholders.
+        text: The user's words, which images are aligned with; None is the prompt itself.
+        visual_tokens: Replaces the plan's rule; None follows the plan.
+    """
+
+    prompt: str | Sequence[int]
+    images: Sequence[ImageSource]
+    text: str | Sequence[int] | None = None
+    visual_tokens: VisualTokens | None = None
+
+
+Prompt = str | Sequence[int] | ImagePrompt
 
 
 @dataclass(frozen=True)
@@ -54,6 +81,13 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...]
     timeline: Timeline
     transfer: TransferRecord | None
+
+
+def with_images(text: str, images: Sequence[ImageSource], pipeline: LocalPipeline) -> ImagePrompt:
+    """A prompt of words and images, which come first unless the words hold their placeholders."""
+    place = pipeline.placeholder
+    prompt = text if place in text else f"{place}\n" * len(images) + text
+    return ImagePrompt(prompt, images, text.replace(place, ""))
 
 
 @dataclass
@@ -86,10 +120,12 @@ class LocalPipeline:
         plan: None is the dense model.
         max_num_seqs: Sequences that decode at once.
         max_model_len: Most tokens of prompt and answer; None is the model's own limit.
+        image_processor: Needed for prompts with images
+            (:func:`rayapp.vision.llava.load_image_processor`).
 
     Raises:
         ModelError: The architecture is not supported.
-        PlanError: The plan was made for another model.
+        PlanError: The plan was made for another model, or prunes visual tokens that it has not.
     """
 
     def __init__(
@@ -100,6 +136,7 @@ class LocalPipeline:
         *,
         max_num_seqs: int = 8,
         max_model_len: int | None = None,
+        image_processor: Any = None,
     ) -> None:
         self.plan = plan or PruningPlan()
         self.signature = signature_of(model)
@@ -109,24 +146,38 @@ class LocalPipeline:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids(model)
         self._decode_stack = BlockStack(model, self.plan, "decode")
+        prefill_stack = BlockStack(model, self.plan, "prefill")
+        self.images = (
+            ImageReader(model, prefill_stack, ImageSupport(image_processor))
+            if image_processor
+            else None
+        )
         self.prefill = PrefillEngine(
-            BlockStack(model, self.plan, "prefill"),
+            prefill_stack,
             self.plan,
             max_model_len=self.max_model_len,
             eos_token_ids=self._eos_token_ids,
             tokenizer=tokenizer,
+            images=self.images,
         )
         self._kv_shape = KVShape.of(self._decode_stack)
 
+    @property
+    def placeholder(self) -> str:
+        """The text that stands for an image in a prompt; raises :class:`RequestError`."""
+        if self.images is None or self._tokenizer is None:
+            raise RequestError(_NO_IMAGES)
+        return str(self._tokenizer.convert_ids_to_tokens(self.images.intake.image_token_id))
+
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 - frozen
     ) -> list[Completion]:
-        """Answer prompts (texts or token ids), in their order; one set of parameters, or one each.
+        """Answer prompts, in their order; one set of parameters, or one each.
 
         Raises:
-            RequestError: A prompt is empty or too long; nothing was run.
+            RequestError: A prompt is empty or too long, or an image unreadable; nothing was run.
         """
         runs = [_Run(request, Timeline()) for request in self._requests(prompts, sampling)]
         decode = self._decode_engine([run.request for run in runs])
@@ -141,7 +192,7 @@ class LocalPipeline:
         return [self._completion(run) for run in runs]
 
     def answer_logits(
-        self, prompt_token_ids: Sequence[int], answer_token_ids: Sequence[int]
+        self, prompt: Sequence[int] | ImagePrompt, answer_token_ids: Sequence[int]
     ) -> torch.Tensor:
         """Logits ``(C, V)`` that predict each given answer token, through the path that serves.
 
@@ -149,8 +200,8 @@ class LocalPipeline:
         """
         fed = tuple(answer_token_ids)[:-1]
         sampling = SamplingParams(max_tokens=len(fed) + 1, ignore_eos=True)
-        request = GenerationRequest("answer-logits", tuple(prompt_token_ids), sampling)
-        first_V, segment = self.prefill.compute(request.prompt_token_ids)
+        request = self._request("answer-logits", prompt, sampling)
+        first_V, segment = self.prefill.compute(self.prefill.embed(request))
         rows = [] if first_V is None else [first_V]
         if len(rows) <= len(fed):
             decode = self._decode_engine([request])
@@ -160,7 +211,7 @@ class LocalPipeline:
 
     def _requests(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams],
     ) -> list[GenerationRequest]:
         if isinstance(prompts, str):
@@ -171,20 +222,39 @@ class LocalPipeline:
                 f"{len(prompts)} prompts but {len(each)} sampling parameters; pass one or as many"
             )
         requests = [
-            GenerationRequest(f"local-{number}", self._token_ids(prompt), params)
+            self._request(f"local-{number}", prompt, params)
             for number, (prompt, params) in enumerate(zip(prompts, each, strict=True))
         ]
-        vocab_size = self._decode_stack.vocab_size
         for request in requests:
-            request.check_limits(max_model_len=self.max_model_len, vocab_size=vocab_size)
+            request.check_limits(
+                max_model_len=self.max_model_len,
+                vocab_size=self._decode_stack.vocab_size,
+                image_token_id=self.images.intake.image_token_id if self.images else None,
+            )
         return requests
 
-    def _token_ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+    def _request(self, name: str, prompt: Prompt, sampling: SamplingParams) -> GenerationRequest:
+        if not isinstance(prompt, ImagePrompt):
+            return GenerationRequest(name, self._token_ids(prompt), sampling)
+        if self.images is None:
+            raise RequestError(_NO_IMAGES)
+        token_ids, intake = self._token_ids(prompt.prompt), self.images.intake
+        text = token_ids if prompt.text is None else self._token_ids(prompt.text, special=False)
+        return GenerationRequest(
+            name,
+            token_ids,
+            sampling,
+            images=intake.take_all(prompt.images),
+            text_token_ids=tuple(t for t in text if t != intake.image_token_id),
+            visual_tokens=prompt.visual_tokens,
+        )
+
+    def _token_ids(self, prompt: str | Sequence[int], *, special: bool = True) -> tuple[int, ...]:
         if not isinstance(prompt, str):
             return tuple(prompt)
         if self._tokenizer is None:
             raise RequestError("a text prompt needs a tokenizer; pass one, or pass token ids")
-        return tuple(self._tokenizer(prompt)["input_ids"])
+        return tuple(self._tokenizer(prompt, add_special_tokens=special)["input_ids"])
 
     def _decode_engine(self, requests: Sequence[GenerationRequest]) -> DecodeEngine:
         """An engine with room for the longest of the requests."""
@@ -218,6 +288,7 @@ class LocalPipeline:
             message_sizes(message),
             Route(request.request_id, request.attempt, NODE, NODE),
             num_prompt_tokens=request.num_prompt_tokens,
+            num_visual_tokens_removed=segment.num_visual_tokens_removed,
             times=TransferTimes(
                 put_s=packed_s - marks.prefill_finished_s, fetch_s=marks.admitted_s - packed_s
             ),

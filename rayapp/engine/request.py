@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from rayapp.errors import RequestError
+from rayapp.plan import VisualTokens
+from rayapp.vision.inputs import ImageInput
+from rayapp.vision.prompt import check_places
 
 FinishReason = Literal["stop", "length"]
 Phase = Literal["queued", "prefilling", "transferring", "decoding", "done"]
@@ -37,25 +40,45 @@ class SamplingParams(BaseModel):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A tokenized prompt and how to answer it. ``request_id`` is made by us, never by a client."""
+    """A tokenized prompt and how to answer it. ``request_id`` is made by us, never by a client.
+
+    The prompt holds one placeholder per image. ``text_token_ids`` are the user's words, which
+    images are aligned with. ``visual_tokens`` replaces the plan's rule for this request: any method
+    and any budget, up to all tokens.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     attempt: int = 0
+    images: tuple[ImageInput, ...] = ()
+    text_token_ids: tuple[int, ...] = ()
+    visual_tokens: VisualTokens | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Prompt length in tokens."""
-        return len(self.prompt_token_ids)
+        """Length of the unpruned prompt, all tokens of its images counted."""
+        in_images = sum(image.num_tokens for image in self.images)
+        return len(self.prompt_token_ids) - len(self.images) + in_images
 
-    def check_limits(self, *, max_model_len: int, vocab_size: int) -> None:
+    @property
+    def without_image_data(self) -> GenerationRequest:
+        """The same request for the decode stage, which never looks at an image."""
+        if not self.images:
+            return self
+        return replace(self, images=tuple(image.without_data for image in self.images))
+
+    def check_limits(
+        self, *, max_model_len: int, vocab_size: int, image_token_id: int | None = None
+    ) -> None:
         """Raise :class:`RequestError` where prompt or answer lie outside what the engines can hold.
 
         Args:
             max_model_len: Most tokens of prompt and answer together.
             vocab_size: Token ids lie in ``0..vocab_size - 1``.
+            image_token_id: The placeholder; None where the model takes no images.
         """
+        self._check_images(image_token_id)
         length, limit = self.num_prompt_tokens, self.sampling.max_tokens
         if length == 0:
             raise RequestError("the prompt has no tokens; send at least one")
@@ -69,6 +92,14 @@ class GenerationRequest:
             wrong = low if low < 0 else high
             raise RequestError(
                 f"token id {wrong} is not in the vocabulary; ids lie in 0..{vocab_size - 1}"
+            )
+
+    def _check_images(self, image_token_id: int | None) -> None:
+        if image_token_id is not None:
+            check_places(self.prompt_token_ids, image_token_id, len(self.images))
+        elif self.images or self.visual_tokens is not None:
+            raise RequestError(
+                "this model takes no images: it is text-only; send text, or ask a model that does"
             )
 
 

@@ -76,6 +76,8 @@ class Header(_Strict):
     weights_fingerprint: Annotated[str, Field(max_length=256)]
     num_prompt_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
     num_prefilled: TokenCount
+    num_visual_tokens_removed: TokenCount = 0
+    is_compact: bool = False
     dtype: DTypeName
     num_kv_heads: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
     head_dim: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
@@ -83,19 +85,23 @@ class Header(_Strict):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Header:
-        if not self.num_prompt_tokens - 1 <= self.num_prefilled <= self.num_prompt_tokens:
+        kept = self.num_prompt_tokens - self.num_visual_tokens_removed
+        if kept < 1 or not kept - 1 <= self.num_prefilled <= kept:
             raise ValueError(
                 f"num_prefilled={self.num_prefilled} must be "
-                f"num_prompt_tokens={self.num_prompt_tokens} or one less"
+                f"num_prompt_tokens={self.num_prompt_tokens} without "
+                f"num_visual_tokens_removed={self.num_visual_tokens_removed}, or one less"
             )
+        # Positions that are not compact have gaps where tokens were removed.
+        gaps = 0 if self.is_compact else self.num_visual_tokens_removed
         numbers = [entry.block for entry in self.blocks]
         if numbers != sorted(set(numbers)):
             raise ValueError(f"blocks {numbers} must ascend without repetition")
         for entry in self.blocks:
-            if entry.runs and sum(entry.runs[-1]) > self.num_prefilled:
+            if entry.runs and sum(entry.runs[-1]) > self.num_prefilled + gaps:
                 raise ValueError(
                     f"block {entry.block}: positions end at {sum(entry.runs[-1]) - 1}, past the "
-                    f"{self.num_prefilled} tokens that were prefilled"
+                    f"{self.num_prefilled + gaps} tokens that were prefilled or removed"
                 )
         self._check_offsets()
         return self
@@ -128,8 +134,8 @@ class Header(_Strict):
         return layout([self.sizes(entry) for entry in self.blocks])[1]
 
     def dump(self) -> bytes:
-        """Compact JSON, UTF-8."""
-        return self.model_dump_json().encode()
+        """Compact JSON, UTF-8; what only visual pruning needs is left out elsewhere."""
+        return self.model_dump_json(exclude_defaults=True).encode()
 
     @classmethod
     def parse(cls, text: bytes) -> Header:

@@ -14,7 +14,7 @@ from rayapp.plan import Encoding
 
 @dataclass(frozen=True)
 class BlockKV:
-    """The kept entries of one block; ``positions_N`` ascend, as in the unpruned prompt."""
+    """The kept entries of one block; ``positions_N`` ascend."""
 
     block: int
     keys_HND: torch.Tensor
@@ -37,14 +37,23 @@ class BlockKV:
 class KVSegment:
     """What travels for one prompt, blocks ascending.
 
-    ``num_prompt_tokens`` is the unpruned length T; answer token i sits at position T + i.
-    ``num_prefilled`` is T, or T - 1 where decode runs the last prompt token (``first_token:
-    decode``).
+    ``num_prompt_tokens`` is the unpruned length T, ``num_visual_tokens_removed`` of them were not
+    run. ``num_prefilled`` counts the tokens that prefill ran: all others, or one less where decode
+    runs the last prompt token (``first_token: decode``). ``is_compact``: positions were numbered
+    anew, without the gaps of removed tokens.
     """
 
     blocks: tuple[BlockKV, ...]
     num_prompt_tokens: int
     num_prefilled: int
+    num_visual_tokens_removed: int = 0
+    is_compact: bool = False
+
+    @property
+    def next_position(self) -> int:
+        """Position of the first answer token."""
+        removed = self.num_visual_tokens_removed if self.is_compact else 0
+        return self.num_prompt_tokens - removed
 
     @property
     def nbytes(self) -> int:

@@ -37,6 +37,9 @@ def select_segment(
     cache: CaptureCache,
     positions_T: torch.Tensor,
     num_prompt_tokens: int,
+    *,
+    num_visual_tokens_removed: int = 0,
+    is_compact: bool = False,
 ) -> KVSegment:
     """The segment of one prompt that decode needs.
 
@@ -48,6 +51,8 @@ def select_segment(
         cache: What the prefill of this one prompt wrote.
         positions_T: Positions of the tokens that prefill ran, ascending.
         num_prompt_tokens: Unpruned prompt length.
+        num_visual_tokens_removed: Tokens of it that were not run.
+        is_compact: Whether positions leave no gaps where tokens were removed.
 
     Raises:
         IntegrityError: If a block holds another number of entries than its window and the positions
@@ -63,7 +68,13 @@ def select_segment(
             )
         encoding = plan.transfer(block).encoding
         blocks.append(BlockKV(block, keys_BHKD[0], values_BHKD[0], positions_K, encoding))
-    return KVSegment(tuple(blocks), num_prompt_tokens, num_prefilled(plan, num_prompt_tokens))
+    return KVSegment(
+        tuple(blocks),
+        num_prompt_tokens,
+        num_prefilled(plan, num_prompt_tokens - num_visual_tokens_removed),
+        num_visual_tokens_removed,
+        is_compact,
+    )
 
 
 def select_prefix(plan: PruningPlan, cache: CaptureCache, positions_T: torch.Tensor) -> PrefixCache:

@@ -125,7 +125,13 @@ def unpack(message: Message, expected: Envelope) -> KVSegment:
     _check_envelope(header, expected)
     body = _shared_tensor(message)[body_at:]
     blocks = tuple(_read_block(header, entry, body) for entry in header.blocks)
-    return KVSegment(blocks, header.num_prompt_tokens, header.num_prefilled)
+    return KVSegment(
+        blocks,
+        header.num_prompt_tokens,
+        header.num_prefilled,
+        header.num_visual_tokens_removed,
+        header.is_compact,
+    )
 
 
 def message_sizes(message: Message) -> MessageSizes:
@@ -149,6 +155,8 @@ def _describe(
             **asdict(envelope),
             num_prompt_tokens=segment.num_prompt_tokens,
             num_prefilled=segment.num_prefilled,
+            num_visual_tokens_removed=segment.num_visual_tokens_removed,
+            is_compact=segment.is_compact,
             dtype=DTYPE_NAMES[dtype],
             num_kv_heads=heads,
             head_dim=dim,

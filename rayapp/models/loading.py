@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +103,18 @@ def load_model(
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory; raises :class:`ModelError` where there is none."""
+    """The tokenizer of a model directory; raises :class:`ModelError` where there is none.
+
+    A chat template that lies beside it for the model's processor is its own too.
+    """
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+        beside = Path(path) / "chat_template.json"
+        if not tokenizer.chat_template and beside.is_file():
+            tokenizer.chat_template = json.loads(beside.read_text("utf-8"))["chat_template"]
+        return tokenizer
     except Exception as error:  # noqa: BLE001 - whatever a foreign parser raises is the user's file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(

@@ -3,15 +3,21 @@
 LLaVA-1.5 gives one pool, a grid in reading order. LLaVA-NeXT gives two: the base view, then the
 merged grid of its tiles, in which every row ends with a newline token. Newlines are neither scored
 nor budgeted: one is kept exactly where its row keeps a token.
-Shapes: N = all tokens of the image, newlines included; K = tokens kept.
+Shapes: N = all tokens of the image, newlines included; K = tokens kept; P = tiles, R x S = the
+merged grid.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    unpad_image,
+)
 
 
 @dataclass(frozen=True)
@@ -74,3 +80,29 @@ class ImageLayout:
         """Places kept, ascending, ``(K,)``, from the grid indices chosen in each pool."""
         places = [pool.places(kept) for pool, kept in zip(self.pools, chosen, strict=True)]
         return torch.cat(places).sort().values
+
+
+def image_layout(config: Any, size: tuple[int, int]) -> ImageLayout:
+    """The layout of an image of ``(height, width)`` pixels in a model of this configuration."""
+    patches = config.vision_config.image_size // config.vision_config.patch_size
+    base = PoolLayout(0, patches, patches)
+    if config.model_type != "llava_next":
+        return ImageLayout((base,))
+    down, across = _grid(config, size)
+    rows, columns = merged_grid(config, torch.empty(down * across, base.num_tokens), size).shape
+    return ImageLayout((base, PoolLayout(base.num_tokens, rows, columns, has_newlines=True)))
+
+
+def merged_grid(config: Any, tiles_PN: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """One value per token of every tile, as LLaVA-NeXT's grid without its padding, ``(R, S)``."""
+    patches = config.vision_config.image_size // config.vision_config.patch_size
+    down, across = _grid(config, size)
+    grid = tiles_PN.view(down, across, patches, patches).transpose(1, 2)
+    return unpad_image(grid.reshape(1, down * patches, across * patches), size)[0]
+
+
+def _grid(config: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Tiles down and across."""
+    side = config.vision_config.image_size
+    down, across = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side)
+    return int(down), int(across)

@@ -15,10 +15,6 @@ from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
-from transformers.models.llava_next.modeling_llava_next import (
-    get_anyres_image_grid_shape,
-    unpad_image,
-)
 
 from rayapp.errors import ModelError
 from rayapp.models.blocks import MULTIMODAL_TYPES
@@ -26,7 +22,7 @@ from rayapp.models.stack import BlockStack
 from rayapp.plan import VisualTokens
 from rayapp.vision.attention import captured_cls_attention, last_token_attention
 from rayapp.vision.images import DecodedImage
-from rayapp.vision.layout import ImageLayout, PoolLayout
+from rayapp.vision.layout import ImageLayout, image_layout, merged_grid
 from rayapp.vision.prompt import PromptEmbeddings, assemble
 from rayapp.vision.selection import EncodedImage, Sharing, keep_places
 
@@ -60,6 +56,14 @@ def load_image_processor(path: str | Path) -> Any:
         raise ModelError(
             f"{path}: no usable image processor ({reason}); save one beside the model"
         ) from None
+
+
+def image_processor_of(path: str | Path, config: PreTrainedConfig) -> Any | None:
+    """The image processor of a model that takes images, None where it is text-only."""
+    if config.model_type not in MULTIMODAL_TYPES:
+        return None
+    check_takes_images(config)
+    return load_image_processor(path)
 
 
 class LlavaAdapter:
@@ -106,21 +110,14 @@ class LlavaAdapter:
         with capture or nullcontext([]) as rows:
             output = model.get_image_features(pixel_values=pixels, return_dict=True, **extra)
         features_ND = output.pooler_output[0]
-        size = None if sizes is None else sizes[0].tolist()
-        layout = self._layout(features_ND.shape[0], pixels, size)
+        size = None if sizes is None else tuple(sizes[0].tolist())
+        layout = self._layout(features_ND.shape[0], image)
         attention_N = self._in_prompt_order(rows[0], size) if rows else None
         return EncodedImage(features_ND, layout, image.digest, attention_N)
 
-    def _layout(self, num_tokens: int, pixels: torch.Tensor, size: list[int] | None) -> ImageLayout:
+    def _layout(self, num_tokens: int, image: DecodedImage) -> ImageLayout:
         """Where the pools lie; raises :class:`ModelError` where the tokens are no such grid."""
-        patch = self._config.vision_config.patch_size
-        rows, columns = (side // patch for side in pixels.shape[-2:])
-        pools = [PoolLayout(0, rows, columns)]
-        if size is not None:
-            merged_RS = self._merged(torch.empty(pixels.shape[1] - 1, rows * columns), size)
-            height, width = merged_RS.shape
-            pools.append(PoolLayout(rows * columns, height, width, has_newlines=True))
-        layout = ImageLayout(tuple(pools))
+        layout = image_layout(self._config, (image.pixels.height, image.pixels.width))
         if layout.num_tokens != num_tokens:
             raise ModelError(
                 f"{self._config.model_type}: an image gave {num_tokens} visual tokens, but its "
@@ -128,20 +125,13 @@ class LlavaAdapter:
             )
         return layout
 
-    def _merged(self, tiles_PN: torch.Tensor, size: list[int]) -> torch.Tensor:
-        """One value per token of every tile, as the merged grid without padding, ``(R, S)``."""
-        side = self._config.vision_config.image_size
-        pinpoints = self._config.image_grid_pinpoints
-        down, across = get_anyres_image_grid_shape(tuple(size), pinpoints, side)
-        patches = side // self._config.vision_config.patch_size
-        grid = tiles_PN.view(down, across, patches, patches).transpose(1, 2)
-        return unpad_image(grid.reshape(1, down * patches, across * patches), tuple(size))[0]
-
-    def _in_prompt_order(self, views_PN: torch.Tensor, size: list[int] | None) -> torch.Tensor:
+    def _in_prompt_order(
+        self, views_PN: torch.Tensor, size: tuple[int, int] | None
+    ) -> torch.Tensor:
         """Scores of every view's tokens as the prompt has them, 0 at newlines, ``(N,)``."""
         if size is None:
             return views_PN[0]
-        merged_RS = self._merged(views_PN[1:], size)
+        merged_RS = merged_grid(self._config, views_PN[1:], size)
         newlines_R1 = merged_RS.new_zeros(merged_RS.shape[0], 1)
         return torch.cat([views_PN[0], torch.cat([merged_RS, newlines_R1], dim=1).flatten()])
 

@@ -44,6 +44,26 @@ class PromptEmbeddings:
         """Tokens of images that are not run."""
         return self.num_prompt_tokens - self.num_tokens
 
+    @property
+    def is_compact(self) -> bool:
+        """Whether positions leave no gaps where tokens were removed."""
+        return self.next_position < self.num_prompt_tokens
+
+
+def text_prompt(
+    token_ids: Sequence[int], embed: Callable[[torch.Tensor], torch.Tensor]
+) -> PromptEmbeddings:
+    """A prompt without images; arguments as for :func:`assemble`."""
+    length = len(token_ids)
+    return PromptEmbeddings(
+        hidden_TE=embed(torch.tensor([token_ids], dtype=torch.int64))[0],
+        positions_T=torch.arange(length),
+        next_position=length,
+        num_prompt_tokens=length,
+        num_visual_tokens=0,
+        image_spans=(),
+    )
+
 
 def num_unpruned(token_ids: Sequence[int], image_tokens: Sequence[int]) -> int:
     """Tokens of the unpruned prompt: every image's placeholder stands for all its tokens."""

@@ -42,6 +42,9 @@ METHODS: dict[str, Selector] = {
 
 Sharing = Literal["equal", "diversity"]
 
+# More than any image has: where shares and counts contradict each other here, they always do.
+_MANY_TOKENS = 1 << 20
+
 
 @dataclass(frozen=True)
 class EncodedImage:
@@ -103,6 +106,12 @@ def check_method(rule: VisualTokens) -> None:
             f"visual_tokens.num_aligned={rule.num_aligned} means nothing to method "
             f"{rule.method!r}; drop it, or use trimtokenator"
         )
+
+
+def check_rule(rule: VisualTokens) -> None:
+    """Raise :class:`PlanError` where a rule cannot be right for any model."""
+    check_method(rule)
+    resolve_budget(_MANY_TOKENS, num_aligned=rule.num_aligned, num_keep=rule.num_keep)
 
 
 def keep_places(

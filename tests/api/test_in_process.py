@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from rayapp.api.in_process import InProcessService
+from rayapp.api.in_process import InProcessService, Patience
 from rayapp.api.routes import build_app
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.request import GenerationRequest, SamplingParams
@@ -90,7 +90,11 @@ def test_metrics_know_every_phase(client, url):
 def stuck(model, byte_tokenizer, monkeypatch):
     """A service whose prefill waits until told, with one slot and one waiting place."""
     service = InProcessService(
-        model, byte_tokenizer, max_num_seqs=1, max_waiting=1, deadline_s=0.5, max_model_len=64
+        model,
+        byte_tokenizer,
+        max_num_seqs=1,
+        max_model_len=64,
+        patience=Patience(max_waiting=1, deadline_s=0.5),
     )
     gate, run = threading.Event(), service._prefill.run
     monkeypatch.setattr(service._prefill, "run", lambda request: gate.wait(10) and run(request))

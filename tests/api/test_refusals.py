@@ -104,8 +104,14 @@ def test_too_many_answers(http, service):
 @pytest.mark.parametrize(
     ("message", "says"),
     [
-        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "text-only"),
-        ({"role": "user", "content": [{"type": "input_audio"}]}, "text-only"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": ""}}]},
+            "text-only",
+        ),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "url"),
+        ({"role": "user", "content": [{"type": "image_url", "text": "x"}]}, "image_url"),
+        ({"role": "system", "content": [{"type": "image_url", "image_url": {"url": ""}}]}, "users"),
+        ({"role": "user", "content": [{"type": "input_audio"}]}, "input_audio"),
         ({"role": "user", "content": 3}, "content"),
         ({"role": "user"}, "content"),
         ({"role": "king", "content": "x"}, "role"),

@@ -1,0 +1,146 @@
+"""From a request's images to the embeddings that prefill runs, with a cache of encoded images.
+
+The vision tower runs once per image content: what it gave is kept under the SHA-256 of the image's
+bytes and the fingerprint of the weights, least recently used out first, bounded by bytes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from rayapp.errors import IntegrityError, PlanError
+from rayapp.models.blocks import signature_of
+from rayapp.models.stack import BlockStack
+from rayapp.plan import VisualTokens
+from rayapp.vision.attention import FASTV_BLOCK
+from rayapp.vision.images import ImageLimits
+from rayapp.vision.inputs import ImageInput, ImageIntake
+from rayapp.vision.llava import LlavaAdapter
+from rayapp.vision.prompt import PromptEmbeddings
+from rayapp.vision.selection import EncodedImage, check_rule
+
+# About 150 images of LLaVA-1.5-7B in 16 bits (project default).
+CACHE_BYTES = 768 * 2**20
+
+
+class ImageCache:
+    """Encoded images by key, least recently used out first.
+
+    Args:
+        max_bytes: Most bytes held; an image that is larger alone is not kept.
+    """
+
+    def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        self._images: OrderedDict[tuple[str, str], EncodedImage] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def get(self, key: tuple[str, str]) -> EncodedImage | None:
+        """The image, which counts as used now; None where it is not held."""
+        if key in self._images:
+            self._images.move_to_end(key)
+        return self._images.get(key)
+
+    def put(self, key: tuple[str, str], image: EncodedImage) -> None:
+        """Hold an image, in place of the older one of that key, and let others go for it."""
+        older = self._images.pop(key, None)
+        self.nbytes += image.nbytes - (older.nbytes if older else 0)
+        self._images[key] = image
+        while self.nbytes > self.max_bytes:
+            _, dropped = self._images.popitem(last=False)
+            self.nbytes -= dropped.nbytes
+
+
+@dataclass(frozen=True)
+class ImageSupport:
+    """What it takes to read images, beside a model.
+
+    Args:
+        processor: As :func:`rayapp.vision.llava.load_image_processor` gives it.
+        limits: Of the images of a request.
+        max_cache_bytes: Of encoded images.
+    """
+
+    processor: Any
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    max_cache_bytes: int = CACHE_BYTES
+
+
+class ImageReader:
+    """Encodes and prunes the images of prompts for one prefill stage. Not thread-safe.
+
+    Args:
+        model: As it was loaded, with its vision tower.
+        stack: The prefill stage over it.
+        support: What else it takes.
+
+    Raises:
+        ModelError: The model takes no images, or its tower was not loaded.
+    """
+
+    def __init__(self, model: PreTrainedModel, stack: BlockStack, support: ImageSupport) -> None:
+        self._adapter = LlavaAdapter(model, stack, support.processor)
+        self._tower_type = model.config.vision_config.model_type
+        self._fingerprint = signature_of(model).weights_fingerprint
+        self.intake = ImageIntake(model.config, support.limits)
+        self.cache = ImageCache(support.max_cache_bytes)
+
+    def check_rule(self, rule: VisualTokens) -> None:
+        """Raise :class:`PlanError` where this model and stage cannot prune by ``rule``."""
+        check_rule(rule)
+        attending = sum(self._adapter.stack.attends)
+        if rule.method == "fastv" and attending < FASTV_BLOCK:
+            raise PlanError(
+                f"visual_tokens.method fastv reads attention block {FASTV_BLOCK}, but prefill "
+                f"attends in {attending} blocks only; choose another method"
+            )
+        if rule.method == "cls_attention" and self._tower_type != "clip_vision_model":
+            raise PlanError(
+                f"visual_tokens.method cls_attention needs a tower with a CLS token, this model's "
+                f"is {self._tower_type!r}; choose another method"
+            )
+
+    def embed(
+        self,
+        token_ids: Sequence[int],
+        images: Sequence[ImageInput],
+        rule: VisualTokens | None,
+        text_token_ids: Sequence[int],
+    ) -> PromptEmbeddings:
+        """What prefill runs of a prompt with images.
+
+        Args:
+            token_ids: The prompt, one placeholder per image.
+            images: In prompt order.
+            rule: How to prune; None keeps everything.
+            text_token_ids: The user's words, which images are aligned with.
+
+        Raises:
+            RequestError: An image cannot be decoded, or placeholders and images do not match.
+            PlanError: The rule cannot be applied here.
+        """
+        if rule is not None:
+            self.check_rule(rule)
+        wants_cls = rule is not None and rule.method == "cls_attention"
+        encoded = [self._encoded(image, cls_attention=wants_cls) for image in images]
+        return self._adapter.embed_prompt(token_ids, encoded, rule, text_token_ids=text_token_ids)
+
+    def _encoded(self, image: ImageInput, *, cls_attention: bool) -> EncodedImage:
+        key = (image.digest, self._fingerprint)
+        found = self.cache.get(key)
+        if found is None or (cls_attention and found.cls_attention_N is None):
+            found = self._adapter.encode(self.intake.decode(image), cls_attention=cls_attention)
+            self.cache.put(key, found)
+        if found.num_tokens != image.num_tokens:
+            raise IntegrityError(
+                f"an image was taken in as {image.num_tokens} tokens but has {found.num_tokens}"
+            )
+        return found
