@@ -176,7 +176,7 @@ def test_closing_the_stream_frees_what_it_held(stream, num_batches):
         request = request_of(name, PROMPTS[3], max_tokens=60, ignore_eos=True)
         async with aclosing(stream.service.generate(request)) as batches:
             for _ in range(num_batches):
-                await anext(batches)
+                await anext(batches, None)  # a busy machine may send all in fewer
 
     async def more_than_there_are_slots():
         await asyncio.gather(*(leave(f"left-{num_batches}-{i}") for i in range(6)))
