@@ -105,7 +105,8 @@ def write(arguments: argparse.Namespace, models: list[Path]) -> None:
 def read_row(file: Path, *, timed: bool) -> dict[str, Any]:
     """A measured row; without its times where they were taken on a busy machine."""
     row: dict[str, Any] = json.loads(file.read_text())
-    return {key: value for key, value in row.items() if timed or "speedup" not in key}
+    times = ("search_s", "row_s")
+    return {k: v for k, v in row.items() if timed or ("speedup" not in k and k not in times)}
 
 
 def sorted_by_time(directory: Path) -> list[Path]:
