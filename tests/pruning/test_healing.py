@@ -270,7 +270,7 @@ def test_bfloat16_models_are_trained_in_float32_and_judged_as_they_will_run(tiny
     assert healed.loss_after < 0.9 * healed.loss_before
 
 
-def testbed_lines(tokenizer, split, per_task):
+def draw_testbed(tokenizer, split, per_task):
     found = [
         TokenizedLine(
             tuple(tokenizer(e.prompt)["input_ids"]),
@@ -286,8 +286,8 @@ def testbed_lines(tokenizer, split, per_task):
 @pytest.mark.slow
 def test_the_shipped_model_loses_far_less_where_it_is_healed(testbed_path, tmp_path):
     loaded = load_model(testbed_path, dtype="float32")
-    healer = Healer(loaded.model, testbed_lines(loaded.tokenizer, "heal", 32))
-    calibration = cut(testbed_lines(loaded.tokenizer, "validation", 16))
+    healer = Healer(loaded.model, draw_testbed(loaded.tokenizer, "heal", 32))
+    calibration = cut(draw_testbed(loaded.tokenizer, "validation", 16))
     evaluator = Evaluator(loaded.model, calibration, Objective())
     compute = LocalCompute(evaluator, healer)
     healed = HealedPairs(Storage(tmp_path), {}, compute)
