@@ -2,8 +2,8 @@
 
 With one query token per sequence, the query heads that share a KV head become queries of that head,
 so no grouped-query kernel is needed: on a CPU 5 to 30 % faster than ``enable_gqa``, and masks are
-welcome. With more query tokens under a mask, a CPU takes the grouped-query kernel, bit-equal to
-repeating; on a GPU a mask would send that kernel to its slow path.
+welcome. With more query tokens under a mask, a CPU takes the grouped-query kernel, which equals
+repeating; on a GPU a mask would send that kernel to its slow path (not measured here).
 Shapes: B = batch, Q = query heads, H = KV heads, T = query tokens, K = entries attended to,
 D = head dimension.
 """
