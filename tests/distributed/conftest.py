@@ -56,15 +56,20 @@ class Deployed:
                     raise held
         return counts
 
-    def check_idle(self, within_s: float = 15.0) -> None:
-        """Idle means zero, everywhere."""
-        until = time.monotonic() + within_s
+    def check_idle(self, within_s: float = 15.0, replaced_within_s: float = 60.0) -> None:
+        """Idle means zero, everywhere; a pool whose replicas a test killed is given time to return."""
+        from ray.serve.exceptions import DeploymentUnavailableError
+
+        began = time.monotonic()
         while True:
-            counts = self.counts()
+            try:
+                counts, limit_s = self.counts(), within_s
+            except DeploymentUnavailableError as error:
+                counts, limit_s = {"unavailable": [{str(error): 1}]}, replaced_within_s
             held = {n: c for n, found in counts.items() for c in found if any(c.values())}
             if not held:
                 return
-            if time.monotonic() > until:
+            if time.monotonic() > began + limit_s:
                 raise AssertionError(f"still held: {held}")
             time.sleep(0.1)
 
