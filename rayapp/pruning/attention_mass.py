@@ -81,7 +81,7 @@ def measure_attention_mass(
                 seen = _seen(evaluator, candidate, "prefill", chunk, block, healing)
                 each.add_prompt(_prompt_weights(inputs, seen, window), regions, inputs)
             query, keys, scaling = _seen(evaluator, candidate, "decode", chunk, block, healing)
-            mask = evaluator.decode_mask(chunk, block)
+            mask = evaluator.masks.decode(chunk, block)
             assert mask is not None, "decode always has one"
             weights_BDK = attention_weights(query, keys, mask, scaling).mean(dim=1)
             each.add_decode(weights_BDK, regions, inputs)

@@ -27,10 +27,15 @@ RUN_MODES = {0: Mode.FULL, ATTENTION: Mode.MLP_ONLY, MLP: Mode.ATTENTION_ONLY}
 
 @dataclass
 class BlockKVSlot:
-    """A cache for one block: entries before the new ones, if any, and those that it wrote."""
+    """A cache for one block: entries before the new ones, if any, and those that it wrote.
+
+    The last ``room`` entries of ``prefix`` are overwritten by the new ones, as many: nothing is
+    copied then. Whoever shares such a prefix must not need what is written there.
+    """
 
     prefix: KV | None = None
     written: KV | None = None
+    room: int = 0
 
     def update(self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, block: int) -> KV:
         """What the block attends to: the prefix, then its own new entries."""
@@ -39,9 +44,23 @@ class BlockKVSlot:
         if self.prefix is None:
             return self.written
         keys_BHPD, values_BHPD = self.prefix
+        if self.room:
+            keys_BHPD[:, :, -self.room :] = keys_BHTD
+            values_BHPD[:, :, -self.room :] = values_BHTD
+            return self.prefix
         return torch.cat([keys_BHPD, keys_BHTD], dim=2), torch.cat(
             [values_BHPD, values_BHTD], dim=2
         )
+
+
+def with_room(kv: KV, room: int) -> KV:
+    """Copies of keys and values with ``room`` free entries behind them."""
+    shape = list(kv[0].shape)
+    shape[2] += room
+    roomy = kv[0].new_zeros(shape), kv[1].new_zeros(shape)
+    for old_BHPD, new_BHKD in zip(kv, roomy, strict=True):
+        new_BHKD[:, :, : old_BHPD.shape[2]] = old_BHPD
+    return roomy
 
 
 class BlockRunner:
@@ -62,7 +81,8 @@ class BlockRunner:
         self.num_blocks = self._dense.num_blocks
         self.windows = self._dense.windows
         self.device = self._dense.device
-        self.element_bytes = self._dense.dtype.itemsize
+        self.dtype = self._dense.dtype
+        self.element_bytes = self.dtype.itemsize
 
     def _uniform(self, mode: Mode) -> PruningPlan:
         """A plan whose prefill runs every block in ``mode``; decode needs no KV, so any may do."""

@@ -267,11 +267,11 @@ def _batch(evaluator: Evaluator, pair: Pair, chunk: int) -> _Batch:
     if pair.stage == "prefill":
         positions_BT = inputs.prefill_positions_BP
         valid_BT = positions_BT < inputs.num_prefilled_B[:, None]
-        mask, prefix = evaluator.prefill_mask(chunk, block), None
+        mask, prefix = evaluator.masks.prefill(chunk, block), None
     else:
         positions_BT = inputs.decode_positions_BD
         valid_BT = inputs.valid_BC[:, -positions_BT.shape[1] :]
-        mask = evaluator.decode_mask(chunk, block)
+        mask = evaluator.masks.decode(chunk, block)
         keys, values = evaluator.dense_kv(chunk, block)
         prefix = (keys.clone(), values.clone())
     states = [evaluator.dense_state(pair.stage, chunk, b) for b in (pair.first, pair.last + 1)]

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from rayapp.kv.quantize import round_trip
 from rayapp.plan import SEND_ALL, KVTransfer, Stage
-from rayapp.pruning.block_runner import KV, BlockKVSlot, BlockRunner
+from rayapp.pruning.block_runner import KV, BlockKVSlot, BlockRunner, with_room
 from rayapp.pruning.calibration import Calibration
 from rayapp.pruning.candidates import (
     ATTENTION,
@@ -39,6 +39,7 @@ from rayapp.pruning.candidates import (
 )
 from rayapp.pruning.handoff import Handoff, handoff
 from rayapp.pruning.healing import NO_HEALING, PARTS, HealedPair, Healing, Pair
+from rayapp.pruning.masks import Masks
 from rayapp.pruning.objective import Objective, Reference, reference_of, token_values
 from rayapp.pruning.state_cache import StateCache, Tensors
 
@@ -82,6 +83,7 @@ class Evaluator:
         blocks_run: Blocks run so far, those of which nothing is left included.
         forwards: Block x token forwards so far, padding included; a part counts one half, and so
             does the KV of a block that is written without its attention.
+        masks: What each stage's tokens may attend to.
     """
 
     def __init__(
@@ -99,7 +101,8 @@ class Evaluator:
         self.forwards = 0.0
         self._cache = StateCache(cache_bytes)
         self._inputs: dict[int, Handoff] = {}
-        self._masks: dict[_Key, torch.Tensor | None] = {}
+        runner = self.runner
+        self.masks = Masks(self.inputs, runner.windows, runner.device, runner.dtype)
 
     @torch.inference_mode()
     def line_sums(
@@ -137,7 +140,10 @@ class Evaluator:
     @torch.inference_mode()
     def dense_kv(self, chunk: int, block: int) -> KV:
         """The KV of ``block`` that the dense model's prefill writes, padding included."""
-        return self._written_kv(self._pass(DENSE, chunk, {}), block)
+        run = self._pass(DENSE, chunk, {})
+        num_entries = run.inputs.prefill_ids_BP.shape[1]
+        keys_BHKD, values_BHKD = self._written_kv(run, block)
+        return keys_BHKD[:, :, :num_entries], values_BHKD[:, :, :num_entries]
 
     @torch.inference_mode()
     def attend(
@@ -156,10 +162,10 @@ class Evaluator:
         skips, inputs = run.prefill if stage == "prefill" else run.decode, run.inputs
         if stage == "prefill":
             hidden_BTE, positions_BT = self._prefill_state(run, block), inputs.prefill_positions_BP
-            mask, slot = self.prefill_mask(chunk, block), BlockKVSlot()
+            mask, slot = self.masks.prefill(chunk, block), BlockKVSlot()
         else:
             hidden_BTE, positions_BT = self._decode_state(run, block), inputs.decode_positions_BD
-            mask, slot = self.decode_mask(chunk, block), BlockKVSlot(self._written_kv(run, block))
+            mask, slot = self.masks.decode(chunk, block), _slot(run, self._written_kv(run, block))
         self._run(stage, block, skips[block], hidden_BTE, positions_BT, mask, slot)
 
     def inputs(self, chunk: int) -> Handoff:
@@ -223,18 +229,21 @@ class Evaluator:
         for each in range(start, block):
             if run.prefill[each] & ATTENTION and not run.decode[each] & ATTENTION:
                 self._write_kv(run, each, hidden_BPE)
-            mask = self.prefill_mask(run.chunk, each)
+            mask = self.masks.prefill(run.chunk, each)
             slot = BlockKVSlot()
             hidden_BPE = self._run(
                 "prefill", each, run.prefill[each], hidden_BPE, positions_BP, mask, slot
             )
             if slot.written:
-                self._keep(_kv_key(run, each), slot.written, run)
+                self._keep_kv(run, each, slot.written)
             self._keep(("prefill", run.chunk, run.prefill[: each + 1]), (hidden_BPE,), run)
         return hidden_BPE
 
     def _kv(self, run: _Pass, block: int) -> KV:
-        """The KV of ``block`` that decode finds: what prefill wrote, after the transfer."""
+        """The KV of ``block`` that decode finds: what prefill wrote, after the transfer.
+
+        Like all KV here it has room for decode's own entries behind it.
+        """
         rule = transfer_of(run.rules[block])
         if rule.encoding == "model":
             return self._written_kv(run, block)
@@ -260,9 +269,15 @@ class Evaluator:
         found = self._find(_kv_key(run, block), run)
         if found is None:
             self.forwards += hidden_BPE.shape[0] * hidden_BPE.shape[1] / 2
-            found = self.runner.write_kv(block, hidden_BPE, run.inputs.prefill_positions_BP)
-            self._keep(_kv_key(run, block), found, run)
+            written = self.runner.write_kv(block, hidden_BPE, run.inputs.prefill_positions_BP)
+            return self._keep_kv(run, block, written)
         return found[0], found[1]
+
+    def _keep_kv(self, run: _Pass, block: int, written: KV) -> KV:
+        """What prefill wrote, copied once to where every decode pass can add its own entries."""
+        kv = with_room(written, run.inputs.decode_ids_BD.shape[1])
+        self._keep(_kv_key(run, block), kv, run)
+        return kv
 
     def _encoded(self, kv: KV, rule: KVTransfer, inputs: Handoff, block: int) -> KV:
         """KV after an encoding and back, line by line: scales see what one prompt sends."""
@@ -289,34 +304,13 @@ class Evaluator:
         positions_BD = run.inputs.decode_positions_BD
         for block in range(start, stop):
             attends = not run.decode[block] & ATTENTION
-            slot = BlockKVSlot(prefix=self._kv(run, block) if attends else None)
-            mask = self.decode_mask(run.chunk, block, run.rules[block]) if attends else None
+            slot = _slot(run, self._kv(run, block)) if attends else BlockKVSlot()
+            mask = self.masks.decode_bias(run.chunk, block, run.rules[block]) if attends else None
             hidden_BDE = self._run(
                 "decode", block, run.decode[block], hidden_BDE, positions_BD, mask, slot
             )
             self._keep(_decode_key(run, block + 1), (hidden_BDE,), run)
         return hidden_BDE
-
-    def decode_mask(
-        self, chunk: int, block: int, rule: KVRule | None = None
-    ) -> torch.Tensor | None:
-        """What decode's tokens may attend to in a block, under a transfer rule; None sends all."""
-        window = self.runner.windows[block]
-        spelled = rule[1:3] if rule else SEND_ALL_RULE[:2]
-        key = ("decode", chunk, spelled, window)
-        if key not in self._masks:
-            mask = self.inputs(chunk).decode_mask(transfer_of(rule) if rule else SEND_ALL, window)
-            self._masks[key] = mask.to(self.runner.device)
-        return self._masks[key]
-
-    def prefill_mask(self, chunk: int, block: int) -> torch.Tensor | None:
-        """What prompt tokens may attend to in a block; None is causal."""
-        window = self.runner.windows[block]
-        key = ("prefill", chunk, window)
-        if key not in self._masks:
-            mask = self.inputs(chunk).prefill_mask(window)
-            self._masks[key] = None if mask is None else mask.to(self.runner.device)
-        return self._masks[key]
 
     def _run(
         self,
@@ -346,6 +340,11 @@ class Evaluator:
                 del run.held[old]
         if key[0] != "decode":
             run.held[key] = tensors
+
+
+def _slot(run: _Pass, kv: KV) -> BlockKVSlot:
+    """Where decode's entries follow those of the prompt."""
+    return BlockKVSlot(prefix=kv, room=run.inputs.decode_ids_BD.shape[1])
 
 
 def _kv_key(run: _Pass, block: int) -> _Key:

@@ -69,13 +69,13 @@ def _measure_chunk(evaluator: Evaluator, chunk: int, prefill: _Sums, decode: _Su
     decode_valid_BD = inputs.valid_BC[:, -inputs.decode_ids_BD.shape[1] :]
     prompt, answer = runner.embed(inputs.prefill_ids_BP), runner.embed(inputs.decode_ids_BD)
     for block in range(runner.num_blocks):
-        mask = evaluator.prefill_mask(chunk, block)
+        mask = evaluator.masks.prefill(chunk, block)
         slot = BlockKVSlot()
         between = runner.run(block, MLP, prompt, prompt_positions_BP, mask, slot)
         after = runner.run(block, ATTENTION, between, prompt_positions_BP, None, BlockKVSlot())
         prefill.add(block, (prompt, between, after), prompt_valid_BP)
         prompt = after
-        mask = evaluator.decode_mask(chunk, block)
+        mask = evaluator.masks.decode(chunk, block)
         slot = BlockKVSlot(prefix=slot.written)
         positions_BD = inputs.decode_positions_BD
         between = runner.run(block, MLP, answer, positions_BD, mask, slot)
