@@ -69,6 +69,26 @@ def demo(
 
 
 @app.command()
+def doctor(
+    model: Annotated[Path | None, typer.Option(help="A model directory to look at.")] = None,
+    plan: Plan = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default: a local one.")] = None,
+) -> None:
+    """Whether this machine, or a cluster, can do what the other commands ask of it."""
+    from rayapp.distributed.doctor import examine
+    from rayapp.terminal import finding_line
+
+    if plan is not None and model is None:
+        raise RequestError("--plan was given without --model: a plan fits one model; give both")
+    console, failed = Console(), False
+    for finding in examine(model, plan, address):
+        console.print(finding_line(finding), highlight=False, soft_wrap=True)
+        failed |= finding.status == "failed"
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def serve(
     model: Model,
     plan: Plan = None,

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from rayapp.plan import HEALED_FILE, STAGES, KVTransfer, Mode, PruningPlan
 
-if TYPE_CHECKING:  # it needs torch, and `rayapp plan show` must not wait for that
+if TYPE_CHECKING:  # they need torch, and `rayapp plan show` must not wait for that
+    from rayapp.distributed.doctor import Finding
     from rayapp.pruning.kv_result import KVSelection
 
 _MODE_STYLES = {
@@ -21,6 +22,7 @@ _MODE_STYLES = {
     Mode.KV_ONLY: "yellow",
     Mode.REMOVED: "bold red",
 }
+_STATUS_STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 _SAVINGS = ("visual_tokens", "blocks", "tokens", "encoding")
 
 
@@ -65,6 +67,15 @@ def kv_table(found: KVSelection) -> RenderableType:
         cells = [f"{effects[0]:.3f}", *(f"{effect:.4g}" for effect in effects[1:])]
         table.add_row(str(each.block), *cells, _amount(each.rule), each.rule.encoding)
     return table
+
+
+def finding_line(finding: Finding) -> RenderableType:
+    """What one check of the doctor found, and the remedy below it."""
+    line = Text(f"{finding.status:8}", _STATUS_STYLES[finding.status])
+    line += Text(f"{finding.name:14}{finding.found}")
+    if finding.remedy:
+        line += Text(f"\n{'':22}{finding.remedy}", "dim")
+    return line
 
 
 def _healed(plan: PruningPlan) -> dict[tuple[str, int], str]:

@@ -15,7 +15,7 @@ from rayapp.plan import PruningPlan
 
 COMMANDS = {
     "demo", "prune", "kv-select", "evaluate", "report", "export", "serve", "generate", "transfers",
-    "plan",
+    "plan", "doctor",
 }  # fmt: skip
 
 

@@ -6,11 +6,10 @@ and applying it again changes only what differs.
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ray import serve
 from ray.serve.context import _get_global_client, _set_global_client
 from ray.serve.schema import ServeDeploySchema
 
+from rayapp.distributed.connection import connected, hushed
 from rayapp.distributed.placement import check_placement, check_readable
 from rayapp.distributed.replica import image_support
 from rayapp.distributed.settings import APP_NAME, ServiceSettings
@@ -128,7 +128,7 @@ def running_service(
             or the replicas do not start.
     """
     settings = resolved(settings)
-    with _connected(address):
+    with connected(address or "auto", otherwise="leave --address out for a local one"):
         check_placement(settings)
         check_readable(settings)
         try:
@@ -144,27 +144,6 @@ def apply(settings: ServiceSettings) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location=config["proxy_location"], http_options=config["http_options"])
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
-
-
-@contextmanager
-def _connected(address: str | None) -> Iterator[None]:
-    """A connection to the cluster: an existing one is left as it was."""
-    if ray.is_initialized():
-        yield
-        return
-    try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ClusterError(
-            f"no Ray cluster at {address or 'auto'} ({reason}); start one with `ray start --head`, "
-            "or leave --address out for a local one"
-        ) from None
-    try:
-        yield
-    finally:
-        with _hushed():
-            ray.shutdown()
 
 
 def _wait_ready(settings: ServiceSettings, ready_s: float) -> dict[str, Any]:
@@ -199,7 +178,7 @@ def _check_status() -> None:
 
 def _take_off() -> None:
     """End the service, in time even where streams run; a cluster that has gone needs nothing."""
-    with suppress(Exception), _hushed():
+    with suppress(Exception), hushed():
         client = _get_global_client()
         details = client.get_serve_details()
         with suppress(Exception):
@@ -208,11 +187,6 @@ def _take_off() -> None:
         for name in _actor_names(details):
             with suppress(Exception):
                 ray.kill(ray.get_actor(name, namespace="serve"))
-
-
-def _hushed() -> AbstractContextManager[Any]:
-    """Ray prints the controller's intended end to standard output as if a task had failed."""
-    return redirect_stdout(io.StringIO())
 
 
 def _actor_names(details: dict[str, Any]) -> list[str]:

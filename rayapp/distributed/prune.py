@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import ray
-
+from rayapp.distributed.connection import connected
 from rayapp.distributed.report import refresh_report
 from rayapp.distributed.scoring import EvaluatorPool
-from rayapp.errors import ClusterError
 from rayapp.plan import PLAN_FILE, PruningPlan
 from rayapp.pruning.front import FRONT_FILE, FrontResult, search_front
 from rayapp.pruning.healed_pairs import HealedPairs
@@ -90,7 +88,9 @@ def opened_scorer(settings: PruneSettings, prepared: Prepared) -> Iterator[Score
     # Evaluators run elsewhere: a path relative to this process means nothing to them.
     settings = settings.model_copy(update={"model": str(Path(settings.model).absolute())})
     data = (prepared.calibration, prepared.heal_data)
-    with _connected(settings.address), EvaluatorPool(settings, *data) as pool:
+    without = "leave out --workers and --address to search in this process"
+    there = connected(settings.address, otherwise=without, log_to_driver=True)
+    with there, EvaluatorPool(settings, *data) as pool:
         yield _scorer(settings, prepared, pool)
 
 
@@ -100,23 +100,3 @@ def _scorer(settings: PruneSettings, prepared: Prepared, compute: Compute) -> Sc
     if prepared.heal_data is not None:
         healed = HealedPairs(Storage(settings.out), heal_context(settings, prepared), compute)
     return Scorer(prepared.calibration, settings.scoring(), compute, weights=weights, healed=healed)
-
-
-@contextmanager
-def _connected(address: str | None) -> Iterator[None]:
-    """A Ray connection: the one that is there, or one that ends with this context."""
-    if ray.is_initialized():
-        yield
-        return
-    try:
-        ray.init(address=address, logging_level="warning")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ClusterError(
-            f"no Ray cluster at {address or 'the default address'} ({reason}); start one with "
-            "`ray start --head`, or leave out --workers and --address to search in this process"
-        ) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
