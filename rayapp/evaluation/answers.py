@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rayapp.engine.local import Completion, LocalPipeline
 from rayapp.engine.request import SamplingParams
 from rayapp.errors import IntegrityError
+from rayapp.evaluation.image_lines import prompt_of
 from rayapp.evaluation.progress import ProgressCallback, silent
 from rayapp.kv.ledger import TransferRecord
 from rayapp.pruning.calibration import TokenizedLine
@@ -48,7 +49,7 @@ def judge_answers(
     for start in range(0, len(lines), step):
         some = lines[start : start + step]
         sampling = [_greedy(line) for line in some]
-        completions = pipeline.generate([line.prompt for line in some], sampling)
+        completions = pipeline.generate([prompt_of(line) for line in some], sampling)
         judged += [
             _judge(line, completion, end_token_ids)
             for line, completion in zip(some, completions, strict=True)

@@ -10,6 +10,7 @@ LOG_FROM_RATIO = 10.0
 """Ratio of the largest to the smallest value from which on an axis is logarithmic."""
 ZERO_SHARE = 0.12
 """Share of a logarithmic axis that lies between its smallest value and a zero below it."""
+_LARGEST = 1e300  # so that no difference of two values overflows
 _NUM_STEPS = 4
 _MAX_DECADES = 8
 
@@ -28,12 +29,12 @@ class Scale:
 
     @classmethod
     def of(cls, values: Iterable[float], *, linear: bool = False) -> Scale:
-        """The axis that all finite ``values`` fit on; 0 to 1 where there are none.
+        """The axis that all finite ``values`` (below 1e300) fit on; 0 to 1 where there are none.
 
         It is logarithmic where no value is negative and the positive ones span a wide range, unless
         it is to be ``linear``.
         """
-        finite = [value for value in values if math.isfinite(value)]
+        finite = [value for value in values if abs(value) < _LARGEST]
         if not finite:
             return cls(0.0, 1.0)
         positive = [value for value in finite if value > 0]

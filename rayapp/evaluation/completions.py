@@ -47,6 +47,7 @@ class JudgedCompletions:
             sum(record.bytes_full for record in transfers),
             sum(record.bytes_sent for record in transfers),
             sum(record.overhead_bytes for record in transfers),
+            sum(record.saved_by_visual_tokens_bytes for record in transfers),
         )
 
 

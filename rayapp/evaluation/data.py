@@ -1,8 +1,9 @@
 """Evaluation files: JSON lines of three kinds, sorted by task.
 
 A line is a completion ``{"prompt", "completion"}``, a multiple choice
-``{"prompt", "choices", "answer"}`` or a text ``{"text"}``; each may name its ``"task"``. A file may
-mix kinds, a task may not: its numbers would be of two sorts.
+``{"prompt", "choices", "answer"}`` or a text ``{"text"}``; each may name its ``"task"``. A
+completion may be about images (:mod:`rayapp.evaluation.image_lines`). A file may mix kinds, a task
+may not: its numbers would be of two sorts.
 """
 
 from __future__ import annotations
@@ -17,9 +18,16 @@ from transformers import PreTrainedTokenizerBase
 
 from rayapp.errors import DataError
 from rayapp.evaluation.choices import ChoiceLine, Question, tokenize_question
+from rayapp.evaluation.image_lines import (
+    ImageLine,
+    ImageLineReader,
+    TokenizedImageLine,
+    has_images,
+)
 from rayapp.evaluation.perplexity import TextLine, Windows, cut_windows
 from rayapp.evaluation.result import DataFile
 from rayapp.evaluation.settings import EvaluationSettings
+from rayapp.plan import Stage
 from rayapp.pruning.calibration import (
     Line,
     TokenizedLine,
@@ -27,9 +35,10 @@ from rayapp.pruning.calibration import (
     read_objects,
     tokenize_line,
 )
+from rayapp.vision.inputs import ImageIntake
 
 Kind = Literal["completions", "choices", "texts"]
-EvaluationLine = Line | ChoiceLine | TextLine
+EvaluationLine = Line | ImageLine | ChoiceLine | TextLine
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,12 @@ class EvaluationData:
     choices: Mapping[str, Sequence[Question]] = field(default_factory=dict)
     texts: Mapping[str, Windows] = field(default_factory=dict)
 
+    @property
+    def image_lines(self) -> list[TokenizedImageLine]:
+        """Completions about images."""
+        lines = (line for task in self.completions.values() for line in task)
+        return [line for line in lines if isinstance(line, TokenizedImageLine)]
+
 
 def read_data(
     paths: Sequence[str | Path],
@@ -48,6 +63,8 @@ def read_data(
     *,
     max_positions: int,
     settings: EvaluationSettings,
+    images: ImageIntake | None = None,
+    first_token: Stage = "prefill",
 ) -> EvaluationData:
     """Read, check and tokenise files of lines of any kind.
 
@@ -56,14 +73,17 @@ def read_data(
         tokenizer: Tokenises prompts as the service does.
         max_positions: Context of the model in tokens.
         settings: Their limit, and how texts are cut.
+        images: Of a model that takes them.
+        first_token: The stage that samples it, and runs the last prompt token.
 
     Raises:
-        DataError: There is no file, one cannot be read or is empty, a line (named) is malformed or
-            too long, or a task holds lines of two kinds.
+        DataError: There is no file, one cannot be read or is empty, a line (named) is malformed,
+            too long or about an image that cannot be used, or a task holds lines of two kinds.
     """
     if not paths:
         raise DataError("no data: give at least one file of JSON lines")
-    sorter = _Sorter(tokenizer, max_positions)
+    reader = ImageLineReader(tokenizer, images, max_positions, ends_in_text=first_token == "decode")
+    sorter = _Sorter(tokenizer, max_positions, reader)
     files = tuple(sorter.read(Path(path)) for path in paths)
     limit = settings.limit
     return EvaluationData(
@@ -81,10 +101,18 @@ def read_data(
 
 def parse_line(fields: dict[str, Any], where: str) -> EvaluationLine:
     """A checked line of the kind that its keys say; raises :class:`DataError`, naming ``where``."""
+    others = {"text", "choices", "answer"} & set(fields)
+    if others and has_images(fields):
+        raise DataError(
+            f"{where}: has an image and `{min(others)}`, but only completions may have images; "
+            "write `prompt` and `completion`, or drop the image"
+        )
     if "text" in fields:
         return checked_line(TextLine, fields, where)
-    if {"choices", "answer"} & set(fields):
+    if others:
         return checked_line(ChoiceLine, fields, where)
+    if has_images(fields):
+        return checked_line(ImageLine, fields, where)
     return checked_line(Line, fields, where)
 
 
@@ -98,8 +126,11 @@ def kind_of(line: EvaluationLine) -> Kind:
 class _Sorter:
     """Lines as they are read, by kind and task."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_positions: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_positions: int, images: ImageLineReader
+    ) -> None:
         self._tokenizer, self._max_positions = tokenizer, max_positions
+        self._images = images
         self._kinds: dict[str, tuple[Kind, str]] = {}
         self.completions: dict[str, list[TokenizedLine]] = {}
         self.choices: dict[str, list[Question]] = {}
@@ -111,7 +142,7 @@ class _Sorter:
             where = f"{path} line {number}"
             line = parse_line(fields, where)
             self._check_kind(line, where)
-            self._add(line, where)
+            self._add(line, where, path.parent)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return DataFile(name=path.name, sha256=digest, num_examples=len(objects))
 
@@ -125,11 +156,16 @@ class _Sorter:
                 "give every kind a task of its own"
             )
 
-    def _add(self, line: EvaluationLine, where: str) -> None:
+    def _add(self, line: EvaluationLine, where: str, directory: Path) -> None:
         options = (self._tokenizer, where, self._max_positions)
         if isinstance(line, TextLine):
             self.texts.setdefault(line.task, []).append(line.text)
         elif isinstance(line, ChoiceLine):
             self.choices.setdefault(line.task, []).append(tokenize_question(line, *options))
         else:
-            self.completions.setdefault(line.task, []).append(tokenize_line(line, *options))
+            tokenized = (
+                self._images.read(line, where, directory)
+                if isinstance(line, ImageLine)
+                else tokenize_line(line, *options)
+            )
+            self.completions.setdefault(line.task, []).append(tokenized)

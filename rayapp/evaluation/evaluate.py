@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,8 @@ from rayapp.models.blocks import text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.loading import DType, load_model, load_tokenizer
 from rayapp.plan import PruningPlan
+from rayapp.vision.inputs import ImageIntake
+from rayapp.vision.llava import image_processor_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +45,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Measure what a plan loses, saves and gains, beside the dense model on the same examples.
 
-    Completions: answer NLL, KL and exact match. Multiple choice: accuracy. Texts: perplexity.
-    Always bytes, and latency where runs are asked for.
+    Completions (about images too): answer NLL, KL and exact match. Multiple choice: accuracy.
+    Texts: perplexity. Always bytes, and latency where runs are asked for.
 
     Everything is checked before anything is run. What is measured is written to ``out`` task by
     task, so a failure loses nothing but the task that it fell into.
@@ -63,8 +66,9 @@ def evaluate(
         PlanError: The plan is malformed or was made for another model.
         DataError: A file cannot be read or holds no example, or a line (named) is malformed.
     """
-    chosen = _chosen(plan)
-    examples = _read(Checkpoint(model), chosen, data, settings)
+    chosen, checkpoint = _chosen(plan), Checkpoint(model)
+    examples = _read(checkpoint, chosen, data, settings)
+    processor = _image_processor(checkpoint, chosen, examples)
     with num_threads(settings.num_threads):
         loaded = load_model(model, dtype=dtype, device=device)
         start = EvaluationResult(
@@ -75,7 +79,7 @@ def evaluate(
             data=examples.files,
             machine=this_machine(device=str(loaded.model.device), num_threads=settings.num_threads),
         )
-        sides = Sides(loaded, chosen, settings, progress)
+        sides = Sides(loaded, chosen, settings, progress, processor)
         return _Evaluation(sides, start, out).run(examples)
 
 
@@ -98,7 +102,16 @@ def _read(
         load_tokenizer(checkpoint.path),
         max_positions=text_config(checkpoint.config).max_position_embeddings,
         settings=settings,
+        images=ImageIntake.of(checkpoint.config),
+        first_token=plan.first_token,
     )
+
+
+def _image_processor(checkpoint: Checkpoint, plan: PruningPlan, data: EvaluationData) -> Any | None:
+    """The model's image processor where it is needed; None too where the model is text-only."""
+    if not data.image_lines and plan.visual_tokens is None:
+        return None
+    return image_processor_of(checkpoint.path, checkpoint.config)
 
 
 def _summary(plan: PruningPlan) -> PlanSummary:
@@ -136,9 +149,10 @@ class _Evaluation:
             self._choices(data)
         if data.texts:
             self._texts(data)
+        image = next((path for line in data.image_lines for path in line.images), None)
         timings: list[LatencyResult] = []
         for batch_size in self._settings.batch_sizes if self._settings.num_runs else ():
-            timings.append(self._sides.latency(batch_size))
+            timings.append(self._sides.latency(batch_size, image))
             self._keep(latency=tuple(timings))
         self._keep(complete=True)
         return self._result

@@ -23,6 +23,7 @@ from rayapp.evaluation.search_record import (
     read_trials,
     single_removals,
 )
+from rayapp.evaluation.visual_result import VISUAL_FILE, VisualQuality
 from rayapp.plan import STAGES, PruningPlan, Stage
 from rayapp.pruning.front import FRONT_FILE
 from rayapp.pruning.journal import JOURNAL_FILE
@@ -64,6 +65,7 @@ class Findings:
         kv: The selection that chose the plan's transfer rules.
         front: Plans of all sizes, this one among them.
         left_out: What lies there but is not shown, and why.
+        visual: Ways to prune visual tokens of the plan's model.
     """
 
     plan: PruningPlan
@@ -76,6 +78,7 @@ class Findings:
     kv: KVFindings | None = None
     front: tuple[FrontRow, ...] = ()
     left_out: tuple[str, ...] = ()
+    visual: VisualQuality | None = None
 
 
 def gather(
@@ -129,6 +132,7 @@ def gathered(
         DataError: A file is damaged.
     """
     found = _Gathering(plan, home, root)
+    visual = found.visual()
     return Findings(
         plan,
         evaluation or found.evaluation(),
@@ -139,6 +143,7 @@ def gathered(
         found.kv(),
         found.front,
         tuple(found.left_out),
+        visual,
     )
 
 
@@ -296,6 +301,16 @@ class _Gathering:
             return found
         why = "is of another plan" if found.complete else "the selection did not finish"
         self._leave_out(KV_FILE, why)
+        return None
+
+    def visual(self) -> VisualQuality | None:
+        content = self._home(VISUAL_FILE)
+        if content is None:
+            return None
+        found = VisualQuality.parse(content, VISUAL_FILE)
+        if found.is_of(self._plan):
+            return found
+        self._leave_out(VISUAL_FILE, "is of another model")
         return None
 
 

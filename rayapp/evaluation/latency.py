@@ -2,7 +2,8 @@
 
 An answer of N tokens takes ``prefill + (N - 1) x TPOT``. Prefill is timed until the first answer
 token is known: where decode samples it, its first step is part of that. Within a batch, prompts are
-prefilled one by one and decoded together; the prefill of a run is the mean over its prompts.
+prefilled one by one and decoded together; the prefill of a run is the mean over its prompts. Where
+the data hold images, timed prompts begin with one, which is decoded and encoded anew every time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from rayapp.evaluation.likelihood import TwoStages
 from rayapp.evaluation.progress import ProgressCallback, silent
 from rayapp.evaluation.result import LatencyResult, StageTimes
 from rayapp.evaluation.settings import EvaluationSettings
+from rayapp.models.stack import BlockStack
+from rayapp.vision.inputs import ImageInput
+from rayapp.vision.reader import ImageReader
 
 _RESAMPLES = 2_000
 
@@ -40,6 +44,15 @@ class RunTimes:
 Run = Callable[[], RunTimes]
 
 
+@dataclass(frozen=True)
+class TimedImage:
+    """What timed prompts begin with; ``reader`` makes one for a prefill stage, without a cache."""
+
+    image: ImageInput
+    placeholder_id: int
+    reader: Callable[[BlockStack], ImageReader]
+
+
 def measure_latency(
     dense: TwoStages,
     plan: TwoStages,
@@ -47,13 +60,14 @@ def measure_latency(
     *,
     batch_size: int,
     progress: ProgressCallback = silent,
+    image: TimedImage | None = None,
 ) -> LatencyResult:
     """Time both sides on the same random prompts, alternating, after one untimed run of each.
 
     Threads are those that torch uses at the moment; nothing here changes them.
     """
-    requests = _requests(settings, batch_size, plan.decode.vocab_size)
-    sides = [_EngineRun(side, requests) for side in (dense, plan)]
+    requests = _requests(settings, batch_size, plan.decode.vocab_size, image)
+    sides = [_EngineRun(side, requests, image) for side in (dense, plan)]
     what = f"timing, batch {batch_size}"
     dense_runs, plan_runs = interleave(
         sides[0], sides[1], settings.num_runs, on_run=lambda n: progress(what, n, settings.num_runs)
@@ -61,7 +75,8 @@ def measure_latency(
     num_answer = settings.num_answer_tokens
     return LatencyResult(
         speedup_at_least=least_speedup(dense_runs, plan_runs, num_answer, seed=settings.seed),
-        num_prompt_tokens=settings.num_prompt_tokens,
+        num_prompt_tokens=requests[0].num_prompt_tokens,
+        num_image_tokens=image.image.num_tokens if image else 0,
         num_answer_tokens=num_answer,
         batch_size=batch_size,
         num_runs=settings.num_runs,
@@ -113,29 +128,43 @@ def _answers(runs: Sequence[RunTimes], num_answer_tokens: int) -> list[float]:
 
 
 def _requests(
-    settings: EvaluationSettings, batch_size: int, vocab_size: int
+    settings: EvaluationSettings, batch_size: int, vocab_size: int, image: TimedImage | None
 ) -> list[GenerationRequest]:
     rng = random.Random(settings.seed)
     sampling = SamplingParams(max_tokens=settings.num_answer_tokens, ignore_eos=True)
-    return [
-        GenerationRequest(
-            request_id=f"timing-{index}",
-            prompt_token_ids=tuple(rng.choices(range(vocab_size), k=settings.num_prompt_tokens)),
-            sampling=sampling,
-        )
-        for index in range(batch_size)
-    ]
+    place = image.placeholder_id if image else None
+    words = [token for token in range(vocab_size) if token != place]
+    found = []
+    for index in range(batch_size):
+        text = tuple(rng.choices(words, k=settings.num_prompt_tokens))
+        request = GenerationRequest(f"timing-{index}", text, sampling)
+        if image is not None:
+            asked = (image.placeholder_id, *text)
+            request = replace(
+                request, prompt_token_ids=asked, images=(image.image,), text_token_ids=text
+            )
+        found.append(request)
+    return found
 
 
 class _EngineRun:
     """One side's engines, answering the same requests every time it is called."""
 
-    def __init__(self, side: TwoStages, requests: list[GenerationRequest]) -> None:
+    def __init__(
+        self, side: TwoStages, requests: list[GenerationRequest], image: TimedImage | None
+    ) -> None:
         first = requests[0]
         max_model_len = first.num_prompt_tokens + first.sampling.max_tokens
         self._requests = requests
         self._first_by_decode = side.plan.first_token == "decode"
-        self._prefill = PrefillEngine(side.prefill, side.plan, max_model_len=max_model_len)
+        # Text has no visual tokens to prune, whatever the plan says of them.
+        plan = side.plan if image else side.plan.model_copy(update={"visual_tokens": None})
+        self._prefill = PrefillEngine(
+            side.prefill,
+            plan,
+            max_model_len=max_model_len,
+            images=image.reader(side.prefill) if image else None,
+        )
         self._decode = DecodeEngine(
             side.decode, side.plan, max_num_seqs=len(requests), max_model_len=max_model_len
         )

@@ -129,14 +129,14 @@ def likelihoods(
         dense_BCV = dense.logits(prompts_BT, continuations_BC)
         plan_BCV = plan.logits(prompts_BT, continuations_BC)
         for row, index in enumerate(batch):
-            ids_C = torch.tensor(lines[index].continuation)
-            yield index, _sums(dense_BCV[row], plan_BCV[row], ids_C)
+            yield index, line_likelihood(dense_BCV[row], plan_BCV[row], lines[index].continuation)
 
 
-def _sums(
-    dense_CV: torch.Tensor, plan_CV: torch.Tensor, token_ids_C: torch.Tensor
+def line_likelihood(
+    dense_CV: torch.Tensor, plan_CV: torch.Tensor, continuation: Sequence[int]
 ) -> LineLikelihood:
     """Sums over the real tokens of one line; float64, some at a time to bound memory."""
+    token_ids_C = torch.tensor(continuation)
     dense_nll = plan_nll = divergence = 0.0
     dense_match = plan_match = True
     for start in range(0, len(token_ids_C), _TOKENS_AT_ONCE):

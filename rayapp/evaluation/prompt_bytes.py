@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 from rayapp.evaluation.likelihood import TwoStages
 from rayapp.kv.forecast import forecast_sizes
@@ -16,15 +16,16 @@ _REQUEST_ID = "0" * 32  # as long as the service's: lengths count by the header'
 
 @dataclass(frozen=True)
 class PromptBytes:
-    """Sums over prompts: of their dense caches, and of everything that is sent instead."""
+    """Sums over prompts: of their dense caches, of everything that is sent instead, and savings."""
 
     bytes_full: int
     bytes_sent: int
     overhead_bytes: int
+    saved_by_visual_tokens_bytes: int = 0
 
     @classmethod
     def of(cls, side: TwoStages, prompt_lengths: Iterable[int]) -> PromptBytes:
-        """The KV messages of prompts of these lengths, in the model's element type."""
+        """The KV messages of text prompts of these lengths, in the model's element type."""
         shape, plan = KVShape.of(side.decode), side.plan
         weights = plan.model.weights_fingerprint if plan.model else ""
         envelope = Envelope(_REQUEST_ID, 0, plan.fingerprint, weights)
@@ -41,8 +42,7 @@ class PromptBytes:
     @classmethod
     def total(cls, parts: Iterable[PromptBytes]) -> PromptBytes:
         """The sum."""
-        each = [(part.bytes_full, part.bytes_sent, part.overhead_bytes) for part in parts]
-        return cls(*(sum(column) for column in zip(*each, strict=True)))
+        return cls(*(sum(column) for column in zip(*map(astuple, parts), strict=True)))
 
     def fields(self) -> dict[str, int]:
         """By name, for a result."""

@@ -29,8 +29,10 @@ from rayapp.evaluation.plots import (
     removed_units,
     search_trace,
 )
+from rayapp.evaluation.result import TaskResult
 from rayapp.evaluation.table import tables
 from rayapp.evaluation.transfer_bytes import forecast_transfer
+from rayapp.evaluation.visual_charts import accuracy_chart, sample_pictures
 from rayapp.kv.header import DTYPES
 from rayapp.plan import STAGES, PruningPlan
 
@@ -84,6 +86,7 @@ def render_report(findings: Findings) -> str:
         provenance=provenance(findings.plan),
         **_removal(findings),
         **_quality(findings),
+        **_visual(findings),
         **_transfer(findings),
         **_search(findings),
     )
@@ -104,16 +107,27 @@ def _quality(findings: Findings) -> dict[str, Any]:
     }
 
 
+def _visual(findings: Findings) -> dict[str, Any]:
+    found = findings.visual
+    return {
+        "visual": found,
+        "accuracy": accuracy_chart(found, findings.plan) if found else None,
+        "pictures": sample_pictures(found) if found else (),
+    }
+
+
 def _transfer(findings: Findings) -> dict[str, Any]:
     plan, evaluation, kv = findings.plan, findings.evaluation, findings.kv
     mean = evaluation.mean if evaluation else None
-    entries = round(mean.mean_prompt_tokens) if mean else _DEFAULT_ENTRIES
+    tokens = round(mean.mean_prompt_tokens) if mean else _DEFAULT_ENTRIES
+    removed = _visual_tokens_removed(mean) if mean else 0
     dtype = evaluation.dtype if evaluation else _DEFAULT_DTYPE
     return {
-        "strips": transfer_strips(plan, _num_blocks(findings), entries),
-        "num_entries": entries,
+        "strips": transfer_strips(plan, _num_blocks(findings), tokens - removed),
+        "num_entries": tokens - removed,
+        "num_removed": removed,
         "dtype": dtype,
-        "bytes": _forecast(plan, entries, dtype),
+        "bytes": _forecast(plan, tokens, removed, dtype),
         "kv": kv,
         "masses": {row.block: row for row in kv.mass} if kv else {},
         "kv_lines": _lines(plan.provenance.get("kv_select")),
@@ -208,10 +222,19 @@ class _BytesView:
     overhead_bytes: int
 
 
-def _forecast(plan: PruningPlan, num_tokens: int, dtype: str) -> _BytesView | None:
+def _visual_tokens_removed(mean: TaskResult) -> int:
+    """Of a mean prompt, from what they would have weighed (every token weighs the same)."""
+    return round(mean.mean_prompt_tokens * mean.saved_by_visual_tokens_bytes / mean.bytes_full)
+
+
+def _forecast(
+    plan: PruningPlan, num_tokens: int, num_removed: int, dtype: str
+) -> _BytesView | None:
     if plan.model is None or dtype not in DTYPES:
         return None
-    record = forecast_transfer(plan, num_tokens, DTYPES[dtype])
+    record = forecast_transfer(
+        plan, num_tokens, DTYPES[dtype], num_visual_tokens_removed=num_removed
+    )
     counts = (record[key] for key in ("bytes_full", "bytes_sent", "overhead_bytes"))
     return _BytesView(byte_shares(record), *counts)
 

@@ -25,7 +25,10 @@ class _Strict(BaseModel):
 
 
 class MeasuredRow(_Strict):
-    """A task, or the mean over tasks (``mean``): its examples, and their KV's bytes in all."""
+    """A task, or the mean over tasks (``mean``): its examples, and their KV's bytes in all.
+
+    Prompt tokens are those of the unpruned prompt, all tokens of its images counted.
+    """
 
     task: str
     num_examples: int = Field(ge=1)
@@ -34,6 +37,7 @@ class MeasuredRow(_Strict):
     bytes_full: int
     bytes_sent: int
     overhead_bytes: int
+    saved_by_visual_tokens_bytes: int = 0
 
     @property
     def reduction(self) -> float:
@@ -113,10 +117,12 @@ class StageTimes(_Strict):
 class LatencyResult(_Strict):
     """Interleaved timings without any transfer; speed-ups are dense over plan.
 
-    ``speedup_at_least`` is the one-sided 95 % lower bound of ``speedup``.
+    ``speedup_at_least`` is the one-sided 95 % lower bound of ``speedup``. ``num_image_tokens`` of
+    the prompt tokens are those of an image, before any pruning.
     """
 
     num_prompt_tokens: int
+    num_image_tokens: int = 0
     num_answer_tokens: int
     batch_size: int
     num_runs: int

@@ -28,5 +28,5 @@ class EvaluationSettings(BaseModel):
     num_threads: int = Field(default=1, ge=1)
     num_runs: int = Field(default=30, ge=0, description="interleaved timed runs per batch size")
     batch_sizes: tuple[int, ...] = (1, 8)
-    num_prompt_tokens: int = Field(default=128, ge=1, description="of a timed prompt")
+    num_prompt_tokens: int = Field(default=128, ge=1, description="of text in a timed prompt")
     num_answer_tokens: int = Field(default=64, ge=2, description="of a timed answer")

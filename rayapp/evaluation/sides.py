@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 from rayapp.engine.local import LocalPipeline
+from rayapp.errors import IntegrityError
 from rayapp.evaluation.answers import judge_answers
 from rayapp.evaluation.choices import AnsweredQuestions, Question, choice_likelihoods
 from rayapp.evaluation.completions import JudgedCompletions
-from rayapp.evaluation.latency import measure_latency
-from rayapp.evaluation.likelihood import TwoStages, likelihoods
+from rayapp.evaluation.image_lines import TokenizedImageLine, image_likelihoods
+from rayapp.evaluation.latency import TimedImage, measure_latency
+from rayapp.evaluation.likelihood import LineLikelihood, TwoStages, likelihoods
 from rayapp.evaluation.perplexity import ScoredWindows, Windows
 from rayapp.evaluation.progress import ProgressCallback, silent
 from rayapp.evaluation.prompt_bytes import PromptBytes
@@ -19,6 +23,7 @@ from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.models.loading import LoadedModel
 from rayapp.plan import PruningPlan
 from rayapp.pruning.calibration import TokenizedLine
+from rayapp.vision.reader import ImageReader, ImageSupport
 
 _Found = TypeVar("_Found")
 
@@ -31,9 +36,11 @@ class Sides:
         plan: What stands beside it.
         settings: Batches and timings.
         progress: Called as the work proceeds.
+        image_processor: Of the model, where there are images to look at or visual tokens to prune.
 
     Raises:
-        PlanError: The plan was made for another model, or its healed tensors cannot be used.
+        PlanError: The plan was made for another model, its healed tensors cannot be used, or it
+            prunes visual tokens in a way that this model does not allow.
     """
 
     def __init__(
@@ -42,21 +49,29 @@ class Sides:
         plan: PruningPlan,
         settings: EvaluationSettings,
         progress: ProgressCallback = silent,
+        image_processor: Any = None,
     ) -> None:
         self.dense = TwoStages(loaded.model, PruningPlan())
         self.plan = TwoStages(loaded.model, plan)
         self._settings, self._progress = settings, progress
+        self._model, self._image_processor = loaded.model, image_processor
         self._end_token_ids = loaded.eos_token_ids
         self._pipelines = [
-            LocalPipeline(loaded.model, plan=side.plan, max_num_seqs=settings.max_num_seqs)
+            LocalPipeline(
+                loaded.model,
+                plan=side.plan,
+                max_num_seqs=settings.max_num_seqs,
+                image_processor=image_processor,
+            )
             for side in (self.dense, self.plan)
         ]
+        dense, other = (pipeline.images for pipeline in self._pipelines)
+        if dense is not None and other is not None:
+            other.cache = dense.cache  # an encoded image depends on no plan
 
     def completions(self, task: str, lines: Sequence[TokenizedLine]) -> JudgedCompletions:
         """Likelihoods, then greedy answers through the engine that serves."""
-        found = self._in_order(
-            f"{task}: likelihood", likelihoods(self.dense, self.plan, lines), len(lines)
-        )
+        found = self._in_order(f"{task}: likelihood", self._likelihoods(lines), len(lines))
         judged = [
             judge_answers(
                 pipeline,
@@ -68,6 +83,20 @@ class Sides:
             for name, pipeline in zip(("dense", "plan"), self._pipelines, strict=True)
         ]
         return JudgedCompletions(lines, found, judged[0], judged[1])
+
+    def _likelihoods(self, lines: Sequence[TokenizedLine]) -> Iterator[tuple[int, LineLikelihood]]:
+        """Text in batches, then lines about images one by one."""
+        about_images = {
+            number: line
+            for number, line in enumerate(lines)
+            if isinstance(line, TokenizedImageLine)
+        }
+        texts = [number for number in range(len(lines)) if number not in about_images]
+        for place, sums in likelihoods(self.dense, self.plan, [lines[n] for n in texts]):
+            yield texts[place], sums
+        dense, plan = self._pipelines
+        found = image_likelihoods(dense, plan, list(about_images.values()))
+        yield from zip(about_images, found, strict=True)
 
     def choices(self, task: str, questions: Sequence[Question]) -> AnsweredQuestions:
         """Log-likelihoods of all choices."""
@@ -89,11 +118,25 @@ class Sides:
         sent = PromptBytes.of(self.plan, (len(line.prompt) for line in lines))
         return ScoredWindows(windows, found, sent)
 
-    def latency(self, batch_size: int) -> LatencyResult:
-        """Interleaved timings of one batch size."""
+    def latency(self, batch_size: int, image: Path | None = None) -> LatencyResult:
+        """Interleaved timings of one batch size, of text or of prompts that begin with an image."""
         return measure_latency(
-            self.dense, self.plan, self._settings, batch_size=batch_size, progress=self._progress
+            self.dense,
+            self.plan,
+            self._settings,
+            batch_size=batch_size,
+            progress=self._progress,
+            image=self._timed(image) if image else None,
         )
+
+    def _timed(self, path: Path) -> TimedImage:
+        reader = self._pipelines[0].images
+        if reader is None:
+            raise IntegrityError(f"{path} is to be timed without an image processor")
+        (taken,) = reader.intake.take_all([path])
+        support = ImageSupport(self._image_processor, max_cache_bytes=0)
+        make = partial(ImageReader, self._model, support=support)
+        return TimedImage(taken, reader.intake.image_token_id, make)
 
     def _in_order(self, what: str, found: Iterable[tuple[int, _Found]], count: int) -> list[_Found]:
         by_index: dict[int, _Found] = {}

@@ -176,7 +176,14 @@ def _perplexity(tasks: tuple[TextResult, ...], mean: TextResult | None) -> Table
 
 
 def _bytes(result: EvaluationResult) -> Table:
-    columns = ("task", "prompt tokens", "bytes full", "bytes sent", "of it overhead", "reduction")
+    """What visual pruning saved has its column where it saved anything."""
+    lines = list(_all_lines(result))
+    prunes = any(line.saved_by_visual_tokens_bytes for line in lines)
+    columns = (
+        *("task", "prompt tokens", "bytes full", "bytes sent", "of it overhead"),
+        *(["saved by visual pruning"] * prunes),
+        "reduction",
+    )
     rows = tuple(
         (
             line.task or NAMELESS,
@@ -184,9 +191,10 @@ def _bytes(result: EvaluationResult) -> Table:
             f"{line.bytes_full / line.num_examples:,.0f}",
             f"{line.bytes_sent / line.num_examples:,.0f}",
             f"{line.overhead_bytes / line.num_examples:,.0f}",
+            *([f"{line.saved_by_visual_tokens_bytes / line.num_examples:,.0f}"] * prunes),
             f"{line.reduction:.2f}x",
         )
-        for line in _all_lines(result)
+        for line in lines
     )
     return Table(f"KV per request ({result.dtype})", columns, rows)
 
@@ -196,7 +204,8 @@ def _timings(latency: Iterable[LatencyResult]) -> Table:
     columns = ("batch, tokens, runs", "", "prefill ms", "decode ms/token", "answer ms")
     rows: list[tuple[str, ...]] = []
     for timing in latency:
-        tokens = f"{timing.num_prompt_tokens} in, {timing.num_answer_tokens} out"
+        of_image = f" ({timing.num_image_tokens} of an image)" if timing.num_image_tokens else ""
+        tokens = f"{timing.num_prompt_tokens} in{of_image}, {timing.num_answer_tokens} out"
         what = f"{timing.batch_size}, {tokens}, {timing.num_runs}"
         rows += [(what, "dense", *_times(timing.dense)), (what, "plan", *_times(timing.plan))]
         ratios = (timing.ttft_speedup, timing.tpot_speedup, timing.speedup)

@@ -18,17 +18,22 @@ _REQUEST_ID = "0" * 32
 
 
 def forecast_transfer(
-    plan: PruningPlan, num_prompt_tokens: int, dtype: torch.dtype
+    plan: PruningPlan,
+    num_prompt_tokens: int,
+    dtype: torch.dtype,
+    *,
+    num_visual_tokens_removed: int = 0,
 ) -> Mapping[str, Any]:
     """The ledger's record of a prompt, as the plan says it will be.
 
-    Blocks are taken to hold the whole prompt (no sliding windows, which a plan does not know), and
-    no visual token to be removed.
+    Blocks are taken to hold the whole prompt (no sliding windows, which a plan does not know). The
+    header is that of a prompt without gaps: where visual tokens are removed it is a little longer.
 
     Args:
         plan: With its model.
-        num_prompt_tokens: Length of the prompt.
+        num_prompt_tokens: Length of the unpruned prompt.
         dtype: Element type of the engine.
+        num_visual_tokens_removed: Of them.
     """
     model = plan.model
     assert model is not None, "only plans that name their model are asked about"
@@ -40,6 +45,13 @@ def forecast_transfer(
         windows=(None,) * model.num_blocks,
     )
     envelope = Envelope(_REQUEST_ID, 0, plan.fingerprint, model.weights_fingerprint)
-    sizes = forecast_sizes(shape, dtype, plan, envelope, num_prompt_tokens)
-    route = Route(_REQUEST_ID, 0, "", "")
-    return asdict(account(shape, plan, sizes, route, num_prompt_tokens=num_prompt_tokens))
+    num_left = num_prompt_tokens - num_visual_tokens_removed
+    record = account(
+        shape,
+        plan,
+        forecast_sizes(shape, dtype, plan, envelope, num_left),
+        Route(_REQUEST_ID, 0, "", ""),
+        num_prompt_tokens=num_prompt_tokens,
+        num_visual_tokens_removed=num_visual_tokens_removed,
+    )
+    return asdict(record)
