@@ -108,6 +108,19 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="Prompt and answer.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Per decode replica.")] = 8,
     max_waiting: Annotated[int, typer.Option(help="Beyond it: 429.")] = 256,
+    max_images: Annotated[
+        int | None, typer.Option(help="Per request; 0: none. Default: 8.")
+    ] = None,
+    max_image_bytes: Annotated[
+        int | None, typer.Option(help="Of one image as it is sent. Default: 20 MiB.")
+    ] = None,
+    max_image_pixels: Annotated[
+        int | None, typer.Option(help="Width x height of one. Default: 25 million.")
+    ] = None,
+    image_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Host that images may be fetched from; several times. Default: none."),
+    ] = None,
     gpus: Annotated[float, typer.Option(help="GPUs per replica; 0 runs on CPU.")] = 0.0,
     dtype: DTypeOption = "auto",
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: a local one.")] = None,
@@ -120,12 +133,17 @@ def serve(
         device = "cuda" if gpus else "cpu"
         return {"replicas": count, "labels": labels, "num_gpus": gpus, "device": device}
 
+    image_limits = {
+        "max_images": max_images, "max_bytes": max_image_bytes, "max_pixels": max_image_pixels,
+        "allowed_hosts": image_host,
+    }  # fmt: skip
     settings = ServiceSettings.parse(
         {
             "model": str(model), "plan": str(plan) if plan else None, "mode": mode, "host": host,
             "port": port, "served_model_name": served_model_name, "api_key": api_key,
             "max_model_len": max_model_len, "max_num_seqs": max_num_seqs,
             "max_waiting": max_waiting, "dtype": dtype,
+            "images": {name: given for name, given in image_limits.items() if given is not None},
             "prefill": pool(prefill_replicas, role="prefill"),
             "decode": pool(decode_replicas, role="decode"), "unified": pool(replicas),
         }

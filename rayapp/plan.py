@@ -35,6 +35,7 @@ HEALED_FILE = "weights.safetensors"
 Stage = Literal["prefill", "decode"]
 STAGES: tuple[Stage, ...] = ("prefill", "decode")
 Encoding = Literal["model", "int8", "int4"]
+Sharing = Literal["equal", "diversity"]
 
 
 class Mode(StrEnum):
@@ -133,12 +134,18 @@ SEND_ALL = KVTransfer()
 
 
 class VisualTokens(_Strict):
-    """Which visual tokens the prefill stage keeps (TrimTokenator, arXiv:2509.00320, and others)."""
+    """Which visual tokens the prefill stage keeps (TrimTokenator, arXiv:2509.00320, and others).
+
+    ``num_keep`` is per image. ``sharing`` is how several images of a prompt share what they keep
+    together: ``equal`` leaves each its own budget, ``diversity`` gives more to an image whose
+    tokens differ more, among themselves and from other images (after arXiv:2512.22748).
+    """
 
     method: str = "trimtokenator"
     num_aligned: CountOrShare | None = None
     num_keep: CountOrShare
     positions: Literal["original", "compact"] = "original"
+    sharing: Sharing = "equal"
 
     @model_validator(mode="after")
     def _budget(self) -> VisualTokens:
@@ -273,6 +280,8 @@ class PruningPlan(_Strict):
             content["model"] = None
         if self.healed is None:  # plans from before healing keep their fingerprint
             del content["healed"]
+        if self.visual_tokens and self.visual_tokens.sharing == "equal":  # from before sharing, too
+            del content["visual_tokens"]["sharing"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

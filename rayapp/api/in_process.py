@@ -193,6 +193,7 @@ class InProcessService:
             num_running=self._decode.num_running if decoding else 0,
             num_waiting=0 if decoding else len(self._waiting),
             kv_usage=self._decode.usage if decoding else 0.0,
+            image_cache=None if decoding else self._prefill.image_cache,
         )
 
     # From here on: the worker thread.

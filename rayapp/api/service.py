@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch
 from rayapp.plan import PruningPlan
 from rayapp.vision.inputs import ImageIntake
+from rayapp.vision.reader import CacheCounts
 
 Pool = Literal["prefill", "decode", "unified"]
 
 
 class ReplicaHealth(BaseModel):
-    """One replica as it describes itself."""
+    """One replica as it describes itself; ``image_cache`` where it prefills images."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -36,6 +37,7 @@ class ReplicaHealth(BaseModel):
     num_running: int = 0
     num_waiting: int = 0
     kv_usage: float = 0.0
+    image_cache: CacheCounts | None = None
 
 
 class HealthReport(BaseModel):

@@ -157,6 +157,7 @@ class PrefillServer:
             weights_fingerprint=self._versions.weights_fingerprint,
             num_running=self._num_running,
             num_waiting=len(self._queued),
+            image_cache=self._engine.image_cache,
         )
 
     @property

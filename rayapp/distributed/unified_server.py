@@ -101,7 +101,9 @@ class UnifiedServer:
         """This replica, for ``/health``."""
         prefill, decode = self._prefill.health("unified"), self._decode.health("unified")
         waiting = prefill.num_waiting + decode.num_waiting
-        return decode.model_copy(update={"num_waiting": waiting})
+        return decode.model_copy(
+            update={"num_waiting": waiting, "image_cache": prefill.image_cache}
+        )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What both policies decide by."""

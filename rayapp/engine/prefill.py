@@ -1,14 +1,16 @@
-"""Prefill: one prompt at a time through the prefill stage, to a first token and a KV segment.
+"""Prefill: prompts through the prefill stage, to a first token and a KV segment each.
 
-Prompts enter as embeddings: those of their tokens, and of the image tokens that are kept.
+Prompts enter as embeddings: those of their tokens, and of the image tokens that are kept. Prompts
+of which equally many tokens are run may share a pass, and their segments its memory; nothing is
+ever padded.
 
-Shapes: T = prompt tokens run, V = vocabulary.
+Shapes: B = prompts of a pass, T = prompt tokens run, V = vocabulary.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,14 +19,14 @@ from transformers import PreTrainedTokenizerBase
 from rayapp.engine.answer import Answer
 from rayapp.engine.request import GenerationRequest, TokenBatch
 from rayapp.engine.sampling import choose_tokens, token_logprobs
-from rayapp.errors import PlanError, RequestError
+from rayapp.errors import IntegrityError, PlanError, RequestError
 from rayapp.kv.cache import CaptureCache
 from rayapp.kv.segment import KVSegment
 from rayapp.kv.select import num_prefilled, select_segment
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 from rayapp.vision.prompt import PromptEmbeddings, text_prompt
-from rayapp.vision.reader import ImageReader
+from rayapp.vision.reader import CacheCounts, ImageReader
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def check_prunable(*, takes_images: bool) -> None:
 
 
 class PrefillEngine:
-    """Runs prompts one by one.
+    """Runs prompts, one by one or those of equal length together.
 
     Args:
         stack: The prefill stage.
@@ -93,6 +95,11 @@ class PrefillEngine:
         if plan.visual_tokens is not None and images is not None:
             images.check_rule(plan.visual_tokens)
 
+    @property
+    def image_cache(self) -> CacheCounts | None:
+        """The cache of encoded images, None where no images are taken; any thread may ask."""
+        return self._images.cache.counts if self._images else None
+
     def run(self, request: GenerationRequest) -> PrefillOutput:
         """Prefill one prompt.
 
@@ -102,20 +109,57 @@ class PrefillEngine:
             PlanError: The request's own ``visual_tokens`` cannot be applied.
         """
         begun_s = time.monotonic()
+        self._check(request)
+        return self._outputs([request], [self.embed(request)], begun_s)[0]
+
+    def run_embedded(
+        self, requests: Sequence[GenerationRequest], prompts: Sequence[PromptEmbeddings]
+    ) -> list[PrefillOutput]:
+        """Prefill requests that were embedded, in one pass; equal to :meth:`run` up to rounding.
+
+        Args:
+            requests: Within the limits.
+            prompts: As :meth:`embed` gives them, with equally many tokens to run.
+
+        Returns:
+            One output per request; each took the seconds of the pass, without the embedding.
+
+        Raises:
+            RequestError: A request lies outside the limits.
+            IntegrityError: The prompts have unequal numbers of tokens to run.
+        """
+        begun_s = time.monotonic()
+        for request in requests:
+            self._check(request)
+        return self._outputs(requests, prompts, begun_s)
+
+    def _outputs(
+        self,
+        requests: Sequence[GenerationRequest],
+        prompts: Sequence[PromptEmbeddings],
+        begun_s: float,
+    ) -> list[PrefillOutput]:
+        answers = [Answer(request, self._eos_token_ids, self._tokenizer) for request in requests]
+        logits_BV, segments = self.compute_batch(prompts)
+        firsts: Sequence[TokenBatch | None] = [None] * len(requests)
+        if logits_BV is not None:
+            firsts = _sample(requests, answers, logits_BV)
+        prefill_s = time.monotonic() - begun_s
+        return [
+            PrefillOutput(
+                first=first,
+                segment=None if first is not None and first.finish_reason else segment,
+                num_prompt_tokens=request.num_prompt_tokens,
+                prefill_s=prefill_s,
+            )
+            for request, first, segment in zip(requests, firsts, segments, strict=True)
+        ]
+
+    def _check(self, request: GenerationRequest) -> None:
         request.check_limits(
             max_model_len=self.max_model_len,
             vocab_size=self.stack.vocab_size,
             image_token_id=self._image_token_id,
-        )
-        answer = Answer(request, self._eos_token_ids, self._tokenizer)
-        logits_V, segment = self.compute(self.embed(request))
-        first = None if logits_V is None else _sample(request, answer, logits_V)
-        finished = first is not None and first.finish_reason is not None
-        return PrefillOutput(
-            first=first,
-            segment=None if finished else segment,
-            num_prompt_tokens=request.num_prompt_tokens,
-            prefill_s=time.monotonic() - begun_s,
         )
 
     @torch.inference_mode()
@@ -132,38 +176,71 @@ class PrefillEngine:
         rule = request.visual_tokens or self.plan.visual_tokens
         return self._images.embed(token_ids, request.images, rule, request.text_token_ids)
 
-    @torch.inference_mode()
     def compute(self, prompt: PromptEmbeddings) -> tuple[torch.Tensor | None, KVSegment]:
         """Logits ``(V,)`` of answer token 0, None where decode computes them; and the segment."""
-        stack = self.stack
-        num_run = num_prefilled(self.plan, prompt.num_tokens)
-        cache = CaptureCache.for_stack(stack)
-        positions_T = prompt.positions_T[:num_run]
-        logits_V = None
+        logits_BV, segments = self.compute_batch([prompt])
+        return None if logits_BV is None else logits_BV[0], segments[0]
+
+    @torch.inference_mode()
+    def compute_batch(
+        self, prompts: Sequence[PromptEmbeddings]
+    ) -> tuple[torch.Tensor | None, list[KVSegment]]:
+        """:meth:`compute` of prompts in one pass, each at its own positions; logits ``(B, V)``.
+
+        Raises:
+            IntegrityError: The prompts have unequal numbers of tokens to run.
+        """
+        lengths = {prompt.num_tokens for prompt in prompts}
+        if len(lengths) != 1:
+            raise IntegrityError(
+                f"prompts of {sorted(lengths)} tokens to run cannot share a pass; group them"
+            )
+        num_tokens = lengths.pop()
+        num_run = num_prefilled(self.plan, num_tokens)
+        positions_BT = torch.stack([prompt.positions_T[:num_run] for prompt in prompts])
+        cache, logits_BV = CaptureCache.for_stack(self.stack), None
         if num_run:
-            hidden_1TE = stack.run(prompt.hidden_TE[None, :num_run], positions_T[None], cache)
-            if num_run == prompt.num_tokens:
-                logits_V = stack.logits(hidden_1TE[:, -1:])[0, 0]
-        segment = select_segment(
-            self.plan,
-            cache,
-            positions_T,
-            prompt.num_prompt_tokens,
-            num_visual_tokens_removed=prompt.num_visual_tokens_removed,
-            is_compact=prompt.is_compact,
+            hidden_BTE = torch.stack([prompt.hidden_TE[:num_run] for prompt in prompts])
+            hidden_BTE = self.stack.run(hidden_BTE, positions_BT, cache)
+            if num_run == num_tokens:
+                logits_BV = self.stack.logits(hidden_BTE[:, -1:])[:, 0]
+        segments = [
+            select_segment(
+                self.plan,
+                self._row(cache, number),
+                positions_BT[number],
+                prompt.num_prompt_tokens,
+                num_visual_tokens_removed=prompt.num_visual_tokens_removed,
+                is_compact=prompt.is_compact,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        return logits_BV, segments
+
+    def _row(self, cache: CaptureCache, number: int) -> CaptureCache:
+        """What one prompt of a pass wrote; shares memory with ``cache``."""
+        row = CaptureCache.for_stack(self.stack)
+        for block in cache.blocks:
+            keys_BHND, values_BHND = cache.entries(block)
+            row.update(keys_BHND[number : number + 1], values_BHND[number : number + 1], block)
+        return row
+
+
+def _sample(
+    requests: Sequence[GenerationRequest], answers: Sequence[Answer], logits_BV: torch.Tensor
+) -> list[TokenBatch]:
+    """The first token of every answer."""
+    params = [request.sampling for request in requests]
+    tokens = choose_tokens(logits_BV, params, [0] * len(requests))
+    logprobs = token_logprobs(logits_BV, tokens, params)
+    return [
+        TokenBatch(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            first_index=0,
+            token_ids=(token,),
+            finish_reason=answer.take(token),
+            logprobs=() if logprob is None else (logprob,),
         )
-        return logits_V, segment
-
-
-def _sample(request: GenerationRequest, answer: Answer, logits_V: torch.Tensor) -> TokenBatch:
-    params = [request.sampling]
-    tokens = choose_tokens(logits_V[None], params, [0])
-    logprobs = token_logprobs(logits_V[None], tokens, params)
-    return TokenBatch(
-        request_id=request.request_id,
-        attempt=request.attempt,
-        first_index=0,
-        token_ids=tuple(tokens),
-        finish_reason=answer.take(tokens[0]),
-        logprobs=tuple(entry for entry in logprobs if entry is not None),
-    )
+        for request, answer, token, logprob in zip(requests, answers, tokens, logprobs, strict=True)
+    ]

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.models.llava_next.modeling_llava_next import (
-    get_anyres_image_grid_shape,
-    unpad_image,
-)
+
+# The modelling code of LLaVA-NeXT takes most of a second to import, and every process of a service
+# comes by here: it is imported where an image of such a model is laid out.
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,18 @@ def image_layout(config: Any, size: tuple[int, int]) -> ImageLayout:
     return ImageLayout((base, PoolLayout(base.num_tokens, rows, columns, has_newlines=True)))
 
 
+def num_views(config: Any, size: tuple[int, int]) -> int:
+    """Views that the tower sees of an image of ``(height, width)`` pixels: the base, and tiles."""
+    if config.model_type != "llava_next":
+        return 1
+    down, across = _grid(config, size)
+    return 1 + down * across
+
+
 def merged_grid(config: Any, tiles_PN: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """One value per token of every tile, as LLaVA-NeXT's grid without its padding, ``(R, S)``."""
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+
     patches = config.vision_config.image_size // config.vision_config.patch_size
     down, across = _grid(config, size)
     grid = tiles_PN.view(down, across, patches, patches).transpose(1, 2)
@@ -103,6 +112,8 @@ def merged_grid(config: Any, tiles_PN: torch.Tensor, size: tuple[int, int]) -> t
 
 def _grid(config: Any, size: tuple[int, int]) -> tuple[int, int]:
     """Tiles down and across."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
     side = config.vision_config.image_size
     down, across = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side)
     return int(down), int(across)

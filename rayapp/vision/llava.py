@@ -1,7 +1,7 @@
 """LLaVA-1.5 and LLaVA-NeXT: from an image to projected tokens, from a prompt to embeddings.
 
-The vision tower and the projector run as the model's own ``get_image_features`` runs them, one
-image at a time, so that an image's features do not depend on its neighbours and can be cached.
+The vision tower and the projector run as the model's own ``get_image_features`` runs them. What is
+cached was encoded alone: among others an image's features are the same up to rounding only.
 Shapes: N = tokens of an image, newlines included; P = views (base and tiles), C = channels,
 R x S = the merged grid, M = text tokens, E = hidden size.
 """
@@ -10,21 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
-from rayapp.errors import ModelError
+from rayapp.errors import ModelError, PlanError
 from rayapp.models.blocks import MULTIMODAL_TYPES
 from rayapp.models.stack import BlockStack
 from rayapp.plan import VisualTokens
 from rayapp.vision.attention import captured_cls_attention, last_token_attention
 from rayapp.vision.images import DecodedImage
-from rayapp.vision.layout import ImageLayout, image_layout, merged_grid
+from rayapp.vision.layout import ImageLayout, image_layout, merged_grid, num_views
 from rayapp.vision.prompt import PromptEmbeddings, assemble
-from rayapp.vision.selection import EncodedImage, Sharing, keep_places
+from rayapp.vision.selection import EncodedImage, keep_places, keep_places_of_prompts
 
 
 def check_takes_images(config: PreTrainedConfig) -> None:
@@ -66,6 +67,19 @@ def image_processor_of(path: str | Path, config: PreTrainedConfig) -> Any | None
     return load_image_processor(path)
 
 
+@dataclass(frozen=True)
+class PreparedImages:
+    """Images as the tower takes them, scaled and normalised.
+
+    ``pixels`` are of all images; ``sizes`` are their ``(height, width)`` before scaling, None for a
+    tower that sees one view of each.
+    """
+
+    images: tuple[DecodedImage, ...]
+    pixels: torch.Tensor
+    sizes: torch.Tensor | None
+
+
 class LlavaAdapter:
     """Encodes images and builds the embeddings of prompts for one prefill stage.
 
@@ -91,7 +105,11 @@ class LlavaAdapter:
             raise ModelError("the vision tower was not loaded; load the model for prefill")
         self.image_token_id: int = self._config.image_token_id
 
-    @torch.inference_mode()
+    def prepare(self, images: Sequence[DecodedImage]) -> PreparedImages:
+        """Scale and normalise images, on the CPU."""
+        inputs = self._process(images=[image.pixels for image in images], return_tensors="pt")
+        return PreparedImages(tuple(images), inputs["pixel_values"], inputs.get("image_sizes"))
+
     def encode(self, image: DecodedImage, *, cls_attention: bool = False) -> EncodedImage:
         """Run the vision tower and the projector once over one image.
 
@@ -99,21 +117,29 @@ class LlavaAdapter:
             image: As :mod:`rayapp.vision.images` decodes it.
             cls_attention: Also keep the tower's CLS attention, for method ``cls_attention``.
         """
-        model, config = self._model.model, self._config
-        inputs = self._process(images=[image.pixels], return_tensors="pt")
+        return self.encode_prepared(self.prepare([image]), cls_attention=cls_attention)[0]
+
+    @torch.inference_mode()
+    def encode_prepared(
+        self, prepared: PreparedImages, *, cls_attention: bool = False
+    ) -> list[EncodedImage]:
+        """:meth:`encode` of several images in one run; their features share one memory."""
+        model, layer = self._model.model, self._config.vision_feature_layer
         parameter = next(model.vision_tower.parameters())
-        pixels = inputs["pixel_values"].to(parameter.device, parameter.dtype)
-        sizes = inputs.get("image_sizes")
-        extra = {} if sizes is None else {"image_sizes": sizes}
-        layer = config.vision_feature_layer
+        pixels = prepared.pixels.to(parameter.device, parameter.dtype)
+        extra = {} if prepared.sizes is None else {"image_sizes": prepared.sizes}
         capture = captured_cls_attention(model.vision_tower, layer) if cls_attention else None
         with capture or nullcontext([]) as rows:
             output = model.get_image_features(pixel_values=pixels, return_dict=True, **extra)
-        features_ND = output.pooler_output[0]
-        size = None if sizes is None else tuple(sizes[0].tolist())
-        layout = self._layout(features_ND.shape[0], image)
-        attention_N = self._in_prompt_order(rows[0], size) if rows else None
-        return EncodedImage(features_ND, layout, image.digest, attention_N)
+        attention = self._per_image(prepared, rows[0]) if rows else [None] * len(prepared.images)
+        return [
+            EncodedImage(
+                features_ND, self._layout(features_ND.shape[0], image), image.digest, scores_N
+            )
+            for image, features_ND, scores_N in zip(
+                prepared.images, output.pooler_output, attention, strict=True
+            )
+        ]
 
     def _layout(self, num_tokens: int, image: DecodedImage) -> ImageLayout:
         """Where the pools lie; raises :class:`ModelError` where the tokens are no such grid."""
@@ -124,6 +150,16 @@ class LlavaAdapter:
                 f"patches make {layout.num_tokens}; this vision tower is not supported"
             )
         return layout
+
+    def _per_image(
+        self, prepared: PreparedImages, views_PN: torch.Tensor
+    ) -> list[torch.Tensor | None]:
+        """Scores of every image ``(N,)``, from those of all views of all images."""
+        if prepared.sizes is None:
+            return [self._in_prompt_order(view_1N, None) for view_1N in views_PN.split(1)]
+        sizes = [tuple(size) for size in prepared.sizes.tolist()]
+        parts = views_PN.split([num_views(self._config, size) for size in sizes])
+        return [self._in_prompt_order(*each) for each in zip(parts, sizes, strict=True)]
 
     def _in_prompt_order(
         self, views_PN: torch.Tensor, size: tuple[int, int] | None
@@ -149,7 +185,6 @@ class LlavaAdapter:
         rule: VisualTokens | None = None,
         *,
         text_token_ids: Sequence[int] = (),
-        sharing: Sharing = "equal",
     ) -> PromptEmbeddings:
         """What the prefill stage runs.
 
@@ -159,7 +194,6 @@ class LlavaAdapter:
             rule: How to prune; None keeps everything.
             text_token_ids: The user turn's tokens, without template and system prompt: what images
                 are aligned with.
-            sharing: How several images share their budgets.
 
         Raises:
             RequestError: Placeholders and images do not match.
@@ -173,8 +207,37 @@ class LlavaAdapter:
             attention_T = last_token_attention(self.stack, dense.hidden_TE)
             attention = [attention_T[start:stop] for start, stop in dense.image_spans]
         text_ME = self.text_embeddings(text_token_ids)
-        kept = keep_places(rule, images, text_ME, sharing=sharing, text_attention=attention)
+        kept = keep_places(rule, images, text_ME, text_attention=attention)
         return self._assemble(token_ids, images, kept, rule)
+
+    @torch.inference_mode()
+    def embed_prompts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        images: Sequence[Sequence[EncodedImage]],
+        rule: VisualTokens | None = None,
+        *,
+        texts: Sequence[Sequence[int]],
+    ) -> list[PromptEmbeddings]:
+        """:meth:`embed_prompt` of several prompts, their images chosen from at once where possible.
+
+        Args:
+            prompts: Token ids of each, one placeholder per image.
+            images: Of each prompt, in its order.
+            rule: How to prune; None keeps everything.
+            texts: The user's words of each prompt.
+
+        Raises:
+            RequestError: As for one.
+            PlanError: As for one; and for method ``fastv``, which runs each prompt by itself.
+        """
+        if rule is not None and rule.method == "fastv":
+            raise PlanError("method fastv takes prompts one by one; choose another method")
+        if rule is None:
+            return [self._assemble(*each, None) for each in zip(prompts, images, strict=True)]
+        embedded = [self.text_embeddings(text) for text in texts]
+        kept = keep_places_of_prompts(rule, images, embedded)
+        return [self._assemble(*each, rule) for each in zip(prompts, images, kept, strict=True)]
 
     def _assemble(
         self,

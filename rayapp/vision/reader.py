@@ -28,6 +28,17 @@ from rayapp.vision.selection import EncodedImage, check_rule
 CACHE_BYTES = 768 * 2**20
 
 
+@dataclass(frozen=True)
+class CacheCounts:
+    """What a cache of encoded images did and holds; every miss ran the vision tower."""
+
+    hits: int
+    misses: int
+    num_images: int
+    num_bytes: int
+    max_bytes: int
+
+
 class ImageCache:
     """Encoded images by key, least recently used out first.
 
@@ -39,15 +50,28 @@ class ImageCache:
         self.max_bytes = max_bytes
         self.nbytes = 0
         self._images: OrderedDict[tuple[str, str], EncodedImage] = OrderedDict()
+        self._hits = self._misses = 0
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def get(self, key: tuple[str, str]) -> EncodedImage | None:
-        """The image, which counts as used now; None where it is not held."""
-        if key in self._images:
-            self._images.move_to_end(key)
-        return self._images.get(key)
+    @property
+    def counts(self) -> CacheCounts:
+        """Hits, misses, and what is held."""
+        return CacheCounts(self._hits, self._misses, len(self), self.nbytes, self.max_bytes)
+
+    def get(self, key: tuple[str, str], *, cls_attention: bool = False) -> EncodedImage | None:
+        """The image, which counts as used now; None where it is not held.
+
+        With ``cls_attention``, one without is not what was asked for.
+        """
+        found = self._images.get(key)
+        if found is None or (cls_attention and found.cls_attention_N is None):
+            self._misses += 1
+            return None
+        self._hits += 1
+        self._images.move_to_end(key)
+        return found
 
     def put(self, key: tuple[str, str], image: EncodedImage) -> None:
         """Hold an image, in place of the older one of that key, and let others go for it."""
@@ -135,8 +159,8 @@ class ImageReader:
 
     def _encoded(self, image: ImageInput, *, cls_attention: bool) -> EncodedImage:
         key = (image.digest, self._fingerprint)
-        found = self.cache.get(key)
-        if found is None or (cls_attention and found.cls_attention_N is None):
+        found = self.cache.get(key, cls_attention=cls_attention)
+        if found is None:
             found = self._adapter.encode(self.intake.decode(image), cls_attention=cls_attention)
             self.cache.put(key, found)
         if found.num_tokens != image.num_tokens:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 
@@ -24,7 +23,7 @@ from rayapp.vision.methods.divprune import max_min_distance
 from rayapp.vision.methods.pool import Selector, TokenPool
 from rayapp.vision.methods.repmax import most_diverse
 from rayapp.vision.methods.uniform import at_random, downsampled, uniform_grid
-from rayapp.vision.tokens import resolve_budget, trimtokenator
+from rayapp.vision.tokens import resolve_budget, select_visual_tokens_batch, trimtokenator
 
 METHODS: dict[str, Selector] = {
     "trimtokenator": trimtokenator,
@@ -40,7 +39,9 @@ METHODS: dict[str, Selector] = {
     "fastv": text_attended,
 }
 
-Sharing = Literal["equal", "diversity"]
+# What every step of a search reads again must fit. Measured with images of 2.4 MB: eight at once
+# took almost three times as long as one after another (project default).
+_CACHE_BYTES = 4 * 2**20
 
 # More than any image has: where shares and counts contradict each other here, they always do.
 _MANY_TOKENS = 1 << 20
@@ -119,7 +120,6 @@ def keep_places(
     images: Sequence[EncodedImage],
     text_MD: torch.Tensor,
     *,
-    sharing: Sharing = "equal",
     text_attention: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """Places kept of every image, ascending; each image and each of its views is chosen separately.
@@ -127,11 +127,10 @@ def keep_places(
     An image's budget is shared among its views by their number of tokens, largest remainder.
 
     Args:
-        rule: Method and numbers; a number is per image.
+        rule: Method and numbers; a number is per image, and ``sharing: diversity`` shares the same
+            total among the images by diversity (see :mod:`rayapp.vision.budgets`).
         images: In prompt order.
         text_MD: Embeddings of the user's words.
-        sharing: ``equal``: each image has its own budget; ``diversity``: the same total, shared by
-            diversity (see :mod:`rayapp.vision.budgets`).
         text_attention: Per image ``(N,)``, for ``fastv``.
 
     Raises:
@@ -139,13 +138,56 @@ def keep_places(
     """
     check_method(rule)
     sizes = [image.layout.num_visual for image in images]
-    weights = diversity_weights([i.visual_ND for i in images]) if sharing == "diversity" else None
+    by_diversity = rule.sharing == "diversity"
+    weights = diversity_weights([image.visual_ND for image in images]) if by_diversity else None
     budgets = image_budgets(rule.num_keep, sizes, weights)
     scores = text_attention if text_attention is not None else [None] * len(images)
     return [
         _keep_of_image(rule, image.layout, image.pools(text_MD, attention_N), budget)
         for image, budget, attention_N in zip(images, budgets, scores, strict=True)
     ]
+
+
+def keep_places_of_prompts(
+    rule: VisualTokens, prompts: Sequence[Sequence[EncodedImage]], texts: Sequence[torch.Tensor]
+) -> list[list[torch.Tensor]]:
+    """:func:`keep_places` of several prompts, each with its own text; not for ``fastv``.
+
+    TrimTokenator chooses from images of one shape all at once: on a GPU a step of its search costs
+    launches, however many images take part; on a CPU as many as its cache holds.
+    """
+    check_method(rule)
+    images = [image for prompt in prompts for image in prompt]
+    if not _choosable_at_once(rule, images):
+        return [keep_places(rule, *each) for each in zip(prompts, texts, strict=True)]
+    visual_BND = torch.stack([image.visual_ND for image in images])
+    text_of = [text_MD for prompt, text_MD in zip(prompts, texts, strict=True) for _ in prompt]
+    step = _images_at_once(visual_BND)
+    chosen = [
+        kept_K
+        for start in range(0, len(images), step)
+        for kept_K in select_visual_tokens_batch(
+            visual_BND[start : start + step],
+            text_of[start : start + step],
+            num_aligned=rule.num_aligned,
+            num_keep=rule.num_keep,
+        )
+    ]
+    kept = iter(chosen)
+    return [[image.layout.keep([next(kept)]) for image in prompt] for prompt in prompts]
+
+
+def _images_at_once(visual_BND: torch.Tensor) -> int:
+    num_images, num_tokens, width = visual_BND.shape
+    if visual_BND.is_cuda:
+        return num_images
+    return max(1, _CACHE_BYTES // (8 * num_tokens * width))  # in float64
+
+
+def _choosable_at_once(rule: VisualTokens, images: Sequence[EncodedImage]) -> bool:
+    layouts = {image.layout for image in images}
+    alike = len(layouts) == 1 and len(images[0].layout.pools) == 1
+    return alike and rule.method == "trimtokenator" and rule.sharing == "equal"
 
 
 def _keep_of_image(

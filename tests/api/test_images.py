@@ -161,6 +161,37 @@ def test_a_request_may_prune_as_it_likes(served: Served, encoded_image: Make) ->
         assert served.text(turn(image, "hm"), visual_tokens=rule) == expected.text
 
 
+def test_a_request_says_how_its_images_share(served: Served, encoded_image: Make) -> None:
+    plain = io.BytesIO()
+    Image.new("RGB", (20, 20), "grey").save(plain, format="PNG")
+    images = [plain.getvalue(), encoded_image(11)]
+    found = []
+    for sharing in ("equal", "diversity"):
+        rule = {"num_keep": 6, "sharing": sharing}
+        own = VisualTokens.model_validate(rule)
+        expected = served.expected("<image>\n<image>\nwhich?", images, "which?", visual_tokens=own)
+        found.append(served.text(turn(*images, "which?"), visual_tokens=rule))
+        assert found[-1] == expected.text
+    assert found[0] != found[1]
+
+
+def test_health_tells_of_the_image_cache(served: Served, encoded_image: Make) -> None:
+    def counts() -> dict[str, int]:
+        pools = served.client.get("/health").json()["pools"]
+        assert pools["decode"][0]["image_cache"] is None
+        return dict(pools["prefill"][0]["image_cache"])
+
+    before, image = counts(), encoded_image(12)
+    for _ in range(3):
+        served.text(turn(image, "again"))
+    after = counts()
+    changes = {name: after[name] - before[name] for name in after}
+    assert (changes["misses"], changes["hits"], changes["num_images"]) == (1, 2, 1)
+    taken = served.service.description.images.take_all([image])[0]
+    assert changes["num_bytes"] == taken.num_tokens * 32 * 4
+    assert after["max_bytes"] >= after["num_bytes"]
+
+
 def test_usage_and_tokenize_count_the_unpruned_prompt(served: Served, encoded_image: Make) -> None:
     image = encoded_image(8, 40, 16)
     intake = served.service.description.images
@@ -203,6 +234,13 @@ def _png() -> bytes:
     return buffer.getvalue()
 
 
+def _animated() -> bytes:
+    buffer = io.BytesIO()
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(buffer, format="WEBP", save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
 def _gif() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, format="GIF")
@@ -213,6 +251,7 @@ BAD = {
     "truncated": (lambda: [turn(_png()[:150], "x")], "cannot be decoded"),
     "bomb": (lambda: [turn(bomb(), "x")], "pixels"),
     "wrong type": (lambda: [turn(_png(), "x", kind="image/jpeg")], "holds image/png"),
+    "animated": (lambda: [turn(_animated(), "x", kind="image/webp")], "animated"),
     "gif": (lambda: [turn(_gif(), "x", kind="image/gif")], "PNG, JPEG or WebP"),
     "nothing": (lambda: [turn(b"", "x")], "PNG, JPEG or WebP"),
     "too large": (lambda: [turn(b"\x89PNG\r\n\x1a\n" + b"0" * 200_000, "x")], "100000 bytes"),
@@ -252,6 +291,7 @@ def test_addresses_are_not_followed(served: Served, url: str, says: str) -> None
         ({"num_keep": 3, "method": "psychic"}, "not known"),
         ({"num_keep": 0.9, "num_aligned": 0.2}, "fewer than"),
         ({"num_keep": 3, "typo": 1}, "typo"),
+        ({"num_keep": 3, "sharing": "unequal"}, "'equal' or 'diversity'"),
     ],
 )
 def test_rules_that_mean_nothing_are_refused(

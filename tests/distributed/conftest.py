@@ -57,7 +57,7 @@ class Deployed:
         return counts
 
     def check_idle(self, within_s: float = 15.0, replaced_within_s: float = 60.0) -> None:
-        """Idle means zero, everywhere; a pool whose replicas a test killed is given time to return."""
+        """Idle means zero, everywhere; a pool whose replicas were killed gets time to return."""
         from ray.serve.exceptions import DeploymentUnavailableError
 
         began = time.monotonic()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from typer.testing import CliRunner
 
+from rayapp.cli import app
 from rayapp.distributed.deploy import configuration
 from rayapp.distributed.messages import Address
 from rayapp.distributed.router import ranks
@@ -40,6 +42,13 @@ def test_the_key_itself_is_never_deployed():
         ({"model": "/m", "decode": {"replicas": "many"}}, "'many' is no number of replicas"),
         ({"model": "/m", "decode": {"replicas": 0}}, "decode.replicas.minimum: "),
         ({"model": "/m", "deadlines": {"queue_s": 0}}, "deadlines.queue_s: "),
+        ({"model": "/m", "images": {"max_images": -1}}, "images.max_images: "),
+        ({"model": "/m", "images": {"max_image": 1}}, "images.max_image: "),
+        ({"model": "/m", "images": {"max_pixels": 10**9}}, "images.max_pixels: "),
+        (
+            {"model": "/m", "images": {"allowed_hosts": ["https://a.example/"]}},
+            "images.allowed_hosts: 'https://a.example/' is no host name",
+        ),
         ({}, "model: "),
     ],
 )
@@ -48,6 +57,30 @@ def test_what_breaks_a_rule_is_named_by_its_path(raw, message):
         ServiceSettings.parse(raw)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_image_limits_come_from_the_command_line(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "rayapp.distributed.serving.serve_until_interrupted",
+        lambda settings, **_: seen.append(settings),
+    )
+
+    def limits(*arguments):
+        result = CliRunner().invoke(app, ["serve", "--model", "/m", *arguments])
+        assert result.exit_code == 0, result.output
+        return seen[-1].images
+
+    assert limits() == ServiceSettings(model="/m").images
+    given = limits(
+        "--max-images", "2", "--max-image-bytes", "1000", "--max-image-pixels", "640000",
+        "--image-host", "Images.Example.com", "--image-host", "b.example",
+    )  # fmt: skip
+    assert (given.max_images, given.max_bytes, given.max_pixels) == (2, 1000, 640_000)
+    assert given.allowed_hosts == {"images.example.com", "b.example"}
+    (application,) = configuration(seen[-1])["applications"]
+    assert ServiceSettings.parse(application["args"]).images == given
+    assert limits("--max-images", "0").max_images == 0
 
 
 def test_the_name_is_the_directory_unless_given():

@@ -72,8 +72,8 @@ def test_images_are_chosen_separately() -> None:
 def test_sharing_by_diversity_moves_tokens_to_the_richer_image() -> None:
     rich = make_image(6)
     plain = EncodedImage(torch.ones(16, 8), rich.layout, "0" * 64)
-    rule = VisualTokens(num_aligned=6, num_keep=6)
-    kept = keep_places(rule, [plain, rich], TEXT, sharing="diversity")
+    rule = VisualTokens(num_aligned=6, num_keep=6, sharing="diversity")
+    kept = keep_places(rule, [plain, rich], TEXT)
     sizes = [len(k) for k in kept]
     assert sum(sizes) == 12
     assert sizes[1] > 6  # more than the rule's own num_aligned, which grows with it

@@ -1,0 +1,1 @@
+"""How the comparison of visual pruning is shown."""
