@@ -11,7 +11,7 @@ computed twice), with the budget that the claim allows and with its own. Reporte
   with a 95 % bootstrap interval over trials and, paired, over examples within each task.
 
 Cost is counted in candidate scores on the whole calibration set: units alone and unfinished sets
-included, the measured influence as one.
+included, the measured influence as one, gradients as three.
 
     python benchmarks/search_quality.py
     python benchmarks/search_quality.py --trials 3 --lines-per-task 8 --spaces decode4 prefill4
@@ -41,10 +41,11 @@ from rayapp.models.loading import load_model
 from rayapp.pruning.calibration import Calibration, load_calibration
 from rayapp.pruning.candidates import Candidate
 from rayapp.pruning.evaluator import Evaluator
+from rayapp.pruning.gate_hessian import GateHessian, measure_gate_hessian, measuring_cost
 from rayapp.pruning.objective import Objective
 from rayapp.pruning.scoring import LocalCompute, Scorer
-from rayapp.pruning.search.method import Setup
-from rayapp.pruning.search.methods import METHODS
+from rayapp.pruning.search.method import SearchMethod, Setup
+from rayapp.pruning.search.methods import GRADIENT_METHODS, METHODS
 from rayapp.pruning.similarity import Influence, measure_influence
 from rayapp.pruning.spaces import Space
 from rayapp.testbed import tasks, text_model_path
@@ -72,6 +73,7 @@ class Table:
 
     scorer: Scorer
     influence: Influence
+    gate_hessian: GateHessian
     scores: dict[Candidate, float]
 
     def lookup(self, candidates: Sequence[Candidate]) -> list[float]:
@@ -110,19 +112,28 @@ def scorer_for(
     return Scorer(lines, Objective(), LocalCompute(evaluator), weights="dense"), evaluator
 
 
-def replay(table: Table, space: Space, method: str, evaluations: int | None, seed: int) -> Found:
-    kind = METHODS[method]
-    if evaluations is not None:
-        evaluations -= kind.uses_influence
-    search = kind(Setup(space, evaluations, GENERATION_SIZE, seed, table.influence))
+def told_to(search: SearchMethod, table: Table) -> dict[Candidate, float]:
+    """Everything that a search asks for until it ends, with its scores."""
     told: dict[Candidate, float] = {}
     while (asked := search.ask()) is not None:
         scores = table.lookup(asked.candidates)
         told.update(zip(asked.candidates, scores, strict=True))
         search.tell(scores)
+    return told
+
+
+def replay(table: Table, space: Space, method: str, evaluations: int | None, seed: int) -> Found:
+    kind = METHODS[method]
+    measuring = kind.uses_influence + (measuring_cost() if method in GRADIENT_METHODS else 0)
+    if evaluations is not None:
+        evaluations -= measuring
+    search = kind(
+        Setup(space, evaluations, GENERATION_SIZE, seed, table.influence, table.gate_hessian)
+    )
+    told = told_to(search, table)
     score, best = min((score, candidate) for candidate, score in told.items() if candidate in space)
     optimum = min(table.scores[candidate] for candidate in space)
-    return Found(best, score / optimum - 1, len(told) + kind.uses_influence)
+    return Found(best, score / optimum - 1, len(told) + measuring)
 
 
 def run_trial(
@@ -283,7 +294,7 @@ def main() -> None:
             seed,
             arguments.length,
         )
-        table = Table(scorer, measure_influence(evaluator), {})
+        table = Table(scorer, measure_influence(evaluator), measure_gate_hessian(evaluator), {})
         for space in used.values():
             table.lookup(list(space))
         found = run_trial(table, used, arguments.methods, seed)

@@ -233,6 +233,7 @@ def prune(
     method: Annotated[
         Literal[
             "annealing",
+            "cbo",
             "evolution",
             "exhaustive",
             "greedy",

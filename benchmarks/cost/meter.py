@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from rayapp.pruning.evaluator import Evaluator
+from rayapp.pruning.gate_hessian import GateHessian, measuring_cost
 from rayapp.pruning.scoring import Done, LocalCompute, Work
 from rayapp.pruning.similarity import Influence
 
@@ -68,8 +69,18 @@ class Recording(LocalCompute):
         """Measured here: both stages of the dense model once, which no evaluator counts."""
         with self.meter:
             found = super().influence()
+        self._count_dense(1)
+        return found
+
+    def gate_hessian(self) -> GateHessian:
+        """Measured here, by gradients: a backward pass counts twice."""
+        with self.meter:
+            found = super().gate_hessian()
+        self._count_dense(measuring_cost())
+        return found
+
+    def _count_dense(self, passes: int) -> None:
         evaluator = self._evaluator
         inputs = [evaluator.inputs(chunk) for chunk in range(len(evaluator.calibration.chunks))]
         tokens = sum(each.prefill_ids_BP.numel() + each.decode_ids_BD.numel() for each in inputs)
-        self.meter.cost += Cost(forwards=float(tokens * evaluator.runner.num_blocks))
-        return found
+        self.meter.cost += Cost(forwards=float(passes * tokens * evaluator.runner.num_blocks))

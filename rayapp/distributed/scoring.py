@@ -24,6 +24,7 @@ from rayapp.pruning.candidates import Candidate
 from rayapp.pruning.costs import Costs, measure_costs
 from rayapp.pruning.distill import Healer
 from rayapp.pruning.evaluator import Evaluator
+from rayapp.pruning.gate_hessian import GateHessian, measure_gate_hessian
 from rayapp.pruning.healing import NO_HEALING, HealedPair, Healing, Pair
 from rayapp.pruning.preparation import open_evaluator, open_healer
 from rayapp.pruning.scoring import Done, Work, compute_one
@@ -73,6 +74,10 @@ class EvaluatorServer:
     def influence(self) -> Influence:
         """Block and part influence of the dense model."""
         return measure_influence(self._ready())
+
+    def gate_hessian(self) -> GateHessian:
+        """Second derivatives of the score in gates, of the dense model."""
+        return measure_gate_hessian(self._ready())
 
     def costs(self) -> Costs:
         """Seconds and bytes of every part."""
@@ -181,6 +186,11 @@ class EvaluatorPool:
     def influence(self) -> Influence:
         """Measured on one evaluator, on another one if it is lost."""
         found: Influence = self._measured("influence")
+        return found
+
+    def gate_hessian(self) -> GateHessian:
+        """Measured on one evaluator, on another one if it is lost."""
+        found: GateHessian = self._measured("gate_hessian")
         return found
 
     def costs(self) -> Costs:

@@ -1,7 +1,8 @@
 """The journal of a search: JSON lines, one per generation, so that a killed search can go on.
 
-The first line names what the search is of; then the influence that the search started from, and
-every generation with its scores. Numbers are written so that they read back bit for bit.
+The first line names what the search is of; then what was measured for its start (the influence, the
+Hessian in the gates), and every generation with its scores. Numbers are written so that they read
+back bit for bit.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from rayapp.errors import InputError, SearchError
 from rayapp.pruning.candidates import Candidate
+from rayapp.pruning.gate_hessian import GateHessian
 from rayapp.pruning.objective import Score
 from rayapp.pruning.similarity import Influence
 from rayapp.pruning.storage import Storage
@@ -68,6 +70,7 @@ class Journal:
     ) -> None:
         self._storage = storage
         self.influence: Influence | None = None
+        self.gate_hessian: GateHessian | None = None
         self.generations: list[list[Trial]] = []
         there = storage.exists(JOURNAL_FILE)
         if there and not resume:
@@ -87,6 +90,11 @@ class Journal:
         """Record what the search starts from."""
         self.influence = influence
         self._append({"kind": "influence", **asdict(influence)})
+
+    def add_gate_hessian(self, gate_hessian: GateHessian) -> None:
+        """Record what the search starts from."""
+        self.gate_hessian = gate_hessian
+        self._append({"kind": "gate_hessian", **asdict(gate_hessian)})
 
     def add_generation(self, trials: Sequence[Trial]) -> None:
         """Record one generation's scores; on disk when this returns."""
@@ -118,6 +126,8 @@ class Journal:
             if line["kind"] == "influence":
                 values = {k: tuple(v) for k, v in line.items() if k != "kind"}
                 self.influence = Influence(**values)
+            elif line["kind"] == "gate_hessian":
+                self.gate_hessian = GateHessian(tuple(map(tuple, line["rows"])))
             else:
                 self.generations.append([_trial(line, record) for record in line["trials"]])
 

@@ -23,7 +23,7 @@ from rayapp.pruning.progress import ProgressCallback, SearchProgress
 from rayapp.pruning.racing import race
 from rayapp.pruning.scoring import Scorer
 from rayapp.pruning.search.method import Generation, SearchMethod, Setup
-from rayapp.pruning.search.methods import METHODS
+from rayapp.pruning.search.methods import GRADIENT_METHODS, METHODS
 from rayapp.pruning.settings import PruneSettings
 from rayapp.pruning.similarity import Influence, distillation_set, pruning_set
 from rayapp.pruning.spaces import Space
@@ -142,6 +142,8 @@ class _Search:
         if uses_influence and self._journal.influence is None:
             self._journal.add_influence(_checked(self._scorer.compute.influence()))
         influence = self._journal.influence
+        if settings.method in GRADIENT_METHODS and self._journal.gate_hessian is None:
+            self._journal.add_gate_hessian(self._scorer.compute.gate_hessian())
         if settings.pruning_set:
             assert influence is not None, "measured above"
             self._space = _restricted(self._space, influence, settings.distillation_threshold)
@@ -154,6 +156,7 @@ class _Search:
                 generation_size=settings.generation_size,
                 seed=settings.seed,
                 influence=influence,
+                gate_hessian=self._journal.gate_hessian,
             )
         )
 
@@ -316,7 +319,7 @@ def _healing(settings: PruneSettings, num_blocks: int, influence: Influence | No
 def _check_method(settings: PruneSettings, space: Space) -> None:
     """Let a method that needs no measurement refuse its settings before anything is written."""
     kind = METHODS[settings.method]
-    if not kind.uses_influence:
+    if not kind.uses_influence and settings.method not in GRADIENT_METHODS:
         kind(Setup(space, settings.evaluations, settings.generation_size, settings.seed))
 
 

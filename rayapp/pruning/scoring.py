@@ -20,6 +20,7 @@ from rayapp.pruning.candidates import Candidate
 from rayapp.pruning.costs import Costs, measure_costs
 from rayapp.pruning.distill import Healer
 from rayapp.pruning.evaluator import Evaluator, LineSums
+from rayapp.pruning.gate_hessian import GateHessian, measure_gate_hessian
 from rayapp.pruning.healed_pairs import HealedPairs, OnPair
 from rayapp.pruning.healing import NO_HEALING, HealedPair, Healing, Pair
 from rayapp.pruning.objective import Objective, Score, combine
@@ -68,6 +69,10 @@ class Compute(Protocol):
         """Block and part influence of the dense model."""
         ...
 
+    def gate_hessian(self) -> GateHessian:
+        """Second derivatives of the score in gates, of the dense model."""
+        ...
+
     def costs(self) -> Costs:
         """Seconds and bytes of every part, as one evaluator measures them."""
         ...
@@ -111,6 +116,10 @@ class LocalCompute:
     def influence(self) -> Influence:
         """Measured here."""
         return measure_influence(self._evaluator)
+
+    def gate_hessian(self) -> GateHessian:
+        """Measured here."""
+        return measure_gate_hessian(self._evaluator)
 
     def costs(self) -> Costs:
         """Measured here."""

@@ -19,6 +19,7 @@ from rayapp.pruning.spaces import Space, Unit
 
 Method = Literal[
     "annealing",
+    "cbo",
     "evolution",
     "exhaustive",
     "greedy",

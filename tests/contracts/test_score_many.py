@@ -123,6 +123,11 @@ def test_influence(settings, compute):
     assert compute.influence() == local.influence()
 
 
+def test_gate_hessian(settings, compute):
+    local = LocalCompute(open_evaluator(settings, prepare(settings).calibration))
+    assert compute.gate_hessian() == local.gate_hessian()
+
+
 def test_attention_mass(settings, compute):
     local = LocalCompute(open_evaluator(settings, prepare(settings).calibration))
     asked = Candidate((0, 1), (4,)), KVTransfer(first=1, last=3)

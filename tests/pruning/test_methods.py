@@ -15,6 +15,7 @@ import pytest
 from rayapp.errors import InputError
 from rayapp.pruning.candidates import DENSE, Candidate
 from rayapp.pruning.evaluator import Evaluator
+from rayapp.pruning.gate_hessian import GateHessian
 from rayapp.pruning.preparation import open_evaluator, prepare
 from rayapp.pruning.run import SearchResult, run_search
 from rayapp.pruning.scoring import LocalCompute, Scorer
@@ -36,6 +37,9 @@ BLOCKS = 8
 INFLUENCE = Influence(*((0.5,) * count for count in (BLOCKS, 2 * BLOCKS) * 2))
 RNG = np.random.default_rng(7)
 CHANGES = RNG.normal(size=(2, 2 * BLOCKS, 24)) * RNG.uniform(0.05, 1, size=(2, 2 * BLOCKS, 1))
+FLAT = CHANGES.reshape(-1, CHANGES.shape[-1])
+GATE_HESSIAN = GateHessian(tuple(map(tuple, (FLAT @ FLAT.T).tolist())))
+"""Of ``interacting``, but for a factor that changes no order."""
 Scores = Callable[[Candidate], float]
 
 SPACES = [
@@ -80,7 +84,7 @@ def optimum(space: Space, score: Scores) -> float:
 
 
 def make(name: str, space: Space, evaluations: int | None = None, seed: int = 0) -> SearchMethod:
-    return METHODS[name](Setup(space, evaluations, 8, seed, INFLUENCE))
+    return METHODS[name](Setup(space, evaluations, 8, seed, INFLUENCE, GATE_HESSIAN))
 
 
 def run(method: SearchMethod, score: Scores) -> list[Generation]:
@@ -178,6 +182,21 @@ def test_surrogate_asks_as_many_as_its_docstring_says():
     assert asked(Space(12, 0, 4)) == 72 <= 0.15 * 495
     assert asked(Space(12, 2, 2)) == 212 <= 0.05 * 4356
     assert asked(Space(32, 8, 8)) == 1 + 64 + MAX_VERIFIED
+
+
+@pytest.mark.parametrize("space", SPACES, ids=label)
+def test_cbo_verifies_the_best_of_its_model_first(space):
+    generations = run(make("cbo", space, 11), interacting)
+    asked = [c for generation in generations for c in generation.candidates]
+    assert sorted(asked[:8]) == asked[:8]
+    wanted = sorted(interacting(candidate) for candidate in space)[:11]
+    assert sorted(map(interacting, asked)) == pytest.approx(wanted)
+    assert sorted(map(interacting, asked[:8])) == pytest.approx(wanted[:8])
+
+
+def test_cbo_does_not_learn_from_scores():
+    space = Space(BLOCKS, 2, 2)
+    assert run(make("cbo", space, 40), interacting) == run(make("cbo", space, 40), additive)
 
 
 def test_random_exhausts_a_space_without_repeating():

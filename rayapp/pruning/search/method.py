@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rayapp.pruning.candidates import Candidate
+from rayapp.pruning.gate_hessian import GateHessian
 from rayapp.pruning.similarity import Influence
 from rayapp.pruning.spaces import Space
 
@@ -23,6 +24,7 @@ class Setup:
             that their number never changes a search.
         seed: Seed of all randomness.
         influence: Measured on the dense model where the method uses it.
+        gate_hessian: Likewise.
     """
 
     space: Space
@@ -30,6 +32,7 @@ class Setup:
     generation_size: int
     seed: int
     influence: Influence | None = None
+    gate_hessian: GateHessian | None = None
 
     def rng(self, generation: int, index: int) -> random.Random:
         """Randomness of one draw."""

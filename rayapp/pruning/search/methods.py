@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from rayapp.pruning.search.annealing import Annealing
+from rayapp.pruning.search.cbo import Cbo
 from rayapp.pruning.search.evolution import Evolution
 from rayapp.pruning.search.exhaustive import Exhaustive
 from rayapp.pruning.search.greedy import Greedy
@@ -28,6 +29,7 @@ class MethodKind(Protocol):
 
 METHODS: dict[str, MethodKind] = {
     "annealing": Annealing,
+    "cbo": Cbo,
     "evolution": Evolution,
     "exhaustive": Exhaustive,
     "greedy": Greedy,
@@ -38,3 +40,6 @@ METHODS: dict[str, MethodKind] = {
     "window": Window,
 }
 """Adding a method is one file and one line here; a method says whether it ``uses_influence``."""
+
+GRADIENT_METHODS = frozenset({"cbo"})
+"""Those that start from the measured Hessian in the gates."""
