@@ -1,0 +1,120 @@
+"""The loss of a step of either stage, from freshly drawn scenes of the training split."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional
+from transformers import LlavaForConditionalGeneration
+
+from rayapp.testbed.tasks import below
+from rayapp.testbed.vision.packing import END_KIND, Packed, pack, supervised_logits
+from rayapp.testbed.vision.patches import GRID
+from rayapp.testbed.vision.questions import TYPES, draw_questions
+from rayapp.testbed.vision.recipe import Recipe
+from rayapp.testbed.vision.scenes import Scene, draw_scene
+from rayapp.testbed.vision.tower import (
+    Heads,
+    cut_windows,
+    patch_loss,
+    pixels_of,
+    scene_loss,
+    stack_labels,
+    visual_features,
+    visual_tokens,
+)
+
+_MANY = 40
+"""More questions than any row of tokens holds."""
+
+
+@dataclass(slots=True)
+class Readings:
+    """Means of what steps reported, since they were last taken."""
+
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    counts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, values: Mapping[str, float], count: float = 1.0) -> None:
+        """Count values, each the mean of ``count``."""
+        for name, value in values.items():
+            self.sums[name] += value * count
+            self.counts[name] += count
+
+    def take(self) -> dict[str, float]:
+        """The means by name; starts over."""
+        means = {name: round(self.sums[name] / self.counts[name], 4) for name in self.sums}
+        self.sums.clear()
+        self.counts.clear()
+        return means
+
+
+def draw_scenes(recipe: Recipe, step: int) -> tuple[random.Random, list[Scene]]:
+    """The scenes of a step, and what else it draws from."""
+    rng = random.Random(f"rayapp.testbed.vision/{recipe.seed}/{step}")
+    stage = recipe.tower if recipe.trains_tower(step) else recipe.answers
+    return rng, [draw_scene(rng, "train") for _ in range(stage.num_scenes)]
+
+
+def word_table(model: LlavaForConditionalGeneration, heads: Heads, recipe: Recipe) -> torch.Tensor:
+    """The words that patches are read as: the language model's, or a throw-away copy's."""
+    own = model.model.language_model.embed_tokens.weight
+    return own if recipe.word_targets else heads["table"]
+
+
+def tower_step_loss(
+    model: LlavaForConditionalGeneration, heads: Heads, recipe: Recipe, step: int, seen: Readings
+) -> torch.Tensor:
+    """The loss of a step of the first stage."""
+    rng, scenes = draw_scenes(recipe, step)
+    labels = stack_labels(scenes)
+    windows = recipe.shows_windows(step)
+    shift = (below(rng, GRID), below(rng, GRID)) if windows else None
+    if shift:
+        labels = {name: cut_windows(label, shift) for name, label in labels.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        features = visual_features(model, pixels_of(scenes), shift)
+        visual_BND = visual_tokens(model, features).float()
+        told = None if windows else scene_loss(model, features, heads, labels)
+    read = patch_loss(visual_BND, word_table(model, heads, recipe), heads, labels)
+    seen.add({"loss": read.loss.item(), **read.shares})
+    return read.loss if told is None else read.loss + told
+
+
+def answer_step_loss(
+    model: LlavaForConditionalGeneration, heads: Heads, recipe: Recipe, step: int, seen: Readings
+) -> torch.Tensor:
+    """The loss of a step of the second stage."""
+    rng, scenes = draw_scenes(recipe, step)
+    packed = pack([draw_questions(rng, scene, _MANY) for scene in scenes], recipe.question_tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            features = visual_features(model, pixels_of(scenes))
+        visual_BND = visual_tokens(model, features).float()
+        logits_KV = supervised_logits(model, visual_BND, packed)
+    read = patch_loss(visual_BND, word_table(model, heads, recipe), heads, stack_labels(scenes))
+    loss = _answer_loss(logits_KV.float(), packed, recipe, seen)
+    return loss + recipe.patch_weight * read.loss
+
+
+def _answer_loss(
+    logits_KV: torch.Tensor, packed: Packed, recipe: Recipe, seen: Readings
+) -> torch.Tensor:
+    """Every type weighs the same, however many of its questions a scene allows."""
+    supervised_BQ = packed.kinds_BQ > 0
+    kinds_K, targets_K = packed.kinds_BQ[supervised_BQ], packed.targets_BQ[supervised_BQ]
+    losses_K = functional.cross_entropy(logits_KV, targets_K, reduction="none")
+    right_K = (logits_KV.argmax(-1) == targets_K).float()
+    answers, ends = [], losses_K[kinds_K == END_KIND].mean()
+    for number, name in enumerate(TYPES, start=1):
+        of_kind = kinds_K == number
+        if of_kind.any():
+            answers.append(losses_K[of_kind].mean())
+            seen.add({name: right_K[of_kind].mean().item()}, float(of_kind.sum()))
+    nats = torch.stack(answers).mean()
+    seen.add({"nats": nats.item(), "end_nats": ends.item()})
+    return nats + recipe.end_weight * ends

@@ -1,0 +1,111 @@
+"""Many questions about one scene in one sequence, each seeing the picture and itself alone.
+
+A row is the 576 visual tokens, then questions with their answers end to end. Every question starts
+at the position after the picture and attends to the picture and to its own tokens up to here, as if
+it stood there alone: its logits are those of the single prompt. So one pass over the picture
+teaches some two dozen answers.
+
+Shapes: B = rows, N = visual tokens, Q = tokens of questions, T = N + Q,
+D = hidden size, K = supervised tokens, V = ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from rayapp.testbed.vision.patches import NUM_PATCHES
+from rayapp.testbed.vision.questions import TYPES, Question
+from rayapp.testbed.vision.words import END_ID, IDS, PAD_ID
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Questions of B scenes.
+
+    Attributes:
+        ids_BQ: Token ids, padded at the end.
+        places_BQ: Tokens from the start of the own question.
+        segments_BQ: Number of the question that a token belongs to; padding is a segment too.
+        targets_BQ: The token to predict, where supervised.
+        kinds_BQ: 0 unsupervised; 1 + index in ``TYPES`` where the answer is predicted; and
+            ``END_KIND`` where the end marker is.
+    """
+
+    ids_BQ: torch.Tensor
+    places_BQ: torch.Tensor
+    segments_BQ: torch.Tensor
+    targets_BQ: torch.Tensor
+    kinds_BQ: torch.Tensor
+
+
+END_KIND = 1 + len(TYPES)
+
+
+def _question_ids(question: Question) -> list[int]:
+    return [IDS[word] for word in question.text.split()]
+
+
+def _pack_row(questions: Sequence[Question], num_tokens: int) -> list[list[int]]:
+    """Ids, places, segments, targets and kinds of one row; questions that do not fit are left."""
+    columns: list[list[int]] = [[], [], [], [], []]
+    for segment, question in enumerate(questions):
+        asked, answer = _question_ids(question), IDS[question.answer]
+        length = len(asked) + 1
+        if len(columns[0]) + length > num_tokens:
+            break
+        values = (
+            [*asked, answer],
+            range(length),
+            [segment] * length,
+            [*([PAD_ID] * (length - 2)), answer, END_ID],
+            [*([0] * (length - 2)), 1 + TYPES.index(question.task), END_KIND],
+        )
+        for column, added in zip(columns, values, strict=True):
+            column.extend(added)
+    left = num_tokens - len(columns[0])
+    fillers = (PAD_ID, 0, len(questions), PAD_ID, 0)
+    for column, filler in zip(columns, fillers, strict=True):
+        column.extend([filler] * left)
+    return columns
+
+
+def pack(rows: Sequence[Sequence[Question]], num_tokens: int) -> Packed:
+    """Pack the questions of every scene into ``num_tokens`` tokens, as many as fit, in order."""
+    columns = [_pack_row(questions, num_tokens) for questions in rows]
+    return Packed(*(torch.tensor(list(each)) for each in zip(*columns, strict=True)))
+
+
+def question_mask(packed: Packed) -> torch.Tensor:
+    """What questions may look at, ``(B, 1, Q, T)``: 0 where they may, minus infinity elsewhere."""
+    segments_BQ = packed.segments_BQ
+    same_BQQ = segments_BQ[:, :, None] == segments_BQ[:, None, :]
+    allowed_BQQ = same_BQQ.tril()
+    mask_BQQ = torch.zeros(allowed_BQQ.shape).masked_fill(~allowed_BQQ, -torch.inf)
+    return torch.nn.functional.pad(mask_BQQ, (NUM_PATCHES, 0))[:, None]
+
+
+def supervised_logits(
+    model: LlavaForConditionalGeneration, visual_BND: torch.Tensor, packed: Packed
+) -> torch.Tensor:
+    """Logits ``(K, V)`` as fp32 where ``packed.kinds_BQ`` is not 0.
+
+    Args:
+        model: Prepared by ``attend_packed``.
+        visual_BND: Visual tokens after the projector.
+        packed: Questions of the same scenes.
+    """
+    language = model.model.language_model
+    questions_BQD = language.embed_tokens(packed.ids_BQ)
+    pictures_BN = torch.arange(NUM_PATCHES).expand(len(visual_BND), -1)
+    output = language(
+        inputs_embeds=torch.cat([visual_BND.to(questions_BQD.dtype), questions_BQD], dim=1),
+        position_ids=torch.cat([pictures_BN, NUM_PATCHES + packed.places_BQ], dim=1),
+        question_mask=question_mask(packed),
+        use_cache=False,
+    )
+    hidden_KD = output.last_hidden_state[:, NUM_PATCHES:][packed.kinds_BQ > 0]
+    return model.lm_head(hidden_KD).float()
