@@ -77,6 +77,7 @@ def test_a_healthy_model_answers(monkeypatch):
     assert "install again" in finding.remedy
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_cluster_is_tried(monkeypatch):
     nodes = [NodeSpec(labels={"role": "prefill"}, num_cpus=1), NodeSpec(num_cpus=1)]

@@ -179,6 +179,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_every_kind_of_file_is_served_as_the_pipeline_reads_it(deploy, tiny_llava_path, tmp_path):
     path = tiny_llava_path(tmp_path / "model", "llava_next")
