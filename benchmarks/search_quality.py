@@ -164,6 +164,18 @@ def trial_interval(values: Sequence[float], resamples: int) -> list[float]:
     return intervals(array[rng.integers(len(array), size=(resamples, len(array)))].mean(axis=1))
 
 
+def told_errors(errors: Sequence[float], resamples: int) -> dict[str, Any]:
+    """What a row says of the search errors of all trials."""
+    return {
+        "within_1_percent": sum(error <= LIMIT for error in errors),
+        "trials": len(errors),
+        "search_error_mean": statistics.mean(errors),
+        "search_error_interval": trial_interval(errors, resamples),
+        "search_error_median": statistics.median(errors),
+        "search_errors": errors,
+    }
+
+
 class FreshScores:
     """Plans on fresh examples: scores, and paired resamples of them."""
 
@@ -222,12 +234,7 @@ def summarise(
                 "budget": budget,
                 "evaluations": evaluations,
                 "share": evaluations / space.size,
-                "within_1_percent": sum(error <= LIMIT for error in errors),
-                "trials": len(errors),
-                "search_error_mean": statistics.mean(errors),
-                "search_error_interval": trial_interval(errors, resamples),
-                "search_error_median": statistics.median(errors),
-                "search_errors": errors,
+                **told_errors(errors, resamples),
                 "best_fresh_score": float(scores.value_P.min()),
                 "regret": regret,
                 "regret_interval": regret_interval,

@@ -42,6 +42,7 @@ from search_quality import (
     budget_of,
     replay,
     scorer_for,
+    told_errors,
     told_to,
     trial_interval,
     trials_of,
@@ -222,12 +223,7 @@ def method_rows(name: str, space: Space, trials: Sequence[Trial], resamples: int
                 "size": space.size,
                 "method": method,
                 "evaluations": statistics.mean(each.evaluations for each in found),
-                "within_1_percent": sum(error <= LIMIT for error in errors),
-                "trials": len(errors),
-                "search_error_mean": statistics.mean(errors),
-                "search_error_interval": trial_interval(errors, resamples),
-                "search_error_median": statistics.median(errors),
-                "search_errors": errors,
+                **told_errors(errors, resamples),
                 "plans": [str(each.best) for each in found],
             }
         )

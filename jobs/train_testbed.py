@@ -13,10 +13,11 @@ import typer
 
 from rayapp.errors import InputError
 from rayapp.testbed.card import measure, write_card
+from rayapp.testbed.checkpoint import has_checkpoint
 from rayapp.testbed.export import export_checkpoint
 from rayapp.testbed.recipe import Recipe
 from rayapp.testbed.tasks import TASKS
-from rayapp.testbed.train import Pace, has_checkpoint, load_checkpoint, start_run, train
+from rayapp.testbed.train import Pace, load_checkpoint, start_run, train
 
 
 def _parse_mix(text: str) -> dict[str, float]:

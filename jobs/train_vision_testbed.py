@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from rayapp.testbed.checkpoint import has_checkpoint
 from rayapp.testbed.vision.card import measure, write_card
 from rayapp.testbed.vision.export import export_model
 from rayapp.testbed.vision.files import write_questions
@@ -21,7 +22,6 @@ from rayapp.testbed.vision.score import draw_asked_scenes
 from rayapp.testbed.vision.train import (
     Pace,
     Run,
-    has_checkpoint,
     load_checkpoint,
     start_run,
     train,

@@ -86,8 +86,13 @@ class Completion:
 def with_images(text: str, images: Sequence[ImageSource], pipeline: LocalPipeline) -> ImagePrompt:
     """A prompt of words and images, which come first unless the words hold their placeholders."""
     place = pipeline.placeholder
-    prompt = text if place in text else f"{place}\n" * len(images) + text
+    prompt = with_places(text, place, len(images))
     return ImagePrompt(prompt, images, text.replace(place, ""))
+
+
+def with_places(text: str, place: str, num_images: int) -> str:
+    """A prompt with a placeholder per image, which come first unless the words hold them."""
+    return text if place in text else f"{place}\n" * num_images + text
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from rayapp.engine.local import ImagePrompt, LocalPipeline, Prompt
+from rayapp.engine.local import ImagePrompt, LocalPipeline, Prompt, with_places
 from rayapp.errors import DataError, RequestError
 from rayapp.evaluation.likelihood import LineLikelihood, line_likelihood
 from rayapp.pruning.calibration import Line, TokenizedLine, tokenize_line
@@ -143,7 +143,7 @@ class ImageLineReader:
         place_id: int,
     ) -> TokenizedImageLine:
         place = str(self._tokenizer.convert_ids_to_tokens(place_id))
-        prompt = line.prompt if place in line.prompt else f"{place}\n" * len(counts) + line.prompt
+        prompt = with_places(line.prompt, place, len(counts))
         plain = Line(prompt=prompt, completion=line.completion, task=line.task)
         asked = tokenize_line(plain, self._tokenizer, where, None)
         check_places(asked.prompt, place_id, len(counts))

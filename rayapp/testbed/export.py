@@ -56,7 +56,7 @@ def llama_model(weights: Weights, shape: Shape) -> LlamaForCausalLM:
     return model
 
 
-def _settle(directory: Path) -> None:
+def settle(directory: Path) -> None:
     """Name the tokenizer's class as every release of transformers knows it; make files readable."""
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
@@ -80,4 +80,4 @@ def export_checkpoint(weights: Weights, shape: Shape, directory: Path | str) -> 
     )
     model.save_pretrained(directory)
     byte_tokenizer(shape.max_positions).save_pretrained(directory)
-    _settle(Path(directory))
+    settle(Path(directory))

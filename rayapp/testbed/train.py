@@ -23,6 +23,7 @@ import torch
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
+from rayapp.testbed.checkpoint import read_checkpoint, write_checkpoint
 from rayapp.testbed.muon import Exchange, Optimizer, RankExchange
 from rayapp.testbed.network import Weights, hidden_states, initial_weights, logits_at
 from rayapp.testbed.recipe import Recipe
@@ -31,9 +32,6 @@ from rayapp.testbed.tasks import TASKS, Example, generate
 from rayapp.testbed.tokens import END_ID, PAD_ID
 
 _LOG = logging.getLogger(__name__)
-
-CHECKPOINT = "checkpoint.pt"
-"""Name of the checkpoint in a run's directory."""
 
 
 @dataclass(slots=True)
@@ -92,14 +90,7 @@ def save_checkpoint(run: Run, directory: Path) -> None:
         "seconds": run.seconds,
         "history": run.history,
     }
-    partial = directory / f"{CHECKPOINT}.partial"
-    torch.save(state, partial)
-    partial.replace(directory / CHECKPOINT)
-
-
-def has_checkpoint(directory: Path) -> bool:
-    """Whether a run has left a checkpoint in ``directory``."""
-    return (directory / CHECKPOINT).exists()
+    write_checkpoint(state, directory)
 
 
 def load_checkpoint(directory: Path, recipe: Recipe | None = None) -> Run:
@@ -112,7 +103,7 @@ def load_checkpoint(directory: Path, recipe: Recipe | None = None) -> Run:
     Returns:
         The run, as it was after its last checkpoint.
     """
-    state = torch.load(directory / CHECKPOINT, weights_only=False)
+    state = read_checkpoint(directory)
     run = start_run(recipe or state["recipe"])
     for name, weight in state["weights"].items():
         run.weights[name].data.copy_(weight)

@@ -39,8 +39,7 @@ METHODS: dict[str, Selector] = {
     "fastv": text_attended,
 }
 
-# What every step of a search reads again must fit. Measured with images of 2.4 MB: eight at once
-# took almost three times as long as one after another (project default).
+# What every step of a search reads again must fit into a processor's cache (project default).
 _CACHE_BYTES = 4 * 2**20
 
 # More than any image has: where shares and counts contradict each other here, they always do.

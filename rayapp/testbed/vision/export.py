@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from rayapp.testbed.export import settle
 from rayapp.testbed.vision.model import Shape
 from rayapp.testbed.vision.scenes import PATCH, SIDE
 from rayapp.testbed.vision.words import (
@@ -54,16 +54,6 @@ def processor(max_positions: int) -> LlavaProcessor:
     )
 
 
-def _settle(directory: Path) -> None:
-    """Name classes as every release of transformers knows them; make files readable."""
-    path = directory / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    for file in directory.iterdir():
-        file.chmod(0o644)
-
-
 def export_model(model: LlavaForConditionalGeneration, shape: Shape, directory: Path | str) -> None:
     """Write the model in bf16 with its processor, for ``from_pretrained``.
 
@@ -80,4 +70,4 @@ def export_model(model: LlavaForConditionalGeneration, shape: Shape, directory: 
     processor(shape.max_positions).save_pretrained(directory)
     word_tokenizer(shape.max_positions).save_pretrained(directory)
     image_processor().save_pretrained(directory)
-    _settle(Path(directory))
+    settle(Path(directory))

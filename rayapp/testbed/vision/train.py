@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from rayapp.testbed.checkpoint import read_checkpoint, write_checkpoint
 from rayapp.testbed.vision.attention import attend_packed
 from rayapp.testbed.vision.losses import Readings, answer_step_loss, tower_step_loss
 from rayapp.testbed.vision.model import new_model
@@ -25,9 +26,6 @@ from rayapp.testbed.vision.recipe import Recipe
 from rayapp.testbed.vision.tower import Heads, new_heads
 
 _LOG = logging.getLogger(__name__)
-
-CHECKPOINT = "checkpoint.pt"
-"""Name of the checkpoint in a run's directory."""
 
 
 @dataclass(slots=True)
@@ -104,14 +102,7 @@ def save_checkpoint(run: Run, directory: Path) -> None:
         "cpu_seconds": run.cpu_seconds,
         "history": run.history,
     }
-    partial = directory / f"{CHECKPOINT}.partial"
-    torch.save(state, partial)
-    partial.replace(directory / CHECKPOINT)
-
-
-def has_checkpoint(directory: Path) -> bool:
-    """Whether a run has left a checkpoint in ``directory``."""
-    return (directory / CHECKPOINT).exists()
+    write_checkpoint(state, directory)
 
 
 def load_checkpoint(directory: Path, recipe: Recipe | None = None) -> Run:
@@ -124,7 +115,7 @@ def load_checkpoint(directory: Path, recipe: Recipe | None = None) -> Run:
     Returns:
         The run, as it was after its last checkpoint.
     """
-    state = torch.load(directory / CHECKPOINT, weights_only=False)
+    state = read_checkpoint(directory)
     run = start_run(recipe or state["recipe"])
     run.model.load_state_dict(state["model"])
     for name, head in state["heads"].items():
