@@ -11,9 +11,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from rayapp.models.attention import packed_sdpa
 
 
-@pytest.mark.parametrize("num_queries", [1, 2, 7])
+@pytest.mark.parametrize("num_queries", [1, 2, 7, 40])
 @pytest.mark.parametrize("groups", [1, 4])
-def test_nothing_is_repeated_and_nothing_changes(num_queries, groups):
+@pytest.mark.parametrize("added", [False, True])
+def test_nothing_is_repeated_and_nothing_changes(num_queries, groups, added):
     generator = torch.Generator().manual_seed(num_queries * 10 + groups)
     query = torch.randn(3, 2 * groups, num_queries, 16, generator=generator)
     keys, values = (torch.randn(3, 2, 11, 16, generator=generator) for _ in range(2))
@@ -21,7 +22,8 @@ def test_nothing_is_repeated_and_nothing_changes(num_queries, groups):
     mask[..., 0] = True
     module = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
     wanted, _ = sdpa_attention_forward(module, query, keys, values, mask, scaling=0.2)
-    found, _ = packed_sdpa(module, query, keys, values, mask, scaling=0.2)
+    given = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf) if added else mask
+    found, _ = packed_sdpa(module, query, keys, values, given, scaling=0.2)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     other, _ = packed_sdpa(module, query, keys, values, torch.ones_like(mask), scaling=0.2)
     assert not torch.allclose(other, wanted, atol=1e-3), "the mask counts"
