@@ -109,9 +109,10 @@ def _few_queries(
     bias: torch.Tensor,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Attention outputs ``(B, T, Q, D)`` in plain products; ``bias`` broadcasts to ``(B, 1, T, K)``.
+    """Attention outputs ``(B, T, Q, D)`` in plain products.
 
-    Every query must have something to attend to, unlike in the fused kernels.
+    Every query must have something to attend to, unlike in the fused kernels; ``bias`` broadcasts
+    to ``(B, 1, T, K)``.
     """
     batch, num_heads, count, dim = query_BQTD.shape
     scale = dim**-0.5 if scaling is None else scaling

@@ -19,7 +19,7 @@ from rayapp.testbed.vision.attention import attend_packed
 from rayapp.testbed.vision.card import Measurement, write_card
 from rayapp.testbed.vision.export import export_model, plain_model
 from rayapp.testbed.vision.files import prompt_of
-from rayapp.testbed.vision.losses import Readings
+from rayapp.testbed.vision.losses import Readings, draw_kept
 from rayapp.testbed.vision.model import Shape, new_model
 from rayapp.testbed.vision.packing import END_KIND, pack, supervised_logits
 from rayapp.testbed.vision.patches import GRID, NUM_PATCHES
@@ -27,7 +27,13 @@ from rayapp.testbed.vision.picture import draw_picture
 from rayapp.testbed.vision.questions import TYPES, draw_questions
 from rayapp.testbed.vision.recipe import Recipe, Stage
 from rayapp.testbed.vision.score import draw_asked_scenes, score
-from rayapp.testbed.vision.tower import cut_windows, pixels_of, visual_features, visual_tokens
+from rayapp.testbed.vision.tower import (
+    cut_windows,
+    pixels_of,
+    stack_labels,
+    visual_features,
+    visual_tokens,
+)
 from rayapp.testbed.vision.train import (
     Pace,
     load_checkpoint,
@@ -36,7 +42,7 @@ from rayapp.testbed.vision.train import (
     take_step,
     train,
 )
-from rayapp.testbed.vision.words import IDS
+from rayapp.testbed.vision.words import IDS, NOTHING
 from rayapp.vision.llava import load_image_processor
 
 SHAPE = Shape(
@@ -75,12 +81,16 @@ def exported(model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def packed_logits(model: LlavaForConditionalGeneration) -> torch.Tensor:
+def packed_logits(
+    model: LlavaForConditionalGeneration, kept: torch.Tensor | None = None
+) -> torch.Tensor:
     """Logits ``(B, types, 2, V)`` of all questions of ``ASKED``."""
+    packed = pack([each.questions for each in ASKED], 60)
     with torch.no_grad():
         pixels = pixels_of([each.scene for each in ASKED]).to(model.dtype)
         visual = visual_tokens(model, visual_features(model, pixels))
-        logits = supervised_logits(model, visual, pack([each.questions for each in ASKED], 60))
+        shown = visual if kept is None else visual.take_along_dim(kept[..., None], dim=1)
+        logits = supervised_logits(model, shown, packed, kept)
     return logits.view(len(ASKED), len(TYPES), 2, -1)
 
 
@@ -93,6 +103,37 @@ def test_packed_rows_equal_single_prompts_in_plain_transformers(model) -> None:
             with torch.no_grad():
                 theirs = plain(input_ids=ids, pixel_values=pixels_of([each.scene])).logits[0, -2:]
             torch.testing.assert_close(ours[row, column], theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_a_step_that_shows_few_tokens_equals_the_model_with_the_others_masked_out(model) -> None:
+    """All positions stay, so a mask in plain transformers is the oracle."""
+    labels = stack_labels([each.scene for each in ASKED])["colours_N"]
+    kept = draw_kept(random.Random(3), labels, 300)
+    assert kept.shape == (len(ASKED), 300)
+    assert (kept.diff(dim=1) > 0).all()
+    nothing = IDS[NOTHING]
+    shown = labels.take_along_dim(kept, dim=1)
+    assert ((shown != nothing).sum(1) == (labels != nothing).sum(1)).all(), "things are all there"
+    plain, ours = plain_model(model, SHAPE), packed_logits(model, kept)
+    for row, each in enumerate(ASKED):
+        words = [IDS[word] for word in (*each.questions[0].text.split(), each.questions[0].answer)]
+        ids = torch.tensor([[IDS["<image>"]] * NUM_PATCHES + words])
+        mask = torch.zeros_like(ids)
+        mask[0, kept[row]] = mask[0, NUM_PATCHES:] = 1
+        with torch.no_grad():
+            theirs = plain(
+                input_ids=ids,
+                pixel_values=pixels_of([each.scene]),
+                attention_mask=mask,
+                position_ids=torch.arange(ids.shape[1])[None],
+            ).logits[0, -2:]
+        torch.testing.assert_close(ours[row, 0], theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_few_tokens_are_shown_at_first_and_all_at_last() -> None:
+    recipe = dataclasses.replace(RECIPE, sparse_share=0.5, sparse_tokens=99)
+    shown = [recipe.tokens_at(step) for step in range(4, recipe.num_steps)]
+    assert shown == [99, 99, NUM_PATCHES, NUM_PATCHES]
 
 
 def test_questions_that_do_not_fit_are_left_out_whole() -> None:

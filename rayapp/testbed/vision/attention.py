@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
-from rayapp.testbed.vision.patches import NUM_PATCHES
-
 _PACKED = "rayapp_packed_questions"
 _PLAIN = "rayapp_plain"
 _CHUNK = 192
@@ -46,12 +44,13 @@ def packed_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     query = query * scaling
+    num_visual = question_mask.shape[-1] - question_mask.shape[-2]
     mixed = []
-    for start in range(0, NUM_PATCHES, _CHUNK):
-        stop = start + _CHUNK
-        causal = torch.full((_CHUNK, stop), -torch.inf, dtype=query.dtype).triu(start + 1)
+    for start in range(0, num_visual, _CHUNK):
+        stop = min(start + _CHUNK, num_visual)
+        causal = torch.full((stop - start, stop), -torch.inf, dtype=query.dtype).triu(start + 1)
         mixed.append(_attend(query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], causal))
-    mixed.append(_attend(query[:, :, NUM_PATCHES:], key, value, question_mask.to(query.dtype)))
+    mixed.append(_attend(query[:, :, num_visual:], key, value, question_mask.to(query.dtype)))
     return torch.cat(mixed, dim=2).transpose(1, 2), None
 
 

@@ -61,9 +61,13 @@ shows; {answer_steps:,} steps of {answer_scenes} scenes, {question_tokens} token
 answers about each, taught the projector and the language model to answer, the tower frozen, the
 patches' loss still on. {cpu_seconds:,.0f} s of CPU time on one core ({seconds:,.0f} s on the clock,
 the core shared with other work); seed {seed}. Muon (learning rate {matrix_lr:g}) for matrices and
-AdamW ({vector_lr:g}) for the rest. Every token of every picture was always there: no token was
-dropped in training, no layer either, nothing anticipates pruning. (The tower's first
-{window_steps:,} steps saw scenes as quarters of {half} x {half} patches, all four of them.)
+AdamW ({vector_lr:g}) for the rest. The tower's first {window_steps:,} steps saw scenes as quarters
+of {half} x {half} patches, all four of them.
+
+The first {sparse_steps:,} steps of answers showed the language model {sparse_tokens} of the
+{num_patches} tokens of a picture: all that show a thing, and background drawn at random, at their
+own positions. That makes these steps cheap. The others showed all tokens. So background may go
+missing with less harm than in a model that never missed any; a thing's tokens never went missing.
 
 `jobs/train_vision_testbed.py` repeats it up to rounding, which training amplifies; other seeds, and
 `--no-word-targets`, give independent models.
@@ -130,6 +134,8 @@ def _facts(run: Run) -> dict[str, object]:
         "window_steps": round(recipe.window_share * recipe.tower.num_steps),
         "answer_steps": run.step - recipe.tower.num_steps,
         "answer_scenes": recipe.answers.num_scenes,
+        "sparse_tokens": recipe.sparse_tokens,
+        "sparse_steps": min(recipe.sparse_steps, run.step - recipe.tower.num_steps),
         "question_tokens": recipe.question_tokens,
         "cpu_seconds": run.cpu_seconds,
         "seconds": run.seconds,

@@ -27,6 +27,7 @@ from rayapp.testbed.vision.tower import (
     visual_features,
     visual_tokens,
 )
+from rayapp.testbed.vision.words import IDS, NOTHING
 
 _MANY = 40
 """More questions than any row of tokens holds."""
@@ -85,18 +86,29 @@ def tower_step_loss(
     return read.loss if told is None else read.loss + told
 
 
+def draw_kept(rng: random.Random, colours_BN: torch.Tensor, count: int) -> torch.Tensor:
+    """The patches ``(B, count)`` that a step shows, ascending: those of things, then any others."""
+    generator = torch.Generator().manual_seed(below(rng, 2**31))
+    chances_BN = torch.rand(colours_BN.shape, generator=generator)
+    chances_BN += (colours_BN != IDS[NOTHING]).float()
+    return chances_BN.topk(count, dim=1).indices.sort(dim=1).values
+
+
 def answer_step_loss(
     model: LlavaForConditionalGeneration, heads: Heads, recipe: Recipe, step: int, seen: Readings
 ) -> torch.Tensor:
     """The loss of a step of the second stage."""
     rng, scenes = draw_scenes(recipe, step)
     packed = pack([draw_questions(rng, scene, _MANY) for scene in scenes], recipe.question_tokens)
+    labels = stack_labels(scenes)
+    kept_BN = draw_kept(rng, labels["colours_N"], recipe.tokens_at(step))
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
             features = visual_features(model, pixels_of(scenes))
         visual_BND = visual_tokens(model, features).float()
-        logits_KV = supervised_logits(model, visual_BND, packed)
-    read = patch_loss(visual_BND, word_table(model, heads, recipe), heads, stack_labels(scenes))
+        chosen_BND = visual_BND.take_along_dim(kept_BN[..., None], dim=1)
+        logits_KV = supervised_logits(model, chosen_BND, packed, kept_BN)
+    read = patch_loss(visual_BND, word_table(model, heads, recipe), heads, labels)
     loss = _answer_loss(logits_KV.float(), packed, recipe, seen)
     return loss + recipe.patch_weight * read.loss
 

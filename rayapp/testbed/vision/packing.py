@@ -1,9 +1,9 @@
 """Many questions about one scene in one sequence, each seeing the picture and itself alone.
 
-A row is the 576 visual tokens, then questions with their answers end to end. Every question starts
-at the position after the picture and attends to the picture and to its own tokens up to here, as if
-it stood there alone: its logits are those of the single prompt. So one pass over the picture
-teaches some two dozen answers.
+A row is visual tokens, all 576 or a part, then questions with their answers end to end. Every
+question starts at the position after the picture and attends to the picture and to its own tokens
+up to here, as if it stood there alone: its logits are those of the single prompt. So one pass over
+the picture teaches some two dozen answers.
 
 Shapes: B = rows, N = visual tokens, Q = tokens of questions, T = N + Q,
 D = hidden size, K = supervised tokens, V = ids.
@@ -79,17 +79,20 @@ def pack(rows: Sequence[Sequence[Question]], num_tokens: int) -> Packed:
     return Packed(*(torch.tensor(list(each)) for each in zip(*columns, strict=True)))
 
 
-def question_mask(packed: Packed) -> torch.Tensor:
+def question_mask(packed: Packed, num_visual: int) -> torch.Tensor:
     """What questions may look at, ``(B, 1, Q, T)``: 0 where they may, minus infinity elsewhere."""
     segments_BQ = packed.segments_BQ
     same_BQQ = segments_BQ[:, :, None] == segments_BQ[:, None, :]
     allowed_BQQ = same_BQQ.tril()
     mask_BQQ = torch.zeros(allowed_BQQ.shape).masked_fill(~allowed_BQQ, -torch.inf)
-    return torch.nn.functional.pad(mask_BQQ, (NUM_PATCHES, 0))[:, None]
+    return torch.nn.functional.pad(mask_BQQ, (num_visual, 0))[:, None]
 
 
 def supervised_logits(
-    model: LlavaForConditionalGeneration, visual_BND: torch.Tensor, packed: Packed
+    model: LlavaForConditionalGeneration,
+    visual_BND: torch.Tensor,
+    packed: Packed,
+    kept_BN: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits ``(K, V)`` as fp32 where ``packed.kinds_BQ`` is not 0.
 
@@ -97,15 +100,19 @@ def supervised_logits(
         model: Prepared by ``attend_packed``.
         visual_BND: Visual tokens after the projector.
         packed: Questions of the same scenes.
+        kept_BN: Patches of the visual tokens, ascending, which are their positions; None where
+            they are all there.
     """
     language = model.model.language_model
     questions_BQD = language.embed_tokens(packed.ids_BQ)
-    pictures_BN = torch.arange(NUM_PATCHES).expand(len(visual_BND), -1)
+    num_visual = visual_BND.shape[1]
+    if kept_BN is None:
+        kept_BN = torch.arange(NUM_PATCHES).expand(len(visual_BND), -1)
     output = language(
         inputs_embeds=torch.cat([visual_BND.to(questions_BQD.dtype), questions_BQD], dim=1),
-        position_ids=torch.cat([pictures_BN, NUM_PATCHES + packed.places_BQ], dim=1),
-        question_mask=question_mask(packed),
+        position_ids=torch.cat([kept_BN, NUM_PATCHES + packed.places_BQ], dim=1),
+        question_mask=question_mask(packed, num_visual),
         use_cache=False,
     )
-    hidden_KD = output.last_hidden_state[:, NUM_PATCHES:][packed.kinds_BQ > 0]
+    hidden_KD = output.last_hidden_state[:, num_visual:][packed.kinds_BQ > 0]
     return model.lm_head(hidden_KD).float()

@@ -32,7 +32,7 @@ PLACES = (
 )
 """Words for the ninths of a scene, from the top, from the left."""
 
-MOST_COUNTED = 4
+MOST_COUNTED = 3
 """Nothing named is counted beyond this."""
 
 _CLEAR = 3.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from rayapp.errors import InputError
 from rayapp.testbed.vision.model import Shape
+from rayapp.testbed.vision.patches import NUM_PATCHES
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,9 @@ class Recipe:
         tower: The first stage.
         window_share: Share of its steps that see windows of 12 x 12 patches.
         answers: The second stage.
+        sparse_tokens: Visual tokens that the second stage shows at first, those of things and some
+            of the background, which makes its steps cheap.
+        sparse_share: Share of its steps that show so few; the others show all.
         question_tokens: Tokens of questions and answers of a scene in a step.
         end_weight: Weight of end markers in the loss; that of answers is 1.
         patch_weight: Weight of the patches' loss in the second stage.
@@ -56,9 +60,11 @@ class Recipe:
 
     seed: int = 0
     word_targets: bool = True
-    tower: Stage = Stage(900, 8, 50, 0.3)
+    tower: Stage = Stage(2600, 8, 50, 0.3)
     window_share: float = 0.85
-    answers: Stage = Stage(6000, 4, 100, 0.85)
+    answers: Stage = Stage(7000, 6, 100, 0.9)
+    sparse_tokens: int = 128
+    sparse_share: float = 0.8
     question_tokens: int = 128
     end_weight: float = 0.1
     patch_weight: float = 0.3
@@ -88,6 +94,16 @@ class Recipe:
     def shows_windows(self, step: int) -> bool:
         """Whether a step of the first stage sees windows."""
         return step < self.window_share * self.tower.num_steps
+
+    @property
+    def sparse_steps(self) -> int:
+        """Steps of the second stage that show few visual tokens; they come first."""
+        return round(self.sparse_share * self.answers.num_steps)
+
+    def tokens_at(self, step: int) -> int:
+        """Visual tokens that a step of the second stage shows."""
+        sparse = step - self.tower.num_steps < self.sparse_steps
+        return self.sparse_tokens if sparse else NUM_PATCHES
 
     def rate_at(self, step: int) -> float:
         """Factor on the learning rates at a step of the run."""

@@ -1,6 +1,6 @@
 """Cluttered scenes: what lies where, as plain data; splits are disjoint by the hash of a scene.
 
-A scene holds four to seven things of five shapes and six colours on a textured backdrop with thin
+A scene holds three to six things of five shapes and six colours on a textured backdrop with thin
 strokes in the colours of things. Exactly one thing is the largest and one the smallest, each by a
 clear margin, and in which patch a thing has its middle is plain too. The hash of the whole scene
 decides its split, so no (scene, question) pair that one split asks is asked in another, nor any
@@ -24,7 +24,7 @@ PATCH = 4
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 
-NUM_THINGS = (4, 7)
+NUM_THINGS = (3, 6)
 """Least and most things of a scene."""
 
 SIZE_MARGIN = 1.25
