@@ -28,6 +28,8 @@ def main(
     distillation_threshold: Annotated[float, typer.Option(help="Where it begins.")] = 0.95,
     heal: Annotated[str, typer.Option(help="none, pair or all")] = "none",
     heal_data: Annotated[str | None, typer.Option(help="JSON lines to train on.")] = None,
+    heal_steps: Annotated[int, typer.Option(help="Training steps of a survivor.")] = 100,
+    heal_learning_rate: Annotated[float | None, typer.Option(help="At the first step.")] = None,
     method: Annotated[str, typer.Option(help="As `rayapp prune --help` lists.")] = "surrogate",
     score_by: Annotated[str, typer.Option(help="task or token")] = "task",
     objective: Annotated[str, typer.Option(help="kl or nll")] = "kl",

@@ -230,6 +230,10 @@ def prune(
     heal_data: Annotated[
         Path | None, typer.Option(help="JSON lines to train survivors on; with --heal.")
     ] = None,
+    heal_steps: Annotated[int, typer.Option(min=1, help="Training steps of a survivor.")] = 100,
+    heal_learning_rate: Annotated[
+        float | None, typer.Option(help="At the first step; default: by the model's width.")
+    ] = None,
     method: Annotated[
         Literal[
             "annealing",
@@ -273,7 +277,8 @@ def prune(
         decode_remove=decode_remove, target_speedup=target_speedup, pareto=pareto,
         unit=unit, kv_modes=kv_modes, shared=shared,
         pruning_set=pruning_set, distillation_threshold=distillation_threshold,
-        heal=heal, heal_data=str(heal_data) if heal_data else None, method=method,
+        heal=heal, heal_data=str(heal_data) if heal_data else None,
+        heal_steps=heal_steps, heal_learning_rate=heal_learning_rate, method=method,
         score_by=score_by, objective=objective, kl_top_k=kl_top_k, racing=racing,
         first_token=first_token, evaluations=evaluations, workers=workers,
         seed=seed, address=address, resume=resume, dtype=dtype,
