@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,15 +22,17 @@ from rayapp.testbed.vision.export import export_model, plain_model
 from rayapp.testbed.vision.files import prompt_of
 from rayapp.testbed.vision.losses import Readings, draw_kept
 from rayapp.testbed.vision.model import Shape, new_model
-from rayapp.testbed.vision.packing import END_KIND, pack, supervised_logits
+from rayapp.testbed.vision.packing import END_KIND, pack, run_packed
 from rayapp.testbed.vision.patches import GRID, NUM_PATCHES
 from rayapp.testbed.vision.picture import draw_picture
 from rayapp.testbed.vision.questions import TYPES, draw_questions
 from rayapp.testbed.vision.recipe import Recipe, Stage
+from rayapp.testbed.vision.scenes import COLOURS, PATCH, SHAPES
 from rayapp.testbed.vision.score import draw_asked_scenes, score
 from rayapp.testbed.vision.tower import (
     cut_windows,
     pixels_of,
+    running_counts,
     stack_labels,
     visual_features,
     visual_tokens,
@@ -90,7 +93,7 @@ def packed_logits(
         pixels = pixels_of([each.scene for each in ASKED]).to(model.dtype)
         visual = visual_tokens(model, visual_features(model, pixels))
         shown = visual if kept is None else visual.take_along_dim(kept[..., None], dim=1)
-        logits = supervised_logits(model, shown, packed, kept)
+        logits = run_packed(model, shown, packed, kept).logits_KV
     return logits.view(len(ASKED), len(TYPES), 2, -1)
 
 
@@ -134,6 +137,28 @@ def test_few_tokens_are_shown_at_first_and_all_at_last() -> None:
     recipe = dataclasses.replace(RECIPE, sparse_share=0.5, sparse_tokens=99)
     shown = [recipe.tokens_at(step) for step in range(4, recipe.num_steps)]
     assert shown == [99, 99, NUM_PATCHES, NUM_PATCHES]
+
+
+def test_running_counts_end_at_what_the_scene_holds() -> None:
+    scenes = [each.scene for each in ASKED]
+    counts = running_counts(stack_labels(scenes))
+    assert (counts.diff(dim=1) >= 0).all()
+    for scene, last in zip(scenes, counts[:, -1], strict=True):
+        looks = Counter(word for thing in scene.things for word in (thing.colour, thing.shape))
+        held = [len(scene.things), *(looks[word] for word in (*COLOURS, *SHAPES))]
+        assert last.tolist() == held
+        first = min(thing.y for thing in scene.things)
+        above = counts[scenes.index(scene), : int(first // PATCH) * GRID]
+        assert not above.any(), "nothing is counted before it is seen"
+
+
+def test_rates_fall_to_zero_and_sooner_with_more_power() -> None:
+    line, curve = Stage(100, 1, 10, 0.5), Stage(100, 1, 10, 0.5, 2.0)
+    assert line.rate_at(0) == curve.rate_at(0) == 0.1
+    assert line.rate_at(30) == curve.rate_at(30) == 1.0
+    assert line.rate_at(75) == 0.5
+    assert curve.rate_at(75) == 0.25
+    assert line.rate_at(100) == curve.rate_at(100) == 0.0
 
 
 def test_questions_that_do_not_fit_are_left_out_whole() -> None:

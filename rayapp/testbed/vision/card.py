@@ -59,7 +59,8 @@ showed (seed {score_seed}).
 {tower_steps:,} steps of {tower_scenes} scenes taught the tower and the projector what every patch
 shows; {answer_steps:,} steps of {answer_scenes} scenes, {question_tokens} tokens of questions and
 answers about each, taught the projector and the language model to answer, the tower frozen, the
-patches' loss still on. {cpu_seconds:,.0f} s of CPU time on one core ({seconds:,.0f} s on the clock,
+patches' loss still on, and another that makes visual tokens count things half-way through the
+blocks. {cpu_seconds:,.0f} s of CPU time on one core ({seconds:,.0f} s on the clock,
 the core shared with other work); seed {seed}. Muon (learning rate {matrix_lr:g}) for matrices and
 AdamW ({vector_lr:g}) for the rest. The tower's first {window_steps:,} steps saw scenes as quarters
 of {half} x {half} patches, all four of them.

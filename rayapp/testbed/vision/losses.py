@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
 from rayapp.testbed.tasks import below
-from rayapp.testbed.vision.packing import END_KIND, Packed, pack, supervised_logits
+from rayapp.testbed.vision.packing import END_KIND, Packed, pack, run_packed
 from rayapp.testbed.vision.patches import GRID
 from rayapp.testbed.vision.questions import TYPES, draw_questions
 from rayapp.testbed.vision.recipe import Recipe
@@ -22,6 +22,7 @@ from rayapp.testbed.vision.tower import (
     cut_windows,
     patch_loss,
     pixels_of,
+    running_counts,
     scene_loss,
     stack_labels,
     visual_features,
@@ -107,10 +108,30 @@ def answer_step_loss(
             features = visual_features(model, pixels_of(scenes))
         visual_BND = visual_tokens(model, features).float()
         chosen_BND = visual_BND.take_along_dim(kept_BN[..., None], dim=1)
-        logits_KV = supervised_logits(model, chosen_BND, packed, kept_BN)
+        output = run_packed(model, chosen_BND, packed, kept_BN)
     read = patch_loss(visual_BND, word_table(model, heads, recipe), heads, labels)
-    loss = _answer_loss(logits_KV.float(), packed, recipe, seen)
-    return loss + recipe.patch_weight * read.loss
+    loss = _answer_loss(output.logits_KV, packed, recipe, seen)
+    counted = _count_loss(output.halfway_BND, kept_BN, heads, labels, seen)
+    return loss + recipe.patch_weight * read.loss + recipe.count_weight * counted
+
+
+def _count_loss(
+    halfway_BND: torch.Tensor,
+    kept_BN: torch.Tensor,
+    heads: Heads,
+    labels: dict[str, torch.Tensor],
+    seen: Readings,
+) -> torch.Tensor:
+    """Every visual token, half-way through the blocks, is to tell what it has seen so far.
+
+    That is how many things, in all and by look, have their middle in the picture up to this token.
+    Answers alone teach counting slowly: a scene has one answer to how many things there are.
+    """
+    so_far_BNC = running_counts(labels).take_along_dim(kept_BN[..., None], dim=1)
+    normed_BND = functional.rms_norm(halfway_BND, halfway_BND.shape[-1:])
+    told_BNC = functional.linear(normed_BND, heads["count"], heads["count_bias"])
+    seen.add({"count_off": (told_BNC - so_far_BNC).abs().mean().item()})
+    return functional.smooth_l1_loss(told_BNC, so_far_BNC, beta=0.25)
 
 
 def _answer_loss(

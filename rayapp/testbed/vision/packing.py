@@ -88,13 +88,26 @@ def question_mask(packed: Packed, num_visual: int) -> torch.Tensor:
     return torch.nn.functional.pad(mask_BQQ, (num_visual, 0))[:, None]
 
 
-def supervised_logits(
+@dataclass(frozen=True, slots=True)
+class PackedOutput:
+    """What the language model made of packed rows.
+
+    Attributes:
+        logits_KV: Logits where ``kinds_BQ`` is not 0, fp32.
+        halfway_BND: States of the visual tokens after half of the blocks, fp32.
+    """
+
+    logits_KV: torch.Tensor
+    halfway_BND: torch.Tensor
+
+
+def run_packed(
     model: LlavaForConditionalGeneration,
     visual_BND: torch.Tensor,
     packed: Packed,
     kept_BN: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Logits ``(K, V)`` as fp32 where ``packed.kinds_BQ`` is not 0.
+) -> PackedOutput:
+    """Run the language model on packed rows.
 
     Args:
         model: Prepared by ``attend_packed``.
@@ -113,6 +126,8 @@ def supervised_logits(
         position_ids=torch.cat([kept_BN, NUM_PATCHES + packed.places_BQ], dim=1),
         question_mask=question_mask(packed, num_visual),
         use_cache=False,
+        output_hidden_states=True,
     )
     hidden_KD = output.last_hidden_state[:, num_visual:][packed.kinds_BQ > 0]
-    return model.lm_head(hidden_KD).float()
+    halfway = output.hidden_states[len(language.layers) // 2]
+    return PackedOutput(model.lm_head(hidden_KD).float(), halfway[:, :num_visual].float())

@@ -18,18 +18,20 @@ class Stage:
         num_scenes: Scenes of a step.
         warmup_steps: Steps over which the learning rates rise.
         decay_share: Share of the steps, at the end, over which they fall to zero.
+        decay_power: 1 falls in a straight line; above 1, more steps are taken at low rates.
     """
 
     num_steps: int
     num_scenes: int
     warmup_steps: int
     decay_share: float
+    decay_power: float = 1.0
 
     def rate_at(self, step: int) -> float:
         """Factor on the learning rates at a step of this stage."""
         rise = (step + 1) / self.warmup_steps
         fall = (self.num_steps - step) / max(1.0, self.decay_share * self.num_steps)
-        return max(0.0, min(1.0, rise, fall))
+        return min(1.0, rise, max(0.0, fall) ** self.decay_power)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class Recipe:
         question_tokens: Tokens of questions and answers of a scene in a step.
         end_weight: Weight of end markers in the loss; that of answers is 1.
         patch_weight: Weight of the patches' loss in the second stage.
+        count_weight: Weight of what visual tokens have counted, in the second stage.
         matrix_lr: Learning rate of Muon.
         vector_lr: Learning rate of AdamW.
         weight_decay: Decoupled decay of the matrices.
@@ -62,12 +65,13 @@ class Recipe:
     word_targets: bool = True
     tower: Stage = Stage(2600, 8, 50, 0.3)
     window_share: float = 0.85
-    answers: Stage = Stage(7000, 6, 100, 0.9)
+    answers: Stage = Stage(7000, 6, 100, 0.95, 2.0)
     sparse_tokens: int = 128
-    sparse_share: float = 0.8
+    sparse_share: float = 0.85
     question_tokens: int = 128
     end_weight: float = 0.1
     patch_weight: float = 0.3
+    count_weight: float = 1.0
     matrix_lr: float = 0.02
     vector_lr: float = 3e-3
     weight_decay: float = 0.02

@@ -10,7 +10,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from rayapp.errors import InputError
-from rayapp.testbed.vision.packing import Packed, pack, supervised_logits
+from rayapp.testbed.vision.packing import Packed, pack, run_packed
 from rayapp.testbed.vision.questions import TYPES, Question, one_of_each
 from rayapp.testbed.vision.scenes import Scene, draw_scene
 from rayapp.testbed.vision.tower import pixels_of, visual_features, visual_tokens
@@ -57,7 +57,7 @@ def _right(model: LlavaForConditionalGeneration, asked: Sequence[AskedScene]) ->
     packed = pack([each.questions for each in asked], _TOKENS)
     pixels = pixels_of([each.scene for each in asked]).to(model.dtype)
     visual_BND = visual_tokens(model, visual_features(model, pixels))
-    best_K = supervised_logits(model, visual_BND, packed).argmax(-1)
+    best_K = run_packed(model, visual_BND, packed).logits_KV.argmax(-1)
     return _by_question(best_K, packed)
 
 

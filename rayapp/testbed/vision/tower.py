@@ -6,7 +6,8 @@ a word of its own where a thing has its middle, by which things can be counted),
 no thing. With word targets the table is the language model's own, which aligns
 pictures with words as training on captions does in LLaVA; without, it is a table of its own that is
 thrown away, so that no visual token resembles a word. Throw-away too: heads for size, middle and
-the way to it, and one that makes the CLS token tell which colours and shapes a scene holds.
+the way to it, one that makes the CLS token tell which colours and shapes a scene holds, and one
+for what visual tokens have counted (:mod:`rayapp.testbed.vision.losses`).
 
 Shapes: B = scenes, N = patches, D = hidden size, V = words, W = words of colours and shapes.
 """
@@ -48,12 +49,15 @@ def new_heads(shape: Shape, seed: int) -> Heads:
         "patch_bias": (6,),
         "scene": (len(_LOOKS), shape.tower_hidden),
         "scene_bias": (len(_LOOKS),),
+        "count": (1 + len(_LOOKS), shape.hidden),
+        "count_bias": (1 + len(_LOOKS),),
     }
     heads = {name: torch.zeros(size) for name, size in sizes.items()}
     heads["table"].normal_(std=0.25, generator=generator)
     heads["patch"].normal_(std=0.03, generator=generator)
     heads["patch"][5] *= 3
     heads["scene"].normal_(std=0.03, generator=generator)
+    heads["count"].normal_(std=0.03, generator=generator)
     heads["patch_bias"][5] = -3.0
     return {name: head.requires_grad_(name != "patch") for name, head in heads.items()}
 
@@ -71,6 +75,15 @@ def stack_labels(scenes: Sequence[Scene]) -> dict[str, torch.Tensor]:
         name: torch.from_numpy(np.stack([getattr(each, name) for each in labels]))
         for name in PatchLabels.__slots__
     }
+
+
+def running_counts(labels: dict[str, torch.Tensor]) -> torch.Tensor:
+    """How many things have their middle up to each patch, ``(B, N, 1 + W)``: all, then by look."""
+    looks_W = torch.tensor(_LOOKS)
+    words_BN2 = torch.stack([labels["colours_N"], labels["shapes_N"]], dim=-1)
+    shows_BNW = (words_BN2[..., None] == looks_W).any(dim=2).float()
+    middles_BN1 = (labels["middles_N"] > 0).float()[..., None]
+    return (middles_BN1 * torch.cat([torch.ones_like(middles_BN1), shows_BNW], -1)).cumsum(dim=1)
 
 
 def cut_windows(grid_BN: torch.Tensor, shift: tuple[int, int]) -> torch.Tensor:
