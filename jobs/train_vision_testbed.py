@@ -19,18 +19,12 @@ from rayapp.testbed.vision.export import export_model
 from rayapp.testbed.vision.files import write_questions
 from rayapp.testbed.vision.recipe import Recipe
 from rayapp.testbed.vision.score import draw_asked_scenes
-from rayapp.testbed.vision.train import (
-    Pace,
-    Run,
-    load_checkpoint,
-    start_run,
-    train,
-)
+from rayapp.testbed.vision.train import Run, load_checkpoint, start_run, train
 
 
-def _trained(out: Path, recipe: Recipe, pace: Pace, *, resume: bool) -> Run:
+def _trained(out: Path, recipe: Recipe, *, resume: bool) -> Run:
     going_on = resume and has_checkpoint(out)
-    return train(load_checkpoint(out, recipe) if going_on else start_run(recipe), out, pace=pace)
+    return train(load_checkpoint(out, recipe) if going_on else start_run(recipe), out)
 
 
 def main(
@@ -42,10 +36,12 @@ def main(
     steps: Annotated[
         int, typer.Option(help="Steps of the second stage.")
     ] = Recipe().answers.num_steps,
+    length_steps: Annotated[
+        int, typer.Option(help="Steps of the third stage.")
+    ] = Recipe().lengths.num_steps,
     word_targets: Annotated[
         bool, typer.Option(help="Draw visual tokens to the language model's own words.")
     ] = True,
-    minutes: Annotated[float | None, typer.Option(help="Decay early enough to end then.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUT.")] = False,
     score_only: Annotated[bool, typer.Option(help="Export and score, do not train.")] = False,
     export_to: Annotated[Path | None, typer.Option(help="Model directory; OUT/model.")] = None,
@@ -62,12 +58,9 @@ def main(
         recipe,
         tower=dataclasses.replace(recipe.tower, num_steps=tower_steps),
         answers=dataclasses.replace(recipe.answers, num_steps=steps),
+        lengths=dataclasses.replace(recipe.lengths, num_steps=length_steps),
     )
-    run = (
-        load_checkpoint(out)
-        if score_only
-        else _trained(out, recipe, Pace(minutes=minutes), resume=resume)
-    )
+    run = load_checkpoint(out) if score_only else _trained(out, recipe, resume=resume)
     export_model(run.model, run.recipe.shape, directory)
     typer.echo(f"exported step {run.step} to {directory}")
     for split in ("heal", "calibration", "validation", "test") if data else ():

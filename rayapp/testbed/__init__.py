@@ -1,8 +1,8 @@
-"""A small trained model, the questions that it answers, and the recipe that made it.
+"""Small trained models, the questions that they answer, and the recipes that made them.
 
 ``text/`` is a Llama of 12 blocks over bytes, an ordinary Hugging Face directory of under 5 MB.
 Dense, it answers nearly every held-out question of :mod:`rayapp.testbed.tasks`, so a point lost
-under a plan is the plan's.
+under a plan is the plan's. ``vision/weights/`` is a LLaVA for pictures (:mod:`.vision`).
 
 Invariant: training knows nothing of pruning (no layer dropout, no spare blocks), and nothing asked
 in one split is asked in another. The alternative, random weights of a real model's shape, was
@@ -17,3 +17,8 @@ from pathlib import Path
 def text_model_path() -> Path:
     """The directory of the shipped text model, for ``from_pretrained`` or ``--model``."""
     return Path(__file__).parent / "text"
+
+
+def vision_model_path() -> Path:
+    """The directory of the shipped vision model, for ``from_pretrained`` or ``--model``."""
+    return Path(__file__).parent / "vision" / "weights"

@@ -5,7 +5,7 @@ miss the evidence. Half of the question types name what they ask about, half do 
 and without word targets tell what is owed to the likeness of pictures and words.
 
 Invariant: in training every layer runs and every visual token of every thing is there (background
-goes missing in most steps, which makes them cheap, and in none of the last ones); scenes of one
-split appear in no other. The alternative, natural pictures and a pretrained tower, was rejected:
-neither fits into a few megabytes, nor can its evidence be known.
+may go missing, see the recipe); scenes of one split appear in no other. The alternative, natural
+pictures and a pretrained tower, was rejected: neither fits into a few megabytes, nor can its
+evidence be known.
 """

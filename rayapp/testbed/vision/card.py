@@ -65,10 +65,11 @@ the core shared with other work); seed {seed}. Muon (learning rate {matrix_lr:g}
 AdamW ({vector_lr:g}) for the rest. The tower's first {window_steps:,} steps saw scenes as quarters
 of {half} x {half} patches, all four of them.
 
-The first {sparse_steps:,} steps of answers showed the language model {sparse_tokens} of the
-{num_patches} tokens of a picture: all that show a thing, and background drawn at random, at their
-own positions. That makes these steps cheap. The others showed all tokens. So background may go
-missing with less harm than in a model that never missed any; a thing's tokens never went missing.
+These steps showed the language model {answer_tokens} of the {num_patches} tokens of a picture: all
+that show a thing, and background drawn at random, at their own positions. {length_steps:,} more
+showed {least_tokens} to {num_patches}, so that counting leans on no amount of background. A thing's
+tokens never went missing, background did: this model loses less with it than one that never missed
+any.
 
 `jobs/train_vision_testbed.py` repeats it up to rounding, which training amplifies; other seeds, and
 `--no-word-targets`, give independent models.
@@ -133,10 +134,11 @@ def _facts(run: Run) -> dict[str, object]:
         "tower_steps": recipe.tower.num_steps,
         "tower_scenes": recipe.tower.num_scenes,
         "window_steps": round(recipe.window_share * recipe.tower.num_steps),
-        "answer_steps": run.step - recipe.tower.num_steps,
+        "answer_steps": recipe.answers.num_steps,
+        "length_steps": recipe.lengths.num_steps,
         "answer_scenes": recipe.answers.num_scenes,
-        "sparse_tokens": recipe.sparse_tokens,
-        "sparse_steps": min(recipe.sparse_steps, run.step - recipe.tower.num_steps),
+        "answer_tokens": recipe.answer_tokens,
+        "least_tokens": recipe.least_tokens,
         "question_tokens": recipe.question_tokens,
         "cpu_seconds": run.cpu_seconds,
         "seconds": run.seconds,

@@ -58,7 +58,7 @@ class Readings:
 def draw_scenes(recipe: Recipe, step: int) -> tuple[random.Random, list[Scene]]:
     """The scenes of a step, and what else it draws from."""
     rng = random.Random(f"rayapp.testbed.vision/{recipe.seed}/{step}")
-    stage = recipe.tower if recipe.trains_tower(step) else recipe.answers
+    stage = recipe.stages[recipe.stage_at(step)[0]]
     return rng, [draw_scene(rng, "train") for _ in range(stage.num_scenes)]
 
 
@@ -98,11 +98,11 @@ def draw_kept(rng: random.Random, colours_BN: torch.Tensor, count: int) -> torch
 def answer_step_loss(
     model: LlavaForConditionalGeneration, heads: Heads, recipe: Recipe, step: int, seen: Readings
 ) -> torch.Tensor:
-    """The loss of a step of the second stage."""
+    """The loss of a step of the second or third stage."""
     rng, scenes = draw_scenes(recipe, step)
     packed = pack([draw_questions(rng, scene, _MANY) for scene in scenes], recipe.question_tokens)
     labels = stack_labels(scenes)
-    kept_BN = draw_kept(rng, labels["colours_N"], recipe.tokens_at(step))
+    kept_BN = draw_kept(rng, labels["colours_N"], recipe.tokens_at(step, rng))
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
             features = visual_features(model, pixels_of(scenes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 from rayapp.errors import InputError
@@ -19,6 +20,7 @@ class Stage:
         warmup_steps: Steps over which the learning rates rise.
         decay_share: Share of the steps, at the end, over which they fall to zero.
         decay_power: 1 falls in a straight line; above 1, more steps are taken at low rates.
+        peak: Factor on the learning rates before they fall.
     """
 
     num_steps: int
@@ -26,12 +28,13 @@ class Stage:
     warmup_steps: int
     decay_share: float
     decay_power: float = 1.0
+    peak: float = 1.0
 
     def rate_at(self, step: int) -> float:
         """Factor on the learning rates at a step of this stage."""
         rise = (step + 1) / self.warmup_steps
         fall = (self.num_steps - step) / max(1.0, self.decay_share * self.num_steps)
-        return min(1.0, rise, max(0.0, fall) ** self.decay_power)
+        return self.peak * min(1.0, rise, max(0.0, fall) ** self.decay_power)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,9 @@ class Recipe:
 
     First the tower and the projector learn what patches show, at first on windows of a quarter of
     the scene; then the projector and the language model learn to answer, the tower frozen, as in
-    LLaVA's two stages.
+    LLaVA's two stages: from all tokens of things and a little background, which makes steps cheap,
+    and at last from any amount of background. (Told by all tokens at last, this model counts things
+    by the share of attention that background leaves them, and miscounts as soon as some is gone.)
 
     Attributes:
         seed: Seed of the first weights and of every batch.
@@ -48,13 +53,13 @@ class Recipe:
         tower: The first stage.
         window_share: Share of its steps that see windows of 12 x 12 patches.
         answers: The second stage.
-        sparse_tokens: Visual tokens that the second stage shows at first, those of things and some
-            of the background, which makes its steps cheap.
-        sparse_share: Share of its steps that show so few; the others show all.
+        answer_tokens: Visual tokens that it shows of a picture.
+        lengths: The third stage.
+        least_tokens: Visual tokens that it shows at least; up to all, their logarithm even.
         question_tokens: Tokens of questions and answers of a scene in a step.
         end_weight: Weight of end markers in the loss; that of answers is 1.
-        patch_weight: Weight of the patches' loss in the second stage.
-        count_weight: Weight of what visual tokens have counted, in the second stage.
+        patch_weight: Weight of the patches' loss after the first stage.
+        count_weight: Weight of what visual tokens have counted, after the first stage.
         matrix_lr: Learning rate of Muon.
         vector_lr: Learning rate of AdamW.
         weight_decay: Decoupled decay of the matrices.
@@ -66,8 +71,9 @@ class Recipe:
     tower: Stage = Stage(2600, 8, 50, 0.3)
     window_share: float = 0.85
     answers: Stage = Stage(7000, 6, 100, 0.95, 2.0)
-    sparse_tokens: int = 128
-    sparse_share: float = 0.85
+    answer_tokens: int = 128
+    lengths: Stage = Stage(2400, 6, 50, 0.95, 1.0, 0.35)
+    least_tokens: int = 72
     question_tokens: int = 128
     end_weight: float = 0.1
     patch_weight: float = 0.3
@@ -79,7 +85,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse stages without steps."""
-        for name, stage in (("tower", self.tower), ("answers", self.answers)):
+        for name, stage in self.stages.items():
             if stage.num_steps < 1 or stage.num_scenes < 1:
                 raise InputError(
                     f"{name} has {stage.num_steps} steps of {stage.num_scenes} scenes; "
@@ -87,9 +93,22 @@ class Recipe:
                 )
 
     @property
+    def stages(self) -> dict[str, Stage]:
+        """The stages in order, by name."""
+        return {"tower": self.tower, "answers": self.answers, "lengths": self.lengths}
+
+    @property
     def num_steps(self) -> int:
-        """Steps of both stages."""
-        return self.tower.num_steps + self.answers.num_steps
+        """Steps of all stages."""
+        return sum(stage.num_steps for stage in self.stages.values())
+
+    def stage_at(self, step: int) -> tuple[str, int]:
+        """The name of the stage that a step of the run belongs to, and the step within it."""
+        for name, stage in self.stages.items():
+            if step < stage.num_steps:
+                return name, step
+            step -= stage.num_steps
+        return "lengths", self.lengths.num_steps + step
 
     def trains_tower(self, step: int) -> bool:
         """Whether a step of the run belongs to the first stage."""
@@ -99,18 +118,13 @@ class Recipe:
         """Whether a step of the first stage sees windows."""
         return step < self.window_share * self.tower.num_steps
 
-    @property
-    def sparse_steps(self) -> int:
-        """Steps of the second stage that show few visual tokens; they come first."""
-        return round(self.sparse_share * self.answers.num_steps)
-
-    def tokens_at(self, step: int) -> int:
-        """Visual tokens that a step of the second stage shows."""
-        sparse = step - self.tower.num_steps < self.sparse_steps
-        return self.sparse_tokens if sparse else NUM_PATCHES
+    def tokens_at(self, step: int, rng: random.Random) -> int:
+        """Visual tokens that a step after the first stage shows."""
+        if self.stage_at(step)[0] == "answers":
+            return self.answer_tokens
+        return round(self.least_tokens * (NUM_PATCHES / self.least_tokens) ** rng.random())
 
     def rate_at(self, step: int) -> float:
         """Factor on the learning rates at a step of the run."""
-        if self.trains_tower(step):
-            return self.tower.rate_at(step)
-        return self.answers.rate_at(step - self.tower.num_steps)
+        name, within = self.stage_at(step)
+        return self.stages[name].rate_at(within)

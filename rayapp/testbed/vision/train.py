@@ -7,7 +7,6 @@ scenes, so the accuracy in a line of progress is that on scenes never seen befor
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from dataclasses import dataclass, field
@@ -26,6 +25,8 @@ from rayapp.testbed.vision.recipe import Recipe
 from rayapp.testbed.vision.tower import Heads, new_heads
 
 _LOG = logging.getLogger(__name__)
+_LOG_EVERY = 25
+_CHECKPOINT_EVERY = 50
 
 
 @dataclass(slots=True)
@@ -33,7 +34,7 @@ class Run:
     """What a run has reached; the checkpoint holds all of it.
 
     Attributes:
-        recipe: The recipe; the second stage's steps change where a time limit shortens the run.
+        recipe: The recipe.
         model: The model, fp32.
         heads: The throw-away weights.
         optimizer: The optimiser of the stage that ``step`` belongs to, with its state.
@@ -51,15 +52,6 @@ class Run:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """Steps between lines of progress and between checkpoints; ``minutes`` is the time limit."""
-
-    log_every: int = 25
-    checkpoint_every: int = 50
-    minutes: float | None = None
 
 
 def _optimizer(
@@ -141,7 +133,7 @@ def take_step(run: Run, seen: Readings) -> None:
 
 
 class _Clock:
-    """Seconds of the run, and the time limit."""
+    """Seconds of the run."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -161,33 +153,17 @@ class _Clock:
         self.last = (step, seconds)
         return mean
 
-    def shorten(self, minutes: float, step_s: float) -> None:
-        """End the second stage earlier, decay and all, where it would overrun the limit."""
-        run = self.run
-        stage, done = run.recipe.answers, run.step - run.recipe.tower.num_steps
-        if done < 0:
-            return
-        left = int((minutes * 60 - run.seconds) / step_s)
-        steps = max(done, min(stage.num_steps, done + left))
-        decays = steps * (1 - stage.decay_share) <= done
-        if steps < stage.num_steps and (decays or left <= 0):
-            answers = dataclasses.replace(stage, num_steps=max(1, steps))
-            run.recipe = dataclasses.replace(run.recipe, answers=answers)
-            _LOG.info("time limit: the run will end at step %d", run.recipe.num_steps)
 
-
-def _report(run: Run, clock: _Clock, pace: Pace, seen: Readings) -> None:
-    """One line of progress; also where a time limit is kept."""
+def _report(run: Run, clock: _Clock, seen: Readings) -> None:
+    """One line of progress."""
     step_s = clock.step_s()
-    if pace.minutes is not None:
-        clock.shorten(pace.minutes, step_s)
     means = seen.take()
     run.history.append({"step": run.step, "seconds": run.seconds, **means})
     _LOG.info(
         "step %d of %d (%s), rate %.2f, %.2f s/step, %.0f CPU-s so far, %.1f min left, %s",
         run.step,
         run.recipe.num_steps,
-        "tower" if run.recipe.trains_tower(run.step - 1) else "answers",
+        run.recipe.stage_at(run.step - 1)[0],
         run.recipe.rate_at(run.step - 1),
         step_s,
         run.cpu_seconds,
@@ -196,13 +172,12 @@ def _report(run: Run, clock: _Clock, pace: Pace, seen: Readings) -> None:
     )
 
 
-def train(run: Run, directory: Path, *, pace: Pace | None = None) -> Run:
+def train(run: Run, directory: Path) -> Run:
     """Train until the recipe's last step, on one thread.
 
     Args:
         run: A fresh run, or one from ``load_checkpoint``.
         directory: Where checkpoints go; made if missing.
-        pace: How often to log and save, and the time limit.
 
     Returns:
         The finished run.
@@ -210,13 +185,13 @@ def train(run: Run, directory: Path, *, pace: Pace | None = None) -> Run:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     directory.mkdir(parents=True, exist_ok=True)
-    pace, clock, seen = pace or Pace(), _Clock(run), Readings()
+    clock, seen = _Clock(run), Readings()
     while run.step < run.recipe.num_steps:
         take_step(run, seen)
         last = run.step == run.recipe.num_steps
-        if run.step % pace.log_every == 0 or last or run.step == run.recipe.tower.num_steps:
-            _report(run, clock, pace, seen)
-        if run.step % pace.checkpoint_every == 0 or last:
+        if run.step % _LOG_EVERY == 0 or last or run.step == run.recipe.tower.num_steps:
+            _report(run, clock, seen)
+        if run.step % _CHECKPOINT_EVERY == 0 or last:
             clock.read()
             save_checkpoint(run, directory)
     return run
