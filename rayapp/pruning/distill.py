@@ -26,7 +26,7 @@ from rayapp.models.fingerprint import canonical_name
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan, Stage
 from rayapp.pruning.block_runner import KV, BlockKVSlot
-from rayapp.pruning.calibration import CHUNK_TOKENS, Calibration, TokenizedLine, cut
+from rayapp.pruning.calibration import Calibration, TokenizedLine, cut
 from rayapp.pruning.evaluator import CACHE_BYTES, Evaluator
 from rayapp.pruning.healing import HealedPair, Pair
 from rayapp.pruning.objective import Objective
@@ -38,6 +38,9 @@ FROZEN = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
 
 HELD_BACK_EVERY = 8
 """Every eighth line is kept from training, and judges it."""
+
+BATCH_TOKENS = 2048
+"""Tokens that training runs at a time, padding included (project default)."""
 
 RATE_X_WIDTH = 0.4
 """Default learning rate times hidden size. Tuned on the test-bed (0.003 at 128), and carried to
@@ -92,7 +95,7 @@ class Healer:
         lines: Of the ``heal`` split; at least ``HELD_BACK_EVERY``.
         first_token: Where the stages divide.
         training: How to train.
-        chunk_tokens: Tokens that are run at a time, padding included.
+        batch_tokens: Tokens that are run at a time, padding included.
         cache_bytes: Bound of the dense states that are kept between pairs.
     """
 
@@ -103,13 +106,13 @@ class Healer:
         *,
         first_token: Stage = "prefill",
         training: Training = DEFAULT_TRAINING,
-        chunk_tokens: int = CHUNK_TOKENS,
+        batch_tokens: int = BATCH_TOKENS,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._model, self._training = model, training
         self._rate = training.first_rate(text_config(model.config).hidden_size)
         objective, share = Objective(first_token=first_token), cache_bytes // HELD_BACK_EVERY
-        train, held_back = split(lines, chunk_tokens)
+        train, held_back = split(lines, batch_tokens)
         self._train = Evaluator(model, train, objective, cache_bytes=cache_bytes - share)
         self._held_back = Evaluator(model, held_back, objective, cache_bytes=share)
 

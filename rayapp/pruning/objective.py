@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from rayapp.errors import SearchError
-from rayapp.models.likelihood import kl, kl_top_k, nll, top_k
+from rayapp.models.likelihood import kl, kl_top_k, log_softmax64, nll, top_k
 from rayapp.plan import KVTransfer, Stage
 from rayapp.pruning.calibration import Calibration
 
@@ -64,11 +64,15 @@ class Score:
 
 
 Reference = tuple[torch.Tensor, ...]
-"""What candidates are compared with: logits ``(B, C, V)``, or their ``top_k``."""
+"""What candidates are compared with: log-probabilities and probabilities, float64; where these
+would be large, logits ``(B, C, V)``; or the ``top_k`` of logits."""
 
 
 def reference_of(objective: Objective, logits_BCV: torch.Tensor) -> Reference:
     """The reference that dense logits make; bounded in memory where only the likeliest count."""
+    if not objective.kl_top_k and logits_BCV.numel() <= _SLICE_ELEMENTS:
+        logprobs_BCV = log_softmax64(logits_BCV)
+        return logprobs_BCV, logprobs_BCV.exp()
     if not objective.kl_top_k:
         return (logits_BCV,)
     slices = [top_k(logits_BCV[rows], objective.kl_top_k) for rows in _slices(logits_BCV)]
@@ -90,6 +94,10 @@ def token_values(
         elif objective.kl_top_k:
             top_BCK, ids_BCK, others_BC = (tensor[rows] for tensor in reference)
             parts.append(kl_top_k((top_BCK, ids_BCK, others_BC), logits_BCV[rows]))
+        elif len(reference) == 2:
+            logprobs_BCV, probs_BCV = (tensor[rows] for tensor in reference)
+            gaps_BCV = logprobs_BCV - log_softmax64(logits_BCV[rows])
+            parts.append((probs_BCV * gaps_BCV).sum(dim=-1))
         else:
             parts.append(kl(reference[0][rows], logits_BCV[rows]))
     return torch.cat(parts)

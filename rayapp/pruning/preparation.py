@@ -13,7 +13,7 @@ from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.loading import load_model, load_tokenizer
 from rayapp.plan import ModelSignature
 from rayapp.pruning.calibration import Calibration, load_calibration, read_lines
-from rayapp.pruning.distill import HELD_BACK_EVERY, Healer
+from rayapp.pruning.distill import BATCH_TOKENS, HELD_BACK_EVERY, Healer
 from rayapp.pruning.evaluator import Evaluator
 from rayapp.pruning.settings import PruneSettings
 
@@ -102,7 +102,7 @@ def open_healer(
         heal_data.lines,
         first_token=settings.first_token,
         training=settings.training(),
-        chunk_tokens=settings.chunk_tokens,
+        batch_tokens=min(settings.chunk_tokens, BATCH_TOKENS),
         cache_bytes=settings.cache_bytes,
     )
 

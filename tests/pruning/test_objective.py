@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rayapp.errors import SearchError
+from rayapp.models.likelihood import kl
 from rayapp.pruning.calibration import TokenizedLine, cut
 from rayapp.pruning.objective import Objective, combine, reference_of, token_values
 
@@ -51,6 +52,17 @@ def test_token_values_against_the_definitions():
     found = token_values(Objective("nll"), (dense,), plan, ids)
     assert found.dtype == torch.float64
     assert torch.allclose(found, nll, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kept", [2 * 3 * 7, 2 * 3 * 7 - 1])
+def test_a_small_reference_is_kept_ready_and_gives_the_same_bits(kept, monkeypatch):
+    torch.manual_seed(0)
+    dense, plan = torch.randn(2, 3, 7) * 3, torch.randn(2, 3, 7)
+    monkeypatch.setattr("rayapp.pruning.objective._SLICE_ELEMENTS", kept)
+    reference = reference_of(Objective(), dense)
+    assert len(reference) == (2 if kept >= dense.numel() else 1)
+    found = token_values(Objective(), reference, plan, torch.zeros(2, 3, dtype=torch.int64))
+    assert torch.equal(found, kl(dense, plan))
 
 
 @pytest.mark.parametrize("k", [1, 3, 6])
