@@ -65,7 +65,7 @@ the core shared with other work); seed {seed}. Muon (learning rate {matrix_lr:g}
 AdamW ({vector_lr:g}) for the rest. The tower's first {window_steps:,} steps saw scenes as quarters
 of {half} x {half} patches, all four of them.
 
-These steps showed the language model {answer_tokens} of the {num_patches} tokens of a picture: all
+The steps of answers showed the language model {answer_tokens} of the {num_patches} tokens of a picture: all
 that show a thing, and background drawn at random, at their own positions. {length_steps:,} more
 showed {least_tokens} to {num_patches}, so that counting leans on no amount of background. A thing's
 tokens never went missing, background did: this model loses less with it than one that never missed
@@ -135,7 +135,7 @@ def _facts(run: Run) -> dict[str, object]:
         "tower_scenes": recipe.tower.num_scenes,
         "window_steps": round(recipe.window_share * recipe.tower.num_steps),
         "answer_steps": recipe.answers.num_steps,
-        "length_steps": recipe.lengths.num_steps,
+        "length_steps": recipe.length_rounds * recipe.lengths.num_steps,
         "answer_scenes": recipe.answers.num_scenes,
         "answer_tokens": recipe.answer_tokens,
         "least_tokens": recipe.least_tokens,

@@ -55,6 +55,7 @@ class Recipe:
         answers: The second stage.
         answer_tokens: Visual tokens that it shows of a picture.
         lengths: The third stage.
+        length_rounds: Times that the third stage is gone through, its rates risen anew.
         least_tokens: Visual tokens that it shows at least; up to all, their logarithm even.
         question_tokens: Tokens of questions and answers of a scene in a step.
         end_weight: Weight of end markers in the loss; that of answers is 1.
@@ -73,6 +74,7 @@ class Recipe:
     answers: Stage = Stage(7000, 6, 100, 0.95, 2.0)
     answer_tokens: int = 128
     lengths: Stage = Stage(2400, 6, 50, 0.95, 1.0, 0.35)
+    length_rounds: int = 2
     least_tokens: int = 72
     question_tokens: int = 128
     end_weight: float = 0.1
@@ -100,15 +102,17 @@ class Recipe:
     @property
     def num_steps(self) -> int:
         """Steps of all stages."""
-        return sum(stage.num_steps for stage in self.stages.values())
+        lengths = self.length_rounds * self.lengths.num_steps
+        return self.tower.num_steps + self.answers.num_steps + lengths
 
     def stage_at(self, step: int) -> tuple[str, int]:
         """The name of the stage that a step of the run belongs to, and the step within it."""
-        for name, stage in self.stages.items():
-            if step < stage.num_steps:
-                return name, step
-            step -= stage.num_steps
-        return "lengths", self.lengths.num_steps + step
+        if step < self.tower.num_steps:
+            return "tower", step
+        step -= self.tower.num_steps
+        if step < self.answers.num_steps:
+            return "answers", step
+        return "lengths", (step - self.answers.num_steps) % self.lengths.num_steps
 
     def trains_tower(self, step: int) -> bool:
         """Whether a step of the run belongs to the first stage."""
