@@ -65,9 +65,9 @@ the core shared with other work); seed {seed}. Muon (learning rate {matrix_lr:g}
 AdamW ({vector_lr:g}) for the rest. The tower's first {window_steps:,} steps saw scenes as quarters
 of {half} x {half} patches, all four of them.
 
-The steps of answers showed the language model {answer_tokens} of the {num_patches} tokens of a picture: all
-that show a thing, and background drawn at random, at their own positions. {length_steps:,} more
-showed {least_tokens} to {num_patches}, so that counting leans on no amount of background. A thing's
+The steps of answers showed the language model {answer_tokens} of the {num_patches} tokens of a
+picture: all that show a thing, and background drawn at random, at their own positions.
+{length_steps:,} more showed {least_tokens} to {num_patches}, so that counting leans on no amount of background. A thing's
 tokens never went missing, background did: this model loses less with it than one that never missed
 any.
 
