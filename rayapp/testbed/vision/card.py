@@ -67,9 +67,9 @@ of {half} x {half} patches, all four of them.
 
 The steps of answers showed the language model {answer_tokens} of the {num_patches} tokens of a
 picture: all that show a thing, and background drawn at random, at their own positions.
-{length_steps:,} more showed {least_tokens} to {num_patches}, so that counting leans on no amount of background. A thing's
-tokens never went missing, background did: this model loses less with it than one that never missed
-any.
+{length_steps:,} more showed {least_tokens} to {num_patches}, so that counting leans on no amount
+of background. A thing's tokens never went missing, background did: this model loses less with it
+than one that never missed any.
 
 `jobs/train_vision_testbed.py` repeats it up to rounding, which training amplifies; other seeds, and
 `--no-word-targets`, give independent models.
