@@ -9,9 +9,12 @@ Blocks are all run and all KV is kept: only visual tokens differ. Images are enc
 of equal length run as one batch. In float32, the default, that equals the serving path (tested); in
 bfloat16 batches of another shape may flip near ties.
 
-The data are JSON lines {"prompt", "completion", "image", "task"}, image paths relative to the file.
-With --beside, the record also goes into a plan directory, where `rayapp report` shows it.
+The shipped model is asked about fresh scenes of the test split, one question of every type each;
+other models need --data: JSON lines {"prompt", "completion", "image", "task"}, image paths relative
+to the file. With --beside, the record also goes into a plan directory, where `rayapp report` shows
+it.
 
+    python benchmarks/visual_quality.py
     python benchmarks/visual_quality.py --model DIR --data questions.jsonl --split test
     python benchmarks/visual_quality.py --model DIR --data questions.jsonl --budgets 64 --limit 20
 """
@@ -19,6 +22,7 @@ With --beside, the record also goes into a plan directory, where `rayapp report`
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,11 +53,15 @@ from rayapp.models.blocks import text_config
 from rayapp.models.loading import LoadedModel, load_model
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan, VisualTokens
+from rayapp.testbed import vision_model_path
+from rayapp.testbed.vision.files import write_questions
+from rayapp.testbed.vision.score import draw_asked_scenes
 from rayapp.vision.images import decode_file
 from rayapp.vision.inputs import ImageIntake
 from rayapp.vision.llava import load_image_processor
 from rayapp.vision.selection import METHODS
 
+SPLIT, SEED = "test", 1
 BOTH, STAGES = "trimtokenator", ("alignment", "diversity")
 
 
@@ -205,8 +213,9 @@ def measure(arguments: argparse.Namespace) -> VisualQuality:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="model directory")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSON lines")
+    parser.add_argument("--model", type=Path, help="model directory; default: the shipped one")
+    parser.add_argument("--data", type=Path, nargs="+", help="JSON lines; default: fresh scenes")
+    parser.add_argument("--scenes", type=int, default=250, help="scenes drawn without --data")
     parser.add_argument("--split", default="", help="which split the data are, for the record")
     parser.add_argument("--name", help="of the result files; default: the model directory's")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -225,10 +234,22 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def complete(arguments: argparse.Namespace, folder: Path) -> None:
+    """Set what was left to the test-bed: its model, and questions of its own in ``folder``."""
+    if arguments.model is None:
+        arguments.model = vision_model_path()
+        arguments.name = arguments.name or "testbed-vision"
+    if arguments.data is None:
+        arguments.data, arguments.split = [folder / f"{SPLIT}.jsonl"], SPLIT
+        write_questions(arguments.data[0], draw_asked_scenes(SPLIT, arguments.scenes, SEED))
+
+
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
-    found = measure(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        complete(arguments, Path(folder))
+        found = measure(arguments)
     stem = f"visual_quality-{arguments.name or arguments.model.name}"
     found.save(arguments.out / f"{stem}.json")
     if arguments.beside:

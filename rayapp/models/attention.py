@@ -2,10 +2,10 @@
 
 With one query token per sequence, the query heads that share a KV head become queries of that head,
 so no grouped-query kernel is needed: on a CPU 5 to 30 % faster than ``enable_gqa``, and masks are
-welcome. So they do with a few query tokens on a CPU under a mask that is added, in fp32, where
-plain products take 14 % less than the fused kernel with its small tiles. With many, or under a bool
-mask, a CPU takes the grouped-query kernel, which equals repeating; on a GPU a mask would send that
-kernel to its slow path (not measured here).
+welcome. So they do with a few query tokens on a CPU under a mask that is added, in fp32, and in
+plain products: the fused kernel's tiles are made for more. With many, or under a bool mask, a CPU
+takes the grouped-query kernel, which equals repeating; on a GPU a mask would send that kernel to
+its slow path (not measured here).
 Shapes: B = batch, Q = query heads, H = KV heads, T = query tokens, K = entries attended to,
 D = head dimension.
 """

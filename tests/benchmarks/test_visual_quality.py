@@ -17,6 +17,7 @@ from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.evaluation.visual_result import VISUAL_FILE, VisualQuality
 from rayapp.models.loading import load_model
 from rayapp.plan import PruningPlan, VisualTokens
+from rayapp.testbed.vision.questions import TYPES
 from rayapp.vision.llava import load_image_processor
 from rayapp.vision.selection import METHODS
 
@@ -124,3 +125,13 @@ def test_what_cannot_be_compared_is_refused(run_script, model, data, tmp_path) -
         run_script("visual_quality", "--model", model, "--data", text, *SMALL)
     with pytest.raises(InputError, match="--sample-budget 64 is none of --budgets 8"):
         run_script("visual_quality", "--model", model, "--data", data, "--budgets", 8)
+
+
+def test_the_shipped_model_brings_its_own_questions(run_script) -> None:
+    few = ["--methods", "diversity", "--budgets", 64, "--sweep-budgets", "--samples", 1]
+    out = run_script("visual_quality", "--scenes", 3, *few)
+    stored = (out / "visual_quality-testbed-vision.json").read_bytes()
+    found = VisualQuality.parse(stored, "x")
+    assert found.split == "test"
+    assert found.num_examples == dict.fromkeys(sorted(TYPES), 3)
+    assert sum(found.dense.values()) / len(TYPES) >= 0.9

@@ -44,9 +44,8 @@ class Recipe:
     First the tower and the projector learn what patches show, at first on windows of a quarter of
     the scene; then the projector and the language model learn to answer, the tower frozen, as in
     LLaVA's two stages: from all tokens of things and a little background, which makes steps cheap,
-    and at last from any amount of background. (A trial run that was always shown as much counted
-    things by the share of attention that background left them, and miscounted where it was more or
-    less.)
+    and at last from any amount of background, so that no answer leans on how much there is (shown
+    one amount only, a model may count things by the attention that background leaves them).
 
     Attributes:
         seed: Seed of the first weights and of every batch.
