@@ -78,7 +78,7 @@ def _decode_only(result: Mapping[str, Any], _: Mapping[str, Any]) -> list[str]:
 def _workers(result: Mapping[str, Any], _: Mapping[str, Any]) -> list[str]:
     ratios = ", ".join(f"{ratio:.2f}" for ratio in result["ratios"])
     return [
-        "## Two Ray evaluators against one",
+        "## Two Ray evaluators against one with the cache bytes of both",
         "",
         f"{result['speed_up']:.2f}x (median of {ratios}).",
     ]

@@ -15,6 +15,7 @@ from cost.lines import equal_lines
 from cost.trial import search, settings_of
 from rayapp.models.loading import LoadedModel
 from rayapp.pruning.candidates import Candidate
+from rayapp.pruning.evaluator import CACHE_BYTES
 from rayapp.pruning.scoring import Done, split_work
 from rayapp.pruning.spaces import Space
 
@@ -23,7 +24,10 @@ PIECE_OVERHEAD_S = 0.003  # a bare actor call with a small answer
 
 
 def two_workers(arguments: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
-    """The same fresh candidates on one and on two evaluators, in turns."""
+    """The same fresh candidates on one and on two evaluators, in turns.
+
+    Two share the cache bytes of the one, so that what is gained is not that more was kept.
+    """
     os.environ.update({"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"})
     import ray
 
@@ -33,7 +37,10 @@ def two_workers(arguments: argparse.Namespace, model: LoadedModel) -> dict[str, 
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="warning")
     settings = settings_of(arguments, "unused", arguments.seed, racing=False)
     pools = {
-        count: EvaluatorPool(settings.model_copy(update={"workers": count}), lines)
+        count: EvaluatorPool(
+            settings.model_copy(update={"workers": count, "cache_bytes": CACHE_BYTES // count}),
+            lines,
+        )
         for count in (1, 2)
     }
     for pool in pools.values():
