@@ -125,8 +125,7 @@ def new_model(shape: Shape, seed: int) -> LlavaForConditionalGeneration:
     Output projections of blocks are zero, norms one, everything else is scaled by its inputs. The
     tower starts with a sense of place (as ConViT, arXiv:2103.10697, does): its position embeddings
     are waves over the grid, and the heads of its first layers look at patches nearby, one
-    direction each. From noise, a tower this small spends most of its training on finding out which
-    patches touch.
+    direction each, so that it need not find out which patches touch.
     """
     model = LlavaForConditionalGeneration(shape.config()).float()
     generator = torch.Generator().manual_seed(seed)
