@@ -32,9 +32,10 @@ from transformers import PreTrainedModel
 from rayapp.evaluation.machine import this_machine
 from rayapp.models.blocks import decoder_blocks
 from rayapp.models.loading import DTYPES
-from rayapp.pruning.calibration import Calibration, TokenizedLine, cut
+from rayapp.pruning.calibration import Calibration, cut
 from rayapp.pruning.candidates import Candidate
 from rayapp.pruning.evaluator import Evaluator
+from rayapp.pruning.lines import TokenizedLine
 from rayapp.pruning.objective import Objective
 from rayapp.pruning.spaces import Space
 

@@ -33,7 +33,6 @@ from visual.tables import draw, markdown
 
 from rayapp.errors import DataError, InputError
 from rayapp.evaluation.data import EvaluationData, read_data
-from rayapp.evaluation.image_lines import TokenizedImageLine
 from rayapp.evaluation.machine import this_machine
 from rayapp.evaluation.progress import shown_progress
 from rayapp.evaluation.settings import EvaluationSettings
@@ -53,6 +52,7 @@ from rayapp.models.blocks import text_config
 from rayapp.models.loading import LoadedModel, load_model
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan, VisualTokens
+from rayapp.pruning.image_lines import TokenizedImageLine
 from rayapp.testbed import vision_model_path
 from rayapp.testbed.vision.files import write_questions
 from rayapp.testbed.vision.score import draw_asked_scenes
@@ -147,15 +147,16 @@ class Bench:
         return Judged(lines, groups, dense, dict(zip(map(key, rules), found, strict=True)))
 
     def samples(self, judged: Judged) -> list[VisualSample]:
-        """The first question of each of the first tasks."""
+        """A question of each of the first tasks: its first, its second, ..., of several images."""
         keep = self.arguments.sample_budget
         if keep not in self.arguments.budgets:
             raise InputError(
                 f"--sample-budget {keep} is none of --budgets "
                 f"{' '.join(map(str, self.arguments.budgets))}; choose one of these"
             )
-        firsts = [group[0] for group in judged.groups.values()][: self.arguments.samples]
-        return [self._sample(judged, index, keep) for index in firsts]
+        groups = [*judged.groups.values()][: self.arguments.samples]
+        shown = [group[number % len(group)] for number, group in enumerate(groups)]
+        return [self._sample(judged, index, keep) for index in shown]
 
     def _sample(self, judged: Judged, index: int, keep: int) -> VisualSample:
         line, methods = judged.lines[index], self.arguments.methods

@@ -30,6 +30,9 @@ def main(
     heal_data: Annotated[str | None, typer.Option(help="JSON lines to train on.")] = None,
     heal_steps: Annotated[int, typer.Option(help="Training steps of a survivor.")] = 100,
     heal_learning_rate: Annotated[float | None, typer.Option(help="At the first step.")] = None,
+    visual_tokens: Annotated[
+        str | None, typer.Option(help="Kept per image: a count, a share, or JSON as in a plan.")
+    ] = None,
     method: Annotated[str, typer.Option(help="As `rayapp prune --help` lists.")] = "surrogate",
     score_by: Annotated[str, typer.Option(help="task or token")] = "task",
     objective: Annotated[str, typer.Option(help="kl or nll")] = "kl",

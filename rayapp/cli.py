@@ -234,6 +234,10 @@ def prune(
     heal_learning_rate: Annotated[
         float | None, typer.Option(help="At the first step; default: by the model's width.")
     ] = None,
+    visual_tokens: Annotated[
+        str | None,
+        typer.Option(help="Kept per image: a count, a share, or JSON as in a plan."),
+    ] = None,
     method: Annotated[
         Literal[
             "annealing",
@@ -278,7 +282,8 @@ def prune(
         unit=unit, kv_modes=kv_modes, shared=shared,
         pruning_set=pruning_set, distillation_threshold=distillation_threshold,
         heal=heal, heal_data=str(heal_data) if heal_data else None,
-        heal_steps=heal_steps, heal_learning_rate=heal_learning_rate, method=method,
+        heal_steps=heal_steps, heal_learning_rate=heal_learning_rate,
+        visual_tokens=visual_tokens, method=method,
         score_by=score_by, objective=objective, kl_top_k=kl_top_k, racing=racing,
         first_token=first_token, evaluations=evaluations, workers=workers,
         seed=seed, address=address, resume=resume, dtype=dtype,

@@ -20,8 +20,9 @@ from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.models.blocks import signature_of
 from rayapp.models.loading import LoadedModel, load_model
 from rayapp.plan import PruningPlan
-from rayapp.pruning.calibration import TokenizedLine, load_calibration
+from rayapp.pruning.calibration import load_calibration
 from rayapp.pruning.kv_bytes import KVBytes
+from rayapp.pruning.lines import TokenizedLine
 from rayapp.pruning.settings import PruneSettings
 from rayapp.testbed import tasks
 

@@ -7,7 +7,8 @@ import random
 
 from transformers import PreTrainedTokenizerBase
 
-from rayapp.pruning.calibration import Calibration, TokenizedLine, cut
+from rayapp.pruning.calibration import Calibration, cut
+from rayapp.pruning.lines import TokenizedLine
 from rayapp.testbed.tasks import TASKS, generate
 
 

@@ -44,6 +44,7 @@ def measure(
         calibration=calibration,
         out=str(found.directory),
         first_token=found.first_token,
+        visual_tokens=found.visual_tokens,
         workers=workers,
         address=address,
         **{name: objective[name] for name in _OBJECTIVE if name in objective},

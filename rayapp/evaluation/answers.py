@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from rayapp.engine.local import Completion, LocalPipeline
 from rayapp.engine.request import SamplingParams
 from rayapp.errors import IntegrityError
-from rayapp.evaluation.image_lines import prompt_of
 from rayapp.evaluation.progress import ProgressCallback, silent
 from rayapp.kv.ledger import TransferRecord
-from rayapp.pruning.calibration import TokenizedLine
+from rayapp.pruning.image_lines import prompt_of
+from rayapp.pruning.lines import TokenizedLine
 
 _BATCHES_AT_ONCE = 8
 

@@ -11,7 +11,7 @@ from rayapp.evaluation.likelihood import LineLikelihood
 from rayapp.evaluation.prompt_bytes import PromptBytes
 from rayapp.evaluation.result import TaskResult
 from rayapp.evaluation.settings import EvaluationSettings
-from rayapp.pruning.calibration import TokenizedLine
+from rayapp.pruning.lines import TokenizedLine
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A line is a completion ``{"prompt", "completion"}``, a multiple choice
 ``{"prompt", "choices", "answer"}`` or a text ``{"text"}``; each may name its ``"task"``. A
-completion may be about images (:mod:`rayapp.evaluation.image_lines`). A file may mix kinds, a task
+completion may be about images (:mod:`rayapp.pruning.image_lines`). A file may mix kinds, a task
 may not: its numbers would be of two sorts.
 """
 
@@ -18,20 +18,18 @@ from transformers import PreTrainedTokenizerBase
 
 from rayapp.errors import DataError
 from rayapp.evaluation.choices import ChoiceLine, Question, tokenize_question
-from rayapp.evaluation.image_lines import (
-    ImageLine,
-    ImageLineReader,
-    TokenizedImageLine,
-    has_images,
-)
 from rayapp.evaluation.perplexity import TextLine, Windows, cut_windows
 from rayapp.evaluation.result import DataFile
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.plan import Stage
-from rayapp.pruning.calibration import (
+from rayapp.pruning.image_lines import ImageLineReader, TokenizedImageLine
+from rayapp.pruning.lines import (
+    ImageLine,
     Line,
     TokenizedLine,
     checked_line,
+    has_images,
+    parse_completion,
     read_objects,
     tokenize_line,
 )
@@ -111,9 +109,7 @@ def parse_line(fields: dict[str, Any], where: str) -> EvaluationLine:
         return checked_line(TextLine, fields, where)
     if others:
         return checked_line(ChoiceLine, fields, where)
-    if has_images(fields):
-        return checked_line(ImageLine, fields, where)
-    return checked_line(Line, fields, where)
+    return parse_completion(fields, where)
 
 
 def kind_of(line: EvaluationLine) -> Kind:

@@ -25,8 +25,8 @@ from rayapp.kv.cache import Prefix, PrefixCache
 from rayapp.kv.quantize import round_trip
 from rayapp.models.likelihood import kl
 from rayapp.plan import Encoding, PruningPlan
-from rayapp.pruning.calibration import TokenizedLine
 from rayapp.pruning.kv_bytes import KVBytes
+from rayapp.pruning.lines import TokenizedLine
 
 MIN_TOKENS = 3
 """Continuation tokens that masks by head need: the kernel for one query has another shape."""

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from rayapp.engine.local import LocalPipeline
 from rayapp.kv.cache import CaptureCache, PrefixCache
 from rayapp.kv.select import num_prefilled, select_prefix
 from rayapp.models.likelihood import kl_of, log_softmax64, nll_of
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
-from rayapp.pruning.calibration import TokenizedLine
+from rayapp.pruning.image_lines import TokenizedImageLine
+from rayapp.pruning.lines import TokenizedLine
 
 BATCH_TOKENS = 4_096
 """Tokens of a batch (project default)."""
@@ -151,6 +153,17 @@ def line_likelihood(
     return LineLikelihood(
         dense_nll, plan_nll, divergence, len(token_ids_C), dense_match, plan_match
     )
+
+
+def image_likelihoods(
+    dense: LocalPipeline, plan: LocalPipeline, lines: Sequence[TokenizedImageLine]
+) -> Iterator[LineLikelihood]:
+    """Score lines about images one by one, through the path that serves both sides."""
+    for line in lines:
+        dense_CV, plan_CV = (
+            side.answer_logits(line.image_prompt, line.continuation) for side in (dense, plan)
+        )
+        yield line_likelihood(dense_CV, plan_CV, line.continuation)
 
 
 def padded(

@@ -26,7 +26,7 @@ from rayapp.evaluation.likelihood import LineLikelihood
 from rayapp.evaluation.prompt_bytes import PromptBytes
 from rayapp.evaluation.result import TextResult
 from rayapp.evaluation.settings import EvaluationSettings
-from rayapp.pruning.calibration import TokenizedLine
+from rayapp.pruning.lines import TokenizedLine
 
 DEFAULT_WINDOW = 2_048
 """Tokens of a window where the model's context allows it: the peers' usual size."""

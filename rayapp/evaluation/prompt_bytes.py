@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass
 
 from rayapp.evaluation.likelihood import TwoStages
-from rayapp.kv.forecast import forecast_sizes
+from rayapp.kv.forecast import RunPrompt, forecast_sizes
 from rayapp.kv.ledger import KVShape
 from rayapp.kv.wire import Envelope
 
@@ -36,7 +36,9 @@ class PromptBytes:
                 count * sizes.overhead_bytes,
             )
             for length, count in sorted(Counter(prompt_lengths).items())
-            for sizes in [forecast_sizes(shape, side.decode.dtype, plan, envelope, length)]
+            for sizes in [
+                forecast_sizes(shape, side.decode.dtype, plan, envelope, RunPrompt(length))
+            ]
         )
 
     @classmethod

@@ -12,9 +12,8 @@ from rayapp.errors import IntegrityError
 from rayapp.evaluation.answers import judge_answers
 from rayapp.evaluation.choices import AnsweredQuestions, Question, choice_likelihoods
 from rayapp.evaluation.completions import JudgedCompletions
-from rayapp.evaluation.image_lines import TokenizedImageLine, image_likelihoods
 from rayapp.evaluation.latency import TimedImage, measure_latency
-from rayapp.evaluation.likelihood import LineLikelihood, TwoStages, likelihoods
+from rayapp.evaluation.likelihood import LineLikelihood, TwoStages, image_likelihoods, likelihoods
 from rayapp.evaluation.perplexity import ScoredWindows, Windows
 from rayapp.evaluation.progress import ProgressCallback, silent
 from rayapp.evaluation.prompt_bytes import PromptBytes
@@ -22,7 +21,8 @@ from rayapp.evaluation.result import LatencyResult
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.models.loading import LoadedModel
 from rayapp.plan import PruningPlan
-from rayapp.pruning.calibration import TokenizedLine
+from rayapp.pruning.image_lines import TokenizedImageLine
+from rayapp.pruning.lines import TokenizedLine
 from rayapp.vision.reader import ImageReader, ImageSupport
 
 _Found = TypeVar("_Found")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from rich.table import Table as RichTable
 
@@ -43,7 +44,8 @@ class Table:
         """The table for a terminal."""
         table = RichTable(title=self.title, title_justify="left")
         for index, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if index else "left")
+            justify: Literal["left", "right"] = "right" if index else "left"
+            table.add_column(column, justify=justify, overflow="ellipsis" if index else "fold")
         for row in self.rows:
             table.add_row(*row, style="bold" if row[0] in (MEAN, SPEEDUP) else None)
         return table

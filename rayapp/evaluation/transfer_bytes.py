@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rayapp.kv.forecast import forecast_sizes
+from rayapp.kv.forecast import RunPrompt, forecast_sizes
 from rayapp.kv.ledger import KVShape, Route, account
 from rayapp.kv.wire import Envelope
 from rayapp.plan import PruningPlan
@@ -49,7 +49,7 @@ def forecast_transfer(
     record = account(
         shape,
         plan,
-        forecast_sizes(shape, dtype, plan, envelope, num_left),
+        forecast_sizes(shape, dtype, plan, envelope, RunPrompt(num_left)),
         Route(_REQUEST_ID, 0, "", ""),
         num_prompt_tokens=num_prompt_tokens,
         num_visual_tokens_removed=num_visual_tokens_removed,

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rayapp.evaluation.image_lines import TokenizedImageLine
 from rayapp.models.stack import BlockStack
 from rayapp.plan import VisualTokens
+from rayapp.pruning.image_lines import TokenizedImageLine
 from rayapp.vision.attention import last_token_attention
 from rayapp.vision.images import ImageLimits, decode_file
 from rayapp.vision.llava import LlavaAdapter

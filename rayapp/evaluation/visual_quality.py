@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rayapp.evaluation.image_lines import TokenizedImageLine
 from rayapp.evaluation.likelihood import BATCH_TOKENS
 from rayapp.evaluation.progress import ProgressCallback, silent
 from rayapp.evaluation.visual_prompts import VisualPrompts
 from rayapp.kv.cache import CaptureCache
 from rayapp.models.stack import BlockStack
 from rayapp.plan import VisualTokens
+from rayapp.pruning.image_lines import TokenizedImageLine
 from rayapp.vision.prompt import PromptEmbeddings
 
 Matches = NDArray[np.bool_]

@@ -136,8 +136,8 @@ class VisualQuality(_Strict):
     """Every rule on the same questions; ``dense`` is the dense model's exact match by task.
 
     ``num_visual_tokens`` are the fewest and the most tokens of a question's images before pruning.
-    ``sweep`` are TrimTokenator rows with other shares that survive its first stage. Samples are the
-    first questions of the data, nothing was picked.
+    ``sweep`` are TrimTokenator rows with other shares that survive its first stage. Samples are
+    questions come from the beginning of the data, none was picked.
     """
 
     version: Literal[1] = 1

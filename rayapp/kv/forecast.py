@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from rayapp.kv.cache import held_entries
-from rayapp.kv.header import DTYPE_NAMES, BlockHeader, Header, aligned, layout
+from rayapp.kv.header import DTYPE_NAMES, BlockHeader, Header, aligned, layout, runs_of
 from rayapp.kv.ledger import KVShape
 from rayapp.kv.quantize import buffer_sizes
-from rayapp.kv.select import num_prefilled, sent_blocks
+from rayapp.kv.select import kept_entries, num_prefilled, sent_blocks
 from rayapp.kv.wire import PREFIX_BYTES, Envelope, MessageSizes
 from rayapp.plan import KVTransfer, PruningPlan
+
+
+@dataclass(frozen=True)
+class RunPrompt:
+    """A prompt as prefill runs it.
+
+    ``num_tokens`` are those of the unpruned prompt, ``num_removed`` the visual tokens of it that
+    are not run; ``positions`` are those of the tokens run where gaps were left, None: 0, 1, ...
+    """
+
+    num_tokens: int
+    num_removed: int = 0
+    positions: tuple[int, ...] | None = None
 
 
 def forecast_sizes(
@@ -18,9 +33,9 @@ def forecast_sizes(
     dtype: torch.dtype,
     plan: PruningPlan,
     envelope: Envelope,
-    num_prompt_tokens: int,
+    prompt: RunPrompt,
 ) -> MessageSizes:
-    """What :func:`rayapp.kv.wire.message_sizes` will say of a prompt without visual tokens.
+    """What :func:`rayapp.kv.wire.message_sizes` will say of a prompt.
 
     Only the lengths of the envelope's names matter, and only by the 64 bytes that headers are
     padded to.
@@ -30,11 +45,11 @@ def forecast_sizes(
         dtype: Its element type.
         plan: Says what travels.
         envelope: Whose KV it is.
-        num_prompt_tokens: Length of the prompt.
+        prompt: What prefill runs.
     """
-    tokens = num_prefilled(plan, num_prompt_tokens)
+    tokens = num_prefilled(plan, prompt.num_tokens - prompt.num_removed)
     blocks = sent_blocks(plan, shape.num_blocks)
-    runs = [_runs(plan.transfer(b), tokens, shape.windows[b]) for b in blocks]
+    runs = [_runs(plan.transfer(b), tokens, shape.windows[b], prompt.positions) for b in blocks]
     counts = [sum(length for _, length in each) for each in runs]
     encodings = [plan.transfer(block).encoding for block in blocks]
     sizes = [
@@ -56,8 +71,10 @@ def forecast_sizes(
         attempt=envelope.attempt,
         plan_fingerprint=envelope.plan_fingerprint,
         weights_fingerprint=envelope.weights_fingerprint,
-        num_prompt_tokens=num_prompt_tokens,
+        num_prompt_tokens=prompt.num_tokens,
         num_prefilled=tokens,
+        num_visual_tokens_removed=prompt.num_removed,
+        is_compact=prompt.num_removed > 0 and prompt.positions is None,
         dtype=DTYPE_NAMES[dtype],
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
@@ -68,9 +85,14 @@ def forecast_sizes(
     return MessageSizes(payload, total - payload)
 
 
-def _runs(rule: KVTransfer, num_tokens: int, window: int | None) -> tuple[tuple[int, int], ...]:
+def _runs(
+    rule: KVTransfer, num_tokens: int, window: int | None, positions: tuple[int, ...] | None
+) -> tuple[tuple[int, int], ...]:
     """The runs of positions that a rule keeps of a block, as the header writes them."""
     held = held_entries(num_tokens, window)
     first, last = rule.counts(held)
+    if positions is not None:
+        entries_N = torch.tensor(positions[:num_tokens])[num_tokens - held :]
+        return runs_of(entries_N[kept_entries(rule, held)])
     runs = ((num_tokens - held, first), (num_tokens - last, last))
     return tuple(run for run in runs if run[1])

@@ -23,6 +23,7 @@ from rayapp.plan import (
     PruningPlan,
     Stage,
     StagePlan,
+    VisualTokens,
 )
 
 ATTENTION, MLP = 1, 2
@@ -120,6 +121,7 @@ class Candidate:
         *,
         first_token: Stage = "prefill",
         kv_transfer: Mapping[int, KVTransfer] | None = None,
+        visual_tokens: VisualTokens | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> PruningPlan:
         """The plan that serves this candidate; transfer rules of blocks without KV are dropped.
@@ -135,6 +137,7 @@ class Candidate:
             prefill=StagePlan(blocks=self.modes("prefill")),
             decode=StagePlan(blocks=self.modes("decode")),
             kv_transfer=rules,
+            visual_tokens=visual_tokens,
             provenance=dict(provenance or {}),
         )
 

@@ -22,10 +22,11 @@ from rayapp.kv.cache import held_entries
 from rayapp.kv.quantize import buffer_sizes
 from rayapp.plan import SEND_ALL, KVTransfer, ModelSignature
 from rayapp.pruning.block_runner import BlockKVSlot, BlockRunner
-from rayapp.pruning.calibration import TokenizedLine, cut
+from rayapp.pruning.calibration import cut
 from rayapp.pruning.candidates import ATTENTION, DENSE, MLP, Candidate
 from rayapp.pruning.evaluator import Evaluator
 from rayapp.pruning.handoff import Handoff, handoff
+from rayapp.pruning.lines import TokenizedLine
 
 RUNS = 5
 """Timed runs of each part; the median counts (project default)."""

@@ -26,9 +26,10 @@ from rayapp.models.fingerprint import canonical_name
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan, Stage
 from rayapp.pruning.block_runner import KV, BlockKVSlot
-from rayapp.pruning.calibration import Calibration, TokenizedLine, cut
+from rayapp.pruning.calibration import Calibration, cut
 from rayapp.pruning.evaluator import CACHE_BYTES, Evaluator
 from rayapp.pruning.healing import HealedPair, Pair
+from rayapp.pruning.lines import TokenizedLine
 from rayapp.pruning.objective import Objective
 
 logger = logging.getLogger(__name__)

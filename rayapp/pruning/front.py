@@ -166,6 +166,7 @@ def _write(
             model,
             first_token=settings.first_token,
             kv_transfer=settings.kv_transfer,
+            visual_tokens=settings.visual_tokens,
             provenance={
                 "settings": settings.identity,
                 "score": point.score,

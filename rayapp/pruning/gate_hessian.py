@@ -140,13 +140,13 @@ class GatedModel:
         """
         ids_BT = _joined(chunk)
         lengths_B1 = chunk.prompt_lengths_B[:, None]
-        positions_1T = torch.arange(ids_BT.shape[1])[None]
-        by_decode_BT = positions_1T >= lengths_B1 - int(first_token == "decode")
+        by_decode_BT = torch.arange(ids_BT.shape[1]) >= lengths_B1 - int(first_token == "decode")
         gates_BSP = gates_BSP.to(self._stack.device)
         self._gates_BTP = torch.where(
             by_decode_BT[:, :, None].to(gates_BSP.device), gates_BSP[:, 1, None], gates_BSP[:, :1]
         )
-        hidden_BTE = self._stack.run(self._stack.embed(ids_BT), positions_1T, BlockKVSlot())
+        positions_BT = _joined_positions(chunk, ids_BT.shape[1])
+        hidden_BTE = self._stack.run(self._stack.embed(ids_BT), positions_BT, BlockKVSlot())
         asked_BC = lengths_B1 - 1 + torch.arange(chunk.continuations_BC.shape[1])
         asked_BC = asked_BC.clamp(max=ids_BT.shape[1] - 1).to(hidden_BTE.device)
         rows_B1 = torch.arange(len(ids_BT), device=hidden_BTE.device)[:, None]
@@ -166,6 +166,16 @@ def _joined(chunk: Chunk) -> torch.Tensor:
         )
     ]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _joined_positions(chunk: Chunk, num_tokens: int) -> torch.Tensor:
+    """Positions of such rows, ``(B or 1, T)``; those of padding follow on."""
+    if len(chunk.positions_BT) == 1:
+        return torch.arange(num_tokens)[None]
+    steps_T = torch.arange(num_tokens)
+    lengths_B1, answers_B1 = chunk.prompt_lengths_B[:, None], chunk.answer_positions_B[:, None]
+    prompt_BT = nn.functional.pad(chunk.positions_BT, (0, num_tokens))[:, :num_tokens]
+    return torch.where(steps_T < lengths_B1, prompt_BT, answers_B1 + steps_T - lengths_B1)
 
 
 @torch.enable_grad()

@@ -10,7 +10,6 @@ D = tokens that decode runs, K = P + D entries.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -26,6 +25,7 @@ class Handoff:
     Attributes:
         prefill_ids_BP: What prefill runs; P may be 0 where decode runs a prompt's only token.
         num_prefilled_B: Real entries that prefill leaves.
+        prefill_positions_BP: Positions of those tokens; one row where no line has gaps.
         decode_ids_BD: What decode runs, teacher-forced.
         decode_positions_BD: Positions of those tokens.
         first_from_prefill: Whether the first answer token's logits come from prefill.
@@ -34,15 +34,11 @@ class Handoff:
 
     prefill_ids_BP: torch.Tensor
     num_prefilled_B: torch.Tensor
+    prefill_positions_BP: torch.Tensor
     decode_ids_BD: torch.Tensor
     decode_positions_BD: torch.Tensor
     first_from_prefill: bool
     valid_BC: torch.Tensor
-
-    @cached_property
-    def prefill_positions_BP(self) -> torch.Tensor:
-        """Positions of the prompt, ``(1, P)``."""
-        return torch.arange(self.prefill_ids_BP.shape[1])[None]
 
     def prefill_mask(self, window: int | None) -> torch.Tensor | None:
         """What prompt tokens attend to in a block with this sliding window; None is causal."""
@@ -69,7 +65,7 @@ class Handoff:
         for row, index_N in enumerate(self.sent_entries(rule, window)):
             sent_BP[row, index_N] = True
         new_BD = self.decode_positions_BD
-        old_BP = torch.arange(num_entries).expand(len(new_BD), -1)
+        old_BP = self.prefill_positions_BP.expand(len(new_BD), -1)
         distance_BDK = new_BD[:, :, None] - torch.cat([old_BP, new_BD], dim=1)[:, None, :]
         there_BK = torch.cat([sent_BP, torch.ones_like(new_BD, dtype=torch.bool)], dim=1)
         allowed_BDK = (distance_BDK >= 0) & there_BK[:, None, :]
@@ -87,13 +83,16 @@ def handoff(chunk: Chunk, first_token: Stage) -> Handoff:
     if not by_prefill:
         last_B1 = chunk.prompts_BT.gather(1, num_prefilled_B[:, None])
         decode_ids_BD = torch.cat([last_B1, decode_ids_BD], dim=1)
+    num_entries = int(num_prefilled_B.max())
+    first_B = chunk.answer_positions_B if by_prefill else chunk.answer_positions_B - 1
     steps_D = torch.arange(decode_ids_BD.shape[1])
     steps_C = torch.arange(continuations_BC.shape[1])
     return Handoff(
-        prefill_ids_BP=chunk.prompts_BT[:, : int(num_prefilled_B.max())],
+        prefill_ids_BP=chunk.prompts_BT[:, :num_entries],
         num_prefilled_B=num_prefilled_B,
+        prefill_positions_BP=chunk.positions_BT[:, :num_entries],
         decode_ids_BD=decode_ids_BD,
-        decode_positions_BD=num_prefilled_B[:, None] + steps_D,
+        decode_positions_BD=first_B[:, None] + steps_D,
         first_from_prefill=by_prefill,
         valid_BC=steps_C < chunk.continuation_lengths_B[:, None],
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from transformers import PreTrainedConfig
 
-from rayapp.kv.forecast import forecast_sizes
+from rayapp.kv.forecast import RunPrompt, forecast_sizes
 from rayapp.kv.ledger import KVShape
 from rayapp.kv.wire import Envelope
 from rayapp.models.blocks import head_dim, sliding_windows, text_config
@@ -18,19 +18,19 @@ _REQUEST_ID = "0" * 32  # as long as the service's; lengths only matter by the h
 
 
 class KVBytes:
-    """Bytes that prompts of some lengths send under any rules, headers and scales included.
+    """Bytes that prompts send under any rules, headers and scales included.
 
     Args:
         config: Of the model.
         plan: Its modes say whose KV travels; its transfer rules are replaced.
-        prompt_lengths: One per prompt, in tokens.
+        prompts: What prefill runs of each; a number is a text of so many tokens.
 
     Attributes:
         full: What the dense model's caches of these prompts weigh.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, plan: PruningPlan, prompt_lengths: Iterable[int]
+        self, config: PreTrainedConfig, plan: PruningPlan, prompts: Iterable[int | RunPrompt]
     ) -> None:
         self._dtype = config.dtype or torch.float32
         text = text_config(config)
@@ -44,28 +44,32 @@ class KVBytes:
         self._plan = plan
         weights = plan.model.weights_fingerprint if plan.model else ""
         self._envelope = Envelope(_REQUEST_ID, 0, plan.fingerprint, weights)
-        self._lengths = Counter(prompt_lengths)
+        self._prompts = Counter(map(_run_prompt, prompts))
         self._sent: dict[tuple[tuple[int, str], ...], int] = {}
-        self.full = sum(count * self.dense(length) for length, count in self._lengths.items())
+        self.full = sum(count * self.dense(p.num_tokens) for p, count in self._prompts.items())
 
     def sent(self, rules: Mapping[int, KVTransfer]) -> int:
         """Bytes of all messages under ``rules``, by block."""
         key = _key(rules)
         if key not in self._sent:
             self._sent[key] = sum(
-                count * self.message(rules, length) for length, count in self._lengths.items()
+                count * self.message(rules, prompt) for prompt, count in self._prompts.items()
             )
         return self._sent[key]
 
-    def message(self, rules: Mapping[int, KVTransfer], num_prompt_tokens: int) -> int:
+    def message(self, rules: Mapping[int, KVTransfer], prompt: int | RunPrompt) -> int:
         """Bytes of one message under ``rules``."""
         plan = self._plan.model_copy(update={"kv_transfer": dict(rules)})
-        sizes = forecast_sizes(self._shape, self._dtype, plan, self._envelope, num_prompt_tokens)
-        return sizes.total_bytes
+        run = _run_prompt(prompt)
+        return forecast_sizes(self._shape, self._dtype, plan, self._envelope, run).total_bytes
 
     def dense(self, num_prompt_tokens: int) -> int:
         """What the dense model's cache of one prompt weighs."""
         return self._shape.dense_bytes(num_prompt_tokens)
+
+
+def _run_prompt(prompt: int | RunPrompt) -> RunPrompt:
+    return RunPrompt(prompt) if isinstance(prompt, int) else prompt
 
 
 def _key(rules: Mapping[int, KVTransfer]) -> tuple[tuple[int, str], ...]:

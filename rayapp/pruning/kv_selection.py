@@ -119,8 +119,8 @@ class _Selection:
                 "decode attends in no block of this plan, so no KV travels; there is nothing to "
                 "select"
             )
-        lengths = [len(line.prompt) for line in self._scorer.calibration.lines]
-        num_bytes = KVBytes(config, self._bare, lengths)
+        lines = self._scorer.calibration.lines
+        num_bytes = KVBytes(config, self._bare, [line.run_prompt for line in lines])
         settings = self._settings
         # The threshold rule knows one cut only.
         recent = settings.recent[:1] if self._is_by_mass else settings.recent

@@ -107,6 +107,7 @@ class KVSelectSettings(BaseModel):
             out=self.out or self.plan,
             score_by=self.score_by,
             first_token=plan.first_token,
+            visual_tokens=plan.visual_tokens,
             workers=self.workers,
             address=self.address,
             device=self.device,

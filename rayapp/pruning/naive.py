@@ -21,8 +21,9 @@ from rayapp.models.blocks import signature_of
 from rayapp.models.healed import HealedWeights, attach
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
-from rayapp.pruning.calibration import Calibration, TokenizedLine
+from rayapp.pruning.calibration import Calibration
 from rayapp.pruning.candidates import DENSE, Candidate
+from rayapp.pruning.lines import TokenizedLine
 from rayapp.pruning.objective import Objective, Score, combine, reference_of, token_values
 
 
@@ -72,14 +73,23 @@ def teacher_forced(model: PreTrainedModel, plan: PruningPlan, line: TokenizedLin
     by_prefill = plan.first_token == "prefill"
     prompt = line.prompt if by_prefill else line.prompt[:-1]
     cache = CaptureCache.for_stack(prefill)
-    positions = torch.arange(len(prompt))
+    placed = torch.tensor(line.positions or range(len(line.prompt) + 1))
+    positions = placed[: len(prompt)]
     rows = []
     if prompt:
         hidden = prefill.run(prefill.embed(torch.tensor([prompt])), positions[None], cache)
         rows += [prefill.logits(hidden[:, -1:])[0, 0]] * by_prefill
-    growing = _GrowingCache(select_segment(plan, cache, positions, len(line.prompt)), decoder)
+    segment = select_segment(
+        plan,
+        cache,
+        positions,
+        line.num_prompt_tokens,
+        num_visual_tokens_removed=line.num_removed,
+        is_compact=line.num_removed > 0 and line.positions is None,
+    )
+    growing = _GrowingCache(segment, decoder)
     fed = line.continuation[:-1] if by_prefill else (line.prompt[-1], *line.continuation[:-1])
-    for position, token in enumerate(fed, start=len(prompt)):
+    for position, token in enumerate(fed, start=int(placed[len(prompt)])):
         growing.position = position
         embedded = decoder.embed(torch.tensor([[token]]))
         hidden = decoder.run(embedded, torch.tensor([[position]]), growing, {})

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from rayapp.errors import DataError
-from rayapp.models.blocks import text_config
+from rayapp.errors import DataError, InputError
+from rayapp.models.blocks import MULTIMODAL_TYPES, text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.loading import load_model, load_tokenizer
 from rayapp.plan import ModelSignature
-from rayapp.pruning.calibration import Calibration, load_calibration, read_lines
+from rayapp.pruning.calibration import Calibration, load_calibration
 from rayapp.pruning.distill import BATCH_TOKENS, HELD_BACK_EVERY, Healer
 from rayapp.pruning.evaluator import Evaluator
+from rayapp.pruning.lines import ImageLine, read_lines
 from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.visual_words import ImageWordReader, teach
 
 
 @dataclass(frozen=True)
@@ -36,46 +42,86 @@ def prepare(settings: PruneSettings) -> Prepared:
         InputError: Sizes contradict each other or the model.
     """
     settings.check(text_config(Checkpoint(settings.model).config).num_hidden_layers)
-    return prepare_scoring(settings)
+    prepared = prepare_scoring(settings)
+    if settings.visual_tokens and not any(line.image_keys for line in prepared.calibration.lines):
+        raise DataError(
+            f"{settings.calibration}: holds no line about an image, but visual tokens shall be "
+            "pruned; give lines with `image`, or leave --visual-tokens out"
+        )
+    return prepared
 
 
 def prepare_scoring(settings: PruneSettings) -> Prepared:
     """As :func:`prepare`, for whoever brings candidates of their own: sizes are not checked."""
     checkpoint = Checkpoint(settings.model)
     signature = checkpoint.signature()
-    calibration = load_calibration(
-        settings.calibration,
-        load_tokenizer(settings.model),
+    tokenizer = load_tokenizer(settings.model)
+    images = _image_reader(settings, checkpoint, tokenizer)
+    read = partial(
+        load_calibration,
+        tokenizer=tokenizer,
         max_positions=text_config(checkpoint.config).max_position_embeddings,
         chunk_tokens=settings.chunk_tokens,
+        images=images,
     )
-    return Prepared(calibration, signature, _heal_data(settings, checkpoint))
-
-
-def _heal_data(settings: PruneSettings, checkpoint: Checkpoint) -> Calibration | None:
-    """Lines to train on, none of whose prompts is scored on."""
+    calibration = read(settings.calibration)
     if settings.heal_data is None:
-        return None
-    data = load_calibration(
-        settings.heal_data,
-        load_tokenizer(settings.model),
-        max_positions=text_config(checkpoint.config).max_position_embeddings,
-        chunk_tokens=settings.chunk_tokens,
-    )
-    scored = {line.prompt: number for number, line in reversed(read_lines(settings.calibration))}
-    for number, line in read_lines(settings.heal_data):
-        if line.prompt in scored:
-            raise DataError(
-                f"{settings.heal_data} line {number}: its prompt is also in "
-                f"{settings.calibration} line {scored[line.prompt]}; what is trained on cannot "
-                "judge: drop it from one of them"
+        return Prepared(calibration, signature)
+    heal_data = read(settings.heal_data)
+    _check_heal_data(settings.heal_data, settings.calibration, len(heal_data.lines))
+    return Prepared(calibration, signature, heal_data)
+
+
+def _image_reader(
+    settings: PruneSettings, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase
+) -> ImageWordReader | None:
+    """What reads lines about images, on this process's device; None for a text-only model."""
+    if checkpoint.config.model_type not in MULTIMODAL_TYPES:
+        if settings.visual_tokens:
+            raise InputError(
+                f"visual tokens shall be pruned, but model type {checkpoint.config.model_type!r} "
+                "takes no images; leave --visual-tokens out"
             )
-    if len(data.lines) < HELD_BACK_EVERY:
+        return None
+    here = "cuda" not in settings.device or torch.cuda.is_available()
+    return ImageWordReader(
+        settings.model,
+        tokenizer,
+        settings.visual_tokens,
+        dtype=settings.dtype,
+        device=settings.device if here else "cpu",
+        ends_in_text=settings.first_token == "decode",
+    )
+
+
+def _check_heal_data(heal_data: str, calibration: str, num_lines: int) -> None:
+    """Raise :class:`DataError` for lines that are scored on too, or too few of them."""
+    scored = {asked: number for number, asked in reversed(_asked(calibration))}
+    for number, asked in _asked(heal_data):
+        if asked in scored:
+            raise DataError(
+                f"{heal_data} line {number}: its prompt is also in {calibration} line "
+                f"{scored[asked]}; what is trained on cannot judge: drop it from one of them"
+            )
+    if num_lines < HELD_BACK_EVERY:
         raise DataError(
-            f"{settings.heal_data}: holds {len(data.lines)} lines; give {HELD_BACK_EVERY} or more, "
+            f"{heal_data}: holds {num_lines} lines; give {HELD_BACK_EVERY} or more, "
             "since every eighth is held back to judge the training"
         )
-    return data
+
+
+def _asked(path: str) -> list[tuple[int, tuple[str, ...]]]:
+    """What every line asks, by number: its prompt, and the contents of its images."""
+    return [
+        (number, (line.prompt, *(_digest(Path(path).parent / each) for each in line.paths)))
+        if isinstance(line, ImageLine)
+        else (number, (line.prompt,))
+        for number, line in read_lines(path)
+    ]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def open_evaluator(settings: PruneSettings, calibration: Calibration) -> Evaluator:
@@ -86,6 +132,7 @@ def open_evaluator(settings: PruneSettings, calibration: Calibration) -> Evaluat
     """
     torch.set_num_threads(settings.threads)
     loaded = load_model(settings.model, dtype=settings.dtype, device=settings.device)
+    teach(loaded.model, calibration.words)
     return Evaluator(
         loaded.model, calibration, settings.scoring(), cache_bytes=settings.cache_bytes
     )
@@ -97,6 +144,7 @@ def open_healer(
     """What trains pairs on an evaluator's model; None without data."""
     if heal_data is None:
         return None
+    teach(evaluator.runner.model, heal_data.words)
     return Healer(
         evaluator.runner.model,
         heal_data.lines,

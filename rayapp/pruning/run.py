@@ -249,6 +249,7 @@ class _Search:
             self._model,
             first_token=self._settings.first_token,
             kv_transfer=self._settings.kv_transfer,
+            visual_tokens=self._settings.visual_tokens,
             provenance=self._provenance(seconds),
         )
         write_trials(self._storage, self._trials, self._scorer.pairs)

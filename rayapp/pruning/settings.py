@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from rayapp.errors import InputError
 from rayapp.models.loading import DType
-from rayapp.plan import KVTransfer, Stage
+from rayapp.plan import KVTransfer, Stage, VisualTokens
 from rayapp.pruning.calibration import CHUNK_TOKENS
 from rayapp.pruning.distill import Training
 from rayapp.pruning.evaluator import CACHE_BYTES
@@ -90,6 +91,8 @@ class PruneSettings(BaseModel):
             best are scored on all.
         first_token: Stage that makes the first answer token.
         kv_transfer: Transfer rules by block, scored together with the removals.
+        visual_tokens: How visual tokens are pruned while blocks are searched, and by the plan: a
+            rule, or as text its JSON or only how many are kept.
         evaluations: Candidates scored at most; None leaves it to the method.
         generation_size: Candidates asked at a time, whatever the number of workers (project
             default).
@@ -129,6 +132,7 @@ class PruneSettings(BaseModel):
     racing: bool = False
     first_token: Stage = "prefill"
     kv_transfer: dict[int, KVTransfer] = Field(default_factory=dict)
+    visual_tokens: VisualTokens | None = None
     evaluations: int | None = Field(default=None, ge=1)
     generation_size: int = Field(default=8, ge=1)
     seed: int = 0
@@ -141,6 +145,17 @@ class PruneSettings(BaseModel):
     chunk_tokens: int = Field(default=CHUNK_TOKENS, ge=1)
     cache_bytes: int = Field(default=CACHE_BYTES, ge=0)
 
+    @field_validator("visual_tokens", mode="before")
+    @classmethod
+    def _written(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            found = json.loads(value)
+        except json.JSONDecodeError:
+            raise ValueError('give a count, a share, or JSON such as {"num_keep": 64}') from None
+        return found if isinstance(found, dict) else {"num_keep": found}
+
     @classmethod
     def checked(cls, **values: Any) -> PruneSettings:
         """Settings from a command line; raises :class:`InputError` naming every bad value."""
@@ -150,6 +165,7 @@ class PruneSettings(BaseModel):
     def identity(self) -> dict[str, Any]:
         """What a journal must agree on: everything that changes scores or choices, but paths."""
         unused = _HEALING if self.heal == "none" else set()
+        unused = unused | ({"visual_tokens"} if self.visual_tokens is None else set())
         return self.model_dump(mode="json", exclude=_NOT_IDENTITY | _ENVIRONMENT | unused)
 
     @property

@@ -65,7 +65,8 @@ def measure_influence(evaluator: Evaluator) -> Influence:
 def _measure_chunk(evaluator: Evaluator, chunk: int, prefill: _Sums, decode: _Sums) -> None:
     runner, inputs = evaluator.runner, evaluator.inputs(chunk)
     prompt_positions_BP = inputs.prefill_positions_BP
-    prompt_valid_BP = prompt_positions_BP < inputs.num_prefilled_B[:, None]
+    entries_P = torch.arange(inputs.prefill_ids_BP.shape[1])
+    prompt_valid_BP = entries_P < inputs.num_prefilled_B[:, None]
     decode_valid_BD = inputs.valid_BC[:, -inputs.decode_ids_BD.shape[1] :]
     prompt, answer = runner.embed(inputs.prefill_ids_BP), runner.embed(inputs.decode_ids_BD)
     for block in range(runner.num_blocks):

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rayapp.pruning.calibration import TokenizedLine, cut
+from rayapp.pruning.calibration import cut
+from rayapp.pruning.lines import TokenizedLine
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = (

@@ -80,6 +80,34 @@ def test_workers_do_not_change_a_race(tmp_path, settings, ray_session):
     assert result.score.num_chunks == max(chunks)
 
 
+def test_workers_know_images_and_train_on_them(
+    tmp_path, tiny_llava_path, encoded_image, ray_session
+):
+    """Evaluators get the visual tokens, not the files."""
+    for split in ("calibration", "heal"):
+        (tmp_path / f"{split}.png").write_bytes(encoded_image(len(split)))
+        lines = [
+            {"prompt": f"thing {n}", "completion": "xy", "image": f"{split}.png"} for n in range(8)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    search = PruneSettings.checked(
+        model=str(tiny_llava_path(tmp_path / "model", "llava")),
+        calibration=str(tmp_path / "calibration.jsonl"),
+        heal="all",
+        heal_data=str(tmp_path / "heal.jsonl"),
+        heal_steps=2,
+        out=str(tmp_path / "out"),
+        decode_remove=1,
+        prefill_remove=1,
+        evaluations=12,
+        visual_tokens="3",
+    )
+    result = prune(changed(search, tmp_path / "out", workers=2))
+    assert same(result) == same(prune(changed(search, tmp_path / "alone")))
+    assert result.plan.visual_tokens is not None
+
+
 def test_a_killed_evaluator_changes_nothing(
     tmp_path, settings, local, ray_session, caplog, monkeypatch
 ):

@@ -8,7 +8,7 @@ import torch
 
 from rayapp.engine.local import LocalPipeline
 from rayapp.evaluation.answers import judge_answers
-from rayapp.pruning.calibration import TokenizedLine
+from rayapp.pruning.lines import TokenizedLine
 
 
 def generated(model, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:

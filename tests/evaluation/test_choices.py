@@ -18,7 +18,7 @@ from rayapp.evaluation.table import markdown
 from rayapp.models.blocks import signature_of
 from rayapp.models.loading import load_model, read_signature
 from rayapp.plan import KVTransfer, Mode, PruningPlan, StagePlan
-from rayapp.pruning.calibration import TokenizedLine
+from rayapp.pruning.lines import TokenizedLine
 from rayapp.pruning.naive import teacher_forced
 
 QUALITY = EvaluationSettings(num_runs=0, num_resamples=200, split="test")

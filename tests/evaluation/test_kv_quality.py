@@ -15,8 +15,8 @@ from rayapp.evaluation.prompt_attention import WINDOW, PromptAttention
 from rayapp.kv.quantize import buffer_sizes
 from rayapp.models.blocks import signature_of
 from rayapp.plan import KVTransfer, PruningPlan
-from rayapp.pruning.calibration import TokenizedLine
 from rayapp.pruning.kv_bytes import KVBytes
+from rayapp.pruning.lines import TokenizedLine
 
 RULES = {
     0: KVTransfer(first=2, last=0.25),

@@ -16,7 +16,7 @@ from rayapp.evaluation.likelihood import LineLikelihood, TwoStages, likelihoods
 from rayapp.models.blocks import signature_of
 from rayapp.models.loading import load_model
 from rayapp.plan import KVTransfer, Mode, PruningPlan, StagePlan
-from rayapp.pruning.calibration import TokenizedLine
+from rayapp.pruning.lines import TokenizedLine
 from rayapp.pruning.naive import teacher_forced
 from rayapp.testbed import text_model_path
 from rayapp.testbed.tasks import TASKS, generate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ import torch
 from rayapp.engine.local import ImagePrompt, LocalPipeline
 from rayapp.engine.request import SamplingParams
 from rayapp.evaluation import visual_quality as module
-from rayapp.evaluation.image_lines import TokenizedImageLine
 from rayapp.evaluation.visual_prompts import WORDLESS, VisualPrompts
 from rayapp.evaluation.visual_quality import answer_logits, visual_matches
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan, VisualTokens
+from rayapp.pruning.image_lines import TokenizedImageLine
 from rayapp.vision.llava import LlavaAdapter
 from rayapp.vision.selection import METHODS
 
@@ -59,7 +60,9 @@ def questions(images: list[Path], count: int = 6) -> list[TokenizedImageLine]:
         words = tuple(rng.choices(range(100), k=4 + number % 2))
         shown = tuple(images[(number + step) % 3] for step in range(1 + (number == 2)))
         asked = (1, *(PLACE,) * len(shown), *words, 2)
-        found.append(TokenizedImageLine((), (5, 6), f"t{number % 2}", asked, words, shown))
+        found.append(
+            TokenizedImageLine((), (5, 6), f"t{number % 2}", asked=asked, words=words, images=shown)
+        )
     return found
 
 
@@ -107,12 +110,7 @@ def test_matches_are_those_of_greedy_answers(opened, images, monkeypatch, batch_
         for rule in rules
     ]
     # What one of the rules answers is the right answer: others differ, some agree.
-    lines = [
-        TokenizedImageLine(
-            (), given[n % len(rules)][n], line.task, line.asked, line.words, line.images
-        )
-        for n, line in enumerate(lines)
-    ]
+    lines = [replace(line, continuation=given[n % len(rules)][n]) for n, line in enumerate(lines)]
     expected = np.array([[a == x.continuation for a, x in zip(row, lines, strict=True)]
                          for row in given])  # fmt: skip
     found = visual_matches(prompts, rules, lines)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rayapp.pruning.calibration import Calibration, TokenizedLine, cut
+from rayapp.pruning.calibration import Calibration, cut
+from rayapp.pruning.lines import TokenizedLine
 
 END = 256
 

@@ -10,9 +10,10 @@ import torch
 from rayapp.models.blocks import sliding_windows
 from rayapp.plan import KVTransfer
 from rayapp.pruning.attention_mass import measure_attention_mass
-from rayapp.pruning.calibration import TokenizedLine, cut
+from rayapp.pruning.calibration import cut
 from rayapp.pruning.candidates import DENSE, Candidate
 from rayapp.pruning.evaluator import Evaluator
+from rayapp.pruning.lines import TokenizedLine
 from rayapp.pruning.objective import Objective
 
 FIRST, LAST = 2, 4

@@ -8,9 +8,10 @@ import torch
 from rayapp.models.blocks import signature_of
 from rayapp.models.likelihood import nll
 from rayapp.plan import KVTransfer
-from rayapp.pruning.calibration import Calibration, TokenizedLine, cut
+from rayapp.pruning.calibration import Calibration, cut
 from rayapp.pruning.candidates import DENSE, Candidate
 from rayapp.pruning.evaluator import Evaluator
+from rayapp.pruning.lines import TokenizedLine
 from rayapp.pruning.naive import naive_scores, teacher_forced
 from rayapp.pruning.objective import Objective, Score
 from rayapp.pruning.scoring import LocalCompute, Scorer

@@ -11,10 +11,11 @@ import torch
 from rayapp.errors import SearchError
 from rayapp.models.blocks import signature_of
 from rayapp.models.likelihood import kl, log_softmax64
-from rayapp.pruning.calibration import Calibration, TokenizedLine, cut
+from rayapp.pruning.calibration import Calibration, cut
 from rayapp.pruning.candidates import DENSE
 from rayapp.pruning.evaluator import Evaluator
 from rayapp.pruning.gate_hessian import GatedModel, GateHessian, measure_gate_hessian
+from rayapp.pruning.lines import TokenizedLine
 from rayapp.pruning.naive import teacher_forced
 from rayapp.pruning.objective import Objective, combine
 from rayapp.pruning.spaces import Space

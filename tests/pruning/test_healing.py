@@ -13,12 +13,13 @@ from rayapp.models.healed import HealedWeights, attach
 from rayapp.models.loading import load_model
 from rayapp.models.stack import BlockStack
 from rayapp.plan import STAGES, PruningPlan
-from rayapp.pruning.calibration import TokenizedLine, cut
+from rayapp.pruning.calibration import cut
 from rayapp.pruning.candidates import DENSE, Candidate
 from rayapp.pruning.distill import FROZEN, Healer, Training
 from rayapp.pruning.evaluator import Evaluator
 from rayapp.pruning.healed_pairs import HealedPairs
 from rayapp.pruning.healing import HealedPair, Healing, Pair
+from rayapp.pruning.lines import TokenizedLine
 from rayapp.pruning.naive import naive_scores
 from rayapp.pruning.objective import Objective
 from rayapp.pruning.scoring import LocalCompute, Scorer

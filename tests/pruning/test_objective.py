@@ -7,7 +7,8 @@ import torch
 
 from rayapp.errors import SearchError
 from rayapp.models.likelihood import kl
-from rayapp.pruning.calibration import TokenizedLine, cut
+from rayapp.pruning.calibration import cut
+from rayapp.pruning.lines import TokenizedLine
 from rayapp.pruning.objective import Objective, combine, reference_of, token_values
 
 LINES = cut(

@@ -8,9 +8,10 @@ import torch
 
 from rayapp.errors import InputError
 from rayapp.models.loading import load_model
-from rayapp.pruning.calibration import TokenizedLine, cut
+from rayapp.pruning.calibration import cut
 from rayapp.pruning.candidates import Candidate
 from rayapp.pruning.evaluator import Evaluator
+from rayapp.pruning.lines import TokenizedLine
 from rayapp.pruning.naive import naive_scores
 from rayapp.pruning.objective import Objective
 from rayapp.pruning.scoring import LocalCompute, Scorer

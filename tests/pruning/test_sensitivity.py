@@ -9,9 +9,10 @@ import random
 import pytest
 
 from rayapp.models.blocks import signature_of
-from rayapp.pruning.calibration import TokenizedLine, cut
+from rayapp.pruning.calibration import cut
 from rayapp.pruning.candidates import DENSE, Candidate
 from rayapp.pruning.evaluator import Evaluator
+from rayapp.pruning.lines import TokenizedLine
 from rayapp.pruning.naive import naive_scores
 from rayapp.pruning.objective import Objective
 from rayapp.pruning.scoring import LocalCompute, Scorer

@@ -10,7 +10,7 @@ from rayapp.evaluation.choices import ChoiceLine
 from rayapp.evaluation.data import parse_line
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.perplexity import TextLine
-from rayapp.pruning.calibration import Line, read_lines, read_objects
+from rayapp.pruning.lines import Line, read_lines, read_objects
 
 MIN_CHARACTERS = 32
 """From which length on a prompt counts as found inside a text (project default)."""
@@ -39,6 +39,7 @@ def count_overlaps(chosen_on: Iterable[str], data: Mapping[str, str]) -> dict[st
     """Per data set the number of calibration (or heal) prompts that it holds.
 
     Prompts are equal but for case and white space. A text holds a prompt that stands in it whole.
+    Lines about images are not compared: they may ask the same of other images.
 
     Args:
         chosen_on: Calibration and heal files.
@@ -47,7 +48,8 @@ def count_overlaps(chosen_on: Iterable[str], data: Mapping[str, str]) -> dict[st
     Raises:
         DataError: A file cannot be read, or a line (named) is malformed.
     """
-    prompts = {_plain(line.prompt) for path in chosen_on for _, line in read_lines(path)}
+    lines = [line for path in chosen_on for _, line in read_lines(path)]
+    prompts = {_plain(line.prompt) for line in lines if isinstance(line, Line)}
     return {name: _count(prompts, Path(path)) for name, path in data.items()}
 
 

@@ -7,47 +7,21 @@ with (:mod:`rayapp.vision.tokens`) are the prompt's words, placeholders left out
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from rayapp.engine.local import ImagePrompt, LocalPipeline, Prompt, with_places
+from rayapp.engine.local import ImagePrompt, Prompt, with_places
 from rayapp.errors import DataError, RequestError
-from rayapp.evaluation.likelihood import LineLikelihood, line_likelihood
-from rayapp.pruning.calibration import Line, TokenizedLine, tokenize_line
+from rayapp.pruning.lines import ImageLine, Line, TokenizedLine, tokenize_line
 from rayapp.vision.images import check_number
 from rayapp.vision.inputs import ImageIntake
 from rayapp.vision.prompt import check_places
 
 
-class ImageLine(BaseModel):
-    """A line of a data file that asks about images."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    prompt: str = Field(min_length=1)
-    completion: str = Field(min_length=1)
-    task: str = ""
-    image: str | None = Field(default=None, min_length=1)
-    images: list[str] | None = Field(default=None, min_length=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> ImageLine:
-        if (self.image is None) == (self.images is None):
-            raise ValueError("has both `image` and `images`; keep one of them")
-        return self
-
-    @property
-    def paths(self) -> list[str]:
-        """As they are written."""
-        return self.images if self.images is not None else [str(self.image)]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenizedImageLine(TokenizedLine):
     """Token ids of a completion about images.
 
@@ -66,11 +40,6 @@ class TokenizedImageLine(TokenizedLine):
     def image_prompt(self) -> ImagePrompt:
         """What a pipeline is asked."""
         return ImagePrompt(self.asked, self.images, self.words)
-
-
-def has_images(fields: Mapping[str, Any]) -> bool:
-    """Whether a line names images, rightly or not."""
-    return fields.get("image") is not None or fields.get("images") is not None
 
 
 def prompt_of(line: TokenizedLine) -> Prompt:
@@ -165,7 +134,12 @@ class ImageLineReader:
         )["input_ids"]
         images = tuple(directory / path for path in line.paths)
         return TokenizedImageLine(
-            unpruned, asked.continuation, line.task, asked.prompt, tuple(words), images
+            prompt=unpruned,
+            continuation=asked.continuation,
+            task=line.task,
+            asked=asked.prompt,
+            words=tuple(words),
+            images=images,
         )
 
 
@@ -174,14 +148,3 @@ def _expanded(token_ids: Sequence[int], place_id: int, counts: Sequence[int]) ->
     left = iter(counts)
     for token in token_ids:
         yield from [token] * (next(left) if token == place_id else 1)
-
-
-def image_likelihoods(
-    dense: LocalPipeline, plan: LocalPipeline, lines: Sequence[TokenizedImageLine]
-) -> Iterator[LineLikelihood]:
-    """Score lines one by one, through the path that serves both sides."""
-    for line in lines:
-        dense_CV, plan_CV = (
-            side.answer_logits(line.image_prompt, line.continuation) for side in (dense, plan)
-        )
-        yield line_likelihood(dense_CV, plan_CV, line.continuation)
