@@ -137,7 +137,7 @@ class VisualQuality(_Strict):
 
     ``num_visual_tokens`` are the fewest and the most tokens of a question's images before pruning.
     ``sweep`` are TrimTokenator rows with other shares that survive its first stage. Samples are
-    questions come from the beginning of the data, none was picked.
+    questions from the beginning of the data, none was picked.
     """
 
     version: Literal[1] = 1
