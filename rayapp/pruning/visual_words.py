@@ -70,9 +70,6 @@ class ImageWordReader:
         dtype: Element type that the model is run in.
         device: Where the vision tower runs.
         ends_in_text: Whether decode runs the last prompt token, which can be no image then.
-
-    Raises:
-        PlanError: The rule leaves gaps, which this model's sliding windows do not allow here.
     """
 
     def __init__(
@@ -85,13 +82,7 @@ class ImageWordReader:
         device: str = "cpu",
         ends_in_text: bool = False,
     ) -> None:
-        config = Checkpoint(path).config
-        check_takes_images(config)
-        if rule and rule.positions == "original" and any(sliding_windows(config)):
-            raise PlanError(
-                "visual_tokens with original positions cannot be searched on a model with sliding "
-                "windows; use compact positions, or calibrate on text"
-            )
+        self._config = config = Checkpoint(path).config
         self._path, self._rule, self._dtype, self._device = path, rule, dtype, device
         self._intake = ImageIntake(config)
         self._lines = ImageLineReader(
@@ -110,6 +101,7 @@ class ImageWordReader:
 
         Raises:
             DataError: The line (named by ``where``) cannot be used.
+            ModelError: The model's images are not supported.
             PlanError: The rule cannot be applied to this model.
         """
         asked = self._lines.read(line, where, directory)
@@ -140,13 +132,17 @@ class ImageWordReader:
     @cached_property
     def _reader(self) -> ImageReader:
         """Tower, projector and embeddings; blocks only where the rule looks at their attention."""
-        config = Checkpoint(self._path).config
+        check_takes_images(self._config)
+        gaps = self._rule is not None and self._rule.positions == "original"
+        if gaps and any(sliding_windows(self._config)):
+            raise PlanError(
+                "visual_tokens with original positions cannot be searched on a model with sliding "
+                "windows; use compact positions, or calibrate on text"
+            )
         plan = PruningPlan()
         if self._rule is None or self._rule.method != "fastv":
-            none = StagePlan(
-                blocks=dict.fromkeys(range(text_config(config).num_hidden_layers), Mode.REMOVED)
-            )
             signature = Checkpoint(self._path).signature()
+            none = StagePlan(blocks=dict.fromkeys(range(signature.num_blocks), Mode.REMOVED))
             plan = PruningPlan(model=signature, prefill=none, decode=none)
         loaded = load_model(
             self._path, plan=plan, stage="prefill", dtype=self._dtype, device=self._device

@@ -302,20 +302,15 @@ class TestRefused:
 
     def test_gaps_under_sliding_windows(self, path, tmp_path, tiny_llava_path):
         home = tiny_llava_path(tmp_path / "model", "llava", "mistral")
-        rule = VisualTokens(num_keep=3)
         with pytest.raises(PlanError, match="sliding windows"):
-            ImageWordReader(home, load_tokenizer(home), rule)
-        ImageWordReader(home, load_tokenizer(home), replace_positions(rule))
+            read(home, path, SEARCHES["original"])
+        read(home, path, SEARCHES["compact"])
 
     def test_a_broken_image(self, home, tmp_path):
         path = tmp_path / "lines.jsonl"
         path.write_text('{"prompt": "a", "completion": "b", "image": "none.png"}\n')
         with pytest.raises(DataError, match=r"line 1: image 'none.png' is no file"):
             prepare(settings_of(home, path, tmp_path))
-
-
-def replace_positions(rule: VisualTokens) -> VisualTokens:
-    return rule.model_copy(update={"positions": "compact"})
 
 
 def test_text_keys_stay_as_they_were(calibration):
