@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from rayapp.distributed.prune import prune
+from rayapp.engine.local import LocalPipeline
+from rayapp.engine.request import SamplingParams
 from rayapp.evaluation.bootstrap import upper_bound
 from rayapp.evaluation.latency import measure_latency
 from rayapp.evaluation.likelihood import LineLikelihood, TwoStages, likelihoods
@@ -160,9 +163,17 @@ class Bench:
     def side(self, plan: PruningPlan) -> TwoStages:
         return TwoStages(self.loaded.model, plan)
 
-    def bytes_full(self, num_prompt_tokens: int) -> int:
-        """What the dense cache of one prompt weighs in bf16."""
-        return self._bytes(PruningPlan(), [num_prompt_tokens]).full
+    def bytes_sent(self, plan: PruningPlan, num_prompt_tokens: int) -> int:
+        """What the message of one prompt weighs in bf16; an empty plan is the dense model."""
+        return self._bytes(plan, [num_prompt_tokens]).sent(plan.kv_transfer)
+
+    def codec_ms(self, plan: PruningPlan, num_prompt_tokens: int) -> float:
+        """Cutting, encoding, packing, unpacking and decoding the KV of one prompt, median."""
+        pipeline = LocalPipeline(self.loaded.model, plan=plan)
+        prompts = [list(range(3, 3 + num_prompt_tokens))] * max(1, self.sizes.runs)
+        done = pipeline.generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True))
+        records = [each.transfer for each in done if each.transfer is not None]
+        return 1e3 * statistics.median(record.put_s + record.fetch_s for record in records)
 
     def _bytes(self, plan: PruningPlan, lengths: list[int]) -> KVBytes:
         config = copy.deepcopy(self.loaded.model.config)

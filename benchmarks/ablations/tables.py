@@ -26,6 +26,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "speedup_1_gbit": ("1 Gbit/s", "{:.2f}x"),
     "speedup_10_gbit": ("10 Gbit/s", "{:.2f}x"),
     "speedup_100_gbit": ("100 Gbit/s", "{:.2f}x"),
+    "codec_dense_ms": ("packing dense KV, ms", "{:.2f}"),
+    "codec_plan_ms": ("packing the plan's, ms", "{:.2f}"),
     "transfer_share_1_gbit": ("dense transfer's share at 1 Gbit/s", "{:.1%}"),
     "dense": ("dense", "{:,.0f}"),
     "prefill": ("prefill replica", "{:,.0f}"),
