@@ -358,6 +358,12 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Examples per task.")] = None,
     runs: Annotated[int, typer.Option(min=0, help="Timed runs per batch size; 0: none.")] = 30,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    compare_visual_tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="Also all methods of visual pruning, so many tokens kept; may be repeated."
+        ),
+    ] = None,
     dtype: DTypeOption = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto for all GPUs.")] = "cpu",
 ) -> None:
@@ -365,7 +371,7 @@ def evaluate(
     from rayapp.evaluation.evaluate import evaluate as measure
     from rayapp.evaluation.progress import shown_progress
     from rayapp.evaluation.settings import EvaluationSettings
-    from rayapp.evaluation.table import tables
+    from rayapp.evaluation.table import tables, visual_table
 
     settings = EvaluationSettings(split=split, limit=limit, num_runs=runs, seed=seed)
     with shown_progress() as progress:
@@ -378,6 +384,19 @@ def evaluate(
         console.print(table.rich())
     for caveat in result.caveats:
         console.print(f"not for quotation: {caveat}", highlight=False)
+    if not compare_visual_tokens:
+        return
+    from rayapp.evaluation.visual_study import compare, study_of
+
+    with shown_progress() as progress:
+        study = study_of(compare_visual_tokens)
+        found = compare(
+            model, data, study, settings=settings, dtype=dtype, device=device, progress=progress
+        )
+    console.print(visual_table(found).rich())
+    beside = out or plan
+    if beside is not None:
+        typer.echo(found.save_beside(beside))
 
 
 @app.command()

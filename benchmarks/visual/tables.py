@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from rayapp.evaluation.table import visual_table
 from rayapp.evaluation.visual_result import VisualQuality, VisualRow, mean_over_tasks
 
 MARKERS = "os^Dv"
@@ -17,10 +18,7 @@ PAPER = "trimtokenator"
 
 def markdown(found: VisualQuality, name: str, drawing: str) -> str:
     parts = [_heading(found, name), f"![Exact match against visual tokens kept]({drawing})"]
-    parts += [
-        "**Exact match, mean over question types (points lost at most, 95 %)**",
-        _means(found),
-    ]
+    parts += [visual_table(found).markdown()]
     parts += ["**By question type (points lost at most, 95 %)**", _by_type(found)]
     if found.stages:
         parts += ["**Points gained by both stages over one alone (at least, 95 %)**"]
@@ -52,15 +50,6 @@ def _heading(found: VisualQuality, name: str) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
-
-
-def _means(found: VisualQuality) -> str:
-    budgets = sorted(found.budgets, reverse=True)
-    dense = f"{mean_over_tasks(found.dense):.1%}"
-    rows = [["dense", *[dense] * len(budgets)]]
-    cells = {(row.method, row.num_keep): _mean(row) for row in found.rows}
-    rows += [[m, *(cells.get((m, k), "-") for k in budgets)] for m in found.methods]
-    return _table(["method", *(f"{k} kept" for k in budgets)], rows)
 
 
 def _mean(row: VisualRow) -> str:

@@ -18,6 +18,7 @@ from rayapp.evaluation.result import (
     TaskResult,
     TextResult,
 )
+from rayapp.evaluation.visual_result import VisualQuality, mean_over_tasks
 
 NAMELESS = "(no task)"
 SPEEDUP = "speed-up"
@@ -199,6 +200,19 @@ def _bytes(result: EvaluationResult) -> Table:
         for line in lines
     )
     return Table(f"KV per request ({result.dtype})", columns, rows)
+
+
+def visual_table(found: VisualQuality) -> Table:
+    """Every method at every budget, tasks alike."""
+    budgets = sorted(found.budgets, reverse=True)
+    kept = {(row.method, row.num_keep): row for row in found.rows}
+    dense = f"{mean_over_tasks(found.dense):.1%}"
+    rows = [("dense", *[dense] * len(budgets))]
+    for method in found.methods:
+        cells = (kept[method, budget] for budget in budgets)
+        rows.append((method, *(f"{c.mean:.1%} ({c.mean_lost.upper:.1f})" for c in cells)))
+    columns = ("method", *(f"{budget} kept" for budget in budgets))
+    return Table("Exact match, mean over tasks (points lost at most, 95 %)", columns, tuple(rows))
 
 
 def _timings(latency: Iterable[LatencyResult]) -> Table:

@@ -190,6 +190,11 @@ class VisualQuality(_Strict):
         target.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
         return target
 
+    def save_beside(self, path: str | Path) -> Path:
+        """:meth:`save` into the directory ``path``, or that of the file, for its report."""
+        home = Path(path) if Path(path).is_dir() else Path(path).parent
+        return self.save(home / VISUAL_FILE)
+
     @classmethod
     def parse(cls, content: bytes, where: str) -> VisualQuality:
         """What :meth:`save` wrote; raises :class:`DataError` where it is none."""
@@ -200,5 +205,5 @@ class VisualQuality(_Strict):
             name = ".".join(map(str, first["loc"])) or "file"
             raise DataError(
                 f"{where}: is no comparison of visual pruning ({name}: {first['msg']}); "
-                "write one with benchmarks/visual_quality.py"
+                "write one with `rayapp evaluate --compare-visual-tokens`"
             ) from None

@@ -6,15 +6,18 @@ from string import ascii_lowercase
 
 import pytest
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from rayapp.cli import app
 from rayapp.engine.local import ImagePrompt, LocalPipeline
 from rayapp.engine.request import SamplingParams
-from rayapp.errors import DataError, InputError
+from rayapp.errors import DataError, InputError, ModelError
 from rayapp.evaluation.evaluate import evaluate
 from rayapp.evaluation.findings import gather
 from rayapp.evaluation.report import render_report
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.evaluation.visual_result import VISUAL_FILE, VisualQuality
+from rayapp.evaluation.visual_study import compare, study_of
 from rayapp.models.loading import load_model
 from rayapp.plan import PruningPlan, VisualTokens
 from rayapp.testbed.vision.questions import TYPES
@@ -123,8 +126,34 @@ def test_what_cannot_be_compared_is_refused(run_script, model, data, tmp_path) -
     text.write_text('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(DataError, match="no question about an image"):
         run_script("visual_quality", "--model", model, "--data", text, *SMALL)
-    with pytest.raises(InputError, match="--sample-budget 64 is none of --budgets 8"):
-        run_script("visual_quality", "--model", model, "--data", data, "--budgets", 8)
+    few = ["--budgets", 8, "--sample-budget", 64]
+    with pytest.raises(InputError, match="64 tokens in pictures are none of the budgets 8"):
+        run_script("visual_quality", "--model", model, "--data", data, *few)
+
+
+def test_the_command_compares_too(model, data, tmp_path) -> None:
+    """`rayapp evaluate` prints all methods, and its report shows them."""
+    home = PruningPlan(model=load_model(model).signature).save(tmp_path / "plan").parent
+    asked = ["evaluate", "--model", str(model), "--plan", str(home), "--data", str(data)]
+    asked += ["--runs", "0", "--split", "test", "--out", str(home / "evaluation.json")]
+    run = CliRunner().invoke(
+        app, [*asked, "--compare-visual-tokens", "4", "--compare-visual-tokens", "8"]
+    )
+    assert run.exit_code == 0, run.output
+    found = VisualQuality.parse((home / VISUAL_FILE).read_bytes(), "x")
+    assert found.budgets == (4, 8)
+    assert found.methods == tuple(METHODS)
+    assert {sample.num_keep for sample in found.samples} == {8}
+    for method in METHODS:
+        assert method in run.output
+    assert "Which tokens are kept" in render_report(gather(home))
+
+
+def test_a_text_model_has_no_visual_tokens_to_compare(testbed_path, tmp_path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(ModelError, match="takes no images"):
+        compare(testbed_path, [path], study_of([8]), settings=EvaluationSettings())
 
 
 def test_the_shipped_model_brings_its_own_questions(run_script) -> None:
