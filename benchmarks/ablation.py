@@ -51,7 +51,7 @@ def main() -> None:
         runs=arguments.runs,
         seeds=arguments.seeds,
     )
-    models = [path.absolute() for path in arguments.model or [text_model_path()]]
+    models = [path.resolve() for path in arguments.model or [text_model_path()]]
     for path in models:
         run_model(path, arguments.work / name_of(path), sizes, arguments.studies)
     write(arguments, models)
@@ -59,19 +59,20 @@ def main() -> None:
 
 def name_of(path: Path) -> str:
     """A model's name in tables: that of its directory, or of the shipped one."""
-    return "testbed-text" if path == text_model_path() else path.name
+    return "testbed-text" if path.resolve() == text_model_path().resolve() else path.name
 
 
 def run_model(path: Path, work: Path, sizes: Sizes, studies: list[str]) -> None:
     """Measure every row that is not there yet."""
     bench = Bench(path, work.absolute(), sizes)
+    machine = this_machine(device="cpu", num_threads=1)
     for study in studies:
         for name, measure in STUDIES[study](bench):
             file = work / "rows" / study / f"{name.replace(' ', '_').replace('/', '-')}.json"
             if file.is_file():
                 continue
             began_s = time.perf_counter()
-            row = {"name": name} | measure()
+            row = {"name": name} | measure() | {"commit": machine.commit}
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(row | {"row_s": time.perf_counter() - began_s}, indent=2))
             print(f"{work.name} {study}: {name}, {time.perf_counter() - began_s:.0f} s", flush=True)

@@ -54,13 +54,14 @@ def markdown(
     machine: Machine,
 ) -> str:
     """Study by study, the models below each other."""
+    commits = {row["commit"] for each in models.values() for rows in each.values() for row in rows}
     told = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in configuration.items())
     parts = [
         f"Two of twelve blocks removed from each stage, {len(models)} models "
         f"({', '.join(models)}); {told}. float32 (bytes: bf16), one thread, {machine.processor}, "
-        f"torch {machine.versions['torch']}, written at commit {machine.commit}. KL in nats per "
-        "token and points of exact match lost are on fresh examples, tasks weighing alike; "
-        "speed-ups are 128 tokens in, 64 out, batch 1 where nothing else is said."
+        f"torch {machine.versions['torch']}, rows measured at {', '.join(sorted(commits))}. "
+        "KL in nats per token and points of exact match lost are on fresh examples, tasks weighing "
+        "alike; speed-ups are 128 tokens in, 64 out, batch 1 where nothing else is said."
     ]
     for study, title in TITLES.items():
         present = {model: studies[study] for model, studies in models.items() if study in studies}
