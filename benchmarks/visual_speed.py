@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from visual.bounds import Rates, Work, measured_rates, work_of
 from visual.runs import Bench, Times
-from visual.scales import IMAGE_TOKENS, SCALES, random_llava
+from visual.scales import IMAGE_TOKENS, IMAGES, SCALES, random_llava
 from visual.summary import summarise
 from visual.table import markdown
 
@@ -135,7 +135,11 @@ def main() -> None:
         results.append(measured_or_skipped(bench, rates, batch, num_runs))
         print(f"batch {batch}: {results[-1].get('speedups', results[-1])}", flush=True)
     (request,) = bench.requests(1)
-    transfers = {side: asdict(bench.transfer(side, request)) for side in bench.plans}
+    transfers: dict[str, Any] = {
+        side: asdict(bench.transfer(side, request)) for side in bench.plans
+    }
+    heavy = [bench.requests(1, images)[0] for images in IMAGES]
+    transfers["by_images"] = [asdict(bench.transfer("pruned", each)) for each in heavy]
     write(arguments, rates, results, transfers, (load, os.getloadavg()[0]))
 
 

@@ -29,7 +29,7 @@ from rayapp.vision.llava import LlavaAdapter
 from rayapp.vision.reader import ImageReader, ImageSupport
 from rayapp.vision.selection import keep_places_of_prompts
 from visual.clock import Clock
-from visual.scales import IMAGE_TOKENS, SIDE, image_processor
+from visual.scales import IMAGE_TOKENS, IMAGES, SIDE, image_processor
 
 PHASES = ("prepare", "tower", "embed", "prefill", "admit", "decode")
 _WORDS = 16  # of a prompt's text, that images are aligned with
@@ -77,13 +77,13 @@ class Bench:
         support = ImageSupport(image_processor(), max_cache_bytes=0)
         self._reader = ImageReader(model, self.stack, support)
         self._adapter = LlavaAdapter(model, self.stack, support.processor)
-        self._limit = text_tokens + IMAGE_TOKENS + num_answer
+        self._limit = text_tokens + max(IMAGES) * IMAGE_TOKENS + num_answer
         self.prefills = {
             side: PrefillEngine(self.stack, plan, max_model_len=self._limit, images=self._reader)
             for side, plan in self.plans.items()
         }
 
-    def requests(self, batch: int) -> list[GenerationRequest]:
+    def requests(self, batch: int, num_images: int = 1) -> list[GenerationRequest]:
         rng = np.random.default_rng(batch)
         image_token, sampling = self._adapter.image_token_id, SamplingParams(
             max_tokens=self.num_answer, ignore_eos=True
@@ -91,12 +91,13 @@ class Bench:
         requests = []
         for number in range(batch):
             text = rng.integers(0, image_token, self.num_text).tolist()
+            images = [self._reader.intake.take(_noise(rng)) for _ in range(num_images)]
             requests.append(
                 GenerationRequest(
                     str(number),
-                    (text[0], image_token, *text[1:]),
+                    (text[0], *[image_token] * num_images, *text[1:]),
                     sampling,
-                    images=(self._reader.intake.take(_noise(rng)),),
+                    images=tuple(images),
                     text_token_ids=tuple(text[-_WORDS:]),
                 )
             )
@@ -105,7 +106,10 @@ class Bench:
     def decode_engine(self, batch: int) -> DecodeEngine:
         """For both sides: which visual tokens were kept changes nothing in decode's stage."""
         return DecodeEngine(
-            self.decode_stack, PruningPlan(), max_num_seqs=batch, max_model_len=self._limit
+            self.decode_stack,
+            PruningPlan(),
+            max_num_seqs=batch,
+            max_model_len=self.num_text + IMAGE_TOKENS + self.num_answer,
         )
 
     @torch.inference_mode()

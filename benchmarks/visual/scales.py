@@ -20,6 +20,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 SIDE, PATCH = 336, 14
 IMAGE_TOKENS = (SIDE // PATCH) ** 2
+IMAGES = (1, 2, 4, 6)
+"""Of prompts whose KV is weighed: as many as LLaVA-1.5's context of 4,096 takes."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from visual.bounds import FORMULAS
+from visual.scales import IMAGES
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -86,5 +87,12 @@ def _bytes(transfers: dict[str, dict[str, Any]]) -> str:
         f"dense, {pruned['bytes_sent']:,} sent ({pruned['num_visual_tokens_removed']} visual "
         f"tokens removed): {pruned['bytes_full'] / pruned['bytes_sent']:.2f} times fewer; dense "
         f"sends {dense['bytes_sent']:,}. Of the bytes sent, {pruned['overhead_bytes']:,} are "
-        "header and padding."
+        "header and padding.\n\n"
+        "| images in the prompt | tokens | bytes dense | bytes sent | times fewer |\n"
+        "|---|---|---|---|---|\n"
+        + "\n".join(
+            f"| {images} | {each['num_prompt_tokens']:,} | {each['bytes_full']:,} | "
+            f"{each['bytes_sent']:,} | {each['bytes_full'] / each['bytes_sent']:.2f} |"
+            for images, each in zip(IMAGES, transfers["by_images"], strict=True)
+        )
     )
