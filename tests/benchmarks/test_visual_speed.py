@@ -28,9 +28,10 @@ def test_the_same_code_on_a_cpu(run_script):
     dense, pruned = record["transfers"]["dense"], record["transfers"]["pruned"]
     assert dense["bytes_full"] == pruned["bytes_full"] == 624 * 2 * 2 * 64 * 4
     assert pruned["bytes_sent"] - pruned["overhead_bytes"] == 112 * 2 * 2 * 64 * 4
-    by_images = [(t["bytes_full"], t["bytes_sent"]) for t in record["transfers"]["by_images"]]
-    assert by_images[0] == (pruned["bytes_full"], pruned["bytes_sent"])
-    assert by_images[-1][0] / by_images[-1][1] > 8
+    for images, each in zip((1, 2, 4, 6), record["transfers"]["by_images"], strict=True):
+        entries = 64 * images + 48, 576 * images + 48
+        payload = each["bytes_sent"] - each["overhead_bytes"]
+        assert payload * entries[1] == each["bytes_full"] * entries[0]
     assert record["load_average"]
     assert "| 2 | 1 |" in (out / "visual_speed-tiny-float32.md").read_text()
 
