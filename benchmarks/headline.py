@@ -137,6 +137,8 @@ def choose(rows: list[Row]) -> list[tuple[str, Row]]:
         for heal in sorted({row["heal"] for row in rows}):
             for goal in sorted({row["goal"] for row in rows}):
                 group = [r for r in rows if r["heal"] == heal and r["goal"] == goal]
+                if not group:
+                    continue
                 within = [row for row in group if row["worst_lost_upper"] <= limit]
                 best = (
                     max(within, key=lambda row: row["speedup"])
