@@ -170,7 +170,7 @@ def _joined(chunk: Chunk) -> torch.Tensor:
 
 def _joined_positions(chunk: Chunk, num_tokens: int) -> torch.Tensor:
     """Positions of such rows, ``(B or 1, T)``; those of padding follow on."""
-    if len(chunk.positions_BT) == 1:
+    if torch.equal(chunk.answer_positions_B, chunk.prompt_lengths_B):  # no gaps
         return torch.arange(num_tokens)[None]
     steps_T = torch.arange(num_tokens)
     lengths_B1, answers_B1 = chunk.prompt_lengths_B[:, None], chunk.answer_positions_B[:, None]

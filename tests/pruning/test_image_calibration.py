@@ -18,7 +18,7 @@ from rayapp.errors import DataError, InputError, IntegrityError, PlanError
 from rayapp.models.likelihood import kl
 from rayapp.models.loading import LoadedModel, load_model, load_tokenizer
 from rayapp.plan import KVTransfer, PruningPlan, VisualTokens
-from rayapp.pruning.calibration import CHUNK_TOKENS, Calibration, load_calibration
+from rayapp.pruning.calibration import CHUNK_TOKENS, Calibration, cut, load_calibration
 from rayapp.pruning.candidates import DENSE, Candidate
 from rayapp.pruning.evaluator import Evaluator
 from rayapp.pruning.gate_hessian import GatedModel
@@ -193,12 +193,13 @@ def test_other_images_are_another_calibration(home, path, tmp_path, encoded_imag
     )
 
 
-def test_gates_see_the_images(home, path):
+@pytest.mark.parametrize("chunk_tokens", [1, 200])
+def test_gates_see_the_images(home, path, chunk_tokens):
     """Gates of 1 are the dense model, wherever visual tokens left gaps."""
     loaded, calibration = read(home, path, SEARCHES["original"])
     dense = served(home, path, DENSE.plan(loaded.signature, visual_tokens=SEARCHES["original"]))
     gated = GatedModel(loaded.model)
-    for chunk in calibration.chunks:
+    for chunk in cut(calibration.lines, chunk_tokens=chunk_tokens).chunks:
         ones = torch.ones(len(chunk.lines), 2, gated.num_parts)
         logits_BCV = gated.logits(ones, chunk, "prefill")
         for row, index in enumerate(chunk.lines):
