@@ -11,7 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "testbed"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param("qwen2", marks=pytest.mark.slow),
+        "qwen3",
+        pytest.param("mistral", marks=pytest.mark.slow),
+        "testbed",
+    ],
+)
 def test_served_answers_equal_generate(family, deploy, save_tiny, testbed_path, tmp_path_factory):
     if family == "testbed":
         path = testbed_path

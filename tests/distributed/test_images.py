@@ -55,7 +55,7 @@ def make_plan(model, first_token):
     ("kind", "mode", "first_token"),
     [
         ("llava", "disaggregated", "decode"),
-        ("llava_next", "disaggregated", "prefill"),
+        pytest.param("llava_next", "disaggregated", "prefill", marks=pytest.mark.slow),
         ("llava_next", "unified", "prefill"),
     ],
 )

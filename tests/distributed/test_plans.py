@@ -51,7 +51,11 @@ def plan_of(dense, first_token):
 
 @pytest.mark.parametrize(
     ("mode", "first_token"),
-    [("disaggregated", "prefill"), ("disaggregated", "decode"), ("unified", "prefill")],
+    [
+        ("disaggregated", "prefill"),
+        pytest.param("disaggregated", "decode", marks=pytest.mark.slow),
+        ("unified", "prefill"),
+    ],
 )
 def test_served_answers_equal_the_local_ones(
     mode, first_token, deploy, model, dense, byte_tokenizer, tmp_path
@@ -107,7 +111,7 @@ def check_parameters(service, mode, dense):
     assert pools["prefill"][0]["parameter_bytes"] < everything
 
 
-@pytest.mark.parametrize("mode", ["disaggregated", "unified"])
+@pytest.mark.parametrize("mode", ["disaggregated", pytest.param("unified", marks=pytest.mark.slow)])
 def test_served_healed_answers_equal_the_local_ones(
     mode, deploy, model, dense, byte_tokenizer, tmp_path
 ):
