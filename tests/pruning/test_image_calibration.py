@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from rayapp.errors import DataError, InputError, IntegrityError, PlanError
 from rayapp.models.likelihood import kl
 from rayapp.models.loading import LoadedModel, load_model, load_tokenizer
 from rayapp.plan import KVTransfer, PruningPlan, VisualTokens
-from rayapp.pruning.calibration import CHUNK_TOKENS, Calibration, cut, load_calibration
+from rayapp.pruning.calibration import Calibration, cut, load_calibration
 from rayapp.pruning.candidates import DENSE, Candidate
 from rayapp.pruning.evaluator import Evaluator
 from rayapp.pruning.gate_hessian import GatedModel
@@ -91,25 +92,32 @@ def read(
     return loaded, calibration
 
 
-def served(home: Path, path: Path, plan: PruningPlan) -> list[torch.Tensor]:
-    """Logits of every line's answer, through the path that serves."""
+def serving(
+    home: Path, path: Path, plan: PruningPlan
+) -> tuple[LocalPipeline, list[tuple[str | ImagePrompt, str]]]:
+    """What serves a plan, and every line as it is asked and answered there."""
     loaded = load_model(home, dtype="float32")
     pipeline = LocalPipeline(
         loaded.model, loaded.tokenizer, plan, image_processor=load_image_processor(home)
     )
-    found = []
+    asked: list[tuple[str | ImagePrompt, str]] = []
     for text in path.read_text().splitlines():
         line = json.loads(text)
-        images = [path.parent / each for each in line.get("images", ())]
-        prompt = f"{pipeline.placeholder}\n" * len(images) + line["prompt"]
-        answer = loaded.tokenizer(line["completion"], add_special_tokens=False)["input_ids"]
-        asked = (
-            ImagePrompt(prompt, images, line["prompt"])
-            if images
-            else loaded.tokenizer(prompt)["input_ids"]
-        )
-        ids = [*answer, loaded.tokenizer.eos_token_id]
-        found.append(pipeline.answer_logits(asked, ids))
+        words, images = line["prompt"], [path.parent / each for each in line.get("images", ())]
+        prompt = f"{pipeline.placeholder}\n" * len(images) + words
+        asked.append((ImagePrompt(prompt, images, words) if images else words, line["completion"]))
+    return pipeline, asked
+
+
+def served(home: Path, path: Path, plan: PruningPlan) -> list[torch.Tensor]:
+    """Logits of every line's answer, through the path that serves."""
+    pipeline, asked = serving(home, path, plan)
+    tokenizer = load_tokenizer(home)
+    found = []
+    for prompt, completion in asked:
+        answer = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        given = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        found.append(pipeline.answer_logits(given, [*answer, tokenizer.eos_token_id]))
     return found
 
 
@@ -153,18 +161,9 @@ def test_bytes_are_those_of_the_ledger(home, path, name):
     loaded, calibration = read(home, path, rule)
     plan = Candidate((), (2, 3)).plan(loaded.signature, kv_transfer=RULES, visual_tokens=rule)
     weighed = KVBytes(loaded.model.config, plan, [line.run_prompt for line in calibration.lines])
-    fresh = load_model(home, dtype="float32")
-    pipeline = LocalPipeline(
-        fresh.model, fresh.tokenizer, plan, image_processor=load_image_processor(home)
-    )
-    prompts = []
-    for text in path.read_text().splitlines():
-        line = json.loads(text)
-        images = [path.parent / each for each in line.get("images", ())]
-        place = f"{pipeline.placeholder}\n" * len(images)
-        words = line["prompt"]
-        prompts.append(ImagePrompt(place + words, images, words) if images else words)
-    done = pipeline.generate(prompts, SamplingParams(max_tokens=3, ignore_eos=True))
+    pipeline, asked = serving(home, path, plan)
+    sampling = SamplingParams(max_tokens=3, ignore_eos=True)
+    done = pipeline.generate([prompt for prompt, _ in asked], sampling)
     records = [each.transfer for each in done]
     assert sum(r.bytes_full for r in records) == weighed.full
     # A request's own name is shorter than the service's: headers may be 64 bytes apart.
@@ -316,10 +315,10 @@ class TestRefused:
 
 def test_text_keys_stay_as_they_were(calibration):
     """Journals of text searches stay valid: images add to a key only where there are any."""
-    assert CHUNK_TOKENS == 4096
-    chunk = calibration.chunks[0]
-    assert chunk.positions_BT.shape[0] == 1
-    assert chunk.answer_positions_B.tolist() == chunk.prompt_lengths_B.tolist()
+    for chunk in calibration.chunks:
+        lines = [calibration.lines[i] for i in chunk.lines]
+        content = [[line.prompt for line in lines], [line.continuation for line in lines]]
+        assert chunk.key == hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     about = replace(calibration.lines[0], image_keys=("a",))
     changed = replace(calibration, lines=(about, *calibration.lines[1:]))
     assert changed.fingerprint != calibration.fingerprint
