@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prefill-remove", type=float, nargs="+", default=[1])
     parser.add_argument("--decode-remove", type=float, nargs="+", default=[2, 3, 4, 5])
     parser.add_argument("--heal", nargs="+", default=["none", "all"])
+    parser.add_argument("--unit", nargs="+", choices=["block", "part"], default=["block"])
     parser.add_argument("--goals", nargs="+", default=GOALS, help="reduction:smallest encoding")
     parser.add_argument("--calibration-per-task", type=int, default=64)
     parser.add_argument("--validation-per-task", type=int, default=200)
@@ -71,45 +73,50 @@ def main() -> None:
         runs=arguments.runs,
     )
     bench = Bench(arguments.model.absolute(), (arguments.work / name).absolute(), sizes)
-    for heal, decode, prefill, goal in itertools.product(
-        arguments.heal, arguments.decode_remove, arguments.prefill_remove, arguments.goals
+    for heal, unit, decode, prefill, goal in itertools.product(
+        arguments.heal,
+        arguments.unit,
+        arguments.decode_remove,
+        arguments.prefill_remove,
+        arguments.goals,
     ):
-        name_of_row = f"{heal}-{prefill:g}-{decode:g}-{goal}"
-        kept(bench, name_of_row, validate, heal, prefill, decode, goal)
+        if heal == "none" or unit == "block":  # only whole blocks are healed
+            blocks = f"{heal}-{prefill:g}-{decode:g}{'-parts' if unit == 'part' else ''}"
+            searched = {
+                "heal": heal, "unit": unit, "prefill_remove": prefill, "decode_remove": decode,
+            }  # fmt: skip
+            kept(bench, f"validation/{blocks}-{goal}", validate, blocks, searched, goal)
     # Rows of earlier runs count: the front may be measured piece by piece.
-    files = sorted((bench.work / "rows").glob("[!t]*.json"))
+    files = sorted((bench.work / "rows" / "validation").glob("*.json"))
     rows: list[Row] = [json.loads(file.read_text()) for file in files]
-    chosen = choose(rows) if arguments.test_per_task else []
-    tested = [
-        kept(bench, f"test-{row['plan_name']}", test, row, arguments.test_per_task)
-        for row in {row["plan_name"]: row for _, row in chosen}.values()
-    ]
-    write(arguments, name, rows, chosen, {row["plan_name"]: row for row in tested})
+    asked = [r for r in rows if r["goal"] in arguments.goals and r["heal"] in arguments.heal]
+    chosen = choose(asked) if arguments.test_per_task else []
+    tested = {}
+    for plan in sorted({row["plan_name"] for _, row in chosen}):
+        tested[plan] = kept(bench, f"test/{plan}", test, plan, arguments.test_per_task)
+        if arguments.runs:
+            tested[plan] |= {"speed": kept(bench, f"speed/{plan}", speed, plan)}
+    write(arguments, name, rows, chosen, tested)
 
 
-def kept(bench: Bench, name: str, measure: Any, *given: Any) -> Row:
+def kept(bench: Bench, name: str, measure: Callable[..., Row], *given: Any) -> Row:
     """A row that was measured before, or now."""
     file = bench.work / "rows" / f"{name}.json"
     if not file.is_file():
-        row = measure(bench, *given)
+        row = measure(bench, *given) | {"commit": this_machine(device="cpu", num_threads=1).commit}
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(row, indent=2))
-        print(f"{name}: {row['worst_lost']:.2f} points, {row['speedup']:.3f}x", flush=True)
+        numbers = ("worst_lost", "worst_lost_upper", "reduction", "speedup")
+        told = ", ".join(f"{n} {row[n]:.2f}" for n in numbers if n in row)
+        print(f"{name}: {told}", flush=True)
     found: Row = json.loads(file.read_text())
     return found
 
 
-def validate(bench: Bench, heal: str, prefill: float, decode: float, goal: str) -> Row:
+def validate(bench: Bench, blocks: str, searched: Row, goal: str) -> Row:
     """Search, choose the KV, and measure on validation examples."""
-    blocks = f"{heal}-{prefill:g}-{decode:g}"
-    healed = {} if heal == "none" else {"heal": heal, "heal_data": str(bench.heal_data())}
-    _, took = bench.search(
-        blocks,
-        prefill_remove=prefill,
-        decode_remove=decode,
-        method=METHOD,
-        **healed,
-    )
+    healed = {} if searched["heal"] == "none" else {"heal_data": str(bench.heal_data())}
+    _, took = bench.search(blocks, method=METHOD, **searched, **healed)
     target, encoding = goal.split(":")
     name = f"{blocks}-kv{goal.replace(':', '-')}"
     out = bench.work / "plans" / name
@@ -124,14 +131,18 @@ def validate(bench: Bench, heal: str, prefill: float, decode: float, goal: str) 
         )
         kv_select(settings)
     plan = PruningPlan.load(out)
-    return bench.plan_row(plan, "mixed") | {
-        "plan_name": name, "heal": heal, "prefill_remove": prefill, "decode_remove": decode,
-        "goal": goal, "search_s": took["search_s"],
-    }  # fmt: skip
+    told = {"plan_name": name, "goal": goal, "search_s": took["search_s"]}
+    return measured(bench, plan, "mixed") | searched | told
+
+
+def measured(bench: Bench, plan: PruningPlan, lines: str) -> Row:
+    """What a plan loses and sends on these lines."""
+    sent = {"reduction": bench.reduction(plan, lines), "plan": plan_words(plan)}
+    return bench.quality(bench.side(plan), lines) | sent
 
 
 def choose(rows: list[Row]) -> list[tuple[str, Row]]:
-    """Per limit, healing and encoding: the fastest plan whose bound keeps it; or the mildest."""
+    """Per limit, healing and goal: the most blocks removed within the limit; or the mildest."""
     chosen = []
     for limit in LIMITS:
         for heal in sorted({row["heal"] for row in rows}):
@@ -141,7 +152,7 @@ def choose(rows: list[Row]) -> list[tuple[str, Row]]:
                     continue
                 within = [row for row in group if row["worst_lost_upper"] <= limit]
                 best = (
-                    max(within, key=lambda row: row["speedup"])
+                    max(within, key=lambda row: (row["decode_remove"], row["prefill_remove"]))
                     if within
                     else min(group, key=lambda row: row["worst_lost_upper"])
                 )
@@ -150,23 +161,19 @@ def choose(rows: list[Row]) -> list[tuple[str, Row]]:
     return chosen
 
 
-def test(bench: Bench, row: Row, per_task: int) -> Row:
+def test(bench: Bench, name: str, per_task: int) -> Row:
     """The one look at the test examples."""
-    plan = PruningPlan.load(bench.work / "plans" / row["plan_name"])
+    plan = PruningPlan.load(bench.work / "plans" / name)
     bench.lines["test"] = bench.tokenized("test", per_task, TEST_SEED, "mixed")
-    side = bench.side(plan)
-    timings = {f"batch{size}": bench.speed(side, size) for size in (1, 8)}
-    return bench.quality(side, "test") | {
-        "plan_name": row["plan_name"],
-        "plan": plan_words(plan),
-        "rules": {b: r.model_dump(exclude_none=True) for b, r in sorted(plan.kv_transfer.items())},
-        "reduction": bench.reduction(plan, "test"),
-        "speedup": timings["batch1"].speedup,
-        "ttft_speedup": timings["batch1"].ttft_speedup,
-        "tpot_speedup": timings["batch1"].tpot_speedup,
-        "speedup_batch8": timings["batch8"].speedup,
-        "examples_per_task": per_task,
-    }
+    rules = {b: r.model_dump(exclude_none=True) for b, r in sorted(plan.kv_transfer.items())}
+    told = {"plan_name": name, "rules": rules, "examples_per_task": per_task}
+    return measured(bench, plan, "test") | told
+
+
+def speed(bench: Bench, name: str) -> Row:
+    """Speed-ups of a tested plan; a row of its own, so that it can wait for a quiet machine."""
+    side = bench.side(PruningPlan.load(bench.work / "plans" / name))
+    return bench.speedups(side) | {"speedup_batch8": bench.speed(side, 8).speedup}
 
 
 def write(
@@ -180,7 +187,7 @@ def write(
     record = {
         "machine": machine.model_dump(),
         "model": name,
-        "validation": [{k: v for k, v in row.items() if "speedup" not in k} for row in rows],
+        "validation": rows,
         "chosen": {goal: row["plan_name"] for goal, row in chosen},
         "test": tested,
     }
@@ -210,10 +217,11 @@ def tests(chosen: list[tuple[str, Row]], tested: dict[str, Row]) -> str:
     ]
     for goal, row in chosen:
         r = tested[row["plan_name"]]
+        speeds = ("speedup", "speedup_batch8", "ttft_speedup", "tpot_speedup")
+        timed = [f"{r['speed'][s]:.3f}x" if "speed" in r else "not timed" for s in speeds]
         lines.append(
             f"| {goal} | {row['plan_name']} | {r['worst_task']} | {r['worst_lost']:.2f} | "
-            f"{r['worst_lost_upper']:.2f} | {r['mean_lost']:.2f} | {r['speedup']:.3f}x | "
-            f"{r['speedup_batch8']:.3f}x | {r['ttft_speedup']:.3f}x | {r['tpot_speedup']:.3f}x | "
+            f"{r['worst_lost_upper']:.2f} | {r['mean_lost']:.2f} | {' | '.join(timed)} | "
             f"{r['reduction']:.2f}x |"
         )
     return "## On the test examples\n\n" + "\n".join(lines)
