@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from rayapp.errors import DataError
@@ -28,29 +27,7 @@ from rayapp.evaluation.prompt_bytes import PromptBytes
 from rayapp.evaluation.result import ChoiceResult
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.models.likelihood import nll
-
-
-class ChoiceLine(BaseModel):
-    """A line of a multiple-choice file; ``answer`` is the index of the right choice, from 0."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    prompt: str = Field(min_length=1)
-    choices: list[str] = Field(min_length=2)
-    answer: int
-    task: str = ""
-
-    @model_validator(mode="after")
-    def _check(self) -> ChoiceLine:
-        if not 0 <= self.answer < len(self.choices):
-            raise ValueError(
-                f"`answer` is {self.answer}, but the {len(self.choices)} choices are numbered "
-                f"0 to {len(self.choices) - 1}"
-            )
-        blank = [number for number, choice in enumerate(self.choices) if not choice.strip()]
-        if blank:
-            raise ValueError(f"`choices.{blank[0]}` is blank; give at least one character")
-        return self
+from rayapp.pruning.lines import ChoiceLine
 
 
 @dataclass(frozen=True)

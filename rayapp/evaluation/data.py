@@ -17,20 +17,20 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from rayapp.errors import DataError
-from rayapp.evaluation.choices import ChoiceLine, Question, tokenize_question
+from rayapp.evaluation.choices import Question, tokenize_question
 from rayapp.evaluation.perplexity import TextLine, Windows, cut_windows
 from rayapp.evaluation.result import DataFile
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.plan import Stage
 from rayapp.pruning.image_lines import ImageLineReader, TokenizedImageLine
+from rayapp.pruning.json_lines import checked_line, read_objects
 from rayapp.pruning.lines import (
+    ChoiceLine,
     ImageLine,
     Line,
     TokenizedLine,
-    checked_line,
     has_images,
-    parse_completion,
-    read_objects,
+    parse_line,
     tokenize_line,
 )
 from rayapp.vision.inputs import ImageIntake
@@ -97,19 +97,16 @@ def read_data(
     )
 
 
-def parse_line(fields: dict[str, Any], where: str) -> EvaluationLine:
-    """A checked line of the kind that its keys say; raises :class:`DataError`, naming ``where``."""
-    others = {"text", "choices", "answer"} & set(fields)
-    if others and has_images(fields):
+def parse_any(fields: dict[str, Any], where: str) -> EvaluationLine:
+    """A checked line of any kind; raises :class:`DataError`, naming ``where``."""
+    if "text" not in fields:
+        return parse_line(fields, where)
+    if has_images(fields):
         raise DataError(
-            f"{where}: has an image and `{min(others)}`, but only completions may have images; "
+            f"{where}: has an image and `text`, but only completions may have images; "
             "write `prompt` and `completion`, or drop the image"
         )
-    if "text" in fields:
-        return checked_line(TextLine, fields, where)
-    if others:
-        return checked_line(ChoiceLine, fields, where)
-    return parse_completion(fields, where)
+    return checked_line(TextLine, fields, where)
 
 
 def kind_of(line: EvaluationLine) -> Kind:
@@ -136,7 +133,7 @@ class _Sorter:
         objects = read_objects(path)
         for number, fields in objects:
             where = f"{path} line {number}"
-            line = parse_line(fields, where)
+            line = parse_any(fields, where)
             self._check_kind(line, where)
             self._add(line, where, path.parent)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()

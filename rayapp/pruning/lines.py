@@ -1,20 +1,22 @@
-"""Lines of calibration and evaluation files: read, checked, tokenised."""
+"""Lines of calibration and evaluation files: completions and multiple choice, checked, tokenised.
+
+Benchmarks may stay as they are published (:mod:`rayapp.pruning.published_lines`).
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from rayapp.errors import DataError
 from rayapp.kv.forecast import RunPrompt
-
-_Kind = TypeVar("_Kind", bound=BaseModel)
+from rayapp.pruning.json_lines import checked_line, read_objects
+from rayapp.pruning.published_lines import as_choices
 
 
 class Line(BaseModel):
@@ -49,6 +51,34 @@ class ImageLine(BaseModel):
     def paths(self) -> list[str]:
         """As they are written."""
         return self.images if self.images is not None else [str(self.image)]
+
+
+class ChoiceLine(BaseModel):
+    """A line of a multiple-choice file; ``answer`` is the index of the right choice, from 0."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    prompt: str = Field(min_length=1)
+    choices: list[str] = Field(min_length=2)
+    answer: int
+    task: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> ChoiceLine:
+        if not 0 <= self.answer < len(self.choices):
+            raise ValueError(
+                f"`answer` is {self.answer}, but the {len(self.choices)} choices are numbered "
+                f"0 to {len(self.choices) - 1}"
+            )
+        blank = [number for number, choice in enumerate(self.choices) if not choice.strip()]
+        if blank:
+            raise ValueError(f"`choices.{blank[0]}` is blank; give at least one character")
+        return self
+
+    @property
+    def answered(self) -> Line:
+        """The prompt with its right choice: what a search or healing learns from it."""
+        return Line(prompt=self.prompt, completion=self.choices[self.answer], task=self.task)
 
 
 @dataclass(frozen=True)
@@ -91,85 +121,34 @@ def has_images(fields: Mapping[str, Any]) -> bool:
 
 
 def read_lines(path: str | Path) -> list[tuple[int, Line | ImageLine]]:
-    """Checked lines with their numbers, from 1; blank lines are skipped.
+    """Checked completions with their line numbers, from 1; blank lines are skipped.
+
+    Multiple choice is completed with the right choice (PDTrim calibrates on PIQA and MMLU).
 
     Raises:
         DataError: The file cannot be read or holds no line, or a line (named) is malformed.
     """
-    return [
-        (number, parse_completion(fields, f"{path} line {number}"))
+    parsed = [
+        (number, parse_line(fields, f"{path} line {number}"))
         for number, fields in read_objects(path)
     ]
+    return [(n, line.answered if isinstance(line, ChoiceLine) else line) for n, line in parsed]
 
 
-def parse_completion(fields: dict[str, Any], where: str) -> Line | ImageLine:
-    """A checked line, about images or not; raises :class:`DataError`, naming ``where``."""
+def parse_line(fields: dict[str, Any], where: str) -> Line | ImageLine | ChoiceLine:
+    """A checked line of the kind that its keys say; raises :class:`DataError`, naming ``where``."""
+    fields = as_choices(fields, where) or fields
+    choices = {"choices", "answer"} & set(fields)
+    if choices and has_images(fields):
+        raise DataError(
+            f"{where}: has an image and `{min(choices)}`, but only completions may have images; "
+            "write `prompt` and `completion`, or drop the image"
+        )
+    if choices:
+        return checked_line(ChoiceLine, fields, where)
     if has_images(fields):
         return checked_line(ImageLine, fields, where)
     return checked_line(Line, fields, where)
-
-
-def read_objects(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a file with their line numbers, from 1; blank lines are skipped.
-
-    Raises:
-        DataError: The file cannot be read or holds no line, or a line (named) is no JSON object.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise DataError(f"{path}: cannot be read ({reason}); give a file of JSON lines") from None
-    numbered = enumerate(text.split("\n"), start=1)
-    lines = [
-        (number, _object(raw, f"{path} line {number}")) for number, raw in numbered if raw.strip()
-    ]
-    if not lines:
-        raise DataError(
-            f'{path}: holds no line; write {{"prompt": ..., "completion": ...}} per line'
-        )
-    return lines
-
-
-def checked_line(kind: type[_Kind], fields: dict[str, Any], where: str) -> _Kind:
-    """A line of some kind; raises :class:`DataError` naming ``where`` and every broken rule."""
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        raise DataError(
-            f"{where}: " + "; ".join(_explain(kind, each) for each in error.errors())
-        ) from None
-
-
-def _object(raw: str, where: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(raw)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: not JSON ({error.msg}); write one JSON object per line"
-        ) from None
-    if not isinstance(fields, dict):
-        raise DataError(
-            f"{where}: a {type(fields).__name__}, not a JSON object; write one JSON object per line"
-        )
-    return fields
-
-
-def _explain(kind: type[BaseModel], error: Any) -> str:
-    key, message = ".".join(map(str, error["loc"])), str(error["msg"]).removeprefix("Value error, ")
-    needed = [name for name, each in kind.model_fields.items() if each.is_required()]
-    rules = {
-        "missing": f"`{key}` is missing; every line needs {_listed(needed)}",
-        "extra_forbidden": f"unknown key `{key}`; use {_listed(list(kind.model_fields))}",
-        "string_too_short": f"`{key}` is empty; give at least one character",
-        "string_type": f"`{key}` is not a string; put it in quotes",
-    }
-    return rules.get(error["type"], f"`{key}`: {message}" if key else message)
-
-
-def _listed(names: Sequence[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def tokenize_line(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rayapp.errors import DataError
-from rayapp.evaluation.choices import ChoiceLine, choice_likelihoods, tokenize_question
+from rayapp.evaluation.choices import choice_likelihoods, tokenize_question
 from rayapp.evaluation.data import read_data
 from rayapp.evaluation.evaluate import evaluate
 from rayapp.evaluation.likelihood import TwoStages
@@ -18,7 +18,7 @@ from rayapp.evaluation.table import markdown
 from rayapp.models.blocks import signature_of
 from rayapp.models.loading import load_model, read_signature
 from rayapp.plan import KVTransfer, Mode, PruningPlan, StagePlan
-from rayapp.pruning.lines import TokenizedLine
+from rayapp.pruning.lines import ChoiceLine, TokenizedLine
 from rayapp.pruning.naive import teacher_forced
 
 QUALITY = EvaluationSettings(num_runs=0, num_resamples=200, split="test")

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rayapp.errors import DataError
-from rayapp.evaluation.choices import ChoiceLine
-from rayapp.evaluation.data import parse_line
+from rayapp.evaluation.data import parse_any
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.perplexity import TextLine
-from rayapp.pruning.lines import Line, read_lines, read_objects
+from rayapp.pruning.json_lines import read_objects
+from rayapp.pruning.lines import ChoiceLine, Line, read_lines
 
 MIN_CHARACTERS = 32
 """From which length on a prompt counts as found inside a text (project default)."""
@@ -54,7 +54,7 @@ def count_overlaps(chosen_on: Iterable[str], data: Mapping[str, str]) -> dict[st
 
 
 def _count(prompts: set[str], path: Path) -> int:
-    lines = [parse_line(fields, f"{path} line {n}") for n, fields in read_objects(path)]
+    lines = [parse_any(fields, f"{path} line {n}") for n, fields in read_objects(path)]
     asked = {_plain(line.prompt) for line in lines if isinstance(line, Line | ChoiceLine)}
     text = _plain("\n\n".join(line.text for line in lines if isinstance(line, TextLine)))
     inside = {p for p in prompts if len(p) >= MIN_CHARACTERS and p in text} if text else set()

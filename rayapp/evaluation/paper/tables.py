@@ -144,7 +144,7 @@ class Paper:
                 continue
             number = beside_ours(by_name[name], by_name[OURS], seed=self.settings.seed)
             if number is not None:
-                points = (f"{number.difference:.2f}", f"{number.bound:.2f}")
+                points = (f"{number.difference:z.2f}", f"{number.bound:z.2f}")
                 rows.append((row_title(name), f"{number.num:,}", *points))
         columns = ("peer", "n", "points that it loses more", "at least (95 %)")
         return Table(f"Peers beside {row_title(OURS)}: mean accuracy, paired", columns, tuple(rows))
