@@ -50,7 +50,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=text_model_path())
     parser.add_argument("--prefill-remove", type=float, nargs="+", default=[1])
-    parser.add_argument("--decode-remove", type=float, nargs="+", default=[2, 3, 4, 5])
+    parser.add_argument(
+        "--decode-remove", type=float, nargs="*", default=[2, 3, 4, 5], help="none: no new row"
+    )
     parser.add_argument("--heal", nargs="+", default=["none", "all"])
     parser.add_argument("--unit", nargs="+", choices=["block", "part"], default=["block"])
     parser.add_argument("--goals", nargs="+", default=GOALS, help="reduction:smallest encoding")
