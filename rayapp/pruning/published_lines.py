@@ -10,6 +10,7 @@ out, since their lines do not name the subject.
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -31,9 +32,9 @@ class _Published(BaseModel):
     """Keys by which such a line is known."""
     task: str = ""
 
+    @abstractmethod
     def asked(self) -> tuple[str, list[str], int]:
         """Prompt, choices as they continue it, and the index of the right one."""
-        raise NotImplementedError
 
 
 class _Options(BaseModel):
