@@ -24,10 +24,10 @@ import torch
 from ablations.bench import Bench, Sizes, plan_words
 from ablations.studies import METHOD
 
-from rayapp.distributed.kv_select import kv_select
+from rayapp.commands.kv_select import kv_select
 from rayapp.evaluation.machine import this_machine
 from rayapp.plan import PruningPlan
-from rayapp.pruning.kv_settings import KVSelectSettings
+from rayapp.pruning.kv_choice.settings import KVSelectSettings
 from rayapp.testbed import text_model_path
 
 GOALS = ("3.5:model", "4.95:model", "4.95:int8", "9:int4")

@@ -31,29 +31,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from rayapp.errors import InputError
-from rayapp.evaluation.kv_baselines import (
+from kv.attention import PromptAttention
+from kv.choosers import (
     FixedRules,
     KVChooser,
     LazyBlocks,
     ScoredTokens,
     in_all_blocks,
 )
-from rayapp.evaluation.kv_quality import KVQuality, attentions, kv_quality, tuned
+from kv.quality import KVQuality, attentions, kv_quality, tuned
+
+from rayapp.errors import InputError
 from rayapp.evaluation.machine import this_machine
 from rayapp.evaluation.progress import shown_progress
-from rayapp.evaluation.prompt_attention import PromptAttention
 from rayapp.models.loading import LoadedModel, load_model
 from rayapp.plan import Encoding, KVTransfer, PruningPlan
-from rayapp.pruning.calibration import Calibration, load_calibration
-from rayapp.pruning.evaluator import Evaluator
-from rayapp.pruning.kv_bytes import KVBytes
-from rayapp.pruning.kv_levels import FIRST, RECENT
-from rayapp.pruning.kv_selection import select_kv
-from rayapp.pruning.kv_settings import KVMethod, KVSelectSettings
-from rayapp.pruning.objective import Objective
-from rayapp.pruning.scoring import LocalCompute, Scorer
+from rayapp.pruning.evaluator.calibration import Calibration, load_calibration
+from rayapp.pruning.evaluator.evaluator import Evaluator
+from rayapp.pruning.evaluator.objective import Objective
+from rayapp.pruning.kv_choice.bytes import KVBytes
+from rayapp.pruning.kv_choice.levels import FIRST, RECENT
+from rayapp.pruning.kv_choice.selection import select_kv
+from rayapp.pruning.kv_choice.settings import KVMethod, KVSelectSettings
+from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.testbed import tasks, text_model_path
 
 CALIBRATION_SEED, FRESH_SEED = 0, 1_000_003

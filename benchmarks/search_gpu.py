@@ -29,15 +29,15 @@ from decode_engine import SHAPES, copy_gb_per_s, random_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from rayapp.data.lines import TokenizedLine
 from rayapp.evaluation.machine import this_machine
 from rayapp.models.blocks import decoder_blocks
 from rayapp.models.loading import DTYPES
-from rayapp.pruning.calibration import Calibration, cut
-from rayapp.pruning.candidates import Candidate
-from rayapp.pruning.evaluator import Evaluator
-from rayapp.pruning.lines import TokenizedLine
-from rayapp.pruning.objective import Objective
-from rayapp.pruning.spaces import Space
+from rayapp.pruning.candidates.candidate import Candidate
+from rayapp.pruning.candidates.space import Space
+from rayapp.pruning.evaluator.calibration import Calibration, cut
+from rayapp.pruning.evaluator.evaluator import Evaluator
+from rayapp.pruning.evaluator.objective import Objective
 
 
 def random_lines(arguments: argparse.Namespace, vocab: int) -> Calibration:

@@ -38,16 +38,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rayapp.evaluation.machine import this_machine
 from rayapp.models.blocks import signature_of
 from rayapp.models.loading import load_model
-from rayapp.pruning.calibration import Calibration, load_calibration
-from rayapp.pruning.candidates import Candidate
-from rayapp.pruning.evaluator import Evaluator
-from rayapp.pruning.gate_hessian import GateHessian, measure_gate_hessian, measuring_cost
-from rayapp.pruning.objective import Objective
-from rayapp.pruning.scoring import LocalCompute, Scorer
-from rayapp.pruning.search.method import SearchMethod, Setup
-from rayapp.pruning.search.methods import GRADIENT_METHODS, METHODS
-from rayapp.pruning.similarity import Influence, measure_influence
-from rayapp.pruning.spaces import Space
+from rayapp.pruning.candidates.candidate import Candidate
+from rayapp.pruning.candidates.space import Space
+from rayapp.pruning.evaluator.calibration import Calibration, load_calibration
+from rayapp.pruning.evaluator.evaluator import Evaluator
+from rayapp.pruning.evaluator.objective import Objective
+from rayapp.pruning.measures.gate_hessian import GateHessian, measure_gate_hessian, measuring_cost
+from rayapp.pruning.measures.influence import Influence, measure_influence
+from rayapp.pruning.methods.method import SearchMethod, Setup
+from rayapp.pruning.methods.table import GRADIENT_METHODS, METHODS
+from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.testbed import tasks, text_model_path
 
 SIZES = {

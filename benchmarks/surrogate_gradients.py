@@ -51,15 +51,15 @@ from search_quality import (
 from rayapp.evaluation.machine import this_machine
 from rayapp.models.blocks import signature_of
 from rayapp.models.loading import load_model
-from rayapp.pruning.candidates import DENSE, Candidate
-from rayapp.pruning.evaluator import Evaluator
-from rayapp.pruning.gate_hessian import GateHessian, measure_gate_hessian, measuring_cost
-from rayapp.pruning.search.cbo import quadratic_model
-from rayapp.pruning.search.method import Setup
-from rayapp.pruning.search.quadratic import Quadratic, features, root_losses, singles
-from rayapp.pruning.search.surrogate import Surrogate
-from rayapp.pruning.similarity import measure_influence
-from rayapp.pruning.spaces import Space
+from rayapp.pruning.candidates.candidate import DENSE, Candidate
+from rayapp.pruning.candidates.space import Space
+from rayapp.pruning.evaluator.evaluator import Evaluator
+from rayapp.pruning.measures.gate_hessian import GateHessian, measure_gate_hessian, measuring_cost
+from rayapp.pruning.measures.influence import measure_influence
+from rayapp.pruning.methods.cbo import quadratic_model
+from rayapp.pruning.methods.method import Setup
+from rayapp.pruning.methods.quadratic import Quadratic, features, root_losses, singles
+from rayapp.pruning.methods.surrogate import Surrogate
 from rayapp.testbed import tasks, text_model_path
 
 Array = NDArray[np.float64]

@@ -29,7 +29,7 @@ from visual.tables import draw, markdown
 
 from rayapp.evaluation.progress import shown_progress
 from rayapp.evaluation.settings import EvaluationSettings
-from rayapp.evaluation.visual_study import StudySettings, compare
+from rayapp.evaluation.visual.study import StudySettings, compare
 from rayapp.testbed import vision_model_path
 from rayapp.testbed.vision.files import write_questions
 from rayapp.testbed.vision.score import draw_asked_scenes

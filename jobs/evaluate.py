@@ -12,7 +12,7 @@ from rayapp.evaluation.evaluate import evaluate
 from rayapp.evaluation.progress import shown_progress
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.evaluation.table import markdown, visual_table
-from rayapp.evaluation.visual_study import compare, study_of
+from rayapp.evaluation.visual.study import compare, study_of
 
 
 def main(

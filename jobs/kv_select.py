@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from rayapp.distributed.kv_select import kv_select
+from rayapp.commands.kv_select import kv_select
 from rayapp.errors import InputError, RayappError
-from rayapp.pruning.kv_settings import KVSelectSettings, amounts
+from rayapp.pruning.kv_choice.settings import KVSelectSettings, amounts
 from rayapp.pruning.progress import ProgressReport
 
 

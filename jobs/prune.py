@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rayapp.distributed.prune import prune, prune_front
+from rayapp.commands.prune import prune, prune_front
 from rayapp.errors import InputError, RayappError
 from rayapp.pruning.progress import ProgressReport
 from rayapp.pruning.settings import PruneSettings

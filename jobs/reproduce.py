@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rayapp.distributed.reproduce import TABLES_DIRECTORY, Watch, reproduce
+from rayapp.commands.reproduce import TABLES_DIRECTORY, Watch, reproduce
 from rayapp.errors import InputError, RayappError
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.progress import shown_progress

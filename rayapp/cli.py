@@ -63,7 +63,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory for all that it leaves.")] = Path("out/demo"),
 ) -> None:
     """The whole loop on the small shipped model: search, evaluate, serve, ask, account, report."""
-    from rayapp.demo import run_demo
+    from rayapp.commands.demo import run_demo
 
     run_demo(out, Console())
 
@@ -75,8 +75,8 @@ def doctor(
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: a local one.")] = None,
 ) -> None:
     """Whether this machine, or a cluster, can do what the other commands ask of it."""
-    from rayapp.distributed.doctor import examine
-    from rayapp.terminal import finding_line
+    from rayapp.commands.doctor import examine
+    from rayapp.commands.tables import finding_line
 
     if plan is not None and model is None:
         raise RequestError("--plan was given without --model: a plan fits one model; give both")
@@ -126,8 +126,8 @@ def serve(
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: a local one.")] = None,
 ) -> None:
     """Serve a model, or a plan of it, over an OpenAI-compatible API until interrupted."""
-    from rayapp.distributed.serving import serve_until_interrupted
-    from rayapp.distributed.settings import ServiceSettings
+    from rayapp.commands.serve import serve_until_interrupted
+    from rayapp.distributed.serve.settings import ServiceSettings
 
     def pool(count: str, **labels: str) -> dict[str, Any]:
         device = "cuda" if gpus else "cpu"
@@ -270,8 +270,8 @@ def prune(
     dtype: DTypeOption = "auto",
 ) -> None:
     """Search which blocks (or parts) prefill and decode can each do without."""
-    from rayapp.distributed.prune import prune as search
-    from rayapp.distributed.prune import prune_front
+    from rayapp.commands.prune import prune as search
+    from rayapp.commands.prune import prune_front
     from rayapp.pruning.progress import ProgressReport
     from rayapp.pruning.settings import PruneSettings
 
@@ -330,10 +330,10 @@ def kv_select(
     address: Annotated[str | None, typer.Option(help="Ray cluster to use.")] = None,
 ) -> None:
     """Choose which KV of a plan travels, and in which encoding."""
-    from rayapp.distributed.kv_select import kv_select as select
-    from rayapp.pruning.kv_settings import KVSelectSettings, amounts
+    from rayapp.commands.kv_select import kv_select as select
+    from rayapp.commands.tables import kv_table
+    from rayapp.pruning.kv_choice.settings import KVSelectSettings, amounts
     from rayapp.pruning.progress import ProgressReport
-    from rayapp.terminal import kv_table
 
     logging.getLogger("rayapp").setLevel(logging.INFO)
     settings = KVSelectSettings.checked(
@@ -386,7 +386,7 @@ def evaluate(
         console.print(f"not for quotation: {caveat}", highlight=False)
     if not compare_visual_tokens:
         return
-    from rayapp.evaluation.visual_study import compare, study_of
+    from rayapp.evaluation.visual.study import compare, study_of
 
     with shown_progress() as progress:
         study = study_of(compare_visual_tokens)
@@ -418,8 +418,8 @@ def report(
     address: Annotated[str | None, typer.Option(help="Ray cluster to use.")] = None,
 ) -> None:
     """Draw all that is known of a plan on one HTML page."""
-    from rayapp.evaluation.findings import gather
-    from rayapp.evaluation.report import REPORT_FILE, write_report
+    from rayapp.evaluation.report.findings import gather
+    from rayapp.evaluation.report.page import REPORT_FILE, write_report
 
     if sensitivity != bool(model and calibration) or bool(model) != bool(calibration):
         raise InputError(
@@ -427,7 +427,7 @@ def report(
             "--calibration, or none of the three"
         )
     if sensitivity:
-        from rayapp.distributed.sensitivity import measure
+        from rayapp.commands.sensitivity import measure
         from rayapp.evaluation.progress import shown_progress
 
         with shown_progress() as progress:
@@ -471,7 +471,7 @@ def transfers(
     """Print the transfer ledger of a running service."""
     import httpx
 
-    from rayapp.terminal import ledger_tables
+    from rayapp.commands.tables import ledger_tables
 
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
@@ -491,7 +491,7 @@ def plan_show(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Plan directory or plan.json.")],
 ) -> None:
     """Draw what each stage computes and which KV travels."""
-    from rayapp.terminal import plan_tables
+    from rayapp.commands.tables import plan_tables
 
     Console().print(*plan_tables(_load_plan(path)), sep="\n")
 

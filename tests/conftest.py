@@ -42,6 +42,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.utils import logging as transformers_logging
 
 torch.set_num_threads(1)
+pytest_plugins = ["tests.clusters"]
 transformers_logging.disable_progress_bar()  # it would stand in what commands print
 
 CONFIGS = {

@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 
-from rayapp.distributed.prune import prune
+from rayapp.commands.prune import prune
+from rayapp.data.lines import TokenizedLine
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.request import SamplingParams
 from rayapp.evaluation.bootstrap import upper_bound
-from rayapp.evaluation.latency import measure_latency
-from rayapp.evaluation.likelihood import LineLikelihood, TwoStages, likelihoods
+from rayapp.evaluation.measures.latency import measure_latency
+from rayapp.evaluation.measures.likelihood import LineLikelihood, TwoStages, likelihoods
 from rayapp.evaluation.result import LatencyResult
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.models.blocks import signature_of
 from rayapp.models.loading import LoadedModel, load_model
 from rayapp.plan import PruningPlan
-from rayapp.pruning.calibration import load_calibration
-from rayapp.pruning.kv_bytes import KVBytes
-from rayapp.pruning.lines import TokenizedLine
+from rayapp.pruning.evaluator.calibration import load_calibration
+from rayapp.pruning.kv_choice.bytes import KVBytes
 from rayapp.pruning.settings import PruneSettings
 from rayapp.testbed import tasks
 

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from ablations.bench import Bench
-from rayapp.evaluation.likelihood import TwoStages
+from rayapp.evaluation.measures.likelihood import TwoStages
 from rayapp.models.blocks import decoder_blocks
 from rayapp.plan import STAGES, PruningPlan
-from rayapp.pruning.calibration import load_calibration
+from rayapp.pruning.evaluator.calibration import load_calibration
 
 
 def without_channels(bench: Bench, blocks: int, *, per_stage: bool) -> tuple[TwoStages, float]:

@@ -9,13 +9,13 @@ from typing import Any
 from ablations.bench import Bench
 from ablations.channels import without_channels
 from ablations.text import text_calibration
-from rayapp.distributed.kv_select import kv_select
+from rayapp.commands.kv_select import kv_select
 from rayapp.models.loading import load_model
 from rayapp.plan import KVTransfer, PruningPlan
-from rayapp.pruning.kv_settings import KVSelectSettings
+from rayapp.pruning.kv_choice.settings import KVSelectSettings
+from rayapp.pruning.measures.influence import measure_influence
 from rayapp.pruning.preparation import open_evaluator, prepare
 from rayapp.pruning.settings import PruneSettings
-from rayapp.pruning.similarity import measure_influence
 
 REMOVE = 2
 METHOD = "surrogate"

@@ -11,10 +11,10 @@ from cost.lines import equal_lines
 from cost.meter import Cost, Meter
 from cost.trial import naive
 from rayapp.models.loading import LoadedModel
-from rayapp.pruning.calibration import CHUNK_TOKENS, Calibration
-from rayapp.pruning.candidates import DENSE, Candidate
-from rayapp.pruning.evaluator import Evaluator
-from rayapp.pruning.objective import Objective
+from rayapp.pruning.candidates.candidate import DENSE, Candidate
+from rayapp.pruning.evaluator.calibration import CHUNK_TOKENS, Calibration
+from rayapp.pruning.evaluator.evaluator import Evaluator
+from rayapp.pruning.evaluator.objective import Objective
 
 
 def decode_only(arguments: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from rayapp.pruning.calibration import Calibration
-from rayapp.pruning.candidates import Candidate
-from rayapp.pruning.evaluator import Evaluator
-from rayapp.pruning.objective import Objective
-from rayapp.pruning.scoring import LocalCompute, Scorer
+from rayapp.pruning.candidates.candidate import Candidate
+from rayapp.pruning.evaluator.calibration import Calibration
+from rayapp.pruning.evaluator.evaluator import Evaluator
+from rayapp.pruning.evaluator.objective import Objective
+from rayapp.pruning.scorer import LocalCompute, Scorer
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95

@@ -7,8 +7,8 @@ import random
 
 from transformers import PreTrainedTokenizerBase
 
-from rayapp.pruning.calibration import Calibration, cut
-from rayapp.pruning.lines import TokenizedLine
+from rayapp.data.lines import TokenizedLine
+from rayapp.pruning.evaluator.calibration import Calibration, cut
 from rayapp.testbed.tasks import TASKS, generate
 
 

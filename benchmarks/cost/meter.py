@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from rayapp.pruning.evaluator import Evaluator
-from rayapp.pruning.gate_hessian import GateHessian, measuring_cost
-from rayapp.pruning.scoring import Done, LocalCompute, Work
-from rayapp.pruning.similarity import Influence
+from rayapp.pruning.evaluator.evaluator import Evaluator
+from rayapp.pruning.measures.gate_hessian import GateHessian, measuring_cost
+from rayapp.pruning.measures.influence import Influence
+from rayapp.pruning.scorer import Done, LocalCompute, Work
 
 
 @dataclass

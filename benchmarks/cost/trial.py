@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from cost.lines import equal_lines
 from cost.meter import Cost, Meter, Recording
 from rayapp.models.loading import LoadedModel
-from rayapp.pruning.calibration import Calibration
-from rayapp.pruning.candidates import Candidate
-from rayapp.pruning.evaluator import Evaluator
-from rayapp.pruning.objective import Objective
-from rayapp.pruning.run import SearchResult, run_search
-from rayapp.pruning.scoring import Scorer
+from rayapp.pruning.candidates.candidate import Candidate
+from rayapp.pruning.evaluator.calibration import Calibration
+from rayapp.pruning.evaluator.evaluator import Evaluator
+from rayapp.pruning.evaluator.objective import Objective
+from rayapp.pruning.scorer import Scorer
+from rayapp.pruning.search.run import SearchResult, run_search
 from rayapp.pruning.settings import PruneSettings
 
 

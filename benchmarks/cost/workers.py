@@ -14,10 +14,10 @@ from typing import Any
 from cost.lines import equal_lines
 from cost.trial import search, settings_of
 from rayapp.models.loading import LoadedModel
-from rayapp.pruning.candidates import Candidate
-from rayapp.pruning.evaluator import CACHE_BYTES
-from rayapp.pruning.scoring import Done, split_work
-from rayapp.pruning.spaces import Space
+from rayapp.pruning.candidates.candidate import Candidate
+from rayapp.pruning.candidates.space import Space
+from rayapp.pruning.evaluator.evaluator import CACHE_BYTES
+from rayapp.pruning.scorer import Done, split_work
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PIECE_OVERHEAD_S = 0.003  # a bare actor call with a small answer
@@ -31,7 +31,7 @@ def two_workers(arguments: argparse.Namespace, model: LoadedModel) -> dict[str, 
     os.environ.update({"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"})
     import ray
 
-    from rayapp.distributed.scoring import EvaluatorPool
+    from rayapp.distributed.evaluator_pool import EvaluatorPool
 
     lines = equal_lines(model.tokenizer, arguments, "calibration", arguments.lines, arguments.seed)
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="warning")

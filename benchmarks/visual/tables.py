@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from rayapp.evaluation.table import visual_table
-from rayapp.evaluation.visual_result import VisualQuality, VisualRow, mean_over_tasks
+from rayapp.evaluation.visual.result import VisualQuality, VisualRow, mean_over_tasks
 
 MARKERS = "os^Dv"
 PAPER = "trimtokenator"

@@ -11,13 +11,12 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from rayapp import __version__
 from rayapp.api.access import LimitBody, RequireKey, is_authorized
-from rayapp.api.answers import Delta, answer_deltas, collected, merged
 from rayapp.api.disconnect import EventStream, unless_disconnected
 from rayapp.api.metrics import ApiMetrics, CountResponses
-from rayapp.api.prompts import Prompt, PromptReader
-from rayapp.api.refusals import install_error_handlers
-from rayapp.api.replies import ChatFormat, CompletionFormat, Reply, ReplyFormat
-from rayapp.api.schema import (
+from rayapp.api.openai.answers import Delta, answer_deltas, collected, merged
+from rayapp.api.openai.prompts import Prompt, PromptReader
+from rayapp.api.openai.replies import ChatFormat, CompletionFormat, Reply, ReplyFormat
+from rayapp.api.openai.schema import (
     MAX_BODY_BYTES,
     MAX_BODY_BYTES_WITH_IMAGES,
     AnswerRequest,
@@ -25,6 +24,7 @@ from rayapp.api.schema import (
     CompletionRequest,
     TokenizeRequest,
 )
+from rayapp.api.refusals import install_error_handlers
 from rayapp.api.service import HealthReport, Service
 from rayapp.api.status_page import status_page
 from rayapp.engine.request import GenerationRequest

@@ -158,3 +158,33 @@ class Timeline:
     def as_dict(self) -> dict[str, float | None]:
         """The raw marks."""
         return asdict(self)
+
+
+def merged(batches: list[TokenBatch]) -> TokenBatch:
+    """Consecutive batches of one attempt as one."""
+    first, last = batches[0], batches[-1]
+    return TokenBatch(
+        request_id=first.request_id,
+        attempt=first.attempt,
+        first_index=first.first_index,
+        token_ids=tuple(token for batch in batches for token in batch.token_ids),
+        finish_reason=last.finish_reason,
+        logprobs=tuple(entry for batch in batches for entry in batch.logprobs),
+    )
+
+
+def after(batch: TokenBatch, num_sent: int) -> TokenBatch | None:
+    """What ``batch`` adds to an answer of which ``num_sent`` tokens are out; None if nothing."""
+    skip = num_sent - batch.first_index
+    if skip >= len(batch.token_ids):
+        return None
+    if skip <= 0:
+        return batch
+    return TokenBatch(
+        request_id=batch.request_id,
+        attempt=batch.attempt,
+        first_index=num_sent,
+        token_ids=batch.token_ids[skip:],
+        finish_reason=batch.finish_reason,
+        logprobs=batch.logprobs[skip:],
+    )

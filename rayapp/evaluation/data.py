@@ -2,7 +2,7 @@
 
 A line is a completion ``{"prompt", "completion"}``, a multiple choice
 ``{"prompt", "choices", "answer"}`` or a text ``{"text"}``; each may name its ``"task"``. A
-completion may be about images (:mod:`rayapp.pruning.image_lines`). A file may mix kinds, a task
+completion may be about images (:mod:`rayapp.data.image_lines`). A file may mix kinds, a task
 may not: its numbers would be of two sorts.
 """
 
@@ -16,15 +16,9 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from rayapp.errors import DataError
-from rayapp.evaluation.choices import Question, tokenize_question
-from rayapp.evaluation.perplexity import TextLine, Windows, cut_windows
-from rayapp.evaluation.result import DataFile
-from rayapp.evaluation.settings import EvaluationSettings
-from rayapp.plan import Stage
-from rayapp.pruning.image_lines import ImageLineReader, TokenizedImageLine
-from rayapp.pruning.json_lines import checked_line, read_objects
-from rayapp.pruning.lines import (
+from rayapp.data.image_lines import ImageLineReader, TokenizedImageLine
+from rayapp.data.json_lines import checked_line, read_objects
+from rayapp.data.lines import (
     ChoiceLine,
     ImageLine,
     Line,
@@ -33,6 +27,12 @@ from rayapp.pruning.lines import (
     parse_line,
     tokenize_line,
 )
+from rayapp.errors import DataError
+from rayapp.evaluation.measures.choices import Question, tokenize_question
+from rayapp.evaluation.measures.perplexity import TextLine, Windows, cut_windows
+from rayapp.evaluation.result import DataFile
+from rayapp.evaluation.settings import EvaluationSettings
+from rayapp.plan import Stage
 from rayapp.vision.inputs import ImageIntake
 
 Kind = Literal["completions", "choices", "texts"]

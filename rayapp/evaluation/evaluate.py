@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from rayapp.evaluation.choices import AnsweredQuestions, choice_result
-from rayapp.evaluation.completions import JudgedCompletions, completion_result
 from rayapp.evaluation.data import EvaluationData, read_data
 from rayapp.evaluation.machine import this_machine
-from rayapp.evaluation.perplexity import ScoredWindows, text_result
+from rayapp.evaluation.measures.choices import AnsweredQuestions, choice_result
+from rayapp.evaluation.measures.completions import JudgedCompletions, completion_result
+from rayapp.evaluation.measures.perplexity import ScoredWindows, text_result
 from rayapp.evaluation.progress import ProgressCallback, silent
 from rayapp.evaluation.result import MEAN, EvaluationResult, LatencyResult, PlanSummary
 from rayapp.evaluation.settings import EvaluationSettings

@@ -67,7 +67,8 @@ class ChoiceResult(MeasuredRow):
     """One multiple-choice task, or the mean over tasks (``task`` = ``mean``; tasks count alike).
 
     ``acc`` goes by summed log-likelihood, ``acc_norm`` by its quotient per character
-    (:mod:`rayapp.evaluation.choices`). What is lost is in percentage points, dense minus plan.
+    (:mod:`rayapp.evaluation.measures.choices`). What is lost is in percentage points, dense minus
+    plan.
     """
 
     dense_acc: float
@@ -81,8 +82,8 @@ class ChoiceResult(MeasuredRow):
 class TextResult(MeasuredRow):
     """Perplexity of one task's texts, or of the mean over tasks of their NLL.
 
-    ``num_examples`` are windows (:mod:`rayapp.evaluation.perplexity`). NLL and KL are nats per
-    scored token; ``nll_lost`` is plan minus dense. ``num_context_tokens`` of the text are never
+    ``num_examples`` are windows (:mod:`rayapp.evaluation.measures.perplexity`). NLL and KL are nats
+    per scored token; ``nll_lost`` is plan minus dense. ``num_context_tokens`` of the text are never
     scored, ``num_left_out`` lie beyond the limit of windows.
     """
 

@@ -12,8 +12,9 @@ class EvaluationSettings(BaseModel):
 
     ``split`` is a label for the record: which split the data files were drawn from. ``limit`` keeps
     the first examples of every task (windows, of texts). ``num_runs`` 0 skips the timings. A window
-    of text (:mod:`rayapp.evaluation.perplexity`) has ``num_window_tokens`` (None: 2,048, or the
-    model's context where that is shorter); prefill runs the first ``window_prompt_share`` of it.
+    of text (:mod:`rayapp.evaluation.measures.perplexity`) has ``num_window_tokens`` (None: 2,048,
+    or the model's context where that is shorter); prefill runs the first ``window_prompt_share`` of
+    it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

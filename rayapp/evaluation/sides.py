@@ -7,22 +7,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rayapp.data.image_lines import TokenizedImageLine
+from rayapp.data.lines import TokenizedLine
 from rayapp.engine.local import LocalPipeline
 from rayapp.errors import IntegrityError
-from rayapp.evaluation.answers import judge_answers
-from rayapp.evaluation.choices import AnsweredQuestions, Question, choice_likelihoods
-from rayapp.evaluation.completions import JudgedCompletions
-from rayapp.evaluation.latency import TimedImage, measure_latency
-from rayapp.evaluation.likelihood import LineLikelihood, TwoStages, image_likelihoods, likelihoods
-from rayapp.evaluation.perplexity import ScoredWindows, Windows
+from rayapp.evaluation.measures.answers import judge_answers
+from rayapp.evaluation.measures.choices import AnsweredQuestions, Question, choice_likelihoods
+from rayapp.evaluation.measures.completions import JudgedCompletions
+from rayapp.evaluation.measures.latency import TimedImage, measure_latency
+from rayapp.evaluation.measures.likelihood import (
+    LineLikelihood,
+    TwoStages,
+    image_likelihoods,
+    likelihoods,
+)
+from rayapp.evaluation.measures.perplexity import ScoredWindows, Windows
+from rayapp.evaluation.measures.prompt_bytes import PromptBytes
 from rayapp.evaluation.progress import ProgressCallback, silent
-from rayapp.evaluation.prompt_bytes import PromptBytes
 from rayapp.evaluation.result import LatencyResult
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.models.loading import LoadedModel
 from rayapp.plan import PruningPlan
-from rayapp.pruning.image_lines import TokenizedImageLine
-from rayapp.pruning.lines import TokenizedLine
 from rayapp.vision.reader import ImageReader, ImageSupport
 
 _Found = TypeVar("_Found")

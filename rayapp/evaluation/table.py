@@ -18,7 +18,7 @@ from rayapp.evaluation.result import (
     TaskResult,
     TextResult,
 )
-from rayapp.evaluation.visual_result import VisualQuality, mean_over_tasks
+from rayapp.evaluation.visual.result import VisualQuality, mean_over_tasks
 
 NAMELESS = "(no task)"
 SPEEDUP = "speed-up"

@@ -2,11 +2,12 @@
 
 A candidate is a set of removed parts per stage; KV modes are derived, never searched. One
 ``score_many(candidates, chunks)`` serves every method; its compute is in this process
-(:class:`rayapp.pruning.evaluator.Evaluator`) or on Ray (:mod:`rayapp.distributed.scoring`), bit for
-bit the same, because a (candidate, chunk) pair is always computed with the same shapes whoever
-asks.
+(:class:`rayapp.pruning.evaluator.evaluator.Evaluator`) or on Ray
+(:mod:`rayapp.distributed.evaluator_pool`), bit for bit the same, because a (candidate, chunk) pair
+is always computed with the same shapes whoever asks.
 
-Invariant: reuse never changes a score (:mod:`rayapp.pruning.naive` is the oracle). Rejected:
-batches of several candidates (their shapes, and so their bits, would depend on the company), and
-methods that own the loop (ask and tell keep journal, resume and workers out of every method).
+Invariant: reuse never changes a score (:mod:`rayapp.pruning.evaluator.naive` is the oracle).
+Rejected: batches of several candidates (their shapes, and so their bits, would depend on the
+company), and methods that own the loop (ask and tell keep journal, resume and workers out of every
+method).
 """

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rayapp.data.lines import ImageLine, read_lines
 from rayapp.errors import DataError, InputError
 from rayapp.models.blocks import MULTIMODAL_TYPES, text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.loading import load_model, load_tokenizer
 from rayapp.plan import ModelSignature
-from rayapp.pruning.calibration import Calibration, load_calibration
-from rayapp.pruning.distill import BATCH_TOKENS, HELD_BACK_EVERY, Healer
-from rayapp.pruning.evaluator import Evaluator
-from rayapp.pruning.lines import ImageLine, read_lines
+from rayapp.pruning.evaluator.calibration import Calibration, load_calibration
+from rayapp.pruning.evaluator.evaluator import Evaluator
+from rayapp.pruning.evaluator.visual_words import ImageWordReader, teach
+from rayapp.pruning.healing.training import BATCH_TOKENS, HELD_BACK_EVERY, Healer
 from rayapp.pruning.settings import PruneSettings
-from rayapp.pruning.visual_words import ImageWordReader, teach
 
 
 @dataclass(frozen=True)

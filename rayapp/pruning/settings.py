@@ -11,12 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rayapp.errors import InputError
 from rayapp.models.loading import DType
 from rayapp.plan import KVTransfer, Stage, VisualTokens
-from rayapp.pruning.calibration import CHUNK_TOKENS
-from rayapp.pruning.distill import Training
-from rayapp.pruning.evaluator import CACHE_BYTES
-from rayapp.pruning.healing import Heal
-from rayapp.pruning.objective import Objective, ObjectiveKind, ScoreBy
-from rayapp.pruning.spaces import Space, Unit
+from rayapp.pruning.candidates.healing import Heal
+from rayapp.pruning.candidates.space import Space, Unit
+from rayapp.pruning.evaluator.calibration import CHUNK_TOKENS
+from rayapp.pruning.evaluator.evaluator import CACHE_BYTES
+from rayapp.pruning.evaluator.objective import Objective, ObjectiveKind, ScoreBy
+from rayapp.pruning.healing.training import Training
 
 Method = Literal[
     "annealing",
@@ -77,7 +77,7 @@ class PruneSettings(BaseModel):
             paper's default.
         heal: Which removed blocks hand their work to a trained survivor: ``none``, those of the
             distillation set (``pair``), or ``all``; where a survivor is free
-            (:mod:`rayapp.pruning.healing`).
+            (:mod:`rayapp.pruning.candidates.healing`).
         heal_data: File of JSON lines to train survivors on; none of its prompts may be in the
             calibration file.
         heal_steps: Training steps of a pair.

@@ -8,8 +8,8 @@ import time
 import httpx
 import pytest
 
-from rayapp.api.answers import Delta, merged
 from rayapp.api.disconnect import EventStream
+from rayapp.api.openai.answers import Delta, merged
 
 BODY = {"prompt": ["a", "b"], "n": 2, "max_tokens": 12}
 
@@ -83,8 +83,8 @@ def test_leaving_between_the_first_token_and_the_response(service):
 
 def test_cancelling_the_handler_itself_frees_everything(service):
     """As Ray Serve does when a client leaves."""
-    from rayapp.api.answers import answer_deltas
     from rayapp.api.disconnect import unless_disconnected
+    from rayapp.api.openai.answers import answer_deltas
     from rayapp.engine.request import GenerationRequest, SamplingParams
 
     service.gap_s = 30.0

@@ -8,8 +8,8 @@ import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rayapp.api.openai.schema import NEUTRAL
 from rayapp.api.routes import build_app
-from rayapp.api.schema import NEUTRAL
 
 SCALARS = (
     st.none()

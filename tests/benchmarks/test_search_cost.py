@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rayapp.pruning.calibration import cut
-from rayapp.pruning.lines import TokenizedLine
+from rayapp.data.lines import TokenizedLine
+from rayapp.pruning.evaluator.calibration import cut
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = (

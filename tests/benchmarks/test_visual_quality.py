@@ -13,14 +13,14 @@ from rayapp.engine.local import ImagePrompt, LocalPipeline
 from rayapp.engine.request import SamplingParams
 from rayapp.errors import DataError, InputError, ModelError
 from rayapp.evaluation.evaluate import evaluate
-from rayapp.evaluation.findings import gather
-from rayapp.evaluation.report import render_report
+from rayapp.evaluation.report.findings import gather
+from rayapp.evaluation.report.page import render_report
 from rayapp.evaluation.settings import EvaluationSettings
-from rayapp.evaluation.visual_result import VISUAL_FILE, VisualQuality
-from rayapp.evaluation.visual_study import compare, study_of
+from rayapp.evaluation.visual.result import VISUAL_FILE, VisualQuality
+from rayapp.evaluation.visual.study import compare, study_of
 from rayapp.models.loading import load_model
 from rayapp.plan import PruningPlan, VisualTokens
-from rayapp.testbed.vision.questions import TYPES
+from rayapp.testbed.vision.questions.questions import TYPES
 from rayapp.vision.llava import load_image_processor
 from rayapp.vision.selection import METHODS
 

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from rayapp.distributed.deploy import IMPORT_PATH
-from rayapp.distributed.settings import ServiceSettings
+from rayapp.distributed.serve.deploy import IMPORT_PATH
+from rayapp.distributed.serve.settings import ServiceSettings
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from rayapp import cli
-from rayapp.pruning.kv_settings import KVSelectSettings
+from rayapp.pruning.kv_choice.settings import KVSelectSettings
 from rayapp.pruning.settings import PruneSettings
 
 JOBS = Path(__file__).parents[2] / "jobs"

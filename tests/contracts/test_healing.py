@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import ray
 
-from rayapp.distributed.prune import prune
-from rayapp.distributed.scoring import EvaluatorPool
+from rayapp.commands.prune import prune
+from rayapp.distributed.evaluator_pool import EvaluatorPool
 from rayapp.errors import SearchError
 from rayapp.plan import HEALED_FILE
-from rayapp.pruning.candidates import DENSE, Candidate
-from rayapp.pruning.healed_pairs import HealedPairs
-from rayapp.pruning.healing import Healing, Pair
+from rayapp.pruning.candidates.candidate import DENSE, Candidate
+from rayapp.pruning.candidates.healing import Healing, Pair
+from rayapp.pruning.healing.trained_pairs import HealedPairs
 from rayapp.pruning.preparation import heal_context, open_evaluator, open_healer, prepare
-from rayapp.pruning.scoring import LocalCompute, Scorer
+from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.pruning.settings import PruneSettings
 from rayapp.pruning.storage import Storage
 

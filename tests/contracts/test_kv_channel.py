@@ -22,7 +22,7 @@ def local_channel() -> Iterator[KVChannel]:
 def object_store_channel() -> Iterator[KVChannel]:
     import ray
 
-    from rayapp.distributed.channel import ObjectStoreChannel
+    from rayapp.distributed.serve.channel import ObjectStoreChannel
 
     if not ray.is_initialized():
         ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error")

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import ray
 
-from rayapp.distributed.scoring import EvaluatorPool
+from rayapp.distributed.evaluator_pool import EvaluatorPool
 from rayapp.plan import KVTransfer
-from rayapp.pruning.candidates import DENSE, Candidate
-from rayapp.pruning.healing import HealedPair, Healing, Pair
-from rayapp.pruning.naive import naive_scores
-from rayapp.pruning.objective import Score
+from rayapp.pruning.candidates.candidate import DENSE, Candidate
+from rayapp.pruning.candidates.healing import HealedPair, Healing, Pair
+from rayapp.pruning.candidates.space import Space
+from rayapp.pruning.evaluator.naive import naive_scores
+from rayapp.pruning.evaluator.objective import Score
 from rayapp.pruning.preparation import open_evaluator, prepare
-from rayapp.pruning.scoring import Compute, LocalCompute, Scorer
+from rayapp.pruning.scorer import Compute, LocalCompute, Scorer
 from rayapp.pruning.settings import PruneSettings
-from rayapp.pruning.spaces import Space
 
 pytestmark = pytest.mark.ray
 

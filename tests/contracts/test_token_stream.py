@@ -42,10 +42,10 @@ def _over_ray(tiny_model, tokenizer):
     """The service in this process, its replicas on two nodes of a local cluster."""
     from ray import serve
 
-    from rayapp.distributed.cluster import local_cluster
-    from rayapp.distributed.deploy import running_service
-    from rayapp.distributed.ingress import open_service
-    from rayapp.distributed.settings import APP_NAME, ServiceSettings
+    from rayapp.distributed.cluster.local import local_cluster
+    from rayapp.distributed.serve.deploy import running_service
+    from rayapp.distributed.serve.ingress.ingress import open_service
+    from rayapp.distributed.serve.settings import APP_NAME, ServiceSettings
 
     model = tiny_model("llama")
     limits = {"max_num_seqs": MAX_NUM_SEQS, "max_model_len": MAX_MODEL_LEN}

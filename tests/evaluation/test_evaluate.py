@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from rayapp.errors import DataError, PlanError, RayappError
 from rayapp.evaluation import evaluate as module
 from rayapp.evaluation import sides
-from rayapp.evaluation.answers import JudgedAnswer, judge_answers
 from rayapp.evaluation.evaluate import evaluate
+from rayapp.evaluation.measures.answers import JudgedAnswer, judge_answers
 from rayapp.evaluation.result import EvaluationResult
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.models.loading import load_model, read_signature

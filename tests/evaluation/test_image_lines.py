@@ -17,18 +17,18 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from rayapp.data.image_lines import TokenizedImageLine
 from rayapp.engine.local import LocalPipeline
 from rayapp.errors import DataError, PlanError
 from rayapp.evaluation import evaluate as module
-from rayapp.evaluation.answers import judge_answers
 from rayapp.evaluation.data import read_data
 from rayapp.evaluation.evaluate import evaluate
+from rayapp.evaluation.measures.answers import judge_answers
 from rayapp.evaluation.result import EvaluationResult
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.evaluation.table import markdown
 from rayapp.models.loading import load_model, load_tokenizer, read_signature
 from rayapp.plan import KVTransfer, PruningPlan, VisualTokens
-from rayapp.pruning.image_lines import TokenizedImageLine
 from rayapp.vision.inputs import ImageIntake
 from rayapp.vision.llava import load_image_processor
 

@@ -11,8 +11,8 @@ from contextlib import aclosing, asynccontextmanager
 import pytest
 import ray
 
-from rayapp.distributed.channel import ObjectHandle, ObjectStoreChannel
-from rayapp.distributed.ingress import open_service
+from rayapp.distributed.serve.channel import ObjectHandle, ObjectStoreChannel
+from rayapp.distributed.serve.ingress.ingress import open_service
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.request import GenerationRequest, SamplingParams
 from rayapp.errors import DeadlineError, UnavailableError

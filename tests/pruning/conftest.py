@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rayapp.pruning.calibration import Calibration, cut
-from rayapp.pruning.lines import TokenizedLine
+from rayapp.data.lines import TokenizedLine
+from rayapp.pruning.evaluator.calibration import Calibration, cut
 
 END = 256
 

@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rayapp.errors import InputError
 from rayapp.evaluation.bootstrap import Bound, upper_bound
-from rayapp.evaluation.choices import AnsweredQuestions
-from rayapp.evaluation.completions import JudgedCompletions
 from rayapp.evaluation.data import EvaluationData, Kind
-from rayapp.evaluation.perplexity import ScoredWindows
-from rayapp.evaluation.prompt_bytes import PromptBytes
+from rayapp.evaluation.measures.choices import AnsweredQuestions
+from rayapp.evaluation.measures.completions import JudgedCompletions
+from rayapp.evaluation.measures.perplexity import ScoredWindows
+from rayapp.evaluation.measures.prompt_bytes import PromptBytes
 from rayapp.evaluation.result import LatencyResult
 from rayapp.evaluation.sides import Sides
 

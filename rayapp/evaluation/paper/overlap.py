@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from rayapp.data.json_lines import read_objects
+from rayapp.data.lines import ChoiceLine, Line, read_lines
 from rayapp.errors import DataError
 from rayapp.evaluation.data import parse_any
+from rayapp.evaluation.measures.perplexity import TextLine
 from rayapp.evaluation.paper.settings import ReproduceSettings
-from rayapp.evaluation.perplexity import TextLine
-from rayapp.pruning.json_lines import read_objects
-from rayapp.pruning.lines import ChoiceLine, Line, read_lines
 
 MIN_CHARACTERS = 32
 """From which length on a prompt counts as found inside a text (project default)."""

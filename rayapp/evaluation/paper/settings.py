@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.models.loading import DType
-from rayapp.pruning.healing import Heal
+from rayapp.pruning.candidates.healing import Heal
 from rayapp.pruning.settings import Method, PruneSettings, checked
 
 SHARE = 0.125

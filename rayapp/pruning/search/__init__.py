@@ -1,6 +1,5 @@
-"""Search methods, one file each, behind ask and tell (:mod:`rayapp.pruning.search.method`).
+"""The loop of a search: ask a method, score, write down, tell; then the plan, or a front of plans.
 
-Invariant: what a method asks depends on its settings and on the scores that it was told, nothing
-else; randomness comes from (seed, generation, index). So a journal of scores replays a search
-exactly.
+Invariant: the journal holds every score before a method is told it, so a killed search ends, once
+resumed, with the plan that it would have found undisturbed.
 """

@@ -10,9 +10,9 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from rayapp.testbed.vision.attention import attend_packed
-from rayapp.testbed.vision.patches import GRID, NUM_PATCHES
-from rayapp.testbed.vision.questions import NAMING, TYPES
-from rayapp.testbed.vision.scenes import COLOURS, NUM_THINGS, SHAPES, SIDE, SIZE_MARGIN
+from rayapp.testbed.vision.questions.patches import GRID, NUM_PATCHES
+from rayapp.testbed.vision.questions.questions import NAMING, TYPES
+from rayapp.testbed.vision.scenes.scenes import COLOURS, NUM_THINGS, SHAPES, SIDE, SIZE_MARGIN
 from rayapp.testbed.vision.score import draw_asked_scenes, score
 from rayapp.testbed.vision.train import Run
 

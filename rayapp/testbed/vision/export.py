@@ -10,14 +10,14 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from rayapp.testbed.export import settle
 from rayapp.testbed.vision.model import Shape
-from rayapp.testbed.vision.scenes import PATCH, SIDE
-from rayapp.testbed.vision.words import (
+from rayapp.testbed.vision.questions.words import (
     CHAT_TEMPLATE,
     END_ID,
     IMAGE_TOKEN,
     PAD_ID,
     word_tokenizer,
 )
+from rayapp.testbed.vision.scenes.scenes import PATCH, SIDE
 
 
 def plain_model(

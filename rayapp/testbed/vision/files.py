@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from rayapp.testbed.vision.picture import draw_picture
+from rayapp.testbed.vision.questions.words import IMAGE_TOKEN
+from rayapp.testbed.vision.scenes.picture import draw_picture
 from rayapp.testbed.vision.score import AskedScene
-from rayapp.testbed.vision.words import IMAGE_TOKEN
 
 PICTURES = "images"
 """Folder of the pictures, beside the lines."""

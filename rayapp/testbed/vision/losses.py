@@ -13,10 +13,11 @@ from transformers import LlavaForConditionalGeneration
 
 from rayapp.testbed.tasks import below
 from rayapp.testbed.vision.packing import END_KIND, Packed, pack, run_packed
-from rayapp.testbed.vision.patches import GRID
-from rayapp.testbed.vision.questions import TYPES, draw_questions
+from rayapp.testbed.vision.questions.patches import GRID
+from rayapp.testbed.vision.questions.questions import TYPES, draw_questions
+from rayapp.testbed.vision.questions.words import IDS, NOTHING
 from rayapp.testbed.vision.recipe import Recipe
-from rayapp.testbed.vision.scenes import Scene, draw_scene
+from rayapp.testbed.vision.scenes.scenes import Scene, draw_scene
 from rayapp.testbed.vision.tower import (
     Heads,
     cut_windows,
@@ -28,7 +29,6 @@ from rayapp.testbed.vision.tower import (
     visual_features,
     visual_tokens,
 )
-from rayapp.testbed.vision.words import IDS, NOTHING
 
 _MANY = 40
 """More questions than any row of tokens holds."""

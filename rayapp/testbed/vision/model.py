@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from rayapp.testbed.vision.patches import GRID, NUM_PATCHES
-from rayapp.testbed.vision.scenes import PATCH, SIDE
-from rayapp.testbed.vision.words import END_ID, IMAGE_ID, PAD_ID, VOCABULARY
+from rayapp.testbed.vision.questions.patches import GRID, NUM_PATCHES
+from rayapp.testbed.vision.questions.words import END_ID, IMAGE_ID, PAD_ID, VOCABULARY
+from rayapp.testbed.vision.scenes.scenes import PATCH, SIDE
 
 _NEAR = ((1.0, 1.5), (1.5, 1.0), (2.0, 0.5))
 """How far away the heads of each layer of the tower look at first, in patches, and how sharply."""

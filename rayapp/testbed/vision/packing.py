@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from rayapp.testbed.vision.patches import NUM_PATCHES
-from rayapp.testbed.vision.questions import TYPES, Question
-from rayapp.testbed.vision.words import END_ID, IDS, PAD_ID
+from rayapp.testbed.vision.questions.patches import NUM_PATCHES
+from rayapp.testbed.vision.questions.questions import TYPES, Question
+from rayapp.testbed.vision.questions.words import END_ID, IDS, PAD_ID
 
 
 @dataclass(frozen=True, slots=True)

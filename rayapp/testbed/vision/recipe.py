@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from rayapp.errors import InputError
 from rayapp.testbed.vision.model import Shape
-from rayapp.testbed.vision.patches import NUM_PATCHES
+from rayapp.testbed.vision.questions.patches import NUM_PATCHES
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from transformers import LlavaForConditionalGeneration
 
 from rayapp.errors import InputError
 from rayapp.testbed.vision.packing import Packed, pack, run_packed
-from rayapp.testbed.vision.questions import TYPES, Question, one_of_each
-from rayapp.testbed.vision.scenes import Scene, draw_scene
+from rayapp.testbed.vision.questions.questions import TYPES, Question, one_of_each
+from rayapp.testbed.vision.scenes.scenes import Scene, draw_scene
 from rayapp.testbed.vision.tower import pixels_of, visual_features, visual_tokens
 
 _TOKENS = 64

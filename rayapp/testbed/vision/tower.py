@@ -23,10 +23,10 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
 from rayapp.testbed.vision.model import Shape
-from rayapp.testbed.vision.patches import GRID, PatchLabels, label_patches
-from rayapp.testbed.vision.picture import draw_picture
-from rayapp.testbed.vision.scenes import COLOURS, SHAPES, Scene
-from rayapp.testbed.vision.words import CENTRE, IDS, NOTHING, VOCABULARY
+from rayapp.testbed.vision.questions.patches import GRID, PatchLabels, label_patches
+from rayapp.testbed.vision.questions.words import CENTRE, IDS, NOTHING, VOCABULARY
+from rayapp.testbed.vision.scenes.picture import draw_picture
+from rayapp.testbed.vision.scenes.scenes import COLOURS, SHAPES, Scene
 
 _LOOKS = tuple(IDS[word] for word in (*COLOURS, *SHAPES))
 _MIDDLE_WEIGHT = 2.0

@@ -1,0 +1,202 @@
+"""Replies of OpenAI's interface, whole or in chunks: one format per kind of request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Protocol
+
+from pydantic_core import to_json
+from transformers import PreTrainedTokenizerBase
+
+from rayapp.api.openai.answers import AnswerText, Delta
+from rayapp.api.openai.token_text import best_alternatives, finite, token_text
+from rayapp.api.refusals import error_body_of
+from rayapp.engine.request import TokenLogprobs
+
+Json = dict[str, Any]
+DONE = b"data: [DONE]\n\n"
+
+
+def usage(num_prompt_tokens: int, num_answer_tokens: int) -> Json:
+    """Token counts; a prompt counts once, however many answers it gets."""
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_answer_tokens,
+        "total_tokens": num_prompt_tokens + num_answer_tokens,
+    }
+
+
+class ReplyFormat(Protocol):
+    """Writes the choices of one reply."""
+
+    whole: str
+    chunk: str
+
+    def choice(self, index: int, answer: AnswerText) -> Json:
+        """One complete choice."""
+        ...
+
+    def pieces(self, delta: Delta) -> list[Json]:
+        """What a stream says about a delta; nothing where there is nothing to say."""
+        ...
+
+
+class CompletionFormat:
+    """Choices of ``/v1/completions``. Serves one reply: a stream's text offsets are kept here."""
+
+    whole = chunk = "text_completion"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, logprobs: bool) -> None:
+        self._tokenizer = tokenizer
+        self._logprobs = logprobs
+        self._offsets: dict[int, int] = {}
+
+    def choice(self, index: int, answer: AnswerText) -> Json:
+        """One complete choice."""
+        logprobs = self._write_logprobs(index, answer.token_ids, answer.logprobs)
+        return self._write(index, answer.text, logprobs, answer.finish_reason)
+
+    def pieces(self, delta: Delta) -> list[Json]:
+        """At most one choice per delta."""
+        if not (delta.text or delta.finish_reason or self._logprobs):
+            return []
+        logprobs = self._write_logprobs(delta.index, delta.token_ids, delta.logprobs)
+        return [self._write(delta.index, delta.text, logprobs, delta.finish_reason)]
+
+    def _write(self, index: int, text: str, logprobs: Json | None, reason: str | None) -> Json:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _write_logprobs(
+        self, index: int, token_ids: Sequence[int], entries: Sequence[TokenLogprobs]
+    ) -> Json | None:
+        if not self._logprobs:
+            return None
+        tokens = [token_text(self._tokenizer, token_id).text for token_id in token_ids]
+        offsets, offset = [], self._offsets.get(index, 0)
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token)
+        self._offsets[index] = offset
+        return {
+            "tokens": tokens,
+            "token_logprobs": [finite(entry.logprob) for entry in entries],
+            "top_logprobs": [
+                best_alternatives(self._tokenizer, token_id, entry)
+                for token_id, entry in zip(token_ids, entries, strict=True)
+            ],
+            "text_offset": offsets,
+        }
+
+
+class ChatFormat:
+    """Choices of ``/v1/chat/completions``. Serves one reply: it keeps who has begun to speak."""
+
+    whole = "chat.completion"
+    chunk = "chat.completion.chunk"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, logprobs: bool) -> None:
+        self._tokenizer = tokenizer
+        self._logprobs = logprobs
+        self._begun: set[int] = set()
+
+    def choice(self, index: int, answer: AnswerText) -> Json:
+        """One complete choice."""
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": self._write_logprobs(answer.token_ids, answer.logprobs),
+            "finish_reason": answer.finish_reason,
+        }
+
+    def pieces(self, delta: Delta) -> list[Json]:
+        """The role before the first text of a choice, then its text."""
+        pieces = []
+        if delta.index not in self._begun:
+            self._begun.add(delta.index)
+            pieces.append(self._piece(delta.index, {"role": "assistant", "content": ""}))
+        if delta.text or delta.finish_reason or self._logprobs:
+            content = {"content": delta.text} if delta.text else {}
+            piece = self._piece(delta.index, content)
+            piece["logprobs"] = self._write_logprobs(delta.token_ids, delta.logprobs)
+            piece["finish_reason"] = delta.finish_reason
+            pieces.append(piece)
+        return pieces
+
+    def _piece(self, index: int, delta: Json) -> Json:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _write_logprobs(
+        self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs]
+    ) -> Json | None:
+        if not self._logprobs:
+            return None
+        content = []
+        for token_id, entry in zip(token_ids, entries, strict=True):
+            top = [self._token(token, logprob) for token, logprob in entry.top]
+            content.append({**self._token(token_id, entry.logprob), "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+    def _token(self, token_id: int, logprob: float) -> Json:
+        token = token_text(self._tokenizer, token_id)
+        return {"token": token.text, "bytes": list(token.raw), "logprob": finite(logprob)}
+
+
+class Reply:
+    """One reply: its id, model, format and counts.
+
+    Args:
+        reply_id: Made by the server.
+        model_name: As the client named it.
+        format: How choices are written.
+        num_prompt_tokens: Of all prompts together.
+    """
+
+    def __init__(
+        self, reply_id: str, model_name: str, format: ReplyFormat, num_prompt_tokens: int
+    ) -> None:
+        self._frame = {"id": reply_id, "created": int(time.time()), "model": model_name}
+        self._format = format
+        self._num_prompt_tokens = num_prompt_tokens
+
+    def whole(self, answers: Sequence[AnswerText]) -> Json:
+        """The reply to a client that waits for all of it."""
+        num_tokens = sum(len(answer.token_ids) for answer in answers)
+        choices = [self._format.choice(index, answer) for index, answer in enumerate(answers)]
+        return {
+            **self._frame,
+            "object": self._format.whole,
+            "choices": choices,
+            "usage": usage(self._num_prompt_tokens, num_tokens),
+        }
+
+    async def events(
+        self, first: Delta, rest: AsyncGenerator[Delta, None], *, with_usage: bool
+    ) -> AsyncGenerator[bytes, None]:
+        """The reply as server-sent events; an error on the way is an event too, and the last."""
+        num_tokens = 0
+        empty = {"usage": None} if with_usage else {}
+        try:
+            async for delta in _chained(first, rest):
+                num_tokens += len(delta.token_ids)
+                for piece in self._format.pieces(delta):
+                    yield _event({**self._chunk([piece]), **empty})
+        except Exception as error:  # noqa: BLE001 - the status is sent: only an event can tell
+            yield _event(error_body_of(error))
+            return
+        if with_usage:
+            yield _event({**self._chunk([]), "usage": usage(self._num_prompt_tokens, num_tokens)})
+        yield DONE
+
+    def _chunk(self, choices: list[Json]) -> Json:
+        return {**self._frame, "object": self._format.chunk, "choices": choices}
+
+
+async def _chained(first: Delta, rest: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
+    yield first
+    async for delta in rest:
+        yield delta
+
+
+def _event(content: Mapping[str, Any]) -> bytes:
+    return b"data: " + to_json(content) + b"\n\n"

@@ -1,0 +1,172 @@
+"""Lines of calibration and evaluation files: completions and multiple choice, checked, tokenised.
+
+Benchmarks may stay as they are published (:mod:`rayapp.data.published_lines`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from transformers import PreTrainedTokenizerBase
+
+from rayapp.data.json_lines import checked_line, read_objects
+from rayapp.data.published_lines import as_choices
+from rayapp.errors import DataError
+from rayapp.kv.forecast import RunPrompt
+
+
+class Line(BaseModel):
+    """One line of a calibration file; lines without a task belong to one nameless task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    prompt: str = Field(min_length=1)
+    completion: str = Field(min_length=1)
+    task: str = ""
+    image: None = None
+
+
+class ImageLine(BaseModel):
+    """A line that asks about images; their paths are relative to the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    prompt: str = Field(min_length=1)
+    completion: str = Field(min_length=1)
+    task: str = ""
+    image: str | None = Field(default=None, min_length=1)
+    images: list[str] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> ImageLine:
+        if (self.image is None) == (self.images is None):
+            raise ValueError("has both `image` and `images`; keep one of them")
+        return self
+
+    @property
+    def paths(self) -> list[str]:
+        """As they are written."""
+        return self.images if self.images is not None else [str(self.image)]
+
+
+class ChoiceLine(BaseModel):
+    """A line of a multiple-choice file; ``answer`` is the index of the right choice, from 0."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    prompt: str = Field(min_length=1)
+    choices: list[str] = Field(min_length=2)
+    answer: int
+    task: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> ChoiceLine:
+        if not 0 <= self.answer < len(self.choices):
+            raise ValueError(
+                f"`answer` is {self.answer}, but the {len(self.choices)} choices are numbered "
+                f"0 to {len(self.choices) - 1}"
+            )
+        blank = [number for number, choice in enumerate(self.choices) if not choice.strip()]
+        if blank:
+            raise ValueError(f"`choices.{blank[0]}` is blank; give at least one character")
+        return self
+
+    @property
+    def answered(self) -> Line:
+        """The prompt with its right choice: what a search or healing learns from it."""
+        return Line(prompt=self.prompt, completion=self.choices[self.answer], task=self.task)
+
+
+@dataclass(frozen=True)
+class TokenizedLine:
+    """Token ids of one line; the continuation is the completion and the end marker.
+
+    Attributes:
+        prompt: What prefill runs of it.
+        continuation: What it is answered with.
+        task: The task that the line belongs to.
+        positions: Of the prompt's tokens and of the first answer token, where visual tokens that
+            were removed leave gaps; None: one after the other, from 0.
+        num_removed: Visual tokens that are not run.
+        image_keys: Names of the images' contents, and of how they were pruned.
+    """
+
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
+    task: str
+    positions: tuple[int, ...] | None = None
+    num_removed: int = 0
+    image_keys: tuple[str, ...] = ()
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the unpruned prompt."""
+        return len(self.prompt) + self.num_removed
+
+    @property
+    def run_prompt(self) -> RunPrompt:
+        """What its KV message is weighed by."""
+        return RunPrompt(
+            self.num_prompt_tokens, self.num_removed, self.positions and self.positions[:-1]
+        )
+
+
+def has_images(fields: Mapping[str, Any]) -> bool:
+    """Whether a line names images, rightly or not."""
+    return fields.get("image") is not None or fields.get("images") is not None
+
+
+def read_lines(path: str | Path) -> list[tuple[int, Line | ImageLine]]:
+    """Checked completions with their line numbers, from 1; blank lines are skipped.
+
+    Multiple choice is completed with the right choice (PDTrim calibrates on PIQA and MMLU).
+
+    Raises:
+        DataError: The file cannot be read or holds no line, or a line (named) is malformed.
+    """
+    parsed = [
+        (number, parse_line(fields, f"{path} line {number}"))
+        for number, fields in read_objects(path)
+    ]
+    return [(n, line.answered if isinstance(line, ChoiceLine) else line) for n, line in parsed]
+
+
+def parse_line(fields: dict[str, Any], where: str) -> Line | ImageLine | ChoiceLine:
+    """A checked line of the kind that its keys say; raises :class:`DataError`, naming ``where``."""
+    fields = as_choices(fields, where) or fields
+    choices = {"choices", "answer"} & set(fields)
+    if choices and has_images(fields):
+        raise DataError(
+            f"{where}: has an image and `{min(choices)}`, but only completions may have images; "
+            "write `prompt` and `completion`, or drop the image"
+        )
+    if choices:
+        return checked_line(ChoiceLine, fields, where)
+    if has_images(fields):
+        return checked_line(ImageLine, fields, where)
+    return checked_line(Line, fields, where)
+
+
+def tokenize_line(
+    line: Line, tokenizer: PreTrainedTokenizerBase, where: str, max_positions: int | None
+) -> TokenizedLine:
+    """Token ids of a line; raises :class:`DataError` where it cannot be used, naming ``where``."""
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{where}: the tokenizer names no end marker; set its eos_token")
+    # A model_max_length below the context would only log a warning here: our own rule is stricter.
+    prompt = tokenizer(line.prompt, verbose=False)["input_ids"]
+    completion = tokenizer(line.completion, add_special_tokens=False, verbose=False)["input_ids"]
+    for name, ids in (("prompt", prompt), ("completion", completion)):
+        if not ids:
+            raise DataError(f"{where}: the {name} has no token; give text that the tokenizer knows")
+    total = len(prompt) + len(completion) + 1
+    if max_positions is not None and total > max_positions:
+        raise DataError(
+            f"{where}: {len(prompt)} prompt tokens + {len(completion)} completion tokens + the "
+            f"end marker = {total}, but the model's context is {max_positions}; shorten the line"
+        )
+    return TokenizedLine(tuple(prompt), (*completion, tokenizer.eos_token_id), line.task)

@@ -1,0 +1,336 @@
+"""``score_many`` on Ray: evaluator actors, each with its own model, bit-equal to one process.
+
+Each evaluator reads the model from its path by itself, so no weights travel. Work goes where its
+chunk was computed before, to find cached states there. A lost evaluator's work is computed again on
+another, and a new evaluator is asked for in its place; evaluators that a growing cluster places
+later join in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from rayapp.errors import ClusterError, RayappError, SearchError
+from rayapp.plan import KVTransfer
+from rayapp.pruning.candidates.candidate import Candidate
+from rayapp.pruning.candidates.healing import NO_HEALING, HealedPair, Healing, Pair
+from rayapp.pruning.evaluator.calibration import Calibration
+from rayapp.pruning.evaluator.evaluator import Evaluator
+from rayapp.pruning.healing.training import Healer
+from rayapp.pruning.measures.attention_mass import BlockMass, measure_attention_mass
+from rayapp.pruning.measures.costs import Costs, measure_costs
+from rayapp.pruning.measures.gate_hessian import GateHessian, measure_gate_hessian
+from rayapp.pruning.measures.influence import Influence, measure_influence
+from rayapp.pruning.preparation import open_evaluator, open_healer
+from rayapp.pruning.scorer import Done, Work, compute_one
+from rayapp.pruning.settings import PruneSettings
+
+logger = logging.getLogger(__name__)
+
+Piece = Work | Pair
+"""What one evaluator does at a time: candidates on a chunk, or one pair to train."""
+
+START_TIMEOUT_S = 180.0
+MAX_LOSSES = 3
+"""Evaluators that one piece of work may lose before the search gives up on it."""
+
+
+class EvaluatorServer:
+    """What runs in an actor: an evaluator, loaded in :meth:`start` so that errors arrive whole."""
+
+    def __init__(self) -> None:
+        self._evaluator: Evaluator | None = None
+        self._healer: Healer | None = None
+
+    def start(
+        self, settings: PruneSettings, calibration: Calibration, heal_data: Calibration | None
+    ) -> None:
+        """Load the model; returns when work can be done."""
+        self._evaluator = open_evaluator(settings, calibration)
+        self._healer = open_healer(settings, self._evaluator, heal_data)
+
+    def compute(self, work: Work) -> Done:
+        """One piece of work."""
+        return compute_one(self._ready(), work)
+
+    def heal(self, pair: Pair) -> HealedPair:
+        """Train one pair."""
+        assert self._healer is not None, "a search that heals brings its data"
+        return self._healer.heal(pair)
+
+    def add_healed(self, healed: HealedPair) -> None:
+        """Know a trained pair from now on."""
+        self._ready().add_healed(healed)
+
+    def alive(self) -> None:
+        """Return: who answers is there."""
+
+    def influence(self) -> Influence:
+        """Block and part influence of the dense model."""
+        return measure_influence(self._ready())
+
+    def gate_hessian(self) -> GateHessian:
+        """Second derivatives of the score in gates, of the dense model."""
+        return measure_gate_hessian(self._ready())
+
+    def costs(self) -> Costs:
+        """Seconds and bytes of every part."""
+        return measure_costs(self._ready())
+
+    def attention_mass(
+        self, candidate: Candidate, rule: KVTransfer, healing: Healing
+    ) -> tuple[BlockMass, ...]:
+        """Attention on the entries that ``rule`` keeps."""
+        return measure_attention_mass(self._ready(), candidate, rule, healing)
+
+    def _ready(self) -> Evaluator:
+        assert self._evaluator is not None, "start is called first"
+        return self._evaluator
+
+
+@dataclass(eq=False)
+class _Evaluator:
+    """An actor, the chunks whose states it may still hold, and starts that failed before it.
+
+    ``healed`` are the trained pairs that it was sent.
+    """
+
+    actor: Any
+    failed_starts: int
+    chunks: set[int] = field(default_factory=set)
+    healed: set[Pair] = field(default_factory=set)
+    started: bool = False
+
+
+class EvaluatorPool:
+    """The compute of a search on a running Ray cluster; close it to give the actors back.
+
+    Args:
+        settings: ``workers`` evaluators, each with ``threads`` CPUs, and one GPU where ``device``
+            is CUDA.
+        calibration: Sent to every evaluator once.
+        heal_data: What pairs are trained on; sent to every evaluator once.
+        start_timeout_s: How long to wait while no evaluator at all is running.
+    """
+
+    def __init__(
+        self,
+        settings: PruneSettings,
+        calibration: Calibration,
+        heal_data: Calibration | None = None,
+        *,
+        start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
+        self._settings = settings
+        self._calibration, self._heal_data = ray.put(calibration), ray.put(heal_data)
+        self._healed: dict[Pair, Any] = {}
+        self._start_timeout_s = start_timeout_s
+        self._needs = {"num_cpus": settings.threads, "num_gpus": int("cuda" in settings.device)}
+        self._starting: dict[Any, _Evaluator] = {}
+        self._idle: list[_Evaluator] = []
+        self._busy: dict[Any, tuple[_Evaluator, Piece]] = {}
+        for _ in range(max(1, settings.workers)):
+            self._start_one()
+
+    def __enter__(self) -> EvaluatorPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def num_evaluators(self) -> int:
+        """Evaluators that are ready or computing; while none is, the number asked for."""
+        return len(self._idle) + len(self._busy) or max(1, self._settings.workers)
+
+    def run(self, work: Sequence[Work]) -> Iterator[Done]:
+        """Every piece of work once, as it finishes.
+
+        Raises:
+            SearchError: A piece of work lost too many evaluators, or failed in one.
+            ClusterError: No evaluator could be placed in time.
+        """
+        yield from self._results(list(work))
+
+    def heal(self, pairs: Sequence[Pair]) -> Iterator[HealedPair]:
+        """Every pair trained once, as it finishes; errors as for :meth:`run`."""
+        yield from self._results(list(pairs))
+
+    def add_healed(self, healed: HealedPair) -> None:
+        """Keep a trained pair for evaluators: each is sent it before work that needs it."""
+        self._healed[healed.pair] = ray.put(healed)
+
+    def _results(self, waiting: list[Any]) -> Iterator[Any]:
+        """What evaluators make of every piece, as it finishes."""
+        losses: dict[Piece, int] = {}
+        while waiting or self._busy:
+            self._assign(waiting)
+            for reference in self._wait():
+                evaluator, piece = self._busy.pop(reference)
+                try:
+                    done = _fetch(reference)
+                except RayActorError as error:
+                    self._lost(evaluator, error)
+                    waiting.insert(0, piece)
+                    _count_loss(losses, piece)
+                    continue
+                self._idle.append(evaluator)
+                yield done
+
+    def influence(self) -> Influence:
+        """Measured on one evaluator, on another one if it is lost."""
+        found: Influence = self._measured("influence")
+        return found
+
+    def gate_hessian(self) -> GateHessian:
+        """Measured on one evaluator, on another one if it is lost."""
+        found: GateHessian = self._measured("gate_hessian")
+        return found
+
+    def costs(self) -> Costs:
+        """Measured on one evaluator, on another one if it is lost."""
+        found: Costs = self._measured("costs")
+        return found
+
+    def attention_mass(
+        self, candidate: Candidate, rule: KVTransfer, healing: Healing = NO_HEALING
+    ) -> tuple[BlockMass, ...]:
+        """Measured on one evaluator, on another one if it is lost."""
+        pairs = frozenset(healing.pairs(candidate))
+        arguments = (candidate, rule, healing)
+        found: tuple[BlockMass, ...] = self._measured("attention_mass", *arguments, pairs=pairs)
+        return found
+
+    def _measured(self, what: str, *arguments: object, pairs: frozenset[Pair] = frozenset()) -> Any:
+        for _ in range(MAX_LOSSES):
+            while not self._idle:
+                self._wait()
+            evaluator = self._idle.pop(0)
+            self._send_pairs(evaluator, pairs)
+            try:
+                found = _fetch(getattr(evaluator.actor, what).remote(*arguments))
+            except RayActorError as error:
+                self._lost(evaluator, error)
+                continue
+            self._idle.append(evaluator)
+            return found
+        raise SearchError(f"{MAX_LOSSES} evaluators died while measuring the model; see their logs")
+
+    def close(self) -> None:
+        """End all actors."""
+        running = [evaluator for evaluator, _ in self._busy.values()]
+        for evaluator in [*self._idle, *self._starting.values(), *running]:
+            ray.kill(evaluator.actor)
+        self._idle, self._starting, self._busy = [], {}, {}
+
+    def _start_one(self, failed_starts: int = 0) -> None:
+        actor = ray.remote(EvaluatorServer).options(**self._needs).remote()
+        reference = actor.start.remote(self._settings, self._calibration, self._heal_data)
+        self._starting[reference] = _Evaluator(actor, failed_starts)
+
+    def _assign(self, waiting: list[Any]) -> None:
+        """Give every idle evaluator a piece."""
+        while waiting and self._idle:
+            evaluator = self._idle.pop(0)
+            piece = self._chosen(evaluator, waiting)
+            waiting.remove(piece)
+            self._busy[self._submitted(evaluator, piece)] = (evaluator, piece)
+
+    def _chosen(self, evaluator: _Evaluator, waiting: list[Any]) -> Piece:
+        """The next pair, or work on a chunk that the evaluator knows, or that nobody does."""
+        running = [other for other, _ in self._busy.values()]
+        taken = {chunk for other in [*self._idle, *running] for chunk in other.chunks}
+
+        def rank(piece: Piece) -> tuple[bool, bool, int]:
+            if isinstance(piece, Pair):
+                return False, False, 0
+            return piece.chunk not in evaluator.chunks, piece.chunk in taken, piece.chunk
+
+        found: Piece = min(waiting, key=rank)
+        return found
+
+    def _submitted(self, evaluator: _Evaluator, piece: Piece) -> Any:
+        """A reference to the result; calls reach an actor in the order in which they were made."""
+        if isinstance(piece, Pair):
+            return evaluator.actor.heal.remote(piece)
+        evaluator.chunks.add(piece.chunk)
+        self._send_pairs(evaluator, piece.pairs)
+        return evaluator.actor.compute.remote(piece)
+
+    def _send_pairs(self, evaluator: _Evaluator, pairs: frozenset[Pair]) -> None:
+        """Have an evaluator know pairs before the calls that follow."""
+        for pair in sorted(pairs - evaluator.healed):
+            evaluator.actor.add_healed.remote(self._healed[pair])
+            evaluator.healed.add(pair)
+
+    def _wait(self) -> list[Any]:
+        """References of work that ended; evaluators that finished starting become idle."""
+        pending = [*self._busy, *self._starting]
+        timeout = None if self._busy else self._start_timeout_s
+        ready, _ = ray.wait(pending, num_returns=1, timeout=timeout)
+        if not ready:
+            raise ClusterError(
+                f"no evaluator was placed within {self._start_timeout_s:.0f} s: each needs "
+                f"{self._needs}, the cluster has {ray.available_resources()} free; free some, or "
+                "ask for fewer --workers"
+            )
+        for reference in [r for r in ready if r in self._starting]:
+            evaluator = self._starting.pop(reference)
+            try:
+                _fetch(reference)
+                evaluator.started = True
+                self._idle.append(evaluator)
+            except RayActorError as error:
+                self._lost(evaluator, error)
+        return [reference for reference in ready if reference in self._busy]
+
+    def _lost(self, evaluator: _Evaluator, error: RayActorError) -> None:
+        """Ask for another in its place, and whether the idle ones died too, as with their node.
+
+        Only who answers gets work again, so a piece of work counts no loss that is not its own.
+        """
+        logger.warning("an evaluator was lost, its work is computed again: %s", _first_line(error))
+        ray.kill(evaluator.actor)
+        failed_starts = 0 if evaluator.started else evaluator.failed_starts + 1
+        if failed_starts >= MAX_LOSSES:
+            raise ClusterError(
+                f"{MAX_LOSSES} evaluators in a row died while loading the model "
+                f"({_first_line(error)}); probably memory: give evaluators more"
+            )
+        self._start_one(failed_starts)
+        self._starting |= {idle.actor.alive.remote(): idle for idle in self._idle}
+        self._idle = []
+
+
+def _count_loss(losses: dict[Piece, int], piece: Piece) -> None:
+    losses[piece] = losses.get(piece, 0) + 1
+    if losses[piece] >= MAX_LOSSES:
+        what = (
+            f"while healing {piece}"
+            if isinstance(piece, Pair)
+            else f"on chunk {piece.chunk} with {len(piece.candidates)} candidates"
+        )
+        raise SearchError(
+            f"{MAX_LOSSES} evaluators died {what}; probably memory: lower cache_bytes or "
+            "chunk_tokens, or give evaluators more"
+        )
+
+
+def _fetch(reference: Any) -> Any:
+    """A result; errors of ours are raised as they are, others as :class:`SearchError`."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, RayappError):
+            raise error.cause from None
+        raise SearchError(f"an evaluator failed: {_first_line(error.cause or error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,95 @@
+"""The Serve application: the only place that binds deployments.
+
+``build`` is what a declarative configuration names as ``import_path``, with the settings as
+``args``. Replicas are placed by node label; queues live in the replicas, where they are counted,
+so Serve's own limits lie above anything that admission lets in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+
+from rayapp.distributed.serve.ingress.ingress import Ingress
+from rayapp.distributed.serve.replicas.replicas import DecodeReplica, PrefillReplica, UnifiedReplica
+from rayapp.distributed.serve.settings import (
+    DECODE,
+    INGRESS,
+    PREFILL,
+    UNIFIED,
+    PoolSettings,
+    ServiceSettings,
+)
+
+IMPORT_PATH = "rayapp.distributed.serve.app:build"
+_POLICIES = "rayapp.distributed.serve.autoscaling:"
+_SPARE_REQUESTS = 1000
+_SERVERS = {PREFILL: PrefillReplica, DECODE: DecodeReplica, UNIFIED: UnifiedReplica}
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application of one service.
+
+    Args:
+        args: :class:`ServiceSettings` as plain data.
+    """
+    settings = ServiceSettings.parse(args)
+    pools = {
+        name: serve.deployment(
+            _SERVERS[name], name=name, **deployment_options(settings, name, pool)
+        ).bind(settings)
+        for name, pool in settings.pools.items()
+    }
+    ingress = serve.deployment(
+        serve.ingress()(Ingress),
+        name=INGRESS,
+        **deployment_options(settings, INGRESS, settings.ingress),
+    )
+    return ingress.bind(settings, **pools)
+
+
+def deployment_options(settings: ServiceSettings, name: str, pool: PoolSettings) -> dict[str, Any]:
+    """Serve's options of one deployment."""
+    limits = settings.deadlines
+    options: dict[str, Any] = {
+        "max_ongoing_requests": _SPARE_REQUESTS + settings.max_waiting + settings.max_num_seqs,
+        "ray_actor_options": {
+            "num_cpus": pool.num_cpus,
+            "num_gpus": pool.num_gpus,
+            **({"label_selector": dict(pool.labels)} if pool.labels else {}),
+        },
+        "health_check_period_s": 2.0,
+        "health_check_timeout_s": 30.0,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": limits.transfer_s + limits.decode_s,
+    }
+    if name != INGRESS:
+        router = "rayapp.distributed.serve.ingress.router:AddressedRouter"
+        options["request_router_config"] = RequestRouterConfig(request_router_class=router)
+    if pool.replicas.is_elastic and name != INGRESS:
+        options["autoscaling_config"] = _autoscaling(settings, name, pool)
+    else:
+        options["num_replicas"] = pool.replicas.minimum
+    return options
+
+
+def _autoscaling(settings: ServiceSettings, name: str, pool: PoolSettings) -> AutoscalingConfig:
+    scaling = settings.scaling
+    prefill = {"tokens_per_replica": scaling.queued_tokens_per_replica}
+    decode = {"target_usage": scaling.target_usage}
+    limits = {PREFILL: prefill, DECODE: decode, UNIFIED: {**prefill, **decode}}[name]
+    return AutoscalingConfig(
+        min_replicas=pool.replicas.minimum,
+        max_replicas=pool.replicas.maximum,
+        initial_replicas=pool.replicas.minimum,
+        policy=AutoscalingPolicy(
+            policy_function=f"{_POLICIES}{name.title()}Policy", policy_kwargs=limits
+        ),
+        upscale_delay_s=scaling.upscale_delay_s,
+        downscale_delay_s=scaling.downscale_delay_s,
+        look_back_period_s=scaling.look_back_s,
+        metrics_interval_s=scaling.interval_s,
+    )

@@ -1,0 +1,199 @@
+"""Put a service on a cluster, wait until it answers, and take it off again.
+
+The configuration is declarative: what runs is what ``serve deploy`` would run from the same file,
+and applying it again changes only what differs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client, _set_global_client
+from ray.serve.schema import ServeDeploySchema
+
+from rayapp.distributed.cluster.connection import connected, hushed
+from rayapp.distributed.serve.placement import check_placement, check_readable
+from rayapp.distributed.serve.replicas.stage import image_support
+from rayapp.distributed.serve.settings import APP_NAME, ServiceSettings
+from rayapp.engine.prefill import check_prunable
+from rayapp.errors import ClusterError
+from rayapp.models.checkpoint import Checkpoint
+from rayapp.models.healed import HealedWeights
+from rayapp.models.loading import load_tokenizer
+from rayapp.plan import PruningPlan
+from rayapp.vision.selection import check_rule
+
+logger = logging.getLogger(__name__)
+IMPORT_PATH = "rayapp.distributed.serve.app:build"
+_POLL_S = 0.2
+_SHUTDOWN_S = 8.0
+_FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
+
+
+@dataclass(frozen=True)
+class RunningService:
+    """A service that answers.
+
+    Args:
+        settings: What is served.
+        health: The body of ``/health`` when it became ready.
+    """
+
+    settings: ServiceSettings
+    health: Mapping[str, Any]
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return self.settings.url
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes set aside for KV by each decode replica."""
+        pools = self.health.get("pools", {})
+        return max((r.get("slab_bytes", 0) for found in pools.values() for r in found), default=0)
+
+
+def resolved(settings: ServiceSettings) -> ServiceSettings:
+    """Settings whose paths mean the same in every process; model and plan are checked here.
+
+    Raises:
+        ModelError: The model cannot be used.
+        PlanError: The plan cannot, or was made for another model.
+    """
+    checkpoint = Checkpoint(settings.model)
+    signature = checkpoint.signature()
+    load_tokenizer(settings.model)
+    takes_images = image_support(settings, checkpoint.config) is not None
+    if settings.plan is not None:
+        plan = PruningPlan.load(settings.plan)
+        plan.check_model(signature)
+        if plan.visual_tokens is not None:
+            check_rule(plan.visual_tokens)
+            check_prunable(takes_images=takes_images)
+        if plan.healed:
+            HealedWeights.load(plan, ())
+    paths = {
+        "model": str(Path(settings.model).absolute()),
+        "plan": None if settings.plan is None else str(Path(settings.plan).absolute()),
+        "served_model_name": settings.model_name,
+    }
+    return settings.model_copy(update=paths)
+
+
+def configuration(settings: ServiceSettings) -> dict[str, Any]:
+    """The Serve configuration of a service, as it would stand in a file.
+
+    Serve logs the arguments of an application, so they hold the digest of the key, never the key.
+    """
+    deployed = settings.model_copy(update={"api_key": None, "api_key_digest": settings.key_digest})
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": settings.host, "port": settings.port},
+        "applications": [
+            {
+                "name": APP_NAME,
+                "route_prefix": "/",
+                "import_path": IMPORT_PATH,
+                "args": deployed.model_dump(mode="json", exclude_none=True),
+            }
+        ],
+    }
+
+
+@contextmanager
+def running_service(
+    settings: ServiceSettings, *, address: str | None = None, ready_s: float = 300.0
+) -> Iterator[RunningService]:
+    """A service that answers for as long as the context lasts.
+
+    Args:
+        settings: What to serve.
+        address: Of the cluster; None uses the connection that this process has.
+        ready_s: How long every pool together may take to answer, once placement is checked.
+
+    Raises:
+        ModelError: The model cannot be used.
+        PlanError: The plan cannot be used.
+        ClusterError: The cluster cannot be reached, cannot place the pools, cannot read the files,
+            or the replicas do not start.
+    """
+    settings = resolved(settings)
+    with connected(address or "auto", otherwise="leave --address out for a local one"):
+        check_placement(settings)
+        check_readable(settings)
+        try:
+            apply(settings)
+            yield RunningService(settings, _wait_ready(settings, ready_s))
+        finally:
+            _take_off()
+
+
+def apply(settings: ServiceSettings) -> None:
+    """Start Serve where it is not running, and deploy or update the service."""
+    config = configuration(settings)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(proxy_location=config["proxy_location"], http_options=config["http_options"])
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
+
+
+def _wait_ready(settings: ServiceSettings, ready_s: float) -> dict[str, Any]:
+    """The body of ``/health`` once it says that every pool answers."""
+    until_s, reason = time.monotonic() + ready_s, "the ingress does not answer yet"
+    headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+    while time.monotonic() < until_s:
+        _check_status()
+        with suppress(httpx.HTTPError, ValueError):
+            answer = httpx.get(f"{settings.url}/health", headers=headers, timeout=10.0)
+            body = answer.json()
+            if answer.status_code == 200:
+                return dict(body)
+            reason = body.get("reason", reason) if isinstance(body, dict) else reason
+        time.sleep(_POLL_S)
+    raise ClusterError(
+        f"the service was not ready within {ready_s:g} s: {reason}; see `serve status` and the "
+        "replicas' logs"
+    )
+
+
+def _check_status() -> None:
+    """Raise :class:`ClusterError` where Serve has given up."""
+    application = serve.status().applications.get(APP_NAME)
+    if application is None or str(application.status.value) not in _FAILED:
+        return
+    reasons = [application.message, *(d.message for d in application.deployments.values())]
+    lines = [line.strip() for reason in reasons for line in reason.splitlines() if line.strip()]
+    telling = [line for line in lines if "Error" in line] or lines or ["no reason given"]
+    raise ClusterError(f"the replicas do not start: {telling[-1]}")
+
+
+def _take_off() -> None:
+    """End the service, in time even where streams run; a cluster that has gone needs nothing."""
+    with suppress(Exception), hushed():
+        client = _get_global_client()
+        details = client.get_serve_details()
+        with suppress(Exception):
+            client.shutdown(timeout_s=_SHUTDOWN_S)
+        _set_global_client(None)
+        for name in _actor_names(details):
+            with suppress(Exception):
+                ray.kill(ray.get_actor(name, namespace="serve"))
+
+
+def _actor_names(details: dict[str, Any]) -> list[str]:
+    """Replicas outlive whoever deployed them: the names of all."""
+    return [
+        str(replica["actor_name"])
+        for application in details["applications"].values()
+        for deployment in application["deployments"].values()
+        for replica in deployment["replicas"]
+    ]

@@ -1,0 +1,306 @@
+"""One attempt at an answer, as the ingress conducts it: prefill, hand over, stream.
+
+Two routes with one interface: over two replicas, with the KV owned here in between, or within one.
+Each wait has the deadline of its phase; whatever ends an attempt early frees what it holds, in
+whichever phase it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rayapp.distributed.serve.channel import ObjectHandle, ObjectStoreChannel, ReplicaStream
+from rayapp.distributed.serve.ingress.losses import DIED, replica_died
+from rayapp.distributed.serve.messages import (
+    Address,
+    Admission,
+    Handover,
+    PrefillAnswer,
+    Refusal,
+    Versions,
+)
+from rayapp.distributed.serve.settings import Deadlines
+from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch
+from rayapp.errors import DeadlineError, UnavailableError
+from rayapp.kv.ledger import KVShape, Ledger, Route, TransferTimes, account
+from rayapp.plan import PruningPlan
+
+_UPDATE_PAUSE_S = 0.2
+_MAX_LOST_REPLICAS = 3
+
+
+@dataclass
+class Answering:
+    """One request while it is answered, over all its attempts.
+
+    ``sent`` are the tokens that the client has; ``admitted`` is called when decode has taken over.
+    """
+
+    request: GenerationRequest
+    timeline: Timeline
+    sent: list[int]
+    admitted: Callable[[], None]
+
+
+class Attempts(Protocol):
+    """Runs single attempts."""
+
+    def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
+        """The answer's tokens from index 0 or later; tokens that were sent may come again."""
+        ...
+
+
+class DisaggregatedAttempts:
+    """Attempts over a prefill and a decode replica.
+
+    Args:
+        prefill: Serve's handle of the prefill pool.
+        decode: Serve's handle of the decode pool.
+        channel: Owns the KV on its way.
+        ledger: Gets a record of every transfer.
+        plan: Under which KV is sent.
+        shape: Of the model's KV.
+        versions: What replicas must compute with.
+        deadlines: Per phase.
+    """
+
+    def __init__(
+        self,
+        prefill: Any,
+        decode: Any,
+        *,
+        channel: ObjectStoreChannel,
+        ledger: Ledger,
+        plan: PruningPlan,
+        shape: KVShape,
+        versions: Versions,
+        deadlines: Deadlines,
+    ) -> None:
+        self._prefill = prefill.options(stream=True)
+        self._admit = decode
+        self._tokens = decode.options(stream=True)
+        self._channel = channel
+        self._ledger = ledger
+        self._plan = plan
+        self._shape = shape
+        self._versions = versions
+        self._deadlines = deadlines
+
+    async def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
+        """Prefill, then hand over while the first token leaves, then stream."""
+        async with AsyncExitStack() as held:
+            await self._reserve(held, answering.request)
+            stream, answer = await self._prefilled(answering)
+            mark_prefill(answering.timeline, answer)
+            if answer.kv_bytes is None:
+                if answer.first is not None:
+                    yield answer.first
+                return
+            replay = tuple(answering.sent)
+            handover = asyncio.ensure_future(self._hand_over(answering, stream, answer, replay))
+            held.push_async_callback(ended, handover)
+            if answer.first is not None:
+                yield answer.first
+            admission = await handover
+        mark_admission(answering)
+        request, address = answering.request, Address(admission.place.replica_id)
+        response = self._tokens.tokens.remote(request.request_id, request.attempt, address=address)
+        async with aclosing(streamed(response, self._deadlines.decode_s)) as batches:
+            async for batch in batches:
+                yield batch
+
+    async def _reserve(self, held: AsyncExitStack, request: GenerationRequest) -> None:
+        """Wait for room for the request's KV, counted as the dense cache of its prompt."""
+        num_bytes = self._shape.dense_bytes(request.num_prompt_tokens)
+        async with phase("queue", self._deadlines.queue_s):
+            await held.enter_async_context(self._channel.reserved(num_bytes))
+
+    async def _prefilled(self, answering: Answering) -> tuple[ReplicaStream, PrefillAnswer]:
+        """An open stream whose first item said that the prompt is prefilled."""
+        limits = self._deadlines
+        avoid: frozenset[str] = frozenset()
+        async with phase("prefill", limits.queue_s + limits.prefill_s):
+            while True:
+                response = self._prefill.prefill.remote(
+                    answering.request, self._versions, limits.queue_s, address=Address(avoid=avoid)
+                )
+                stream = ReplicaStream(response)
+                try:
+                    answer: PrefillAnswer | Refusal = await stream.first()
+                except BaseException:
+                    stream.cancel()
+                    raise
+                if isinstance(answer, PrefillAnswer):
+                    return stream, answer
+                avoid |= {answer.place.replica_id}
+                await asyncio.sleep(_UPDATE_PAUSE_S)
+
+    async def _hand_over(
+        self,
+        answering: Answering,
+        stream: ReplicaStream,
+        answer: PrefillAnswer,
+        replay: tuple[int, ...],
+    ) -> Admission:
+        """Own the KV until a decode replica has copied it; enter the transfer in the ledger."""
+        request, limit_s = answering.request, self._deadlines.transfer_s
+        began_s = time.monotonic()
+        try:
+            async with (
+                phase("transfer", limit_s),
+                self._channel.received(stream, answer.kv_bytes or 0) as handle,
+            ):
+                put_s = time.monotonic() - began_s
+                handover = Handover(
+                    request.without_image_data, self._versions, answer.first, replay, limit_s
+                )
+                admission = await self._admitted(handover, handle)
+        except BaseException:
+            stream.cancel()
+            raise
+        record = account(
+            self._shape,
+            self._plan,
+            admission.sizes,
+            Route(request.request_id, request.attempt, answer.place.node, admission.place.node),
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_visual_tokens_removed=answer.num_visual_tokens_removed,
+            times=TransferTimes(put_s=put_s, fetch_s=admission.fetch_s),
+        )
+        self._ledger.add(record)
+        return admission
+
+    async def _admitted(self, handover: Handover, handle: ObjectHandle) -> Admission:
+        """Offer the same KV to decode replicas until one of this version takes it."""
+        avoid: frozenset[str] = frozenset()
+        num_lost = 0
+        while True:
+            response = self._admit.admit.remote(handover, [handle], address=Address(avoid=avoid))
+            try:
+                answer: Admission | Refusal = await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except DIED as error:
+                num_lost += 1
+                if num_lost >= _MAX_LOST_REPLICAS or not replica_died(error):
+                    raise
+                continue
+            if isinstance(answer, Admission):
+                return answer
+            avoid |= {answer.place.replica_id}
+            await asyncio.sleep(_UPDATE_PAUSE_S)
+
+
+class UnifiedAttempts:
+    """Attempts within one replica.
+
+    Args:
+        unified: Serve's handle of the pool.
+        versions: What replicas must compute with.
+        deadlines: Per phase.
+    """
+
+    def __init__(self, unified: Any, *, versions: Versions, deadlines: Deadlines) -> None:
+        self._unified = unified.options(stream=True)
+        self._versions = versions
+        self._deadlines = deadlines
+
+    async def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
+        """Prefill and decode in one stream."""
+        limits = self._deadlines
+        avoid: frozenset[str] = frozenset()
+        while True:
+            response = self._unified.generate.remote(
+                answering.request,
+                self._versions,
+                tuple(answering.sent),
+                address=Address(avoid=avoid),
+            )
+            try:
+                answer = await next_item(response, "prefill", limits.queue_s + limits.prefill_s)
+                if not isinstance(answer, Refusal):
+                    async with aclosing(self._rest(answering, answer, response)) as batches:
+                        async for batch in batches:
+                            yield batch
+                    return
+            finally:
+                response.cancel()
+            avoid |= {answer.place.replica_id}
+            await asyncio.sleep(_UPDATE_PAUSE_S)
+
+    async def _rest(
+        self, answering: Answering, answer: PrefillAnswer, response: Any
+    ) -> AsyncGenerator[TokenBatch, None]:
+        mark_prefill(answering.timeline, answer)
+        if answer.first is not None:
+            yield answer.first
+        if answer.kv_bytes is None:
+            return
+        await next_item(response, "transfer", self._deadlines.transfer_s)
+        mark_admission(answering)
+        async with aclosing(streamed(response, self._deadlines.decode_s)) as batches:
+            async for batch in batches:
+                yield batch
+
+
+def mark_prefill(timeline: Timeline, answer: PrefillAnswer) -> None:
+    """Mark when prefill began and ended, on this process's clock; later attempts change nothing."""
+    if timeline.prefill_finished_s is None:
+        timeline.prefill_finished_s = time.monotonic()
+        timeline.prefill_started_s = timeline.prefill_finished_s - answer.prefill_s
+
+
+def mark_admission(answering: Answering) -> None:
+    """Mark when decode first took over, and give the waiting place back."""
+    answering.timeline.admitted_s = answering.timeline.admitted_s or time.monotonic()
+    answering.admitted()
+
+
+async def ended(task: asyncio.Future[Any]) -> None:
+    """Cancel a task unless it is done, and wait until it has let go of everything."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def streamed(response: Any, limit_s: float) -> AsyncGenerator[TokenBatch, None]:
+    """The token batches of a response until one is final; cancels it where it is left early."""
+    until_s = time.monotonic() + limit_s
+    is_final = False
+    try:
+        while not is_final:
+            batch = await next_item(response, "decode", until_s - time.monotonic(), limit_s)
+            is_final = batch.finish_reason is not None
+            yield batch
+    finally:
+        if not is_final:
+            response.cancel()
+
+
+async def next_item(response: Any, name: str, within_s: float, limit_s: float | None = None) -> Any:
+    """The next item of a streaming response, within the phase's deadline."""
+    try:
+        async with phase(name, within_s, limit_s):
+            return await anext(response)
+    except StopAsyncIteration:
+        raise UnavailableError(f"the {name} stream ended too early; prefill again") from None
+
+
+@asynccontextmanager
+async def phase(
+    name: str, within_s: float, limit_s: float | None = None
+) -> AsyncGenerator[None, None]:
+    """Raise :class:`DeadlineError` where the body does not end within ``within_s``."""
+    try:
+        async with asyncio.timeout(within_s):
+            yield
+    except TimeoutError:
+        raise DeadlineError(
+            f"{name} did not end within {limit_s or within_s:.1f} s; what it held was freed: "
+            "try again later or raise its deadline"
+        ) from None

@@ -1,0 +1,147 @@
+"""The deployment that speaks HTTP: builds the service over its handles, and the routes over it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+from ray import serve
+
+from rayapp.api.routes import build_app
+from rayapp.api.service import ServiceDescription
+from rayapp.distributed.serve.channel import ObjectStoreChannel
+from rayapp.distributed.serve.ingress.attempts import (
+    Attempts,
+    DisaggregatedAttempts,
+    UnifiedAttempts,
+)
+from rayapp.distributed.serve.ingress.ray_service import Limits, RayService
+from rayapp.distributed.serve.messages import Versions
+from rayapp.distributed.serve.settings import (
+    APP_NAME,
+    DECODE,
+    INGRESS,
+    PREFILL,
+    UNIFIED,
+    ServiceSettings,
+)
+from rayapp.kv.ledger import KVShape, Ledger
+from rayapp.models.blocks import head_dim, sliding_windows, text_config
+from rayapp.models.checkpoint import Checkpoint
+from rayapp.models.loading import DTYPES, load_tokenizer
+from rayapp.plan import PruningPlan
+from rayapp.vision.inputs import ImageIntake
+
+
+class Ingress:
+    """One ingress replica. It owns every KV reference between prefill and decode.
+
+    Args:
+        settings: What is served.
+        pools: Serve's handles by pool.
+    """
+
+    def __init__(self, settings: ServiceSettings, **pools: Any) -> None:
+        self._key_digest = settings.key_digest
+        self.service = open_service(settings, pools, serve.get_deployment_handle(INGRESS, APP_NAME))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The routes; Serve asks for them once this is constructed."""
+        return build_app(self.service, key_digest=self._key_digest)
+
+    async def own_ledger(self) -> tuple[str, Ledger]:
+        """The ledger of this replica alone, and whose it is."""
+        return self.service.name, self.service.ledger
+
+    async def check_integrity(self) -> dict[str, int]:
+        """What this replica holds: all zero when idle."""
+        return self.service.counts()
+
+
+def open_service(
+    settings: ServiceSettings,
+    pools: dict[str, Any],
+    siblings: Any,
+    channel: ObjectStoreChannel | None = None,
+) -> RayService:
+    """The token stream over a running application's pools; works in any process of the cluster.
+
+    Args:
+        settings: What is served.
+        pools: Serve's handles by pool.
+        siblings: Serve's handle of the ingress, whose ledgers are merged.
+        channel: Owns the KV on its way.
+
+    Raises:
+        ModelError: The model cannot be read here.
+        PlanError: The plan cannot, or was made for another model.
+    """
+    checkpoint = Checkpoint(settings.model)
+    plan = PruningPlan.load(settings.plan) if settings.plan else PruningPlan()
+    signature = checkpoint.signature()
+    plan.check_model(signature)
+    versions = Versions(plan.fingerprint, signature.weights_fingerprint)
+    channel = channel or ObjectStoreChannel(max_pinned_bytes=settings.max_kv_bytes)
+    ledger = Ledger()
+    return RayService(
+        _description(settings, plan, checkpoint),
+        pools=pools,
+        siblings=siblings,
+        attempts=_attempts(settings, pools, channel, ledger, plan, versions, checkpoint),
+        channel=channel,
+        ledger=ledger,
+        versions=versions,
+        limits=Limits(settings.max_waiting, settings.max_attempts),
+    )
+
+
+def _description(
+    settings: ServiceSettings, plan: PruningPlan, checkpoint: Checkpoint
+) -> ServiceDescription:
+    text = text_config(checkpoint.config)
+    return ServiceDescription(
+        model_name=settings.model_name,
+        max_model_len=settings.max_model_len or text.max_position_embeddings,
+        vocab_size=text.vocab_size,
+        tokenizer=load_tokenizer(settings.model),
+        plan=plan,
+        mode=settings.mode,
+        images=ImageIntake.of(checkpoint.config, settings.images),
+    )
+
+
+def _attempts(
+    settings: ServiceSettings,
+    pools: dict[str, Any],
+    channel: ObjectStoreChannel,
+    ledger: Ledger,
+    plan: PruningPlan,
+    versions: Versions,
+    checkpoint: Checkpoint,
+) -> Attempts:
+    if settings.mode == "unified":
+        return UnifiedAttempts(pools[UNIFIED], versions=versions, deadlines=settings.deadlines)
+    return DisaggregatedAttempts(
+        pools[PREFILL],
+        pools[DECODE],
+        channel=channel,
+        ledger=ledger,
+        plan=plan,
+        shape=kv_shape(checkpoint.config, settings.dtype),
+        versions=versions,
+        deadlines=settings.deadlines,
+    )
+
+
+def kv_shape(config: Any, dtype: str) -> KVShape:
+    """The shape of a model's KV from its configuration alone."""
+    text = text_config(config)
+    element_type: torch.dtype = DTYPES.get(dtype) or config.dtype or torch.float32
+    return KVShape(
+        num_blocks=text.num_hidden_layers,
+        num_kv_heads=text.num_key_value_heads,
+        head_dim=head_dim(config),
+        element_bytes=element_type.itemsize,
+        windows=tuple(sliding_windows(config)),
+    )

@@ -1,0 +1,200 @@
+"""The token stream over a Ray cluster: admission, attempts, ledger; what the ingress serves.
+
+Twin of :class:`rayapp.api.in_process.InProcessService`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rayapp.api.service import HealthReport, ReplicaHealth, ServiceDescription
+from rayapp.distributed.serve.channel import ObjectStoreChannel
+from rayapp.distributed.serve.ingress.attempts import Answering, Attempts
+from rayapp.distributed.serve.ingress.losses import explained, is_lost
+from rayapp.distributed.serve.messages import Versions
+from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch, after
+from rayapp.errors import IntegrityError, OverloadedError, RayappError, UnavailableError
+from rayapp.kv.ledger import Ledger
+
+logger = logging.getLogger(__name__)
+_HEALTH_TIMEOUT_S = 3.0
+_RETRY_PAUSE_S = 0.1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one ingress replica takes on.
+
+    Args:
+        max_waiting: Requests without a decode slot; more are refused.
+        max_attempts: Before a request whose work is lost again and again fails.
+    """
+
+    max_waiting: int
+    max_attempts: int
+
+
+class WaitingRoom:
+    """Counts requests that have no decode slot yet, up to an exact limit."""
+
+    def __init__(self, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
+        self._waiting: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def enter(self, request_id: str) -> None:
+        """Take a place; raises :class:`OverloadedError` where there is none."""
+        if len(self._waiting) >= self._max_waiting:
+            raise OverloadedError(
+                f"{len(self._waiting)} requests are waiting and no more may; try again later"
+            )
+        self._waiting.add(request_id)
+
+    def leave(self, request_id: str) -> None:
+        """Give the place back; harmless where that has happened."""
+        self._waiting.discard(request_id)
+
+
+class RayService:
+    """Implements :class:`rayapp.api.service.Service` with replicas on a cluster.
+
+    Args:
+        description: What is served.
+        pools: Serve's handles by pool.
+        siblings: Serve's handle of the ingress itself, whose other replicas have ledgers too.
+        attempts: Conducts one attempt.
+        channel: Owns the KV on its way.
+        ledger: Of this ingress replica.
+        versions: What replicas must compute with.
+        limits: Of this ingress replica.
+    """
+
+    def __init__(
+        self,
+        description: ServiceDescription,
+        *,
+        pools: Mapping[str, Any],
+        siblings: Any,
+        attempts: Attempts,
+        channel: ObjectStoreChannel,
+        ledger: Ledger,
+        versions: Versions,
+        limits: Limits,
+    ) -> None:
+        self._description = description
+        self._pools = pools
+        self._siblings = siblings
+        self._attempts = attempts
+        self._channel = channel
+        self._versions = versions
+        self._waiting = WaitingRoom(limits.max_waiting)
+        self._max_attempts = limits.max_attempts
+        self._num_answering = 0
+        self.name = uuid.uuid4().hex
+        self.ledger = ledger
+
+    @property
+    def description(self) -> ServiceDescription:
+        """What is served."""
+        return self._description
+
+    async def generate(
+        self, request: GenerationRequest, timeline: Timeline | None = None
+    ) -> AsyncGenerator[TokenBatch, None]:
+        """Token batches of one answer; see :class:`rayapp.api.service.Service`."""
+        name = request.request_id
+        self._description.check(request)
+        self._waiting.enter(name)
+        self._num_answering += 1
+        try:
+            answering = Answering(
+                request, timeline or Timeline(), [], lambda: self._waiting.leave(name)
+            )
+            async with aclosing(self._answer(answering)) as batches:
+                async for batch in batches:
+                    yield batch
+        finally:
+            self._num_answering -= 1
+            self._waiting.leave(name)
+
+    async def _answer(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
+        """Attempts until the answer is complete; no token leaves twice."""
+        for attempt in range(self._max_attempts):
+            answering.request = replace(answering.request, attempt=attempt)
+            try:
+                async with aclosing(self._attempts.run(answering)) as batches:
+                    async for batch in batches:
+                        new = after(batch, len(answering.sent))
+                        if new is not None:
+                            answering.sent.extend(new.token_ids)
+                            yield new
+                            if new.finish_reason:
+                                return
+                raise UnavailableError("an answer ended without its last token; ask again")
+            except Exception as error:
+                failure = explained(error)
+                if failure is None:
+                    raise
+                self._check_retry(answering, attempt, failure)
+            await asyncio.sleep(_RETRY_PAUSE_S * 2**attempt)
+
+    def _check_retry(self, answering: Answering, attempt: int, failure: RayappError) -> None:
+        """Return where another attempt may help and one is left, else raise what went wrong."""
+        name = answering.request.request_id
+        if not is_lost(failure):
+            raise failure from None
+        logger.warning("request %s, attempt %d: %s", name, attempt, failure)
+        if attempt + 1 >= self._max_attempts:
+            raise UnavailableError(
+                f"{self._max_attempts} attempts were lost, the last one because: {failure}"
+            ) from None
+
+    async def health(self) -> HealthReport:
+        """Asks every replica of every pool."""
+        pools = dict(zip(self._pools, await self._describe_all(), strict=True))
+        replicas = tuple(replica for found in pools.values() for replica in found)
+        missing = [name for name, found in pools.items() if not any(map(self._fits, found))]
+        reason = f"no {' and no '.join(missing)} replica answers yet" if missing else ""
+        return HealthReport(ready=not missing, reason=reason, replicas=replicas)
+
+    async def _describe_all(self) -> list[list[ReplicaHealth]]:
+        return await asyncio.gather(*(ask_all(h, "describe") for h in self._pools.values()))
+
+    def _fits(self, replica: ReplicaHealth) -> bool:
+        found = Versions(replica.plan_fingerprint, replica.weights_fingerprint)
+        return found == self._versions
+
+    async def transfers(self) -> dict[str, Any]:
+        """The ledgers of all ingress replicas, merged."""
+        ledgers: dict[str, Ledger] = dict(await ask_all(self._siblings, "own_ledger"))
+        return Ledger.merge({**ledgers, self.name: self.ledger}.values()).as_json()
+
+    def counts(self) -> dict[str, int]:
+        """What this ingress holds: all zero when idle."""
+        counts = {
+            "answering": self._num_answering,
+            "waiting": len(self._waiting),
+            "pinned_bytes": self._channel.pinned_bytes,
+        }
+        if min(counts.values()) < 0 or counts["waiting"] > counts["answering"]:
+            raise IntegrityError(f"the ingress holds {counts}")
+        return counts
+
+
+async def ask_all(handle: Any, method: str) -> list[Any]:
+    """What every replica of a deployment answers in time; those that do not are left out."""
+    try:
+        response = handle.broadcast(method)
+        answers = await response.results_async(timeout_s=_HEALTH_TIMEOUT_S, return_exceptions=True)
+    except Exception as error:  # noqa: BLE001 - a pool that cannot be asked has no replicas
+        logger.debug("%s of %s: %s", method, handle, error)
+        return []
+    return [answer for answer in answers if not isinstance(answer, BaseException)]

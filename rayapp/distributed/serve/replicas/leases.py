@@ -1,0 +1,132 @@
+"""Leases on decode slots: who holds one, which tokens wait to be read, and when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from rayapp.engine.request import GenerationRequest, TokenBatch, merged
+from rayapp.errors import DeadlineError, TransferError, UnavailableError
+
+
+@dataclass(eq=False)
+class Lease:
+    """One admitted attempt. Its slot is in use until the answer ends or the lease does.
+
+    ``unread`` are batches that nobody has taken yet; ``error`` is why there will be no more.
+    """
+
+    request: GenerationRequest
+    unread: list[TokenBatch] = field(default_factory=list)
+    error: Exception | None = None
+    has_reader: bool = False
+    holds_slot: bool = True
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    timers: list[asyncio.TimerHandle] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Request and attempt."""
+        return self.request.request_id, self.request.attempt
+
+    def put(self, batch: TokenBatch) -> None:
+        """Add a batch for the reader."""
+        self.unread.append(batch)
+        self.changed.set()
+
+    def fail(self, error: Exception) -> None:
+        """Tell the reader that there will be no more."""
+        self.error = error
+        self.changed.set()
+
+    async def take(self) -> TokenBatch:
+        """All tokens since the last call, as one batch."""
+        while not self.unread:
+            if self.error is not None:
+                raise self.error
+            self.changed.clear()
+            await self.changed.wait()
+        batches, self.unread = self.unread, []
+        return merged(batches)
+
+
+class Leases:
+    """The leases of one replica.
+
+    Args:
+        on_end: Called with a lease when it ends for whatever reason; frees its slot.
+    """
+
+    def __init__(self, on_end: Callable[[Lease], None]) -> None:
+        self._leases: dict[tuple[str, int], Lease] = {}
+        self._on_end = on_end
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def grant(self, request: GenerationRequest, *, total_s: float) -> Lease:
+        """A new lease, which ends by itself after ``total_s``.
+
+        Raises:
+            TransferError: The attempt has a lease already.
+        """
+        lease = Lease(request)
+        if lease.key in self._leases:
+            raise TransferError(f"{lease.key} holds a slot here already; prefill it again")
+        self._leases[lease.key] = lease
+        self._limit(lease, "it did not finish", total_s)
+        return lease
+
+    def expect_reader(self, lease: Lease, within_s: float) -> None:
+        """End the lease where nobody reads it within ``within_s``."""
+        if not lease.has_reader:
+            self._limit(lease, "nobody read its tokens", within_s)
+
+    def get(self, request_id: str, attempt: int) -> Lease | None:
+        """A lease by its attempt."""
+        return self._leases.get((request_id, attempt))
+
+    def find(self, request_id: str, attempt: int) -> Lease:
+        """A lease by its attempt; raises :class:`UnavailableError` where there is none."""
+        lease = self.get(request_id, attempt)
+        if lease is None:
+            raise UnavailableError(
+                f"request {request_id}, attempt {attempt} holds no slot here; prefill it again"
+            )
+        return lease
+
+    def newest(self, request_id: str) -> Lease | None:
+        """The latest attempt of a request that holds a lease."""
+        mine = [lease for (name, _), lease in self._leases.items() if name == request_id]
+        return max(mine, key=lambda lease: lease.request.attempt, default=None)
+
+    def read(self, lease: Lease) -> None:
+        """Somebody reads from now on: the lease no longer ends for want of a reader."""
+        lease.has_reader = True
+        for timer in lease.timers[1:]:
+            timer.cancel()
+
+    def end(self, lease: Lease) -> None:
+        """End a lease; harmless where it has ended."""
+        if self._leases.pop(lease.key, None) is not None:
+            for timer in lease.timers:
+                timer.cancel()
+            self._on_end(lease)
+
+    def all(self) -> list[Lease]:
+        """Every lease."""
+        return list(self._leases.values())
+
+    def _limit(self, lease: Lease, reason: str, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        lease.timers.append(loop.call_later(seconds, self._expire, lease, reason, seconds))
+
+    def _expire(self, lease: Lease, reason: str, seconds: float) -> None:
+        lease.fail(
+            DeadlineError(
+                f"request {lease.request.request_id}: {reason} within {seconds:.1f} s; "
+                "its slot was freed"
+            )
+        )
+        self.end(lease)

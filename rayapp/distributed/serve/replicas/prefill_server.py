@@ -1,0 +1,177 @@
+"""A prefill replica: prompts in, first tokens and KV messages out.
+
+The answer has two items: a small one at once, then the KV. Serve makes each item an object that the
+*caller* owns, so the ingress keeps the KV of a replica that dies right after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+
+from rayapp.api.service import Pool, ReplicaHealth
+from rayapp.distributed.serve.messages import (
+    ANY,
+    Address,
+    Place,
+    PrefillAnswer,
+    Refusal,
+    Versions,
+    check_address,
+    version_conflict,
+)
+from rayapp.distributed.serve.replicas.stage import EngineThread, StageModel
+from rayapp.engine.prefill import PrefillEngine, PrefillOutput
+from rayapp.engine.request import GenerationRequest
+from rayapp.errors import DeadlineError, IntegrityError, OverloadedError
+from rayapp.kv.wire import Message, pack
+from rayapp.models.stack import BlockStack
+from rayapp.vision.reader import ImageReader
+
+
+class PrefillServer:
+    """Runs one prompt at a time, first come, first served.
+
+    Args:
+        stage: The prefill stage.
+        place: Where this runs.
+        max_waiting: Prompts that may wait; more are refused.
+        thread: The engine thread, shared where both stages live in one replica.
+    """
+
+    def __init__(
+        self,
+        stage: StageModel,
+        place: Place,
+        *,
+        max_waiting: int,
+        thread: EngineThread | None = None,
+    ) -> None:
+        self._stage = stage
+        self._place = place
+        self._max_waiting = max_waiting
+        self._thread = thread or EngineThread()
+        self._versions = stage.versions
+        stack = BlockStack(stage.loaded.model, stage.plan, "prefill")
+        self._engine = PrefillEngine(
+            stack,
+            stage.plan,
+            max_model_len=stage.max_model_len,
+            eos_token_ids=stage.loaded.eos_token_ids,
+            tokenizer=stage.loaded.tokenizer,
+            images=ImageReader(stage.loaded.model, stack, stage.images) if stage.images else None,
+        )
+        self._queued: dict[object, int] = {}
+        self._num_running = 0
+
+    async def prefill(
+        self,
+        request: GenerationRequest,
+        versions: Versions,
+        queue_s: float,
+        address: Address = ANY,
+    ) -> AsyncGenerator[PrefillAnswer | Refusal | Message, None]:
+        """One :class:`PrefillAnswer`, then the KV message unless the answer is complete already.
+
+        A replica of another version yields a :class:`Refusal` only.
+
+        Args:
+            request: What to prefill; its attempt goes into the KV's envelope.
+            versions: What the caller wants it computed with.
+            queue_s: Longest wait for a turn, seconds.
+            address: Whom the call is for.
+
+        Raises:
+            OverloadedError: Every waiting place is taken.
+            DeadlineError: No turn within ``queue_s``.
+            RequestError: The request lies outside the limits.
+        """
+        check_address(self._place, address)
+        refusal = version_conflict(self._place, self._versions, versions)
+        if refusal is not None:
+            yield refusal
+            return
+        began_s = time.monotonic()
+        output = await self._compute(request, queue_s)
+        segment = output.segment
+        yield PrefillAnswer(
+            place=self._place,
+            first=output.first,
+            kv_bytes=None if segment is None else segment.nbytes,
+            queue_s=time.monotonic() - began_s - output.prefill_s,
+            prefill_s=output.prefill_s,
+            num_visual_tokens_removed=0 if segment is None else segment.num_visual_tokens_removed,
+        )
+        if segment is not None:
+            envelope = versions.envelope(request.request_id, request.attempt)
+            yield await self._thread.run(pack, segment, envelope)
+
+    async def _compute(self, request: GenerationRequest, queue_s: float) -> PrefillOutput:
+        """Wait for a turn, then run; a place in the queue is freed by deadline and cancellation."""
+        if len(self._queued) >= self._max_waiting:
+            raise OverloadedError(
+                f"{len(self._queued)} prompts wait for prefill, the limit is {self._max_waiting}; "
+                "try again later"
+            )
+        ticket, loop, begun = object(), asyncio.get_running_loop(), asyncio.Event()
+
+        def run() -> PrefillOutput:
+            self._num_running += 1
+            try:
+                loop.call_soon_threadsafe(begun.set)
+                return self._engine.run(request)
+            finally:
+                self._num_running -= 1
+
+        self._queued[ticket] = request.num_prompt_tokens
+        running = asyncio.ensure_future(self._thread.run(run))
+        turn = asyncio.ensure_future(begun.wait())
+        try:
+            done, _ = await asyncio.wait(
+                {running, turn}, timeout=queue_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                raise DeadlineError(
+                    f"no turn for prefill within {queue_s:.1f} s; try again later or add replicas"
+                )
+            self._queued.pop(ticket)
+            return await running
+        finally:
+            self._queued.pop(ticket, None)
+            turn.cancel()
+            running.cancel()
+
+    async def describe(self) -> ReplicaHealth:
+        """This replica, for ``/health``."""
+        return self.health("prefill")
+
+    def health(self, pool: Pool) -> ReplicaHealth:
+        """This replica as part of ``pool``."""
+        return ReplicaHealth(
+            pool=pool,
+            replica_id=self._place.replica_id,
+            node=self._place.node,
+            parameter_bytes=self._stage.loaded.parameter_bytes,
+            plan_fingerprint=self._versions.plan_fingerprint,
+            weights_fingerprint=self._versions.weights_fingerprint,
+            num_running=self._num_running,
+            num_waiting=len(self._queued),
+            image_cache=self._engine.image_cache,
+        )
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens that wait for their turn."""
+        return sum(self._queued.values())
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What :class:`rayapp.distributed.serve.autoscaling.PrefillPolicy` decides by."""
+        return {"queued_tokens": float(self.queued_tokens)}
+
+    async def check_integrity(self) -> dict[str, int]:
+        """What is held at the moment: all zero when idle."""
+        counts = {"queued": len(self._queued), "queued_tokens": self.queued_tokens}
+        if min(counts.values()) < 0 or self._num_running not in (0, 1):
+            raise IntegrityError(f"prefill holds {counts} and runs {self._num_running} prompts")
+        return {**counts, "running": self._num_running}

@@ -1,0 +1,120 @@
+"""What every replica has: its identity, its stage of the model, and one engine thread.
+
+Engines are not thread-safe and torch computes for long, so each replica runs everything that
+touches an engine on one thread, in the order submitted, while its event loop stays live for
+cancellations, health checks and metrics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import ray
+import torch
+from ray import serve
+
+from rayapp.distributed.serve.messages import Place, Versions
+from rayapp.distributed.serve.settings import ServiceSettings
+from rayapp.models.blocks import text_config
+from rayapp.models.loading import LoadedModel, load_model
+from rayapp.plan import PruningPlan
+from rayapp.vision.llava import image_processor_of
+from rayapp.vision.reader import ImageSupport
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class StageModel:
+    """One stage's weights on a replica, and what they are to be run under.
+
+    ``images`` is there where this replica prefills a model that takes images.
+    """
+
+    loaded: LoadedModel
+    plan: PruningPlan
+    max_model_len: int
+    images: ImageSupport | None = None
+
+    @property
+    def versions(self) -> Versions:
+        """What requests must want."""
+        return Versions(self.plan.fingerprint, self.loaded.signature.weights_fingerprint)
+
+
+def load_stage(
+    settings: ServiceSettings, stage: Literal["prefill", "decode", "unified"]
+) -> StageModel:
+    """Read the tensors that ``stage`` runs; one compute thread per replica."""
+    torch.set_num_threads(1)
+    plan = PruningPlan.load(settings.plan) if settings.plan else PruningPlan()
+    device = settings.pools[stage].device
+    loaded = load_model(settings.model, plan=plan, stage=stage, dtype=settings.dtype, device=device)
+    limit = settings.max_model_len or text_config(loaded.model.config).max_position_embeddings
+    logger.info("%s: %d parameter bytes of %s", stage, loaded.parameter_bytes, settings.model)
+    images = None if stage == "decode" else image_support(settings, loaded.model.config)
+    return StageModel(loaded, plan, limit, images)
+
+
+def image_support(settings: ServiceSettings, config: Any) -> ImageSupport | None:
+    """What prefill reads images with; None where the model is text-only.
+
+    Raises:
+        ModelError: The model takes images and has no usable image processor.
+    """
+    processor = image_processor_of(settings.model, config)
+    if processor is None:
+        return None
+    return ImageSupport(processor, settings.images, settings.image_cache_bytes)
+
+
+def this_place() -> Place:
+    """The replica and node that this process is."""
+    context = ray.get_runtime_context()
+    return Place(serve.get_replica_context().replica_id.unique_id, context.get_node_id())
+
+
+class EngineThread:
+    """Runs calls one at a time in the order submitted. One that has not begun can be cancelled."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="engine", initializer=_one_thread)
+
+    def submit(self, call: Callable[..., Result], *arguments: Any) -> asyncio.Future[Result]:
+        """Queue a call at once; the caller need not wait."""
+        return asyncio.wrap_future(self._executor.submit(call, *arguments))
+
+    async def run(self, call: Callable[..., Result], *arguments: Any) -> Result:
+        """The call's result; cancelling this cancels a call that has not begun.
+
+        One that has begun ends by itself, and its result is dropped.
+        """
+        return await self.submit(call, *arguments)
+
+    async def finish(self, call: Callable[..., Result], *arguments: Any) -> Result:
+        """Like :meth:`run`, but waits for the call even where the waiter is cancelled meanwhile."""
+        running = self.submit(call, *arguments)
+        cancelled: asyncio.CancelledError | None = None
+        while not running.done():
+            try:
+                await asyncio.shield(running)
+            except asyncio.CancelledError as error:
+                cancelled = error
+            except Exception:  # noqa: BLE001 - raised to the waiter below
+                break
+        if cancelled is not None:
+            running.exception()
+            raise cancelled
+        return running.result()
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    threading.current_thread().name = "engine"

@@ -1,0 +1,128 @@
+"""Both stages in one replica: the fallback for one node, and the comparison.
+
+Same modes, same selection, same encode-decode round trip as over two nodes, so the tokens are the
+same; the KV never leaves the process and no transfer is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import cast
+
+from rayapp.api.service import ReplicaHealth
+from rayapp.distributed.serve.messages import (
+    ANY,
+    Address,
+    Admission,
+    Handover,
+    Place,
+    PrefillAnswer,
+    Refusal,
+    Versions,
+)
+from rayapp.distributed.serve.replicas.decode_server import DecodeServer
+from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
+from rayapp.distributed.serve.replicas.stage import EngineThread, StageModel
+from rayapp.distributed.serve.settings import Deadlines
+from rayapp.engine.channel import LocalChannel
+from rayapp.engine.request import GenerationRequest, TokenBatch
+from rayapp.kv.wire import Message
+
+UnifiedItem = PrefillAnswer | Refusal | Admission | TokenBatch
+
+
+class UnifiedServer:
+    """A prefill and a decode server on one engine thread.
+
+    Args:
+        stage: The union of both stages.
+        place: Where this runs.
+        max_num_seqs: Slots.
+        max_waiting: Prompts that may wait; more are refused.
+        deadlines: Of leases and answers.
+    """
+
+    def __init__(
+        self,
+        stage: StageModel,
+        place: Place,
+        *,
+        max_num_seqs: int,
+        max_waiting: int,
+        deadlines: Deadlines,
+    ) -> None:
+        thread = EngineThread()
+        self._deadlines = deadlines
+        self._channel = LocalChannel()
+        self._prefill = PrefillServer(stage, place, max_waiting=max_waiting, thread=thread)
+        self._decode = DecodeServer(
+            stage,
+            place,
+            fetch=self._channel.fetch,
+            max_num_seqs=max_num_seqs,
+            deadlines=deadlines,
+            thread=thread,
+        )
+
+    async def generate(
+        self,
+        request: GenerationRequest,
+        versions: Versions,
+        replay: tuple[int, ...] = (),
+        address: Address = ANY,
+    ) -> AsyncGenerator[UnifiedItem, None]:
+        """One :class:`PrefillAnswer`, one :class:`Admission`, then the tokens after the first."""
+        async with aclosing(
+            self._prefill.prefill(request, versions, self._deadlines.queue_s, address)
+        ) as items:
+            answer = cast("PrefillAnswer | Refusal", await anext(items))
+            yield answer
+            if isinstance(answer, Refusal) or answer.kv_bytes is None:
+                return
+            handle = await self._channel.send(cast("Message", await anext(items)))
+        handover = Handover(
+            request.without_image_data, versions, answer.first, replay, self._deadlines.transfer_s
+        )
+        try:
+            admission = await self._decode.admit(handover, [handle])
+        finally:
+            await self._channel.release(handle)
+        try:
+            yield admission
+            async with aclosing(
+                self._decode.tokens(request.request_id, request.attempt)
+            ) as batches:
+                async for batch in batches:
+                    yield batch
+        finally:
+            await self._decode.cancel(request.request_id, request.attempt)
+
+    async def describe(self) -> ReplicaHealth:
+        """This replica, for ``/health``."""
+        prefill, decode = self._prefill.health("unified"), self._decode.health("unified")
+        waiting = prefill.num_waiting + decode.num_waiting
+        return decode.model_copy(
+            update={"num_waiting": waiting, "image_cache": prefill.image_cache}
+        )
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What both policies decide by."""
+        return {
+            **self._prefill.record_autoscaling_stats(),
+            **self._decode.record_autoscaling_stats(),
+        }
+
+    async def check_integrity(self) -> dict[str, int]:
+        """What is held at the moment: all zero when idle."""
+        prefill, decode = (
+            await self._prefill.check_integrity(),
+            await self._decode.check_integrity(),
+        )
+        running = prefill.pop("running") + decode.pop("running")
+        return {
+            **prefill,
+            **decode,
+            "running": running,
+            "pinned_bytes": self._channel.pinned_bytes,
+        }

@@ -1,0 +1,75 @@
+"""Exact match and bytes: greedy answers through the engine that serves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rayapp.data.image_lines import prompt_of
+from rayapp.data.lines import TokenizedLine
+from rayapp.engine.local import Completion, LocalPipeline
+from rayapp.engine.request import SamplingParams
+from rayapp.errors import IntegrityError
+from rayapp.evaluation.progress import ProgressCallback, silent
+from rayapp.kv.ledger import TransferRecord
+
+_BATCHES_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class JudgedAnswer:
+    """Whether greedy decoding reproduced the expected answer, and what its KV weighed."""
+
+    is_match: bool
+    transfer: TransferRecord
+
+
+def judge_answers(
+    pipeline: LocalPipeline,
+    lines: Sequence[TokenizedLine],
+    *,
+    end_token_ids: Sequence[int] = (),
+    progress: ProgressCallback = silent,
+    what: str = "answers",
+) -> list[JudgedAnswer]:
+    """Answer every prompt greedily and compare with its continuation, end marker included.
+
+    Exactly as many tokens are decoded as are expected, without stopping early: so the KV of every
+    prompt travels and is accounted for, also where the first token is wrong.
+
+    Args:
+        pipeline: Prefill, wire and continuous decode of one plan.
+        lines: Prompts and expected continuations.
+        end_token_ids: Tokens that may stand for the end marker beside the expected one.
+        progress: Called after every slice of prompts.
+        what: Its label.
+    """
+    step = pipeline.max_num_seqs * _BATCHES_AT_ONCE
+    judged: list[JudgedAnswer] = []
+    for start in range(0, len(lines), step):
+        some = lines[start : start + step]
+        sampling = [_greedy(line) for line in some]
+        completions = pipeline.generate([prompt_of(line) for line in some], sampling)
+        judged += [
+            _judge(line, completion, end_token_ids)
+            for line, completion in zip(some, completions, strict=True)
+        ]
+        progress(what, len(judged), len(lines))
+    return judged
+
+
+def _greedy(line: TokenizedLine) -> SamplingParams:
+    return SamplingParams(max_tokens=len(line.continuation), temperature=0.0, ignore_eos=True)
+
+
+def _judge(
+    line: TokenizedLine, completion: Completion, end_token_ids: Sequence[int]
+) -> JudgedAnswer:
+    *expected, end = line.continuation
+    *answer, last = completion.token_ids
+    if completion.transfer is None:
+        raise IntegrityError(
+            f"an answer of {len(line.continuation)} tokens came without a transfer"
+        )
+    is_match = answer == expected and last in (end, *end_token_ids)
+    return JudgedAnswer(is_match, completion.transfer)

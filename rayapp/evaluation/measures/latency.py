@@ -1,0 +1,195 @@
+"""How fast a plan answers, beside the dense model: interleaved runs without transfer.
+
+An answer of N tokens takes ``prefill + (N - 1) x TPOT``. Prefill is timed until the first answer
+token is known: where decode samples it, its first step is part of that. Within a batch, prompts are
+prefilled one by one and decoded together; the prefill of a run is the mean over its prompts. Where
+the data hold images, timed prompts begin with one, which is decoded and encoded anew every time.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from rayapp.engine.decode import DecodeEngine
+from rayapp.engine.prefill import PrefillEngine, PrefillOutput
+from rayapp.engine.request import GenerationRequest, SamplingParams
+from rayapp.errors import IntegrityError
+from rayapp.evaluation.bootstrap import CONFIDENCE
+from rayapp.evaluation.measures.likelihood import TwoStages
+from rayapp.evaluation.progress import ProgressCallback, silent
+from rayapp.evaluation.result import LatencyResult, StageTimes
+from rayapp.evaluation.settings import EvaluationSettings
+from rayapp.models.stack import BlockStack
+from rayapp.vision.inputs import ImageInput
+from rayapp.vision.reader import ImageReader
+
+_RESAMPLES = 2_000
+
+
+@dataclass(frozen=True)
+class RunTimes:
+    """One run: seconds until a prompt's first answer token, and per decode step after it."""
+
+    prefill_s: float
+    tpot_s: float
+
+
+Run = Callable[[], RunTimes]
+
+
+@dataclass(frozen=True)
+class TimedImage:
+    """What timed prompts begin with; ``reader`` makes one for a prefill stage, without a cache."""
+
+    image: ImageInput
+    placeholder_id: int
+    reader: Callable[[BlockStack], ImageReader]
+
+
+def measure_latency(
+    dense: TwoStages,
+    plan: TwoStages,
+    settings: EvaluationSettings,
+    *,
+    batch_size: int,
+    progress: ProgressCallback = silent,
+    image: TimedImage | None = None,
+) -> LatencyResult:
+    """Time both sides on the same random prompts, alternating, after one untimed run of each.
+
+    Threads are those that torch uses at the moment; nothing here changes them.
+    """
+    requests = _requests(settings, batch_size, plan.decode.vocab_size, image)
+    sides = [_EngineRun(side, requests, image) for side in (dense, plan)]
+    what = f"timing, batch {batch_size}"
+    dense_runs, plan_runs = interleave(
+        sides[0], sides[1], settings.num_runs, on_run=lambda n: progress(what, n, settings.num_runs)
+    )
+    num_answer = settings.num_answer_tokens
+    return LatencyResult(
+        speedup_at_least=least_speedup(dense_runs, plan_runs, num_answer, seed=settings.seed),
+        num_prompt_tokens=requests[0].num_prompt_tokens,
+        num_image_tokens=image.image.num_tokens if image else 0,
+        num_answer_tokens=num_answer,
+        batch_size=batch_size,
+        num_runs=settings.num_runs,
+        num_threads=torch.get_num_threads(),
+        dense=medians(dense_runs, num_answer),
+        plan=medians(plan_runs, num_answer),
+    )
+
+
+def interleave(
+    dense: Run, plan: Run, num_runs: int, *, on_run: Callable[[int], None] = lambda _done: None
+) -> tuple[list[RunTimes], list[RunTimes]]:
+    """Alternate both sides, either going first in turn; one warm-up run of each is dropped."""
+    dense(), plan()
+    dense_runs: list[RunTimes] = []
+    plan_runs: list[RunTimes] = []
+    for index in range(num_runs):
+        order = [(dense, dense_runs), (plan, plan_runs)]
+        for run, runs in order if index % 2 == 0 else reversed(order):
+            runs.append(run())
+        on_run(index + 1)
+    return dense_runs, plan_runs
+
+
+def medians(runs: Sequence[RunTimes], num_answer_tokens: int) -> StageTimes:
+    """Medians over runs; that of a whole answer is over whole answers, not a sum of medians."""
+    answers = _answers(runs, num_answer_tokens)
+    return StageTimes(
+        prefill_ms=1e3 * statistics.median(run.prefill_s for run in runs),
+        tpot_ms=1e3 * statistics.median(run.tpot_s for run in runs),
+        answer_ms=1e3 * statistics.median(answers),
+    )
+
+
+def least_speedup(
+    dense: Sequence[RunTimes], plan: Sequence[RunTimes], num_answer_tokens: int, *, seed: int = 0
+) -> float:
+    """The one-sided 95 % lower bound of the speed-up of whole answers: pairs of runs resampled."""
+    dense_N, plan_N = (np.array(_answers(runs, num_answer_tokens)) for runs in (dense, plan))
+    rng = np.random.default_rng(seed)
+    index_RN = rng.integers(len(dense_N), size=(_RESAMPLES, len(dense_N)))
+    ratios_R = np.median(dense_N[index_RN], axis=1) / np.median(plan_N[index_RN], axis=1)
+    return float(np.quantile(ratios_R, 1 - CONFIDENCE, method="lower"))
+
+
+def _answers(runs: Sequence[RunTimes], num_answer_tokens: int) -> list[float]:
+    """Seconds of a whole answer, per run."""
+    return [run.prefill_s + (num_answer_tokens - 1) * run.tpot_s for run in runs]
+
+
+def _requests(
+    settings: EvaluationSettings, batch_size: int, vocab_size: int, image: TimedImage | None
+) -> list[GenerationRequest]:
+    rng = random.Random(settings.seed)
+    sampling = SamplingParams(max_tokens=settings.num_answer_tokens, ignore_eos=True)
+    place = image.placeholder_id if image else None
+    words = [token for token in range(vocab_size) if token != place]
+    found = []
+    for index in range(batch_size):
+        text = tuple(rng.choices(words, k=settings.num_prompt_tokens))
+        request = GenerationRequest(f"timing-{index}", text, sampling)
+        if image is not None:
+            asked = (image.placeholder_id, *text)
+            request = replace(
+                request, prompt_token_ids=asked, images=(image.image,), text_token_ids=text
+            )
+        found.append(request)
+    return found
+
+
+class _EngineRun:
+    """One side's engines, answering the same requests every time it is called."""
+
+    def __init__(
+        self, side: TwoStages, requests: list[GenerationRequest], image: TimedImage | None
+    ) -> None:
+        first = requests[0]
+        max_model_len = first.num_prompt_tokens + first.sampling.max_tokens
+        self._requests = requests
+        self._first_by_decode = side.plan.first_token == "decode"
+        # Text has no visual tokens to prune, whatever the plan says of them.
+        plan = side.plan if image else side.plan.model_copy(update={"visual_tokens": None})
+        self._prefill = PrefillEngine(
+            side.prefill,
+            plan,
+            max_model_len=max_model_len,
+            images=image.reader(side.prefill) if image else None,
+        )
+        self._decode = DecodeEngine(
+            side.decode, side.plan, max_num_seqs=len(requests), max_model_len=max_model_len
+        )
+
+    def __call__(self) -> RunTimes:
+        begun_s = time.perf_counter()
+        outputs = [self._prefill.run(request) for request in self._requests]
+        prefill_s = (time.perf_counter() - begun_s) / len(outputs)
+        self._admit(outputs)
+        if self._first_by_decode:
+            prefill_s += self._steps(1)
+        num_steps = self._requests[0].sampling.max_tokens - 1
+        tpot_s = self._steps(num_steps) / num_steps
+        if self._decode.num_running:
+            raise IntegrityError(f"{self._decode.num_running} timed answers did not end in time")
+        return RunTimes(prefill_s, tpot_s)
+
+    def _admit(self, outputs: list[PrefillOutput]) -> None:
+        for request, output in zip(self._requests, outputs, strict=True):
+            if output.segment is None:
+                raise IntegrityError(f"{request.request_id} ended with its first token")
+            self._decode.admit(request, output.segment, output.first)
+
+    def _steps(self, count: int) -> float:
+        begun_s = time.perf_counter()
+        for _ in range(count):
+            self._decode.step()
+        return time.perf_counter() - begun_s

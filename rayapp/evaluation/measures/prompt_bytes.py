@@ -1,0 +1,51 @@
+"""What the KV of prompts weighs under a plan, as the ledger will count it, without sending it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, astuple, dataclass
+
+from rayapp.evaluation.measures.likelihood import TwoStages
+from rayapp.kv.forecast import RunPrompt, forecast_sizes
+from rayapp.kv.ledger import KVShape
+from rayapp.kv.wire import Envelope
+
+_REQUEST_ID = "0" * 32  # as long as the service's: lengths count by the header's padding only
+
+
+@dataclass(frozen=True)
+class PromptBytes:
+    """Sums over prompts: of their dense caches, of everything that is sent instead, and savings."""
+
+    bytes_full: int
+    bytes_sent: int
+    overhead_bytes: int
+    saved_by_visual_tokens_bytes: int = 0
+
+    @classmethod
+    def of(cls, side: TwoStages, prompt_lengths: Iterable[int]) -> PromptBytes:
+        """The KV messages of text prompts of these lengths, in the model's element type."""
+        shape, plan = KVShape.of(side.decode), side.plan
+        weights = plan.model.weights_fingerprint if plan.model else ""
+        envelope = Envelope(_REQUEST_ID, 0, plan.fingerprint, weights)
+        return cls.total(
+            cls(
+                count * shape.dense_bytes(length),
+                count * sizes.total_bytes,
+                count * sizes.overhead_bytes,
+            )
+            for length, count in sorted(Counter(prompt_lengths).items())
+            for sizes in [
+                forecast_sizes(shape, side.decode.dtype, plan, envelope, RunPrompt(length))
+            ]
+        )
+
+    @classmethod
+    def total(cls, parts: Iterable[PromptBytes]) -> PromptBytes:
+        """The sum."""
+        return cls(*(sum(column) for column in zip(*map(astuple, parts), strict=True)))
+
+    def fields(self) -> dict[str, int]:
+        """By name, for a result."""
+        return asdict(self)

@@ -1,0 +1,55 @@
+"""What tells how the numbers of a report came about, as ``(name, value)``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rayapp.evaluation.report.findings import Findings
+from rayapp.plan import PruningPlan
+
+_IN_SECTIONS = ("healed",)
+"""Parts of the provenance that the page shows elsewhere."""
+
+Rows = list[tuple[str, str]]
+
+
+def origins(findings: Findings) -> Rows:
+    """Plan, weights, data and machine."""
+    plan, evaluation = findings.plan, findings.evaluation
+    rows = [("plan", plan.fingerprint)]
+    model = plan.model or (evaluation.model if evaluation else None)
+    if model:
+        rows.append(("weights", f"{model.model_type}, {model.weights_fingerprint}"))
+    if plan.healed:
+        rows.append(("healed tensors", plan.healed))
+    if evaluation is None:
+        return rows
+    settings, machine = evaluation.settings, evaluation.machine
+    rows += [
+        (f"data: {data.name}", f"{data.num_examples:,} examples, sha256 {data.sha256}")
+        for data in evaluation.data
+    ]
+    return [
+        *rows,
+        ("split", settings.split or "not stated"),
+        ("seed", str(settings.seed)),
+        ("element type", evaluation.dtype),
+        ("hardware", f"{machine.processor}, {machine.device}, threads: {machine.num_threads}"),
+        ("versions", ", ".join(f"{name} {v}" for name, v in machine.versions.items())),
+        ("commit", machine.commit or "not known"),
+    ]
+
+
+def provenance(plan: PruningPlan) -> Rows:
+    """What the searches wrote into the plan; one level of objects is taken apart."""
+    rows: Rows = []
+    for name, value in plan.provenance.items():
+        if name not in _IN_SECTIONS:
+            parts = value if isinstance(value, dict) else {"": value}
+            rows += [(f"{name} {key}".rstrip(), _plain(each)) for key, each in parts.items()]
+    return rows
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

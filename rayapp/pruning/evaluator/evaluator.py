@@ -1,0 +1,357 @@
+"""Scores candidates on one chunk, reusing everything that equals what was computed before.
+
+A state is named by exactly what it depends on, and looked up before it is computed:
+
+- prefill's hidden state that enters block ``b``: the chunk and prefill's skips before ``b``, which
+  say of a survivor that it is healed, and for which neighbour;
+- the KV of block ``b``: the same, and the rule whose encoding it went through, if any;
+- decode's hidden state that enters block ``b``: decode's skips before ``b``, and prefill's skips
+  before the last block under ``b`` where decode attended, with the transfer rules of the blocks
+  where it did.
+
+So a candidate restarts at its first changed block, siblings share prefixes when they come in order,
+and changes of decode alone find the whole prefill done. Results never depend on what was found: the
+same operation runs on the same shapes either way.
+Shapes: B = lines, P = prompt tokens, D = tokens that decode runs, C = continuation tokens,
+E = hidden size, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from rayapp.kv.quantize import round_trip
+from rayapp.plan import SEND_ALL, KVTransfer, Stage
+from rayapp.pruning.candidates.candidate import (
+    ATTENTION,
+    DENSE,
+    SEND_ALL_RULE,
+    Candidate,
+    KVRule,
+    kv_rule,
+    transfer_of,
+)
+from rayapp.pruning.candidates.healing import NO_HEALING, PARTS, HealedPair, Healing, Pair
+from rayapp.pruning.evaluator.block_runner import KV, BlockKVSlot, BlockRunner, with_room
+from rayapp.pruning.evaluator.calibration import Calibration
+from rayapp.pruning.evaluator.handoff import Handoff, handoff
+from rayapp.pruning.evaluator.masks import Masks
+from rayapp.pruning.evaluator.objective import Objective, Reference, reference_of, token_values
+from rayapp.pruning.evaluator.state_cache import StateCache, Tensors
+
+CACHE_BYTES = 1 << 30
+"""Bound of an evaluator's cache (project default)."""
+
+LineSums = tuple[float, ...]
+_Key = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One candidate on one chunk; ``held`` keeps what its rest needs, whatever the bound.
+
+    ``rules`` are those of all blocks; they send all where decode does not attend.
+    """
+
+    chunk: int
+    inputs: Handoff
+    prefill: tuple[int, ...]
+    decode: tuple[int, ...]
+    rules: tuple[KVRule, ...]
+    held: dict[_Key, Tensors] = field(default_factory=dict)
+
+    @property
+    def is_dense(self) -> bool:
+        cut = any(rule[1:] != SEND_ALL_RULE for rule in self.rules)
+        return not any(self.prefill) and not any(self.decode) and not cut
+
+
+class Evaluator:
+    """The compute of a search on one device.
+
+    Args:
+        model: The dense model.
+        calibration: The chunks that are scored.
+        objective: What to compute.
+        cache_bytes: Bound of what is kept for reuse; 0 reuses nothing, with the same scores.
+
+    Attributes:
+        blocks_run: Blocks run so far, those of which nothing is left included.
+        forwards: Block x token forwards so far, padding included; a part counts one half, and so
+            does the KV of a block that is written without its attention.
+        masks: What each stage's tokens may attend to.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        calibration: Calibration,
+        objective: Objective,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.calibration = calibration
+        self.objective = objective
+        self.runner = BlockRunner(model)
+        self.blocks_run = 0
+        self.forwards = 0.0
+        self._cache = StateCache(cache_bytes)
+        self._inputs: dict[int, Handoff] = {}
+        runner = self.runner
+        self.masks = Masks(self.inputs, runner.windows, runner.device, runner.dtype)
+
+    @torch.inference_mode()
+    def line_sums(
+        self, candidates: Sequence[Candidate], chunk: int, healing: Healing = NO_HEALING
+    ) -> list[LineSums]:
+        """Per candidate the sum over the continuation tokens of every line of ``chunk``, float64.
+
+        Candidates may come in any order; ascending order shares most. The pairs that they use under
+        ``healing`` must have been added.
+        """
+        lines = self.calibration.chunks[chunk]
+        valid_BC = self.inputs(chunk).valid_BC
+        reference = self._reference(chunk) if self.objective.kind == "kl" else None
+        found = []
+        for candidate in candidates:
+            run = self._pass(candidate, chunk, self.objective.kv_transfer, healing)
+            logits_BCV = self._logits(run)
+            values_BC = token_values(self.objective, reference, logits_BCV, lines.continuations_BC)
+            sums_B = values_BC.cpu().masked_fill(~valid_BC, 0.0).sum(dim=1)
+            found.append(tuple(sums_B.tolist()))
+        return found
+
+    def add_healed(self, healed: HealedPair) -> None:
+        """Make a trained pair known to candidates that use it."""
+        self.runner.add_healed(healed)
+
+    @torch.inference_mode()
+    def dense_state(self, stage: Stage, chunk: int, block: int) -> torch.Tensor:
+        """The dense model's hidden states that enter ``block`` at a stage's positions, ``BTE``."""
+        run = self._pass(DENSE, chunk, {})
+        if stage == "prefill":
+            return self._prefill_state(run, block)
+        return self._decode_state(run, block)
+
+    @torch.inference_mode()
+    def dense_kv(self, chunk: int, block: int) -> KV:
+        """The KV of ``block`` that the dense model's prefill writes, padding included."""
+        run = self._pass(DENSE, chunk, {})
+        num_entries = run.inputs.prefill_ids_BP.shape[1]
+        keys_BHKD, values_BHKD = self._written_kv(run, block)
+        return keys_BHKD[:, :, :num_entries], values_BHKD[:, :, :num_entries]
+
+    @torch.inference_mode()
+    def attend(
+        self,
+        candidate: Candidate,
+        stage: Stage,
+        chunk: int,
+        block: int,
+        healing: Healing = NO_HEALING,
+    ) -> None:
+        """Run one block of a stage on the states that enter it, all KV at hand, for observers.
+
+        See :func:`rayapp.models.attention.observed_attention`. Transfer rules are not applied.
+        """
+        run = self._pass(replace(candidate, kv=()), chunk, {}, healing)
+        skips, inputs = run.prefill if stage == "prefill" else run.decode, run.inputs
+        if stage == "prefill":
+            hidden_BTE, positions_BT = self._prefill_state(run, block), inputs.prefill_positions_BP
+            mask, slot = self.masks.prefill(chunk, block), BlockKVSlot()
+        else:
+            hidden_BTE, positions_BT = self._decode_state(run, block), inputs.decode_positions_BD
+            mask, slot = self.masks.decode(chunk, block), _slot(run, self._written_kv(run, block))
+        self._run(stage, block, skips[block], hidden_BTE, positions_BT, mask, slot)
+
+    def inputs(self, chunk: int) -> Handoff:
+        """What both stages run on a chunk."""
+        if chunk not in self._inputs:
+            self._inputs[chunk] = handoff(
+                self.calibration.chunks[chunk], self.objective.first_token
+            )
+        return self._inputs[chunk]
+
+    def _pass(
+        self,
+        candidate: Candidate,
+        chunk: int,
+        default_rules: Mapping[int, KVTransfer],
+        healing: Healing = NO_HEALING,
+    ) -> _Pass:
+        blocks = self.runner.num_blocks
+        prefill = healing.skips(candidate, "prefill", blocks)
+        decode = healing.skips(candidate, "decode", blocks)
+        wanted = candidate.transfers(default_rules)
+        rules = tuple(
+            kv_rule(b, SEND_ALL if decode[b] & ATTENTION else wanted.get(b, SEND_ALL))
+            for b in range(blocks)
+        )
+        return _Pass(chunk, self.inputs(chunk), prefill, decode, rules)
+
+    def _reference(self, chunk: int) -> Reference:
+        """What candidates are compared with: dense stages, uncut KV."""
+        found = self._cache.get(("reference", chunk))
+        if found is None:
+            logits_BCV = self._logits(self._pass(DENSE, chunk, {}))
+            found = reference_of(self.objective, logits_BCV)
+            self._cache.put(("reference", chunk), found, dense=True)
+        return found
+
+    def _logits(self, run: _Pass) -> torch.Tensor:
+        """Logits of every continuation token, ``(B, C, V)``.
+
+        Prefill goes first where it runs to the end anyway: decode then finds all KV written.
+        """
+        if not run.inputs.first_from_prefill:
+            return self.runner.logits(self._decode_state(run))
+        prompt_BPE = self._prefill_state(run, self.runner.num_blocks)
+        decoded_BDE = self._decode_state(run)
+        last_B = run.inputs.num_prefilled_B.to(prompt_BPE.device) - 1
+        rows_B = torch.arange(len(last_B), device=last_B.device)
+        last_B1E = prompt_BPE[rows_B, last_B][:, None]
+        return self.runner.logits(torch.cat([last_B1E, decoded_BDE], dim=1))
+
+    def _prefill_state(self, run: _Pass, block: int) -> torch.Tensor:
+        """Prefill's hidden states that enter ``block``, ``(B, P, E)``."""
+        start, hidden_BPE = block, None
+        while start and hidden_BPE is None:
+            found = self._find(("prefill", run.chunk, run.prefill[:start]), run)
+            hidden_BPE = found[0] if found else None
+            start -= hidden_BPE is None
+        if hidden_BPE is None:
+            hidden_BPE = self.runner.embed(run.inputs.prefill_ids_BP)
+        positions_BP = run.inputs.prefill_positions_BP
+        for each in range(start, block):
+            if run.prefill[each] & ATTENTION and not run.decode[each] & ATTENTION:
+                self._write_kv(run, each, hidden_BPE)
+            mask = self.masks.prefill(run.chunk, each)
+            slot = BlockKVSlot()
+            hidden_BPE = self._run(
+                "prefill", each, run.prefill[each], hidden_BPE, positions_BP, mask, slot
+            )
+            if slot.written:
+                self._keep_kv(run, each, slot.written)
+            self._keep(("prefill", run.chunk, run.prefill[: each + 1]), (hidden_BPE,), run)
+        return hidden_BPE
+
+    def _kv(self, run: _Pass, block: int) -> KV:
+        """The KV of ``block`` that decode finds: what prefill wrote, after the transfer.
+
+        Like all KV here it has room for decode's own entries behind it.
+        """
+        rule = transfer_of(run.rules[block])
+        if rule.encoding == "model":
+            return self._written_kv(run, block)
+        key = (*_kv_key(run, block), run.rules[block])
+        found = self._find(key, run)
+        if found is None:
+            found = self._encoded(self._written_kv(run, block), rule, run.inputs, block)
+            self._keep(key, found, run)
+        return found[0], found[1]
+
+    def _written_kv(self, run: _Pass, block: int) -> KV:
+        """The KV of ``block`` that prefill wrote."""
+        found = self._find(_kv_key(run, block), run)
+        if found is None and not run.prefill[block] & ATTENTION:
+            self._prefill_state(run, block + 1)  # attention writes it, unless its state was kept
+            found = self._find(_kv_key(run, block), run)
+        if found is None:
+            return self._write_kv(run, block, self._prefill_state(run, block))
+        return found[0], found[1]
+
+    def _write_kv(self, run: _Pass, block: int, hidden_BPE: torch.Tensor) -> KV:
+        """The KV of ``block`` from the states that enter it, without its attention."""
+        found = self._find(_kv_key(run, block), run)
+        if found is None:
+            self.forwards += hidden_BPE.shape[0] * hidden_BPE.shape[1] / 2
+            written = self.runner.write_kv(block, hidden_BPE, run.inputs.prefill_positions_BP)
+            return self._keep_kv(run, block, written)
+        return found[0], found[1]
+
+    def _keep_kv(self, run: _Pass, block: int, written: KV) -> KV:
+        """What prefill wrote, copied once to where every decode pass can add its own entries."""
+        kv = with_room(written, run.inputs.decode_ids_BD.shape[1])
+        self._keep(_kv_key(run, block), kv, run)
+        return kv
+
+    def _encoded(self, kv: KV, rule: KVTransfer, inputs: Handoff, block: int) -> KV:
+        """KV after an encoding and back, line by line: scales see what one prompt sends."""
+        keys_BHPD, values_BHPD = kv[0].clone(), kv[1].clone()
+        for row, index_N in enumerate(inputs.sent_entries(rule, self.runner.windows[block])):
+            index_N = index_N.to(keys_BHPD.device)
+            keys_HND, values_HND = round_trip(
+                keys_BHPD[row][:, index_N], values_BHPD[row][:, index_N], rule.encoding
+            )
+            keys_BHPD[row, :, index_N] = keys_HND
+            values_BHPD[row, :, index_N] = values_HND
+        return keys_BHPD, values_BHPD
+
+    def _decode_state(self, run: _Pass, stop: int | None = None) -> torch.Tensor:
+        """Decode's hidden states that enter block ``stop``, ``(B, D, E)``; None: after the last."""
+        stop = self.runner.num_blocks if stop is None else stop
+        start, hidden_BDE = stop, None
+        while start and hidden_BDE is None:
+            found = self._find(_decode_key(run, start), run)
+            hidden_BDE = found[0] if found else None
+            start -= hidden_BDE is None
+        if hidden_BDE is None:
+            hidden_BDE = self.runner.embed(run.inputs.decode_ids_BD)
+        positions_BD = run.inputs.decode_positions_BD
+        for block in range(start, stop):
+            attends = not run.decode[block] & ATTENTION
+            slot = _slot(run, self._kv(run, block)) if attends else BlockKVSlot()
+            mask = self.masks.decode_bias(run.chunk, block, run.rules[block]) if attends else None
+            hidden_BDE = self._run(
+                "decode", block, run.decode[block], hidden_BDE, positions_BD, mask, slot
+            )
+            self._keep(_decode_key(run, block + 1), (hidden_BDE,), run)
+        return hidden_BDE
+
+    def _run(
+        self,
+        stage: Stage,
+        block: int,
+        skipped: int,
+        hidden_BTE: torch.Tensor,
+        positions_BT: torch.Tensor,
+        mask: torch.Tensor | None,
+        slot: BlockKVSlot,
+    ) -> torch.Tensor:
+        self.blocks_run += 1
+        parts_run = 2 - (skipped & PARTS).bit_count()
+        self.forwards += hidden_BTE.shape[0] * hidden_BTE.shape[1] * parts_run / 2
+        if skipped & ~PARTS:
+            pair = Pair.of_mark(stage, block, skipped)
+            return self.runner.run_healed(pair, hidden_BTE, positions_BT, mask, slot)
+        return self.runner.run(block, skipped, hidden_BTE, positions_BT, mask, slot)
+
+    def _find(self, key: _Key, run: _Pass) -> Tensors | None:
+        return run.held.get(key) or self._cache.get(key)
+
+    def _keep(self, key: _Key, tensors: Tensors, run: _Pass) -> None:
+        self._cache.put(key, tensors, dense=run.is_dense)
+        if key[0] == "prefill":  # the pass itself goes on from the last one only
+            for old in [k for k in run.held if k[0] == "prefill"]:
+                del run.held[old]
+        if key[0] != "decode":
+            run.held[key] = tensors
+
+
+def _slot(run: _Pass, kv: KV) -> BlockKVSlot:
+    """Where decode's entries follow those of the prompt."""
+    return BlockKVSlot(prefix=kv, room=run.inputs.decode_ids_BD.shape[1])
+
+
+def _kv_key(run: _Pass, block: int) -> _Key:
+    return ("kv", run.chunk, block, run.prefill[:block])
+
+
+def _decode_key(run: _Pass, block: int) -> _Key:
+    attended = [b for b in range(block) if not run.decode[b] & ATTENTION]
+    prefill = run.prefill[: attended[-1]] if attended else ()
+    return ("decode", run.chunk, run.decode[:block], prefill, run.rules[:block])

@@ -1,0 +1,98 @@
+"""One chunk as the two stages see it: what each stage runs, and which entries decode may attend to.
+
+Prompts are padded on the right, so entry ``k`` of a prefix lies at position ``k``, padding comes
+last, and no real token ever attends to it. Entries that a transfer rule drops stay in place and are
+masked: the same as not sending them, without a gather per rule.
+Shapes: B = lines, P = prompt tokens that prefill runs (padded), C = continuation tokens (padded),
+D = tokens that decode runs, K = P + D entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rayapp.kv.cache import held_entries
+from rayapp.plan import KVTransfer, Stage
+from rayapp.pruning.evaluator.calibration import Chunk
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """Inputs of both stages for one chunk.
+
+    Attributes:
+        prefill_ids_BP: What prefill runs; P may be 0 where decode runs a prompt's only token.
+        num_prefilled_B: Real entries that prefill leaves.
+        prefill_positions_BP: Positions of those tokens; one row where no line has gaps.
+        decode_ids_BD: What decode runs, teacher-forced.
+        decode_positions_BD: Positions of those tokens.
+        first_from_prefill: Whether the first answer token's logits come from prefill.
+        valid_BC: Which continuation tokens are real.
+    """
+
+    prefill_ids_BP: torch.Tensor
+    num_prefilled_B: torch.Tensor
+    prefill_positions_BP: torch.Tensor
+    decode_ids_BD: torch.Tensor
+    decode_positions_BD: torch.Tensor
+    first_from_prefill: bool
+    valid_BC: torch.Tensor
+
+    def prefill_mask(self, window: int | None) -> torch.Tensor | None:
+        """What prompt tokens attend to in a block with this sliding window; None is causal."""
+        num_tokens = self.prefill_ids_BP.shape[1]
+        if window is None or window >= num_tokens:
+            return None
+        distance_PP = torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)[None]
+        return ((distance_PP >= 0) & (distance_PP < window))[None, None]
+
+    def sent_entries(self, rule: KVTransfer, window: int | None) -> list[torch.Tensor]:
+        """Per line the indices of the entries that travel from a block, ascending."""
+        entries = []
+        for num_prefilled in self.num_prefilled_B.tolist():
+            held = held_entries(num_prefilled, window)
+            first, last = rule.counts(held)
+            index_N = torch.arange(num_prefilled - held, num_prefilled)
+            entries.append(torch.cat([index_N[:first], index_N[held - last :]]))
+        return entries
+
+    def decode_mask(self, rule: KVTransfer, window: int | None) -> torch.Tensor:
+        """What continuation tokens may attend to in a block, ``(B, 1, D, K)``, True = may."""
+        num_entries = self.prefill_ids_BP.shape[1]
+        sent_BP = torch.zeros((len(self.num_prefilled_B), num_entries), dtype=torch.bool)
+        for row, index_N in enumerate(self.sent_entries(rule, window)):
+            sent_BP[row, index_N] = True
+        new_BD = self.decode_positions_BD
+        old_BP = self.prefill_positions_BP.expand(len(new_BD), -1)
+        distance_BDK = new_BD[:, :, None] - torch.cat([old_BP, new_BD], dim=1)[:, None, :]
+        there_BK = torch.cat([sent_BP, torch.ones_like(new_BD, dtype=torch.bool)], dim=1)
+        allowed_BDK = (distance_BDK >= 0) & there_BK[:, None, :]
+        if window is not None:
+            allowed_BDK &= distance_BDK < window
+        return allowed_BDK[:, None]
+
+
+def handoff(chunk: Chunk, first_token: Stage) -> Handoff:
+    """The inputs of both stages, for either stage making the first answer token."""
+    by_prefill = first_token == "prefill"
+    prompt_lengths_B, continuations_BC = chunk.prompt_lengths_B, chunk.continuations_BC
+    num_prefilled_B = prompt_lengths_B if by_prefill else prompt_lengths_B - 1
+    decode_ids_BD = continuations_BC[:, :-1]
+    if not by_prefill:
+        last_B1 = chunk.prompts_BT.gather(1, num_prefilled_B[:, None])
+        decode_ids_BD = torch.cat([last_B1, decode_ids_BD], dim=1)
+    num_entries = int(num_prefilled_B.max())
+    first_B = chunk.answer_positions_B if by_prefill else chunk.answer_positions_B - 1
+    steps_D = torch.arange(decode_ids_BD.shape[1])
+    steps_C = torch.arange(continuations_BC.shape[1])
+    return Handoff(
+        prefill_ids_BP=chunk.prompts_BT[:, :num_entries],
+        num_prefilled_B=num_prefilled_B,
+        prefill_positions_BP=chunk.positions_BT[:, :num_entries],
+        decode_ids_BD=decode_ids_BD,
+        decode_positions_BD=first_B[:, None] + steps_D,
+        first_from_prefill=by_prefill,
+        valid_BC=steps_C < chunk.continuation_lengths_B[:, None],
+    )

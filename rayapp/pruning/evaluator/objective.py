@@ -1,0 +1,146 @@
+"""What a score is: token values summed per line, and lines to one number (EVALUATION, "the score").
+
+Everything here is float64; sums of lines are exact (``fsum``), so neither chunks nor workers change
+them.
+Shapes: B = lines, C = continuation tokens, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from rayapp.errors import SearchError
+from rayapp.models.likelihood import kl, kl_top_k, log_softmax64, nll, top_k
+from rayapp.plan import KVTransfer, Stage
+from rayapp.pruning.evaluator.calibration import Calibration
+
+ObjectiveKind = Literal["kl", "nll"]
+ScoreBy = Literal["task", "token"]
+
+_SLICE_ELEMENTS = 1 << 22  # of logits that are float64 at one time: 32 MB per copy
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What candidates are compared by, and the part of the plan that all candidates share.
+
+    Attributes:
+        kind: ``kl``: KL(dense || candidate) in nats per continuation token, against dense stages
+            and uncut KV. ``nll``: negative log-likelihood of the continuation.
+        score_by: ``task``: mean over tasks of the mean over tokens; ``token``: mean over all
+            tokens.
+        first_token: The stage that the first answer token's logits come from.
+        kv_transfer: Rules for the KV between the stages, used where a candidate's decode attends.
+        kl_top_k: For large vocabularies: KL over the dense model's likeliest tokens, all others as
+            one outcome; never above the exact one. 0 is exact.
+    """
+
+    kind: ObjectiveKind = "kl"
+    score_by: ScoreBy = "task"
+    first_token: Stage = "prefill"
+    kv_transfer: Mapping[int, KVTransfer] = field(default_factory=dict)
+    kl_top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """A candidate's score, lower is better, and its parts.
+
+    ``lines`` holds the sums over each line's continuation tokens, for paired comparisons.
+    ``num_chunks`` is how many chunks it was scored on. Where a race ended before all were,
+    ``value`` is an estimate (:mod:`rayapp.pruning.search.racing`), and ``tasks`` are those of its
+    chunks.
+    """
+
+    value: float
+    tasks: dict[str, float]
+    lines: tuple[float, ...] = ()
+    seconds: float = 0.0
+    num_chunks: int = 0
+
+
+Reference = tuple[torch.Tensor, ...]
+"""What candidates are compared with: log-probabilities and probabilities, float64; where these
+would be large, logits ``(B, C, V)``; or the ``top_k`` of logits."""
+
+
+def reference_of(objective: Objective, logits_BCV: torch.Tensor) -> Reference:
+    """The reference that dense logits make; bounded in memory where only the likeliest count."""
+    if not objective.kl_top_k and logits_BCV.numel() <= _SLICE_ELEMENTS:
+        logprobs_BCV = log_softmax64(logits_BCV)
+        return logprobs_BCV, logprobs_BCV.exp()
+    if not objective.kl_top_k:
+        return (logits_BCV,)
+    slices = [top_k(logits_BCV[rows], objective.kl_top_k) for rows in _slices(logits_BCV)]
+    return tuple(torch.cat(parts) for parts in zip(*slices, strict=True))
+
+
+def token_values(
+    objective: Objective,
+    reference: Reference | None,
+    logits_BCV: torch.Tensor,
+    token_ids_BC: torch.Tensor,
+) -> torch.Tensor:
+    """The objective at every continuation token, ``(B, C)``, float64; sliced to bound memory."""
+    token_ids_BC = token_ids_BC.to(logits_BCV.device)
+    parts = []
+    for rows in _slices(logits_BCV):
+        if objective.kind == "nll" or reference is None:
+            parts.append(nll(logits_BCV[rows], token_ids_BC[rows]))
+        elif objective.kl_top_k:
+            top_BCK, ids_BCK, others_BC = (tensor[rows] for tensor in reference)
+            parts.append(kl_top_k((top_BCK, ids_BCK, others_BC), logits_BCV[rows]))
+        elif len(reference) == 2:
+            logprobs_BCV, probs_BCV = (tensor[rows] for tensor in reference)
+            gaps_BCV = logprobs_BCV - log_softmax64(logits_BCV[rows])
+            parts.append((probs_BCV * gaps_BCV).sum(dim=-1))
+        else:
+            parts.append(kl(reference[0][rows], logits_BCV[rows]))
+    return torch.cat(parts)
+
+
+def _slices(logits_BCV: torch.Tensor) -> list[slice]:
+    step = max(1, _SLICE_ELEMENTS // logits_BCV[0].numel())
+    return [slice(start, start + step) for start in range(0, len(logits_BCV), step)]
+
+
+def combine(
+    objective: Objective, calibration: Calibration, sums: Mapping[int, float], *, name: str
+) -> Score:
+    """One score from the sums of the lines that were scored.
+
+    Args:
+        objective: Says how tasks weigh.
+        calibration: Gives each line's task and number of continuation tokens.
+        sums: Line index to the sum over its continuation tokens.
+        name: The candidate, for the error.
+
+    Raises:
+        SearchError: If a line's sum is not finite.
+    """
+    broken = [line for line, value in sums.items() if not math.isfinite(value)]
+    if broken:
+        raise SearchError(
+            f"candidate {name} scores {sums[broken[0]]} on calibration line {broken[0] + 1}; "
+            "scores must be finite: check the model in its element type (float16 overflows), or "
+            "use --dtype float32"
+        )
+    groups: dict[str, list[int]] = {}
+    for line in sorted(sums):
+        groups.setdefault(calibration.lines[line].task, []).append(line)
+    tasks = {task: _mean(calibration, sums, lines) for task, lines in sorted(groups.items())}
+    pooled = objective.score_by == "token"
+    value = _mean(calibration, sums, sums) if pooled else math.fsum(tasks.values()) / len(tasks)
+    return Score(value, tasks, tuple(sums[line] for line in sorted(sums)))
+
+
+def _mean(
+    calibration: Calibration, sums: Mapping[int, float], lines: Sequence[int] | Mapping[int, float]
+) -> float:
+    tokens = sum(len(calibration.lines[line].continuation) for line in lines)
+    return math.fsum(sums[line] for line in lines) / tokens

@@ -1,0 +1,170 @@
+"""Trained pairs of a search: each trained once, kept by content under ``healed/``, and reused.
+
+A file's name is a hash of everything that its tensors depend on, so later searches in the same
+directory find what they can use, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from rayapp.models.healed import HealedWeights
+from rayapp.plan import STAGES, Mode, PruningPlan
+from rayapp.pruning.candidates.healing import HealedPair, Pair
+from rayapp.pruning.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+DIRECTORY = "healed"
+VERSION = 1
+"""Of the training: pairs of another version are not reused."""
+
+OnPair = Callable[[int, int], None]
+"""Called with the number of pairs trained so far, and of those still to be trained."""
+
+
+class PairCompute(Protocol):
+    """Where pairs are trained."""
+
+    def heal(self, pairs: Sequence[Pair]) -> Iterator[HealedPair]:
+        """Train every pair once, in any order, as they finish."""
+        ...
+
+    def add_healed(self, healed: HealedPair) -> None:
+        """Make a trained pair known to whoever computes candidates."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is remembered of a pair that was added; its tensors lie in the storage."""
+
+    digest: str
+    record: Mapping[str, Any]
+
+
+class HealedPairs:
+    """Finds, trains and keeps pairs.
+
+    Args:
+        storage: The output directory.
+        context: What all tensors depend on: weights, data, training.
+        compute: Where pairs are trained and used.
+    """
+
+    def __init__(self, storage: Storage, context: Mapping[str, Any], compute: PairCompute) -> None:
+        self._storage = Storage(f"{storage.location}/{DIRECTORY}")
+        self.context = {"version": VERSION, **context}
+        self._compute = compute
+        self._known: dict[Pair, _Known] = {}
+
+    def ensure(self, pairs: Iterable[Pair], on_pair: OnPair | None = None) -> None:
+        """Have pairs trained and known to the compute; those at hand are not trained again.
+
+        Raises:
+            SearchError: A pair cannot be trained, or not be written.
+        """
+        missing = []
+        for pair in sorted({*pairs} - self._known.keys()):
+            found = self._read(pair)
+            if found is None:
+                missing.append(pair)
+            else:
+                self.add(found)
+        if missing and on_pair:
+            on_pair(0, len(missing))
+        for done, healed in enumerate(self._compute.heal(missing) if missing else (), start=1):
+            self._storage.write_bytes(self._name(healed.pair), _dumps(healed))
+            self.add(healed)
+            if on_pair:
+                on_pair(done, len(missing) - done)
+
+    def digest(self, pair: Pair) -> str:
+        """Hash of the tensors of a pair that was ensured."""
+        return self._known[pair].digest
+
+    def record(self, pair: Pair) -> Mapping[str, Any]:
+        """What a plan's provenance says of a pair that was ensured."""
+        return self._known[pair].record
+
+    def weights(self, pairs: Sequence[Pair]) -> HealedWeights:
+        """All tensors of pairs, which no two survivors share, as a plan has them."""
+        self.ensure(pairs)
+        stages: dict[Any, dict[str, torch.Tensor]] = {stage: {} for stage in STAGES}
+        for pair in pairs:
+            found = self._read(pair) or next(iter(self._compute.heal([pair])))
+            stages[pair.stage] |= found.tensors
+        return HealedWeights.of({stage: found for stage, found in stages.items() if found})
+
+    def add(self, healed: HealedPair) -> None:
+        """Take a trained pair from elsewhere."""
+        self._compute.add_healed(healed)
+        self._known[healed.pair] = _Known(healed.weights.digest, healed.record())
+
+    def _name(self, pair: Pair) -> str:
+        content = {**self.context, "pair": str(pair)}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return f"{digest[:24]}.safetensors"
+
+    def _read(self, pair: Pair) -> HealedPair | None:
+        name = self._name(pair)
+        if not self._storage.exists(name):
+            return None
+        found = _loads(pair, self._storage.read_bytes(name))
+        if found is None:
+            logger.warning(
+                "%s/%s: is damaged, the pair is trained again", self._storage.location, name
+            )
+        return found
+
+
+def _dumps(healed: HealedPair) -> bytes:
+    record = json.dumps({**healed.record(), "digest": healed.weights.digest})
+    return save(dict(healed.tensors), metadata={"record": record})
+
+
+def _loads(pair: Pair, content: bytes) -> HealedPair | None:
+    """What :func:`_dumps` wrote; None where it is not whole."""
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        record = json.loads(header["__metadata__"]["record"])
+        before, after = (float(record[f"relative_mse_{when}"]) for when in ("before", "after"))
+        healed = HealedPair(pair, load(content), before, after)
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        return None
+    return healed if healed.weights.digest == record["digest"] else None
+
+
+def pairs_of_plan(plan: PruningPlan) -> list[HealedPair]:
+    """The pairs of a healed plan, with their tensors; for whoever scores that plan's variants.
+
+    Which of two removed neighbours a survivor was trained for is taken from the provenance, where
+    it says; for running the plan it is no matter.
+
+    Raises:
+        PlanError: The healed tensors cannot be used.
+    """
+    recorded = {(r["stage"], r["survivor"]): r for r in plan.provenance.get("healed", ())}
+    found = []
+    for stage, tensors in HealedWeights.load(plan).stages.items():
+        by_block: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            by_block.setdefault(int(name.split(".")[1]), {})[name] = tensor
+        for block, own in sorted(by_block.items()):
+            record = recorded.get((stage, block), {})
+            before = plan.mode(stage, block - 1) if block else Mode.FULL
+            removed = block + 1 if before == Mode.FULL else block - 1
+            losses = (float(record.get(f"relative_mse_{w}", "nan")) for w in ("before", "after"))
+            found.append(
+                HealedPair(Pair(stage, record.get("removed", removed), block), own, *losses)
+            )
+    return found

@@ -1,0 +1,110 @@
+"""What a block may send: its levels, from a short cut in the smallest encoding to all as it is.
+
+A set of levels, one per block where decode attends, is one choice of what travels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rayapp.plan import Encoding, KVTransfer
+from rayapp.pruning.kv_choice.bytes import KVBytes
+
+FIRST = 4
+"""Entries that a cut keeps at the start: attention sinks (StreamingLLM, arXiv:2309.17453)."""
+RECENT = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+"""Shares of a prompt that a cut may keep at its end (project default)."""
+
+ENCODINGS: dict[Encoding, tuple[Encoding, ...]] = {
+    "model": ("model",),
+    "int8": ("int8", "model"),
+    "int4": ("int4", "int8", "model"),
+}
+"""Smallest encoding allowed to all that are, smallest first."""
+
+KVSet = tuple[int, ...]
+"""A level for every block of a :class:`KVLevels`, in its order."""
+
+
+@dataclass(frozen=True)
+class KVLevels:
+    """The levels of every block where decode attends, by bytes; the first is the smallest.
+
+    The last level of a block sends all in the model's own type.
+    """
+
+    blocks: tuple[int, ...]
+    levels: tuple[tuple[KVTransfer, ...], ...]
+
+    @classmethod
+    def of(
+        cls,
+        blocks: Sequence[int],
+        num_bytes: KVBytes,
+        *,
+        smallest: Encoding = "model",
+        first: int | float = FIRST,
+        recent: Sequence[int | float] = RECENT,
+    ) -> KVLevels:
+        """Every cut and no cut in every allowed encoding, but for those that save nothing.
+
+        Args:
+            blocks: Where decode attends.
+            num_bytes: What rules weigh on the calibration set.
+            smallest: The smallest encoding allowed.
+            first: Entries that every cut keeps at the start.
+            recent: Lengths of the recent window that a cut may keep.
+        """
+        cuts: list[dict[str, int | float]] = [{"first": first, "last": last} for last in recent]
+        rules = [
+            KVTransfer.model_validate({**cut, "encoding": encoding})
+            for encoding in ENCODINGS[smallest]
+            for cut in [*cuts, {}]
+        ]
+        return cls(tuple(blocks), tuple(_by_bytes(block, rules, num_bytes) for block in blocks))
+
+    @property
+    def smallest(self) -> KVSet:
+        """Every block cut as far as it goes."""
+        return (0,) * len(self.blocks)
+
+    @property
+    def full(self) -> KVSet:
+        """Nothing cut, nothing encoded: the block plan as it is."""
+        return tuple(len(levels) - 1 for levels in self.levels)
+
+    @property
+    def size(self) -> int:
+        """Number of sets."""
+        return math.prod(len(levels) for levels in self.levels)
+
+    def rules(self, chosen: KVSet) -> Mapping[int, KVTransfer]:
+        """Transfer rules of a set, by block."""
+        each = zip(self.blocks, self.levels, chosen, strict=True)
+        return {block: levels[level] for block, levels, level in each}
+
+    def moves(self, chosen: KVSet) -> Iterator[KVSet]:
+        """All sets that differ from one in one block."""
+        for index, levels in enumerate(self.levels):
+            for level in range(len(levels)):
+                if level != chosen[index]:
+                    yield moved(chosen, index, level)
+
+
+def moved(chosen: KVSet, index: int, level: int) -> KVSet:
+    """A set with another level in one place."""
+    return (*chosen[:index], level, *chosen[index + 1 :])
+
+
+def _by_bytes(
+    block: int, rules: Sequence[KVTransfer], num_bytes: KVBytes
+) -> tuple[KVTransfer, ...]:
+    """Rules that ascend in bytes; of equal ones the most exact; none that weighs what all does."""
+    uncut = num_bytes.sent({})
+    by_size: dict[int, KVTransfer] = {}
+    for rule in rules:
+        by_size[num_bytes.sent({block: rule})] = rule  # later ones are more exact, or longer
+    kept = {size: rule for size, rule in by_size.items() if size < uncut}
+    return (*(kept[size] for size in sorted(kept)), KVTransfer())

@@ -1,0 +1,318 @@
+"""Which KV of a block plan travels: measured, chosen, and written into the plan."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from rayapp.errors import InputError, PlanError
+from rayapp.plan import HEALED_FILE, PLAN_FILE, KVTransfer, PruningPlan
+from rayapp.pruning.candidates.candidate import Candidate
+from rayapp.pruning.evaluator.objective import Score
+from rayapp.pruning.healing.trained_pairs import pairs_of_plan
+from rayapp.pruning.kv_choice.bytes import KVBytes
+from rayapp.pruning.kv_choice.elimination import Elimination, Goal, Step
+from rayapp.pruning.kv_choice.levels import KVLevels, KVSet, moved
+from rayapp.pruning.kv_choice.record import KV_FILE, KVRecord
+from rayapp.pruning.kv_choice.result import BlockChoice, KVSelection, plain_rules
+from rayapp.pruning.kv_choice.settings import THRESHOLD, KVSelectSettings
+from rayapp.pruning.measures.attention_mass import BlockMass
+from rayapp.pruning.progress import ProgressCallback, SearchProgress
+from rayapp.pruning.scorer import Scorer
+from rayapp.pruning.storage import Storage
+
+
+def check_out(settings: KVSelectSettings, plan: PruningPlan) -> str:
+    """Where the result goes; raises :class:`InputError` where another plan lies there."""
+    home = str(plan.directory) if plan.directory else "."
+    out = settings.out or home
+    storage = Storage(out)
+    if Storage(home).location != storage.location and storage.exists(PLAN_FILE):
+        raise InputError(
+            f"{out}/{PLAN_FILE}: a plan already lies here; give another --out, or leave it out to "
+            "write into the directory of --plan"
+        )
+    return out
+
+
+def select_kv(
+    settings: KVSelectSettings,
+    plan: PruningPlan,
+    scorer: Scorer,
+    config: PreTrainedConfig,
+    *,
+    on_progress: ProgressCallback | None = None,
+) -> KVSelection:
+    """Choose, and write the plan and ``kv.json``; the modes of ``plan`` stay as they are.
+
+    Args:
+        settings: What is wanted.
+        plan: As it was read; its own transfer rules are replaced (``kv.json`` keeps them).
+        scorer: Without transfer rules in its objective.
+        config: Of the model.
+        on_progress: Called as sets are scored.
+
+    Raises:
+        InputError: No choice meets the goal: the message says what can be reached, and what was
+            scored stays in ``kv.json``. Or the output cannot be written.
+        PlanError: Decode attends nowhere, so nothing travels.
+    """
+    return _Selection(settings, plan, scorer, config, on_progress).run()
+
+
+class _Selection:
+    """The state of one run."""
+
+    def __init__(
+        self,
+        settings: KVSelectSettings,
+        plan: PruningPlan,
+        scorer: Scorer,
+        config: PreTrainedConfig,
+        on_progress: ProgressCallback | None,
+    ) -> None:
+        self._settings, self._plan, self._scorer = settings, plan, scorer
+        self._on_progress = on_progress
+        self._started_s = time.monotonic()
+        self._best: tuple[tuple[float, ...], KVSet] | None = None
+        self._bare = plan.model_copy(update={"kv_transfer": {}})
+        self._base = Candidate.from_plan(self._bare)
+        self._bytes, self._levels = self._choices(config)
+        self._goal = self._checked_goal()
+        self._storage = Storage(check_out(settings, plan))
+        if plan.healed:
+            scorer.heal_as(pairs_of_plan(plan))
+        self._record = KVRecord(self._storage, self._subject())
+
+    def run(self) -> KVSelection:
+        """Measure, choose, write."""
+        rule = self._levels.rules(self._levels.smallest)[self._levels.blocks[0]]
+        cut = rule.model_copy(update={"encoding": "model"})
+        masses = self._scorer.attention_mass(self._base, cut)
+        self._record.write(
+            settings=self._settings.identity,
+            previous_kv_transfer=plain_rules(self._plan.kv_transfer),
+            mass=[{**asdict(mass), "kept": mass.kept} for mass in masses],
+            bytes_full=self._bytes.full,
+        )
+        self._score(self._singles(), "single blocks")
+        self._check_score()
+        chosen, steps = self._by_mass(masses) if self._is_by_mass else self._by_elimination()
+        return self._write(self._result(chosen, steps, masses))
+
+    @property
+    def _is_by_mass(self) -> bool:
+        return self._settings.method == "mass"
+
+    def _choices(self, config: PreTrainedConfig) -> tuple[KVBytes, KVLevels]:
+        assert self._plan.model is not None, "a plan that was checked against its model names it"
+        blocks = [
+            b for b in range(self._plan.model.num_blocks) if self._plan.mode("decode", b).attends
+        ]
+        if not blocks:
+            raise PlanError(
+                "decode attends in no block of this plan, so no KV travels; there is nothing to "
+                "select"
+            )
+        lines = self._scorer.calibration.lines
+        num_bytes = KVBytes(config, self._bare, [line.run_prompt for line in lines])
+        settings = self._settings
+        # The threshold rule knows one cut only.
+        recent = settings.recent[:1] if self._is_by_mass else settings.recent
+        return num_bytes, KVLevels.of(
+            blocks, num_bytes, smallest=settings.encoding, first=settings.first, recent=recent
+        )
+
+    def _checked_goal(self) -> Goal:
+        wanted = self._settings.target_reduction
+        if wanted is None:
+            return Goal(max_score=self._settings.max_kl)
+        goal = Goal(max_bytes=math.floor(self._bytes.full / wanted))
+        least = self._sent(self._levels.smallest)
+        if least > self._bytes.full / wanted:
+            raise InputError(
+                f"--target-reduction {wanted:g} cannot be met: with every block cut to "
+                f"{self._settings.first:g} first and {self._settings.recent[0]:g} last entries in "
+                f"--dtype {self._settings.encoding}, these prompts reach "
+                f"{self._bytes.full / least:.3g}x; lower it, allow a smaller --dtype or --last, or "
+                "remove more blocks from decode"
+            )
+        return goal
+
+    def _check_score(self) -> None:
+        wanted, reached = self._settings.max_kl, self._score_of(self._levels.full)
+        if wanted is not None and reached > wanted:
+            raise InputError(
+                f"--max-kl {wanted:g} cannot be met: the block plan alone scores {reached:.4g} "
+                f"with all KV sent; raise it, or remove fewer blocks ({self._storage.location}/"
+                f"{KV_FILE} keeps what was scored)"
+            )
+
+    def _subject(self) -> dict[str, Any]:
+        return {
+            "plan": self._bare.fingerprint,
+            "weights": self._plan.model and self._plan.model.weights_fingerprint,
+            "calibration": self._scorer.calibration.fingerprint,
+            "score_by": self._settings.score_by,
+        }
+
+    def _sent(self, chosen: KVSet) -> int:
+        return self._bytes.sent(self._levels.rules(chosen))
+
+    def _candidate(self, chosen: KVSet) -> Candidate:
+        return self._base.with_kv(self._levels.rules(chosen))
+
+    def _score_of(self, chosen: KVSet) -> float:
+        return self._record.trials[self._candidate(chosen).kv].value
+
+    def _score(self, sets: Sequence[KVSet], phase: str) -> list[float]:
+        """Scores of sets; what is known already is not scored again."""
+        candidates = [self._candidate(each) for each in sets]
+        new = sorted({c for c in candidates if c.kv not in self._record.trials})
+        before = len(self._record.trials)
+
+        def report(finished: float) -> None:
+            self._report(phase, before + finished, len(new) - finished)
+
+        scores: list[Score] = self._scorer.score_many(new, on_progress=report) if new else []
+        for candidate, score in zip(new, scores, strict=True):
+            self._record.add(candidate, score)
+        if new:
+            self._record.write()
+        values = [self._record.trials[candidate.kv].value for candidate in candidates]
+        for each, value in zip(sets, values, strict=True):
+            key = self._goal.key(value, self._sent(each))
+            self._best = min(self._best or (key, each), (key, each))
+        return values
+
+    def _report(self, phase: str, known: float, left: float) -> None:
+        if self._on_progress is None:
+            return
+        best = self._best and self._best[1]
+        self._on_progress(
+            SearchProgress(
+                done=known - self._record.num_replayed,
+                replayed=self._record.num_replayed,
+                left=max(0.0, left),
+                seconds=time.monotonic() - self._started_s,
+                phase=phase,
+                best=f"{self._bytes.full / self._sent(best):.2f}x" if best else None,
+                best_score=self._score_of(best) if best else None,
+                num_evaluators=self._scorer.compute.num_evaluators,
+            )
+        )
+
+    def _cut_alone(self, index: int) -> KVSet:
+        return moved(self._levels.full, index, 0)
+
+    def _kept_alone(self, index: int) -> KVSet:
+        return moved(self._levels.smallest, index, self._levels.full[index])
+
+    def _singles(self) -> list[KVSet]:
+        """Nothing cut, everything cut, and both with one block the other way."""
+        indices = range(len(self._levels.blocks))
+        alone = [f(index) for index in indices for f in (self._cut_alone, self._kept_alone)]
+        return [self._levels.full, self._levels.smallest, *alone]
+
+    def _by_elimination(self) -> tuple[KVSet, list[Step]]:
+        search = Elimination(
+            self._levels,
+            self._goal,
+            self._score,
+            self._sent,
+            generation_size=self._settings.generation_size,
+            seed=self._settings.seed,
+        )
+        return search.run(), search.steps
+
+    def _by_mass(self, masses: Sequence[BlockMass]) -> tuple[KVSet, list[Step]]:
+        """PDTrim's rule: every block whose mass reaches the threshold is cut, the others are not.
+
+        Both in the smallest encoding allowed. For a byte budget, the highest threshold that meets
+        it.
+        """
+        uncut = [_uncut(levels, self._settings.encoding) for levels in self._levels.levels]
+        kept = [mass.kept for mass in masses]
+
+        def at(threshold: float) -> KVSet:
+            return tuple(
+                0 if share >= threshold else level for share, level in zip(kept, uncut, strict=True)
+            )
+
+        threshold = self._settings.threshold
+        if self._goal.max_bytes is not None:
+            fitting = (t for t in sorted(kept, reverse=True) if self._fits(at(t)))
+            chosen = at(math.inf) if self._fits(at(math.inf)) else at(next(fitting))
+        else:
+            chosen = at(THRESHOLD if threshold is None else threshold)
+        score = self._score([chosen], "mass")[0]
+        return chosen, [Step("mass", chosen, score, self._sent(chosen))]
+
+    def _fits(self, chosen: KVSet) -> bool:
+        return self._goal.max_bytes is None or self._sent(chosen) <= self._goal.max_bytes
+
+    def _result(
+        self, chosen: KVSet, steps: Sequence[Step], masses: Sequence[BlockMass]
+    ) -> KVSelection:
+        rules = self._levels.rules(chosen)
+        blocks = tuple(
+            BlockChoice(
+                block,
+                masses[index],
+                self._score_of(self._cut_alone(index)),
+                self._score_of(self._kept_alone(index)),
+                rules[block],
+            )
+            for index, block in enumerate(self._levels.blocks)
+        )
+        kept = self._candidate(chosen).transfers({})
+        return KVSelection(
+            plan=self._plan.model_copy(update={"kv_transfer": dict(kept)}),
+            blocks=blocks,
+            score=self._score_of(chosen),
+            base_score=self._score_of(self._levels.full),
+            cut_score=self._score_of(self._levels.smallest),
+            bytes_full=self._bytes.full,
+            bytes_sent=self._sent(chosen),
+            steps=tuple(steps),
+            evaluations=len(self._record.trials),
+            seconds=time.monotonic() - self._started_s,
+        )
+
+    def _write(self, found: KVSelection) -> KVSelection:
+        """``kv.json`` first, then healed tensors, the plan last: who finds it finds all of it."""
+        trace = [
+            {
+                "phase": step.phase,
+                "kv": self._candidate(step.chosen).kv_labels(),
+                "score": step.score,
+                "bytes_sent": step.num_bytes,
+                "reduction": self._bytes.full / step.num_bytes,
+            }
+            for step in found.steps
+        ]
+        self._record.write(complete=True, trace=trace, **found.record())
+        summary = {
+            "settings": self._settings.identity,
+            "calibration": self._scorer.calibration.fingerprint,
+            "num_lines": len(self._scorer.calibration.lines),
+            **{key: value for key, value in found.record().items() if key != "blocks"},
+        }
+        provenance = {**self._plan.provenance, "kv_select": summary}
+        plan = found.plan.model_copy(update={"provenance": provenance})
+        if self._plan.healed and self._plan.directory and self._settings.out:
+            tensors = (self._plan.directory / HEALED_FILE).read_bytes()
+            self._storage.write_bytes(HEALED_FILE, tensors)
+        self._storage.write_bytes(PLAN_FILE, plan.dumps().encode())
+        return replace(found, plan=plan)
+
+
+def _uncut(levels: Sequence[KVTransfer], encoding: str) -> int:
+    """The level that sends all in an encoding; the last one where that saves nothing."""
+    found = [n for n, rule in enumerate(levels) if rule.keeps_all and rule.encoding == encoding]
+    return found[0] if found else len(levels) - 1

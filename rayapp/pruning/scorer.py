@@ -1,0 +1,276 @@
+"""``score_many``: candidates and chunks to scores, whoever computes them.
+
+The memo, the split into work and the sums are here, once; the compute behind them is in this
+process or on evaluator actors (:mod:`rayapp.distributed.evaluator_pool`). The unit that is
+computed, remembered and sent is one candidate on one chunk.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from rayapp.plan import KVTransfer
+from rayapp.pruning.candidates.candidate import Candidate
+from rayapp.pruning.candidates.healing import NO_HEALING, HealedPair, Healing, Pair
+from rayapp.pruning.evaluator.calibration import Calibration
+from rayapp.pruning.evaluator.evaluator import Evaluator, LineSums
+from rayapp.pruning.evaluator.objective import Objective, Score, combine
+from rayapp.pruning.healing.trained_pairs import HealedPairs, OnPair
+from rayapp.pruning.healing.training import Healer
+from rayapp.pruning.measures.attention_mass import BlockMass, measure_attention_mass
+from rayapp.pruning.measures.costs import Costs, measure_costs
+from rayapp.pruning.measures.gate_hessian import GateHessian, measure_gate_hessian
+from rayapp.pruning.measures.influence import Influence, measure_influence
+
+
+@dataclass(frozen=True)
+class Work:
+    """Neighbouring candidates (ascending) on one chunk, and how they are healed."""
+
+    chunk: int
+    candidates: tuple[Candidate, ...]
+    healing: Healing = NO_HEALING
+
+    @property
+    def pairs(self) -> frozenset[Pair]:
+        """What must have been added before."""
+        return frozenset(pair for c in self.candidates for pair in self.healing.pairs(c))
+
+
+@dataclass(frozen=True)
+class Done:
+    """The sums of one piece of work, candidate by candidate, and the seconds that it took."""
+
+    work: Work
+    sums: tuple[LineSums, ...]
+    seconds: float
+
+
+class Compute(Protocol):
+    """Where candidates are computed."""
+
+    def run(self, work: Sequence[Work]) -> Iterator[Done]:
+        """Every piece of work once, in any order, as it finishes."""
+        ...
+
+    def heal(self, pairs: Sequence[Pair]) -> Iterator[HealedPair]:
+        """Train every pair once, in any order, as they finish."""
+        ...
+
+    def add_healed(self, healed: HealedPair) -> None:
+        """Make a trained pair known to whoever computes candidates that use it."""
+        ...
+
+    def influence(self) -> Influence:
+        """Block and part influence of the dense model."""
+        ...
+
+    def gate_hessian(self) -> GateHessian:
+        """Second derivatives of the score in gates, of the dense model."""
+        ...
+
+    def costs(self) -> Costs:
+        """Seconds and bytes of every part, as one evaluator measures them."""
+        ...
+
+    def attention_mass(
+        self, candidate: Candidate, rule: KVTransfer, healing: Healing = NO_HEALING
+    ) -> tuple[BlockMass, ...]:
+        """Attention on the entries that ``rule`` keeps, by block where decode attends."""
+        ...
+
+    @property
+    def num_evaluators(self) -> int:
+        """Evaluators that compute at the moment."""
+        ...
+
+
+class LocalCompute:
+    """One evaluator in this process, and what trains pairs, if any are to be trained."""
+
+    num_evaluators = 1
+
+    def __init__(self, evaluator: Evaluator, healer: Healer | None = None) -> None:
+        self._evaluator = evaluator
+        self._healer = healer
+
+    def run(self, work: Sequence[Work]) -> Iterator[Done]:
+        """One piece after the other, in order."""
+        for each in work:
+            yield compute_one(self._evaluator, each)
+
+    def heal(self, pairs: Sequence[Pair]) -> Iterator[HealedPair]:
+        """One pair after the other, in order."""
+        assert self._healer is not None, "a search that heals brings its data"
+        for pair in pairs:
+            yield self._healer.heal(pair)
+
+    def add_healed(self, healed: HealedPair) -> None:
+        """Known here at once."""
+        self._evaluator.add_healed(healed)
+
+    def influence(self) -> Influence:
+        """Measured here."""
+        return measure_influence(self._evaluator)
+
+    def gate_hessian(self) -> GateHessian:
+        """Measured here."""
+        return measure_gate_hessian(self._evaluator)
+
+    def costs(self) -> Costs:
+        """Measured here."""
+        return measure_costs(self._evaluator)
+
+    def attention_mass(
+        self, candidate: Candidate, rule: KVTransfer, healing: Healing = NO_HEALING
+    ) -> tuple[BlockMass, ...]:
+        """Measured here."""
+        return measure_attention_mass(self._evaluator, candidate, rule, healing)
+
+
+def compute_one(evaluator: Evaluator, work: Work) -> Done:
+    """Compute one piece of work on an evaluator."""
+    started = time.perf_counter()
+    sums = tuple(evaluator.line_sums(work.candidates, work.chunk, work.healing))
+    return Done(work, sums, time.perf_counter() - started)
+
+
+def split_work(
+    candidates: Mapping[int, Sequence[Candidate]],
+    num_evaluators: int,
+    healing: Healing = NO_HEALING,
+) -> list[Work]:
+    """Candidates (ascending) by chunk as pieces of work: chunk by chunk, neighbours together.
+
+    Enough pieces that no evaluator idles long, and no more, since neighbours share states.
+    """
+    num_groups = math.ceil(4 * num_evaluators / max(1, len(candidates)))
+    work = []
+    for chunk, waiting in candidates.items():
+        size = max(1, math.ceil(len(waiting) / num_groups))
+        work += [
+            Work(chunk, tuple(waiting[start : start + size]), healing)
+            for start in range(0, len(waiting), size)
+        ]
+    return work
+
+
+class Scorer:
+    """Scores candidates, remembering every (candidate, chunk) that was computed.
+
+    Args:
+        calibration: The lines.
+        objective: What a score is.
+        compute: Where it is computed.
+        weights: Fingerprint of the weights in use: part of the memo's key.
+        healed: Trained pairs, for searches that heal.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        objective: Objective,
+        compute: Compute,
+        *,
+        weights: str,
+        healed: HealedPairs | None = None,
+    ) -> None:
+        self.calibration = calibration
+        self.objective = objective
+        self.compute = compute
+        rules = tuple(sorted((b, r.model_dump_json()) for b, r in objective.kv_transfer.items()))
+        kind = (objective.kind, objective.kl_top_k)
+        self._context = (weights, *kind, objective.first_token, rules)
+        self.healed = healed
+        self._healing = NO_HEALING
+        self._fixed: dict[Pair, str] = {}
+        self._memo: dict[tuple[object, ...], tuple[LineSums, float]] = {}
+
+    def heal_with(self, healing: Healing) -> None:
+        """From now on, score candidates with the pairs that they use under ``healing``."""
+        assert self.healed is not None, "a search that heals brings its pairs"
+        self._healing = healing
+
+    def heal_as(self, pairs: Sequence[HealedPair]) -> None:
+        """From now on, score candidates with these pairs: those of a plan that is healed."""
+        for healed in pairs:
+            self.compute.add_healed(healed)
+        self._fixed = {healed.pair: healed.weights.digest for healed in pairs}
+        self._healing = Healing(fixed=tuple(sorted(self._fixed)))
+
+    def attention_mass(self, candidate: Candidate, rule: KVTransfer) -> tuple[BlockMass, ...]:
+        """Attention on the entries that ``rule`` keeps, healed as candidates are scored."""
+        return self.compute.attention_mass(candidate, rule, self._healing)
+
+    def heal(self, candidates: Sequence[Candidate], on_pair: OnPair | None = None) -> None:
+        """Have every pair trained that the candidates use; what was trained before is reused.
+
+        Raises:
+            SearchError: A pair cannot be trained, or not be kept.
+        """
+        if self.healed is not None:
+            self.healed.ensure((p for c in candidates for p in self.pairs(c)), on_pair)
+
+    def pairs(self, candidate: Candidate) -> tuple[Pair, ...]:
+        """The pairs that a candidate is scored with."""
+        return self._healing.pairs(candidate)
+
+    def score_many(
+        self,
+        candidates: Sequence[Candidate],
+        chunks: Sequence[int] | None = None,
+        *,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> list[Score]:
+        """Scores, in the order of ``candidates``; pairs that they use are trained first.
+
+        Args:
+            candidates: What to score; repeated ones are computed once.
+            chunks: Chunks to score on; all by default.
+            on_progress: Called with the number of candidates that this call has finished so far,
+                fractions included.
+
+        Raises:
+            SearchError: A score is not finite.
+        """
+        chunks = range(len(self.calibration.chunks)) if chunks is None else chunks
+        finished = 0.0
+        self.heal(candidates)
+        for done in self.compute.run(self._missing(candidates, chunks)):
+            self._remember(done)
+            finished += len(done.work.candidates) / len(chunks)
+            if on_progress:
+                on_progress(finished)
+        return [self._score(candidate, chunks) for candidate in candidates]
+
+    def _missing(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> list[Work]:
+        """What the memo does not hold yet."""
+        unique = sorted(set(candidates))
+        missing = {
+            chunk: [c for c in unique if self._key(c, chunk) not in self._memo] for chunk in chunks
+        }
+        return split_work(missing, self.compute.num_evaluators, self._healing)
+
+    def _remember(self, done: Done) -> None:
+        share = done.seconds / len(done.work.candidates)
+        for candidate, sums in zip(done.work.candidates, done.sums, strict=True):
+            self._memo[self._key(candidate, done.work.chunk)] = (sums, share)
+
+    def _score(self, candidate: Candidate, chunks: Sequence[int]) -> Score:
+        sums: dict[int, float] = {}
+        seconds = 0.0
+        for chunk in chunks:
+            values, share = self._memo[self._key(candidate, chunk)]
+            sums.update(zip(self.calibration.chunks[chunk].lines, values, strict=True))
+            seconds += share
+        score = combine(self.objective, self.calibration, sums, name=str(candidate))
+        return replace(score, seconds=seconds, num_chunks=len(chunks))
+
+    def _key(self, candidate: Candidate, chunk: int) -> tuple[object, ...]:
+        digest = self.healed.digest if self.healed else self._fixed.__getitem__
+        digests = tuple(digest(pair) for pair in self.pairs(candidate))
+        return (candidate, self.calibration.chunks[chunk].key, digests, *self._context)

@@ -1,0 +1,348 @@
+"""The life of a search: ask, score, write down, tell; then the plan."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from rayapp import __version__
+from rayapp.errors import SearchError
+from rayapp.plan import HEALED_FILE, PLAN_FILE, STAGES, ModelSignature, PruningPlan
+from rayapp.pruning.candidates.candidate import DENSE, Candidate
+from rayapp.pruning.candidates.healing import Healing
+from rayapp.pruning.candidates.space import Space
+from rayapp.pruning.evaluator.objective import Score
+from rayapp.pruning.measures.influence import Influence, distillation_set, pruning_set
+from rayapp.pruning.methods.method import Generation, SearchMethod, Setup
+from rayapp.pruning.methods.table import GRADIENT_METHODS, METHODS
+from rayapp.pruning.progress import ProgressCallback, SearchProgress
+from rayapp.pruning.scorer import Scorer
+from rayapp.pruning.search.journal import Journal, Trial, check_replayed
+from rayapp.pruning.search.racing import race
+from rayapp.pruning.search.trials import write_trials
+from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.storage import Storage
+
+VERIFIED = "verified"
+"""Phase in which the best candidates of a search with races are scored on everything."""
+
+NUM_VERIFIED = 8
+"""How many of them, those included that were scored on everything before (project default)."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        plan: The best candidate as a plan, with its provenance.
+        score: Its score on the calibration set.
+        dense_score: The dense model's, under the same transfer rules.
+        trials: Everything that was scored, in order; the dense model first.
+        evaluations: Candidates scored, replayed ones included.
+        seconds: Wall time of this run.
+    """
+
+    plan: PruningPlan
+    score: Score
+    dense_score: Score
+    trials: tuple[Trial, ...]
+    evaluations: int
+    seconds: float
+
+    def summary(self, out: str) -> str:
+        """What was found, in one line for people."""
+        found = Candidate.from_plan(self.plan)
+        return (
+            f"{out}/{PLAN_FILE}: {found}, score {self.score.value:.5g} (dense "
+            f"{self.dense_score.value:.5g}), {self.evaluations} evaluations in {self.seconds:.1f} s"
+        )
+
+
+def run_search(
+    settings: PruneSettings,
+    scorer: Scorer,
+    model: ModelSignature,
+    *,
+    on_progress: ProgressCallback | None = None,
+) -> SearchResult:
+    """Search, journal every generation, and write plan, journal and trials to ``settings.out``.
+
+    A search that was killed and is run again with ``resume`` ends with the same plan: the method is
+    told the journal's scores in their order, and goes on from there.
+
+    Raises:
+        InputError: Sizes contradict each other or the model, ``out`` cannot be written, or it holds
+            another search.
+        SearchError: A score is not finite, or writing failed; the journal keeps what was scored.
+    """
+    return _Search(settings, scorer, model, on_progress).run()
+
+
+class _Search:
+    """The state of one run."""
+
+    def __init__(
+        self,
+        settings: PruneSettings,
+        scorer: Scorer,
+        model: ModelSignature,
+        on_progress: ProgressCallback | None,
+    ) -> None:
+        self._settings, self._scorer, self._model = settings, scorer, model
+        self._on_progress = on_progress
+        self._started_s = time.monotonic()
+        self._space = settings.space(model.num_blocks)
+        _check_method(settings, self._space)
+        self._storage = Storage(settings.out)
+        self._journal = Journal(
+            self._storage,
+            self._header(),
+            environment=_environment(settings),
+            resume=settings.resume,
+        )
+        self._told: dict[Candidate, Score] = {}
+        self._trials: list[Trial] = []
+        self._best: tuple[float, Candidate] | None = None
+        self._replayed = 0
+
+    def run(self) -> SearchResult:
+        """Generation by generation to the end."""
+        replay = iter(list(self._journal.generations))
+        method = self._method()
+        dense = Generation((DENSE,), "dense")
+        self._generation(dense, next(replay, None), left=1 + method.evaluations_left)
+        while (asked := method.ask()) is not None:
+            scores = self._generation(asked, next(replay, None), left=method.evaluations_left)
+            method.tell(scores)
+        if runners_up := self._runners_up():
+            verified = Generation(runners_up, VERIFIED)
+            self._generation(verified, next(replay, None), left=len(runners_up))
+        return self._finish()
+
+    def _runners_up(self) -> tuple[Candidate, ...]:
+        """After races: the best estimates, to be scored on all chunks before one plan is chosen."""
+        if not self._settings.racing:
+            return ()
+        told = ((s.value, c) for c, s in self._told.items() if c in self._space)
+        best = [candidate for _, candidate in sorted(told)[:NUM_VERIFIED]]
+        return tuple(sorted(c for c in best if not self._is_scored(c)))
+
+    def _method(self) -> SearchMethod:
+        settings, kind = self._settings, METHODS[self._settings.method]
+        splits_blocks = settings.pruning_set or settings.heal == "pair"
+        uses_influence = kind.uses_influence or splits_blocks
+        if uses_influence and self._journal.influence is None:
+            self._journal.add_influence(_checked(self._scorer.compute.influence()))
+        influence = self._journal.influence
+        if settings.method in GRADIENT_METHODS and self._journal.gate_hessian is None:
+            self._journal.add_gate_hessian(self._scorer.compute.gate_hessian())
+        if settings.pruning_set:
+            assert influence is not None, "measured above"
+            self._space = _restricted(self._space, influence, settings.distillation_threshold)
+        if settings.heal != "none":
+            self._scorer.heal_with(_healing(settings, self._model.num_blocks, influence))
+        return kind(
+            Setup(
+                space=self._space,
+                evaluations=settings.evaluations,
+                generation_size=settings.generation_size,
+                seed=settings.seed,
+                influence=influence,
+                gate_hessian=self._journal.gate_hessian,
+            )
+        )
+
+    def _generation(
+        self, asked: Generation, replayed: Sequence[Trial] | None, *, left: int
+    ) -> list[float]:
+        """Scores of one generation, from the journal or computed and written to it."""
+        candidates = asked.candidates
+        number = self._number
+        if replayed is None:
+            scores = self._score(asked, left)
+            trials = [
+                Trial(c, s, number, asked.phase) for c, s in zip(candidates, scores, strict=True)
+            ]
+            self._journal.add_generation(trials)
+        else:
+            check_replayed(candidates, replayed)
+            trials = list(replayed)
+            self._replayed += len(trials)
+        for trial in trials:
+            self._tell(trial)
+        self._report(asked.phase, 0.0, left - len(candidates))
+        return [trial.score.value for trial in trials]
+
+    def _score(self, asked: Generation, left: int) -> list[Score]:
+        """What was scored before is not scored again, in this run or in the one that is resumed."""
+        new = [c for c in asked.candidates if not self._is_scored(c)]
+
+        def report(finished: float) -> None:
+            self._report(asked.phase, finished, left - finished)
+
+        self._scorer.heal(new, lambda *pairs: self._report(asked.phase, 0.0, left, pairs))
+        if self._settings.racing and asked.phase != VERIFIED:
+            scores = race(self._scorer, new, self._number, on_progress=report)
+        else:
+            scores = self._scorer.score_many(new, on_progress=report) if new else []
+        known = self._told | dict(zip(new, scores, strict=True))
+        return [known[candidate] for candidate in asked.candidates]
+
+    def _is_scored(self, candidate: Candidate) -> bool:
+        """Whether its score on all chunks is known."""
+        score = self._told.get(candidate)
+        return score is not None and self._is_whole(score)
+
+    def _is_whole(self, score: Score) -> bool:
+        return score.num_chunks == len(self._scorer.calibration.chunks)
+
+    @property
+    def _number(self) -> int:
+        """Of the generation that comes next."""
+        return self._trials[-1].generation + 1 if self._trials else 0
+
+    def _tell(self, trial: Trial) -> None:
+        self._trials.append(trial)
+        self._told[trial.candidate] = trial.score
+        found = (trial.score.value, trial.candidate)
+        if not self._is_whole(trial.score) or trial.candidate not in self._space:
+            return
+        if self._best is None or found < self._best:
+            self._best = found
+
+    def _report(
+        self, phase: str, unfinished: float, left: float, pairs: tuple[int, int] | None = None
+    ) -> None:
+        if self._on_progress is None:
+            return
+        self._on_progress(
+            SearchProgress(
+                done=len(self._trials) - self._replayed + unfinished,
+                replayed=self._replayed,
+                left=max(0.0, left),
+                seconds=time.monotonic() - self._started_s,
+                phase=phase,
+                best=str(self._best[1]) if self._best else None,
+                best_score=self._best[0] if self._best else None,
+                num_evaluators=self._scorer.compute.num_evaluators,
+                pairs=pairs,
+            )
+        )
+
+    def _finish(self) -> SearchResult:
+        if self._best is None:
+            raise SearchError(
+                f"{len(self._told)} candidates were scored, none of them within the sizes and sets "
+                "asked for; allow more evaluations, lower the threshold, or use another method"
+            )
+        best = self._best[1]
+        seconds = time.monotonic() - self._started_s
+        plan = best.plan(
+            self._model,
+            first_token=self._settings.first_token,
+            kv_transfer=self._settings.kv_transfer,
+            visual_tokens=self._settings.visual_tokens,
+            provenance=self._provenance(seconds),
+        )
+        write_trials(self._storage, self._trials, self._scorer.pairs)
+        plan = write_plan(self._storage, plan, best, self._scorer)
+        return SearchResult(
+            plan=plan,
+            score=self._told[best],
+            dense_score=self._told[DENSE],
+            trials=tuple(self._trials),
+            evaluations=len(self._told),
+            seconds=seconds,
+        )
+
+    def _header(self) -> dict[str, Any]:
+        healed = self._scorer.healed
+        return {
+            "settings": self._settings.identity,
+            "model": self._model.model_dump(mode="json"),
+            "calibration": self._scorer.calibration.fingerprint,
+            **({"heal_data": healed.context["data"]} if healed else {}),
+        }
+
+    def _provenance(self, seconds: float) -> dict[str, Any]:
+        assert self._best is not None, "only called with a plan at hand"
+        best, dense = self._told[self._best[1]], self._told[DENSE]
+        return {
+            **{key: value for key, value in self._header().items() if key != "model"},
+            "environment": _environment(self._settings),
+            "num_lines": len(self._scorer.calibration.lines),
+            "score": best.value,
+            "score_by_task": best.tasks,
+            "dense_score": dense.value,
+            "evaluations": len(self._told),
+            "chunks_scored": sum(score.num_chunks for score in self._told.values()),
+            "evaluator_seconds": round(sum(score.seconds for score in self._told.values()), 3),
+            "seconds": round(seconds, 3),
+        }
+
+
+def write_plan(
+    storage: Storage, plan: PruningPlan, candidate: Candidate, scorer: Scorer
+) -> PruningPlan:
+    """Write a candidate's plan, before it the healed tensors that it was scored with, if any."""
+    pairs = scorer.pairs(candidate)
+    if pairs and scorer.healed is not None:
+        weights = scorer.healed.weights(pairs)
+        storage.write_bytes(HEALED_FILE, weights.dumps())
+        records = [dict(scorer.healed.record(pair)) for pair in pairs]
+        directory = None if "://" in storage.location else Path(storage.location).absolute()
+        plan = plan.model_copy(update={"provenance": {**plan.provenance, "healed": records}})
+        plan = plan.with_healed(weights.digest, directory)
+    storage.write_bytes(PLAN_FILE, plan.dumps().encode())
+    return plan
+
+
+def _healing(settings: PruneSettings, num_blocks: int, influence: Influence | None) -> Healing:
+    """Which removed blocks are healed."""
+    if settings.heal == "all":
+        return Healing.of_all(num_blocks)
+    assert influence is not None, "measured before"
+    prefill, decode = (
+        distillation_set(influence, stage, num_blocks, settings.distillation_threshold)
+        for stage in STAGES
+    )
+    return Healing(num_blocks, prefill, decode)
+
+
+def _check_method(settings: PruneSettings, space: Space) -> None:
+    """Let a method that needs no measurement refuse its settings before anything is written."""
+    kind = METHODS[settings.method]
+    if not kind.uses_influence and settings.method not in GRADIENT_METHODS:
+        kind(Setup(space, settings.evaluations, settings.generation_size, settings.seed))
+
+
+def _restricted(space: Space, influence: Influence, d_t: float) -> Space:
+    """The candidates whose units are all in the pruning sets; sizes that do not fit are refused."""
+    prefill, decode = (pruning_set(influence, stage, space.num_units, d_t) for stage in STAGES)
+    return replace(space, prefill_allowed=prefill, decode_allowed=decode)
+
+
+def _checked(influence: Influence) -> Influence:
+    """Refuse an influence that no search can start from."""
+    for name, values in asdict(influence).items():
+        broken = [index for index, value in enumerate(values) if not math.isfinite(value)]
+        if broken:
+            raise SearchError(
+                f"the dense model's influence {name}[{broken[0]}] is {values[broken[0]]}; it must "
+                "be finite: check the model in its element type (float16 overflows), or use "
+                "--dtype float32"
+            )
+    return influence
+
+
+def _environment(settings: PruneSettings) -> dict[str, Any]:
+    versions = {"rayapp": __version__, "torch": torch.__version__}
+    return {**settings.environment, **versions, "transformers": transformers.__version__}

@@ -1,0 +1,155 @@
+"""What explains a search's choice: how similar blocks leave their input, and what each one costs.
+
+Nothing here decides anything. A search that measured the influence has it in its journal, and one
+that probed single units has their scores among its trials; for the others it is measured once, and
+kept in ``sensitivity.json`` beside the plan.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rayapp.plan import Stage
+from rayapp.pruning.candidates.candidate import DENSE, Candidate
+from rayapp.pruning.evaluator.objective import ObjectiveKind, ScoreBy
+from rayapp.pruning.measures.influence import Influence
+from rayapp.pruning.scorer import Scorer
+from rayapp.pruning.search.journal import JOURNAL_FILE, journal_influence
+from rayapp.pruning.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+SENSITIVITY_FILE = "sensitivity.json"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Singles(_Strict):
+    """Scores with one block removed from one stage, the other one dense; by block.
+
+    ``dense`` is the score with nothing removed.
+    """
+
+    objective: ObjectiveKind
+    score_by: ScoreBy
+    dense: float
+    prefill: tuple[float, ...]
+    decode: tuple[float, ...]
+
+    def stage(self, stage: Stage) -> tuple[float, ...]:
+        """Of one stage."""
+        return self.prefill if stage == "prefill" else self.decode
+
+
+class Sensitivity(_Strict):
+    """What was measured of the dense model on one calibration set, without any transfer rules."""
+
+    version: Literal[1] = 1
+    weights: str
+    calibration: str
+    num_lines: int = Field(ge=1)
+    influence: Influence | None = None
+    singles: Singles | None = None
+
+    @classmethod
+    def parse(cls, content: bytes) -> Sensitivity | None:
+        """What was written; None where it is damaged, or of another version."""
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError:
+            return None
+
+
+def keep_influence(storage: Storage, scorer: Scorer, weights: str) -> None:
+    """Measure the influence for the report where neither journal nor file has it.
+
+    It costs about one evaluation, which counts in no search. A value that is not finite is left
+    out: it is no reason to fail a search that is done.
+    """
+    text = storage.read_text(JOURNAL_FILE) if storage.exists(JOURNAL_FILE) else ""
+    kept = _kept(storage, scorer, weights)
+    if journal_influence(text) or kept.influence:
+        return
+    logger.info("measuring the similarity of blocks for the report: about one evaluation")
+    influence = scorer.compute.influence()
+    if all(math.isfinite(value) for values in asdict(influence).values() for value in values):
+        _write(storage, kept.model_copy(update={"influence": influence}))
+
+
+def measure_sensitivity(
+    storage: Storage,
+    scorer: Scorer,
+    *,
+    weights: str,
+    num_blocks: int,
+    on_progress: Callable[[float, int], None] | None = None,
+) -> Sensitivity:
+    """Influence, and the score of every block removed alone from each stage; written and returned.
+
+    What the file holds already, of the same model, lines and objective, is not measured again. The
+    cost is about ``2 * num_blocks + 2`` evaluations.
+
+    Args:
+        storage: The plan's directory.
+        scorer: Without transfer rules in its objective, and without healing.
+        weights: Fingerprint of the model's.
+        num_blocks: Of the model.
+        on_progress: Called with the evaluations done, and all of them.
+
+    Raises:
+        SearchError: A score is not finite, or writing failed.
+    """
+    keep_influence(storage, scorer, weights)
+    kept = _kept(storage, scorer, weights)
+    objective = scorer.objective
+    known = kept.singles
+    if known and (known.objective, known.score_by) == (objective.kind, objective.score_by):
+        return kept
+    prefill = [Candidate(prefill=_block(block)) for block in range(num_blocks)]
+    decode = [Candidate(decode=_block(block)) for block in range(num_blocks)]
+    asked = [DENSE, *prefill, *decode]
+
+    def report(finished: float) -> None:
+        if on_progress:
+            on_progress(finished, len(asked))
+
+    dense, *values = [score.value for score in scorer.score_many(asked, on_progress=report)]
+    singles = Singles(
+        objective=objective.kind,
+        score_by=objective.score_by,
+        dense=dense,
+        prefill=tuple(values[:num_blocks]),
+        decode=tuple(values[num_blocks:]),
+    )
+    found = kept.model_copy(update={"singles": singles})
+    _write(storage, found)
+    return found
+
+
+def _block(block: int) -> tuple[int, int]:
+    return 2 * block, 2 * block + 1
+
+
+def _kept(storage: Storage, scorer: Scorer, weights: str) -> Sensitivity:
+    """The file's content where it is of this model and these lines; otherwise nothing measured."""
+    empty = Sensitivity(
+        weights=weights,
+        calibration=scorer.calibration.fingerprint,
+        num_lines=len(scorer.calibration.lines),
+    )
+    there = storage.exists(SENSITIVITY_FILE)
+    found = Sensitivity.parse(storage.read_bytes(SENSITIVITY_FILE)) if there else None
+    same = found and (found.weights, found.calibration) == (empty.weights, empty.calibration)
+    return found if found and same else empty
+
+
+def _write(storage: Storage, found: Sensitivity) -> None:
+    storage.write_bytes(SENSITIVITY_FILE, (found.model_dump_json(indent=1) + "\n").encode())

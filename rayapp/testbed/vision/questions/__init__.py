@@ -1,0 +1,1 @@
+"""The questions about scenes, their words, and the files that hold them."""

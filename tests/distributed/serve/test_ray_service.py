@@ -1,0 +1,134 @@
+"""Retries, replay and admission of the ingress, with attempts that fail on cue; no cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from rayapp.api.service import ServiceDescription
+from rayapp.distributed.serve.channel import ObjectStoreChannel
+from rayapp.distributed.serve.ingress.ray_service import Limits, RayService
+from rayapp.distributed.serve.messages import Versions
+from rayapp.engine.request import GenerationRequest, SamplingParams, TokenBatch
+from rayapp.errors import (
+    DeadlineError,
+    OverloadedError,
+    RequestError,
+    UnavailableError,
+    WireError,
+)
+from rayapp.kv.ledger import Ledger
+
+ANSWER = (5, 6, 7, 8)
+
+
+def task_error(cause):
+    return RayTaskError("f", "traceback", cause).as_instanceof_cause()
+
+
+class Script:
+    """One entry per attempt: how many tokens of the answer come, then what is raised."""
+
+    def __init__(self, *entries):
+        self.entries = list(entries)
+        self.seen = []
+        self.hold = asyncio.Event()
+        self.hold.set()
+
+    async def run(self, answering):
+        self.seen.append((answering.request.attempt, tuple(answering.sent)))
+        num_tokens, error = self.entries.pop(0)
+        await self.hold.wait()
+        for index in range(num_tokens):
+            reason = "length" if index + 1 == len(ANSWER) else None
+            request = answering.request
+            yield TokenBatch(request.request_id, request.attempt, index, (ANSWER[index],), reason)
+        if error is not None:
+            raise error
+
+
+def service_of(script, tokenizer, max_waiting=2):
+    return RayService(
+        ServiceDescription("m", 64, 300, tokenizer),
+        pools={},
+        siblings=None,
+        attempts=script,
+        channel=ObjectStoreChannel(),
+        ledger=Ledger(),
+        versions=Versions("p", "w"),
+        limits=Limits(max_waiting=max_waiting, max_attempts=3),
+    )
+
+
+async def tokens_of(service, name="r"):
+    request = GenerationRequest(name, (1, 2), SamplingParams(max_tokens=4))
+    tokens = []
+    async with aclosing(service.generate(request)) as batches:
+        async for batch in batches:
+            assert batch.first_index == len(tokens)
+            tokens.extend(batch.token_ids)
+    return tuple(tokens)
+
+
+@pytest.mark.parametrize(
+    "error", [ActorDiedError(), task_error(WireError("damaged")), UnavailableError("no slot here")]
+)
+def test_lost_work_is_done_again_and_no_token_comes_twice(byte_tokenizer, error):
+    async def scenario():
+        script = Script((2, error), (0, error), (4, None))
+        service = service_of(script, byte_tokenizer)
+        assert await tokens_of(service) == ANSWER
+        assert script.seen == [(0, ()), (1, (5, 6)), (2, (5, 6))]
+        assert not any(service.counts().values())
+
+    asyncio.run(scenario())
+
+
+def test_attempts_are_bounded(byte_tokenizer):
+    async def scenario():
+        service = service_of(Script(*[(1, ActorDiedError())] * 3), byte_tokenizer)
+        with pytest.raises(UnavailableError, match="3 attempts were lost"):
+            await tokens_of(service)
+        assert not any(service.counts().values())
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("kind", [DeadlineError, OverloadedError, RequestError])
+def test_what_another_attempt_cannot_mend_is_raised_as_it_was(byte_tokenizer, kind):
+    async def scenario():
+        script = Script((1, task_error(kind("why"))))
+        with pytest.raises(kind, match=r"^why$"):
+            await tokens_of(service_of(script, byte_tokenizer))
+        assert len(script.seen) == 1
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_that_stops_short_is_a_loss(byte_tokenizer):
+    async def scenario():
+        script = Script((2, None), (4, None))
+        assert await tokens_of(service_of(script, byte_tokenizer)) == ANSWER
+
+    asyncio.run(scenario())
+
+
+def test_waiting_places_are_exact(byte_tokenizer):
+    async def scenario():
+        script = Script(*[(4, None)] * 4)
+        service = service_of(script, byte_tokenizer)
+        script.hold.clear()
+        waiting = [asyncio.ensure_future(tokens_of(service, f"r{n}")) for n in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="2 requests are waiting"):
+            await tokens_of(service, "late")
+        waiting[0].cancel()
+        await asyncio.gather(waiting[0], return_exceptions=True)
+        script.hold.set()
+        assert await tokens_of(service, "next") == await waiting[1] == ANSWER
+        assert not any(service.counts().values())
+
+    asyncio.run(scenario())

@@ -1,0 +1,97 @@
+"""Settings: strict, and the same in a configuration file as on the command line."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from rayapp.cli import app
+from rayapp.distributed.serve.deploy import configuration
+from rayapp.distributed.serve.ingress.router import ranks
+from rayapp.distributed.serve.messages import Address
+from rayapp.distributed.serve.settings import ServiceSettings
+from rayapp.errors import InputError
+
+
+def test_they_survive_a_configuration_file():
+    settings = ServiceSettings.parse(
+        {"model": "/m", "prefill": {"replicas": "1:3"}, "decode": {"replicas": 2}}
+    )
+    (application,) = configuration(settings)["applications"]
+    assert ServiceSettings.parse(application["args"]) == settings
+    assert str(settings.prefill.replicas) == "1:3"
+    assert settings.prefill.replicas.is_elastic
+    assert not settings.decode.replicas.is_elastic
+
+
+def test_the_key_itself_is_never_deployed():
+    settings = ServiceSettings.parse({"model": "/m", "api_key": "open sesame"})
+    (application,) = configuration(settings)["applications"]
+    assert "open sesame" not in str(application)
+    deployed = ServiceSettings.parse(application["args"])
+    assert deployed.key_digest == settings.key_digest
+    assert deployed.key_digest != ServiceSettings.parse({"model": "/m", "api_key": "x"}).key_digest
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"model": "/m", "prefil": {}}, "prefil: "),
+        ({"model": "/m", "prefill": {"replica": 1}}, "prefill.replica: "),
+        ({"model": "/m", "decode": {"replicas": "3:1"}}, "decode.replicas: 3:1 has its maximum"),
+        ({"model": "/m", "decode": {"replicas": "many"}}, "'many' is no number of replicas"),
+        ({"model": "/m", "decode": {"replicas": 0}}, "decode.replicas.minimum: "),
+        ({"model": "/m", "deadlines": {"queue_s": 0}}, "deadlines.queue_s: "),
+        ({"model": "/m", "images": {"max_images": -1}}, "images.max_images: "),
+        ({"model": "/m", "images": {"max_image": 1}}, "images.max_image: "),
+        ({"model": "/m", "images": {"max_pixels": 10**9}}, "images.max_pixels: "),
+        (
+            {"model": "/m", "images": {"allowed_hosts": ["https://a.example/"]}},
+            "images.allowed_hosts: 'https://a.example/' is no host name",
+        ),
+        ({}, "model: "),
+    ],
+)
+def test_what_breaks_a_rule_is_named_by_its_path(raw, message):
+    with pytest.raises(InputError) as caught:
+        ServiceSettings.parse(raw)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_image_limits_come_from_the_command_line(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "rayapp.commands.serve.serve_until_interrupted",
+        lambda settings, **_: seen.append(settings),
+    )
+
+    def limits(*arguments):
+        result = CliRunner().invoke(app, ["serve", "--model", "/m", *arguments])
+        assert result.exit_code == 0, result.output
+        return seen[-1].images
+
+    assert limits() == ServiceSettings(model="/m").images
+    given = limits(
+        "--max-images", "2", "--max-image-bytes", "1000", "--max-image-pixels", "640000",
+        "--image-host", "Images.Example.com", "--image-host", "b.example",
+    )  # fmt: skip
+    assert (given.max_images, given.max_bytes, given.max_pixels) == (2, 1000, 640_000)
+    assert given.allowed_hosts == {"images.example.com", "b.example"}
+    (application,) = configuration(seen[-1])["applications"]
+    assert ServiceSettings.parse(application["args"]).images == given
+    assert limits("--max-images", "0").max_images == 0
+
+
+def test_the_name_is_the_directory_unless_given():
+    assert ServiceSettings(model="/models/small/").model_name == "small"
+    assert ServiceSettings(model="/m", served_model_name="big").model_name == "big"
+
+
+def test_calls_go_where_they_are_addressed():
+    pool = {"a": 1, "b": 2, "c": 3}
+    assert ranks(Address("b"), pool) == [[2]]
+    assert ranks(Address("gone"), pool)[0] == [1, 2, 3]
+    assert ranks(Address(avoid=frozenset("ab")), pool) == [[3], [1, 2, 3]]
+    assert ranks(Address(avoid=frozenset("abc")), pool) == [[1, 2, 3]]
+    assert ranks(Address(), {}) == []

@@ -1,0 +1,205 @@
+"""Searches on Ray evaluators: the same plan whatever their number and whatever becomes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from rayapp.commands.prune import prune
+from rayapp.distributed.evaluator_pool import EvaluatorPool
+from rayapp.errors import ClusterError, ModelError
+from rayapp.pruning.preparation import prepare
+from rayapp.pruning.scorer import Scorer
+from rayapp.pruning.search.run import SearchResult, run_search
+from rayapp.pruning.settings import PruneSettings
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, save_tiny) -> PruneSettings:
+    directory = tmp_path_factory.mktemp("distributed")
+    rng = random.Random(0)
+    lines = [{"prompt": "ab" * rng.randint(1, 20), "completion": "cd"} for _ in range(8)]
+    file = directory / "calibration.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return PruneSettings.checked(
+        model=str(save_tiny(directory, "llama")),
+        calibration=str(file),
+        out=str(directory / "out"),
+        prefill_remove=1,
+        decode_remove=1,
+        evaluations=24,
+        chunk_tokens=100,
+    )
+
+
+@pytest.fixture(scope="module")
+def local(settings) -> SearchResult:
+    return prune(settings)
+
+
+@pytest.fixture(scope="module")
+def ray_session():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+def changed(settings: PruneSettings, out: Path, **changes: object) -> PruneSettings:
+    return settings.model_copy(update={"out": str(out), **changes})
+
+
+def same(result: SearchResult) -> tuple[object, ...]:
+    trials = [(trial.candidate, trial.score.value) for trial in result.trials]
+    return result.plan.fingerprint, result.score.value, trials
+
+
+def test_workers_do_not_change_the_search(tmp_path, settings, local, ray_session):
+    result = prune(changed(settings, tmp_path / "out", workers=2))
+    assert same(result) == same(local)
+
+
+def test_workers_do_not_change_a_race(tmp_path, settings, ray_session):
+    alone = prune(changed(settings, tmp_path / "alone", racing=True))
+    result = prune(changed(settings, tmp_path / "out", racing=True, workers=2))
+    assert same(result) == same(alone)
+    chunks = {trial.score.num_chunks for trial in result.trials}
+    assert len(chunks) > 1
+    assert result.score.num_chunks == max(chunks)
+
+
+def test_workers_know_images_and_train_on_them(
+    tmp_path, tiny_llava_path, encoded_image, ray_session
+):
+    """Evaluators get the visual tokens, not the files."""
+    for split in ("calibration", "heal"):
+        (tmp_path / f"{split}.png").write_bytes(encoded_image(len(split)))
+        lines = [
+            {"prompt": f"thing {n}", "completion": "xy", "image": f"{split}.png"} for n in range(8)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    search = PruneSettings.checked(
+        model=str(tiny_llava_path(tmp_path / "model", "llava")),
+        calibration=str(tmp_path / "calibration.jsonl"),
+        heal="all",
+        heal_data=str(tmp_path / "heal.jsonl"),
+        heal_steps=2,
+        out=str(tmp_path / "out"),
+        decode_remove=1,
+        prefill_remove=1,
+        evaluations=12,
+        visual_tokens="3",
+    )
+    result = prune(changed(search, tmp_path / "out", workers=2))
+    assert same(result) == same(prune(changed(search, tmp_path / "alone")))
+    assert result.plan.visual_tokens is not None
+
+
+def test_a_killed_evaluator_changes_nothing(
+    tmp_path, settings, local, ray_session, caplog, monkeypatch
+):
+    """Killed while it holds work, which is computed again elsewhere."""
+    search = changed(settings, tmp_path / "out", workers=2)
+    prepared = prepare(search)
+    kills: list[int] = []
+    with EvaluatorPool(search, prepared.calibration) as pool:
+        assert pool.costs().num_blocks == prepared.signature.num_blocks
+        scorer = Scorer(prepared.calibration, search.scoring(), pool, weights="w")
+        assign = pool._assign
+
+        def assign_and_kill(waiting) -> None:
+            assign(waiting)
+            if scorer._memo and not kills:
+                [(evaluator, piece), *_] = pool._busy.values()
+                kills.append(piece.chunk)
+                ray.kill(evaluator.actor)
+
+        monkeypatch.setattr(pool, "_assign", assign_and_kill)
+        result = run_search(search, scorer, prepared.signature)
+    assert kills
+    assert same(result) == same(local)
+    assert "an evaluator was lost" in caplog.text
+
+
+def test_a_node_that_cannot_read_the_model_is_a_model_error(tmp_path, settings, ray_session):
+    copy = shutil.copytree(settings.model, tmp_path / "model")
+    search = changed(settings, tmp_path / "out", model=str(copy), workers=1)
+    prepared = prepare(search)
+    shutil.rmtree(copy)
+    with (
+        EvaluatorPool(search, prepared.calibration) as pool,
+        pytest.raises(ModelError, match="no such"),
+    ):
+        pool.influence()
+
+
+def test_evaluators_that_fit_nowhere_are_named(tmp_path, settings, ray_session):
+    search = changed(settings, tmp_path / "out", workers=1, threads=64)
+    prepared = prepare(search)
+    with (
+        EvaluatorPool(search, prepared.calibration, start_timeout_s=1) as pool,
+        pytest.raises(ClusterError, match="'num_cpus': 64"),
+    ):
+        pool.influence()
+
+
+def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "jobs" / "prune.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_driver_ends_with_the_same_plan(tmp_path, settings):
+    """Killed with its evaluators in the middle of a search; resumed without any."""
+    sizes = {"prefill_remove": 2.0, "decode_remove": 2.0, "evaluations": 100}
+    whole = prune(changed(settings, tmp_path / "whole", **sizes))
+    killed = changed(settings, tmp_path / "killed", **sizes)
+    script = (
+        "import sys; from rayapp.commands.prune import prune; "
+        "from rayapp.pruning.settings import PruneSettings; "
+        "prune(PruneSettings.model_validate_json(sys.argv[1]))"
+    )
+    on_ray = killed.model_copy(update={"workers": 1}).model_dump_json()
+    journal = tmp_path / "killed" / "journal.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", script, on_ray])
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "plan.json").exists()
+    result = prune(killed.model_copy(update={"resume": True}))
+    assert same(result) == same(whole)
+
+
+def test_the_job(tmp_path, settings, local):
+    common = ["--model", settings.model, "--calibration", settings.calibration]
+    sizes = ["--prefill-remove", "1", "--decode-remove", "1", "--evaluations", "24"]
+    done = run_job(
+        *common, *sizes, "--out", str(tmp_path / "out"), "--unit", "block", "--seed", "0"
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path}/out/plan.json: prefill[" in done.stdout
+    assert "at most 0 left" in done.stderr
+    assert "\x1b" not in done.stderr
+    bad = run_job(*common, "--prefill-remove", "9", "--out", str(tmp_path / "bad"))
+    assert bad.returncode == 2
+    assert bad.stderr.strip() == "error: prefill_remove=9: the model has 5 blocks; remove 0 to 5"

@@ -1,0 +1,118 @@
+"""Searches of one small model that are counted, cut off and resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayapp.pruning.candidates.candidate import Candidate
+from rayapp.pruning.evaluator.evaluator import Evaluator
+from rayapp.pruning.preparation import open_evaluator, prepare
+from rayapp.pruning.progress import SearchProgress
+from rayapp.pruning.scorer import LocalCompute, Scorer
+from rayapp.pruning.search.run import SearchResult, run_search
+from rayapp.pruning.settings import PruneSettings
+
+SEARCH = {
+    "method": "annealing",
+    "prefill_remove": 1,
+    "decode_remove": 2,
+    "evaluations": 20,
+    "generation_size": 4,
+}
+
+
+class Counting(LocalCompute):
+    """Counts what is computed; stops after ``limit`` candidates as a kill would."""
+
+    def __init__(self, evaluator: Evaluator, limit: int | None = None) -> None:
+        super().__init__(evaluator)
+        self.scored: list[Candidate] = []
+        self.limit = limit
+
+    def run(self, work):
+        for done in super().run(work):
+            self.scored += done.work.candidates
+            if self.limit is not None and len(self.scored) > self.limit:
+                raise KeyboardInterrupt
+            yield done
+
+
+def run_counted(
+    settings: PruneSettings,
+    limit: int | None = None,
+    *,
+    evaluator: Evaluator,
+    on_progress: Callable[[SearchProgress], None] | None = None,
+) -> tuple[SearchResult, Counting]:
+    prepared = prepare(settings)
+    compute = Counting(evaluator, limit)
+    scorer = Scorer(prepared.calibration, settings.scoring(), compute, weights="w")
+    return run_search(settings, scorer, prepared.signature, on_progress=on_progress), compute
+
+
+def move(settings: PruneSettings, out: Path, **changes: Any) -> PruneSettings:
+    return settings.model_copy(update={"out": str(out), **changes})
+
+
+def read_journal(out: Path | str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(out) / "journal.jsonl").read_text().splitlines()]
+
+
+def reduce_result(result: SearchResult) -> tuple[Any, ...]:
+    plan = result.plan.model_copy(update={"provenance": {}})
+    return plan, result.score.value, [(t.candidate, t.score.value) for t in result.trials]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, save_tiny, write_calibration) -> PruneSettings:
+    directory = tmp_path_factory.mktemp("search")
+    return PruneSettings.checked(
+        model=str(save_tiny(directory, "llama")),
+        calibration=str(write_calibration(directory / "calibration.jsonl")),
+        out=str(directory / "undisturbed"),
+        **SEARCH,
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluator(settings: PruneSettings) -> Evaluator:
+    """Of a single chunk, so that a candidate is scored once."""
+    calibration = prepare(settings).calibration
+    assert len(calibration.chunks) == 1
+    return open_evaluator(settings, calibration)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings: PruneSettings, evaluator: Evaluator) -> SearchResult:
+    """What the search of ``settings`` finds when nothing comes between."""
+    return run_counted(settings, evaluator=evaluator)[0]
+
+
+@pytest.fixture(scope="module")
+def search(evaluator: Evaluator) -> Callable[..., tuple[SearchResult, Counting]]:
+    """``search(settings, limit=..., evaluator=...)``: the result, and what was computed."""
+    return partial(run_counted, evaluator=evaluator)
+
+
+@pytest.fixture(scope="session")
+def elsewhere() -> Callable[..., PruneSettings]:
+    """``elsewhere(settings, out, **changes)``: the same search in another directory."""
+    return move
+
+
+@pytest.fixture(scope="session")
+def journal() -> Callable[[Path | str], list[dict[str, Any]]]:
+    """``journal(out)``: its lines."""
+    return read_journal
+
+
+@pytest.fixture(scope="session")
+def outcome() -> Callable[[SearchResult], tuple[Any, ...]]:
+    """``outcome(result)``: all that an interrupted search must share with a whole one."""
+    return reduce_result

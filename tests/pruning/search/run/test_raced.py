@@ -1,0 +1,67 @@
+"""Searches that race: losers see some chunks, winners all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from rayapp.pruning.preparation import open_evaluator, prepare
+from rayapp.pruning.search.run import SearchResult
+from rayapp.pruning.settings import PruneSettings
+
+
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory, settings) -> PruneSettings:
+    """Six chunks, of which losers see some."""
+    out = str(tmp_path_factory.mktemp("raced") / "out")
+    changes = {"out": out, "racing": True, "chunk_tokens": 24, "generation_size": 8}
+    return settings.model_copy(update=changes)
+
+
+@pytest.fixture(scope="module")
+def race(search) -> Callable[..., tuple[SearchResult, Any]]:
+    """``race(settings, limit)``: as ``search``, by an evaluator of its own chunks."""
+
+    def run(settings: PruneSettings, limit: int | None = None) -> tuple[SearchResult, Any]:
+        evaluator = open_evaluator(settings, prepare(settings).calibration)
+        return search(settings, limit, evaluator=evaluator)
+
+    return run
+
+
+def test_a_raced_search_scores_its_winners_on_all_chunks(raced, race):
+    result, compute = race(raced)
+    total = len(prepare(raced).calibration.chunks)
+    assert total >= 4
+    chunks = [trial.score.num_chunks for trial in result.trials]
+    assert set(chunks) > {1, total}
+    scored = {}
+    for trial in result.trials:
+        before = scored.get(trial.candidate, 0)
+        scored[trial.candidate] = max(before, trial.score.num_chunks)
+    assert len(compute.scored) == sum(scored.values()) < total * len(scored)
+    assert result.score.num_chunks == total
+    for number in {trial.generation for trial in result.trials}:
+        trials = [trial for trial in result.trials if trial.generation == number]
+        assert min(trials, key=lambda t: t.score.value).score.num_chunks == total
+    rows = pq.read_table(Path(raced.out) / "trials.parquet").to_pylist()
+    assert [row["chunks"] for row in rows] == chunks
+    assert result.plan.provenance["chunks_scored"] == sum(scored.values())
+    verified = [trial for trial in result.trials if trial.phase == "verified"]
+    assert verified
+    assert all(trial.score.num_chunks == total for trial in verified)
+    assert result.score.value <= min(trial.score.value for trial in verified)
+
+
+@pytest.mark.parametrize("limit", [20, 45])
+def test_a_raced_search_resumes_to_the_same_plan(tmp_path, raced, race, limit, elsewhere, outcome):
+    whole, _ = race(elsewhere(raced, tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        race(elsewhere(raced, tmp_path / "cut"), limit)
+    result, compute = race(elsewhere(raced, tmp_path / "cut", resume=True))
+    assert outcome(result) == outcome(whole)
+    assert len(compute.scored) < sum(trial.score.num_chunks for trial in whole.trials)
