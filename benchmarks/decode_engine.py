@@ -31,7 +31,8 @@ from transformers import (
 
 from rayapp.engine.decode import DecodeEngine
 from rayapp.engine.prefill import PrefillEngine
-from rayapp.engine.request import GenerationRequest, SamplingParams
+from rayapp.engine.request import GenerationRequest
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.evaluation.machine import this_machine
 from rayapp.models.loading import DTYPES, load_model
 from rayapp.models.stack import BlockStack

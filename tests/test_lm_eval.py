@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rayapp.engine.local import LocalPipeline
-from rayapp.engine.request import SamplingParams
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.export import export_stage
 from rayapp.models.likelihood import nll
 from rayapp.models.loading import load_model, read_signature

@@ -15,7 +15,7 @@ import torch
 from rayapp.commands.prune import prune
 from rayapp.data.lines import TokenizedLine
 from rayapp.engine.local import LocalPipeline
-from rayapp.engine.request import SamplingParams
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.evaluation.bootstrap import upper_bound
 from rayapp.evaluation.measures.latency import measure_latency
 from rayapp.evaluation.measures.likelihood import LineLikelihood, TwoStages, likelihoods

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from rayapp.engine.decode import DecodeEngine
 from rayapp.engine.prefill import PrefillEngine
-from rayapp.engine.request import GenerationRequest, SamplingParams
+from rayapp.engine.request import GenerationRequest
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import IntegrityError
 from rayapp.kv.ledger import KVShape, Route, TransferRecord, account
 from rayapp.kv.wire import Envelope, message_sizes, pack

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rayapp.api.keys import digest_of
 from rayapp.api.refusals import error_response
 
 OPEN_PATHS = frozenset({"/health"})
-
-
-def digest_of(api_key: str) -> str:
-    """What a server keeps of a key: enough to recognise it, useless to whoever reads a log."""
-    return hashlib.sha256(api_key.encode()).hexdigest()
 
 
 def is_authorized(headers: Headers, key_digest: str | None) -> bool:

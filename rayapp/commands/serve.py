@@ -1,131 +1,83 @@
-"""``rayapp serve``: a service until its interrupt, and nothing left after it."""
+"""``rayapp serve``: a model or a plan of it behind an OpenAI-compatible API."""
 
 from __future__ import annotations
 
-import ipaddress
-import signal
-import socket
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
-from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
-from rayapp.distributed.cluster.local import NodeSpec, local_cluster
-from rayapp.distributed.serve.deploy import RunningService, resolved, running_service
-from rayapp.distributed.serve.settings import PoolSettings, ServiceSettings
+import typer
+
+from rayapp.commands.options import command
+from rayapp.distributed.serve.settings import ServiceSettings
 from rayapp.errors import InputError
+from rayapp.vision.limits import ImageLimits
 
-_SPARE_CPUS = 2  # for the controller, the proxy and the ingress
 
-
-def serve_until_interrupted(
-    settings: ServiceSettings,
-    *,
-    address: str | None = None,
-    allow_unauthenticated: bool = False,
-    say: Callable[[str], None],
+@command()
+def serve(
+    service: ServiceSettings,
+    images: ImageLimits,
+    prefill_replicas: Annotated[
+        str,
+        typer.Option(metavar="MIN[:MAX]", help="Replicas that prefill; MIN:MAX follows the load."),
+    ] = "1",
+    decode_replicas: Annotated[
+        str,
+        typer.Option(metavar="MIN[:MAX]", help="Replicas that decode; MIN:MAX follows the load."),
+    ] = "1",
+    replicas: Annotated[
+        str,
+        typer.Option(metavar="MIN[:MAX]", help="Replicas of unified mode, which do both stages."),
+    ] = "1",
+    device: Annotated[
+        str | None,
+        typer.Option(help="Device of every replica: cpu or cuda; cuda where --gpus is given."),
+    ] = None,
+    gpus: Annotated[
+        float | None,
+        typer.Option(min=0, help="GPUs of every replica, in parts too; 1 with --device cuda."),
+    ] = None,
+    allow_unauthenticated: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unauthenticated",
+            help="Let strangers beyond this machine use the service without a key.",
+        ),
+    ] = False,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to serve on; without it, one is started here."),
+    ] = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then end everything that was started.
+    """Serve a model, or a plan of it, over an OpenAI-compatible API until interrupted."""
+    from rayapp.workflows.serve import serve_until_interrupted
 
-    Args:
-        settings: What to serve.
-        address: Cluster to serve on; None starts a local one with a node for each pool.
-        allow_unauthenticated: Listen beyond this machine without a key.
-        say: Takes lines for the person at the terminal; one of them is the ready line.
+    placed = _placed(device, gpus)
 
-    Raises:
-        InputError: Model, plan or address cannot be used.
-        ClusterError: The cluster cannot hold the service.
-    """
-    check_exposure(settings, allow_unauthenticated=allow_unauthenticated)
-    if address is None:
-        check_port(settings)
-    settings = resolved(settings)  # what is wrong with model or plan is said before anything starts
-    before = _on_signals(_interrupt)
-    try:
-        with ExitStack() as stack:
-            if address is None:
-                # Anywhere else the ingress could take the place of a replica.
-                ingress = settings.ingress.model_copy(update={"labels": {"role": "head"}})
-                settings = settings.model_copy(update={"ingress": ingress})
-                address = stack.enter_context(local_cluster(_nodes(settings))).address
-            service = stack.enter_context(running_service(settings, address=address))
-            stack.callback(_on_signals, signal.SIG_IGN)  # nothing is left half ended
-            _on_signals(_interrupt)  # Ray has put handlers of its own in between
-            for line in _introduction(service):
-                say(line)
-            with suppress(KeyboardInterrupt):
-                threading.Event().wait()
-            say("stopping")
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def pool(count: str, **labels: str) -> dict[str, Any]:
+        return {"replicas": count, "labels": labels, **placed}
 
-
-def _on_signals(handler: Any) -> dict[int, Any]:
-    """Put ``handler`` on SIGINT and SIGTERM; what was there before."""
-    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def check_exposure(settings: ServiceSettings, *, allow_unauthenticated: bool) -> None:
-    """Raise :class:`InputError` where strangers could use the service without a decision."""
-    if settings.key_digest or allow_unauthenticated or _is_loopback(settings.host):
-        return
-    raise InputError(
-        f"host {settings.host!r} can be reached from other machines and no API key is set; give "
-        "--api-key, listen on 127.0.0.1, or say --allow-unauthenticated"
+    settings = ServiceSettings.parse(
+        {
+            **service.model_dump(exclude={"images", "prefill", "decode", "unified"}),
+            "images": images,
+            "prefill": pool(prefill_replicas, role="prefill"),
+            "decode": pool(decode_replicas, role="decode"),
+            "unified": pool(replicas),
+        }
+    )
+    serve_until_interrupted(
+        settings, address=address, allow_unauthenticated=allow_unauthenticated, say=typer.echo
     )
 
 
-def check_port(settings: ServiceSettings) -> None:
-    """Raise :class:`InputError` where another program listens; Serve would try again for ever."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as error:
-            raise InputError(
-                f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose "
-                "another --port or --host"
-            ) from None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _nodes(settings: ServiceSettings) -> list[NodeSpec]:
-    """A head, and a node for each pool with room for all of its replicas."""
-
-    def room(pool: PoolSettings) -> int:
-        return max(1, round(pool.replicas.maximum * max(pool.num_cpus, 1.0)))
-
-    head = NodeSpec(labels={"role": "head"}, num_cpus=_SPARE_CPUS + room(settings.ingress))
-    pools = settings.pools.values()
-    return [head, *(NodeSpec(labels=dict(p.labels), num_cpus=room(p)) for p in pools)]
-
-
-def _introduction(service: RunningService) -> Iterator[str]:
-    settings = service.settings
-    for pool, replicas in service.health.get("pools", {}).items():
-        for replica in replicas:
-            slab = f", KV slab {_mb(replica['slab_bytes'])}" if replica["slab_bytes"] else ""
-            parameters = _mb(replica["parameter_bytes"])
-            yield f"{pool} on node {replica['node'][:12]}: parameters {parameters}{slab}"
-    yield (
-        f"KV slab: --max-num-seqs {settings.max_num_seqs} sequences per decode replica, "
-        f"{service.slab_bytes:,} bytes each replica"
-    )
-    yield f"ready: {settings.model_name} at {service.url}/v1"
-
-
-def _mb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.2f} MB"
+def _placed(device: str | None, gpus: float | None) -> dict[str, Any]:
+    """Device and GPUs of a replica; either follows from the other."""
+    device = device or ("cuda" if gpus else "cpu")
+    if gpus is None:
+        gpus = 1.0 if device.startswith("cuda") else 0.0
+    if bool(gpus) != device.startswith("cuda"):
+        raise InputError(
+            f"--device {device} with --gpus {gpus:g}: replicas on a GPU need --gpus above 0, "
+            "others none; leave out one of the two"
+        )
+    return {"device": device, "num_gpus": gpus}

@@ -21,11 +21,11 @@ from rayapp.engine.prefill import PrefillEngine
 from rayapp.engine.request import (
     FinishReason,
     GenerationRequest,
-    SamplingParams,
     Timeline,
     TokenBatch,
     TokenLogprobs,
 )
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.engine.stopping import TextStream
 from rayapp.errors import RequestError
 from rayapp.kv.ledger import KVShape, Route, TransferRecord, TransferTimes, account

@@ -6,8 +6,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import RequestError
 from rayapp.plan import VisualTokens
 from rayapp.vision.inputs import ImageInput
@@ -15,27 +14,6 @@ from rayapp.vision.prompt import check_places
 
 FinishReason = Literal["stop", "length"]
 Phase = Literal["queued", "prefilling", "transferring", "decoding", "done"]
-
-
-class SamplingParams(BaseModel):
-    """How answer tokens are chosen and when an answer ends.
-
-    ``temperature`` 0 is greedy. The noise of answer token ``i`` depends on ``(seed, i)`` alone, so
-    a replayed request continues as it would have. ``stop`` strings end the answer before they
-    appear in its text. ``logprobs``: number of best alternatives to report beside each token's own,
-    or None.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    max_tokens: int = Field(default=16, ge=1)
-    temperature: float = Field(default=0.0, ge=0.0, le=100.0)
-    top_k: int = Field(default=0, ge=0, description="0 keeps all")
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = Field(default=None, ge=0, le=20)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rayapp.engine.request import SamplingParams, TokenLogprobs
+from rayapp.engine.request import TokenLogprobs
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.models.likelihood import log_softmax64
 
 

@@ -22,7 +22,8 @@ import httpcore
 import httpx
 
 from rayapp.errors import RequestError
-from rayapp.vision.images import ImageLimits, parse_data_url
+from rayapp.vision.images import parse_data_url
+from rayapp.vision.limits import ImageLimits
 
 _PORTS = {"http": 80, "https": 443}
 # Public by the registry, but they carry an IPv4 address inside, which may not be.

@@ -19,52 +19,16 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from rayapp.errors import RequestError
+from rayapp.vision.limits import ImageLimits
 
 # Media type to Pillow's name of the format; these and no others are ever opened.
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 _ALIASES = {"image/jpg": "image/jpeg"}
 _DATA_URL = re.compile(r"data:([^;,]*)(;[^,]*)?,", re.IGNORECASE)
-_MOST_PIXELS = 89_478_485  # from here on Pillow warns of bombs, from twice as many it refuses
-_HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 # A scan passes over the whole image and costs its sender a few bytes. Encoders write about ten.
 _MAX_SCANS = 100
-
-
-class ImageLimits(BaseModel):
-    """What one request may send (the numbers are project defaults)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    max_images: int = Field(default=8, ge=0)
-    max_bytes: int = Field(default=20 * 2**20, ge=1, description="of one encoded image")
-    max_pixels: int = Field(
-        default=25_000_000,
-        ge=1,
-        le=_MOST_PIXELS,
-        description="width x height of one image; Pillow itself opens none much larger",
-    )
-    max_aspect_ratio: float = Field(
-        default=100.0,
-        ge=1.0,
-        description="processors scale the short side up, and the long with it",
-    )
-    allowed_hosts: frozenset[str] = Field(
-        default=frozenset(), description="hosts that images may be fetched from; none by default"
-    )
-    fetch_timeout_s: float = Field(default=10.0, gt=0.0, description="for one image, all told")
-
-    @field_validator("allowed_hosts")
-    @classmethod
-    def _are_hosts(cls, hosts: frozenset[str]) -> frozenset[str]:
-        """Names in lower case, as they are looked up; whatever is no name would never match."""
-        names = frozenset(host.lower() for host in hosts)
-        wrong = sorted(name for name in names if not _HOST.fullmatch(name))
-        if wrong:
-            raise ValueError(f"{wrong[0]!r} is no host name; write it like images.example.com")
-        return names
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from transformers import PreTrainedConfig
 
 from rayapp.errors import RequestError
 from rayapp.models.blocks import MULTIMODAL_TYPES
-from rayapp.vision.images import DecodedImage, ImageLimits, check_number, decode_image
+from rayapp.vision.images import DecodedImage, check_number, decode_image
 from rayapp.vision.layout import image_layout
+from rayapp.vision.limits import ImageLimits
 
 ImageSource = bytes | str | Path
 

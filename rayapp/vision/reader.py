@@ -18,14 +18,11 @@ from rayapp.models.blocks import signature_of
 from rayapp.models.stack import BlockStack
 from rayapp.plan import VisualTokens
 from rayapp.vision.attention import FASTV_BLOCK
-from rayapp.vision.images import ImageLimits
 from rayapp.vision.inputs import ImageInput, ImageIntake
+from rayapp.vision.limits import IMAGE_CACHE_BYTES, ImageLimits
 from rayapp.vision.llava import LlavaAdapter
 from rayapp.vision.prompt import PromptEmbeddings
 from rayapp.vision.selection import EncodedImage, check_rule
-
-# About 150 images of LLaVA-1.5-7B in 16 bits (project default).
-CACHE_BYTES = 768 * 2**20
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class ImageCache:
         max_bytes: Most bytes held; an image that is larger alone is not kept.
     """
 
-    def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, max_bytes: int = IMAGE_CACHE_BYTES) -> None:
         self.max_bytes = max_bytes
         self.nbytes = 0
         self._images: OrderedDict[tuple[str, str], EncodedImage] = OrderedDict()
@@ -95,7 +92,7 @@ class ImageSupport:
 
     processor: Any
     limits: ImageLimits = field(default_factory=ImageLimits)
-    max_cache_bytes: int = CACHE_BYTES
+    max_cache_bytes: int = IMAGE_CACHE_BYTES
 
 
 class ImageReader:

@@ -6,7 +6,7 @@ import httpx
 import openai
 import pytest
 
-from rayapp.api.access import digest_of
+from rayapp.api.keys import digest_of
 from rayapp.api.routes import build_app
 
 PATHS = ["/", "/v1/models", "/v1/transfers", "/metrics", "/openapi.json", "/nothing", "/health/x"]

@@ -85,7 +85,8 @@ def test_cancelling_the_handler_itself_frees_everything(service):
     """As Ray Serve does when a client leaves."""
     from rayapp.api.disconnect import unless_disconnected
     from rayapp.api.openai.answers import answer_deltas
-    from rayapp.engine.request import GenerationRequest, SamplingParams
+    from rayapp.engine.request import GenerationRequest
+    from rayapp.engine.sampling_params import SamplingParams
 
     service.gap_s = 30.0
     request = GenerationRequest("r", (1,), SamplingParams())

@@ -16,11 +16,11 @@ from PIL import Image
 from rayapp.api.in_process import InProcessService
 from rayapp.api.routes import build_app
 from rayapp.engine.local import ImagePrompt, LocalPipeline
-from rayapp.engine.request import SamplingParams
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.models.blocks import signature_of
 from rayapp.models.loading import load_model
 from rayapp.plan import KVTransfer, PruningPlan, VisualTokens
-from rayapp.vision.images import ImageLimits
+from rayapp.vision.limits import ImageLimits
 from rayapp.vision.llava import load_image_processor
 from rayapp.vision.reader import ImageSupport
 

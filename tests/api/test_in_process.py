@@ -13,7 +13,8 @@ import pytest
 from rayapp.api.in_process import InProcessService, Patience
 from rayapp.api.routes import build_app
 from rayapp.engine.local import LocalPipeline
-from rayapp.engine.request import GenerationRequest, SamplingParams
+from rayapp.engine.request import GenerationRequest
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import DeadlineError, OverloadedError, UnavailableError
 
 PROMPTS = ["hello", "a", "the quick brown fox", "0123456789" * 3]

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from rayapp.cli import app
 from rayapp.engine.local import ImagePrompt, LocalPipeline
-from rayapp.engine.request import SamplingParams
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import DataError, InputError, ModelError
 from rayapp.evaluation.evaluate import evaluate
 from rayapp.evaluation.report.findings import gather

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import json
 
-from rayapp.commands.demo import SEEDS, TEST_PER_TASK, Files, _write_data
 from rayapp.testbed.tasks import TASKS, generate
+from rayapp.workflows.demo import SEEDS, TEST_PER_TASK, Files, _write_data
 
 
 def test_test_prompts_are_none_of_those_that_the_sizes_were_chosen_on(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rayapp import cli
 from rayapp.engine.local import ImagePrompt, LocalPipeline
-from rayapp.engine.request import SamplingParams
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.models.loading import load_model
 from rayapp.vision.llava import load_image_processor
 

@@ -10,7 +10,7 @@ import pytest
 
 from rayapp.commands.kv_select import kv_select
 from rayapp.engine.local import LocalPipeline
-from rayapp.engine.request import SamplingParams
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import InputError, PlanError
 from rayapp.evaluation.measures.likelihood import TwoStages, likelihoods
 from rayapp.models.healed import HealedWeights

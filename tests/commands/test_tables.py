@@ -4,8 +4,8 @@ import json
 
 from rich.console import Console
 
-from rayapp.commands.tables import ledger_tables, plan_tables
 from rayapp.plan import PruningPlan
+from rayapp.workflows.tables import ledger_tables, plan_tables
 
 TOTALS = {
     "num_transfers": 3, "bytes_full": 10_000, "bytes_sent": 2_600, "overhead_bytes": 100,

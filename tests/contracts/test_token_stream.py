@@ -18,7 +18,8 @@ import pytest
 
 from rayapp.api.in_process import InProcessService
 from rayapp.engine.local import LocalPipeline
-from rayapp.engine.request import GenerationRequest, SamplingParams, Timeline
+from rayapp.engine.request import GenerationRequest, Timeline
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import RequestError
 
 MAX_MODEL_LEN, MAX_NUM_SEQS = 96, 3

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rayapp.engine.request import GenerationRequest, SamplingParams, TokenBatch
+from rayapp.engine.request import GenerationRequest, TokenBatch
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import (
     IntegrityError,
     OverloadedError,

@@ -12,12 +12,12 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from rayapp.engine.local import ImagePrompt, LocalPipeline
-from rayapp.engine.request import SamplingParams
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import PlanError, RequestError
 from rayapp.kv.ledger import KVShape
 from rayapp.models.blocks import signature_of
 from rayapp.plan import KVTransfer, Mode, PruningPlan, StagePlan, VisualTokens
-from rayapp.vision.images import ImageLimits
+from rayapp.vision.limits import ImageLimits
 
 KINDS = ("llava", "llava_next")
 PLACE = 290

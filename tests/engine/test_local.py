@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rayapp.engine.local import LocalPipeline
-from rayapp.engine.request import SamplingParams
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import PlanError, RequestError
 from rayapp.plan import STAGE_MODES, STAGES, PruningPlan
 

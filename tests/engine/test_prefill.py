@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rayapp.engine.request import GenerationRequest, SamplingParams
+from rayapp.engine.request import GenerationRequest
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import RequestError
 
 

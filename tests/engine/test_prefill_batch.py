@@ -11,7 +11,8 @@ import torch
 from rayapp.engine.decode import DecodeEngine
 from rayapp.engine.local import ImagePrompt, LocalPipeline
 from rayapp.engine.prefill import PrefillEngine, PrefillOutput
-from rayapp.engine.request import GenerationRequest, SamplingParams
+from rayapp.engine.request import GenerationRequest
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import IntegrityError, RequestError
 from rayapp.models.blocks import signature_of
 from rayapp.models.stack import BlockStack

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rayapp.engine.request import SamplingParams
 from rayapp.engine.sampling import choose_tokens, noise, token_logprobs
+from rayapp.engine.sampling_params import SamplingParams
 
 GREEDY = SamplingParams()
 

@@ -14,7 +14,8 @@ import ray
 from rayapp.distributed.serve.channel import ObjectHandle, ObjectStoreChannel
 from rayapp.distributed.serve.ingress.ingress import open_service
 from rayapp.engine.local import LocalPipeline
-from rayapp.engine.request import GenerationRequest, SamplingParams
+from rayapp.engine.request import GenerationRequest
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import DeadlineError, UnavailableError
 
 pytestmark = pytest.mark.ray

@@ -14,7 +14,7 @@ import pytest
 from rayapp.errors import RequestError
 from rayapp.vision import fetch
 from rayapp.vision.fetch import image_bytes, is_public
-from rayapp.vision.images import ImageLimits
+from rayapp.vision.limits import ImageLimits
 
 HOST = "pictures.example"
 LIMITS = ImageLimits(allowed_hosts=frozenset({HOST}), fetch_timeout_s=1.0, max_bytes=5000)

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from rayapp.engine.request import SamplingParams
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.plan import VisualTokens
 
 MAX_BODY_BYTES = 4 * 1024 * 1024

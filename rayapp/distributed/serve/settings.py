@@ -9,30 +9,23 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     ValidationError,
     model_validator,
 )
 
-from rayapp.api.access import digest_of
+from rayapp.api.keys import digest_of
 from rayapp.errors import InputError
-from rayapp.vision.images import ImageLimits
-from rayapp.vision.reader import CACHE_BYTES
+from rayapp.settings import DTypeName, ModelName, Revision, Strict
+from rayapp.vision.limits import IMAGE_CACHE_BYTES, ImageLimits
 
 APP_NAME = "rayapp"
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 INGRESS, PREFILL, DECODE, UNIFIED = "ingress", "prefill", "decode", "unified"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ReplicaRange(_Strict):
+class ReplicaRange(Strict):
     """How many replicas a pool has: at least ``minimum``, at most ``maximum``."""
 
     minimum: int = Field(default=1, ge=1)
@@ -67,7 +60,7 @@ def _range(value: Any) -> Any:
 Replicas = Annotated[ReplicaRange, BeforeValidator(_range), PlainSerializer(str)]
 
 
-class PoolSettings(_Strict):
+class PoolSettings(Strict):
     """One pool of replicas: how many, where, and on what.
 
     ``labels`` place, resources limit capacity: a replica starts only on nodes that carry all labels
@@ -75,13 +68,13 @@ class PoolSettings(_Strict):
     """
 
     replicas: Replicas = ReplicaRange()
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = Field(default_factory=dict)
     num_cpus: float = Field(default=1.0, ge=0.0)
     num_gpus: float = Field(default=0.0, ge=0.0)
     device: str = "cpu"
 
 
-class Deadlines(_Strict):
+class Deadlines(Strict):
     """Seconds that each phase of a request may last; after them it is freed and answered with 504.
 
     ``lease_s``: how long decode keeps a slot for an admitted request whose tokens nobody reads.
@@ -94,7 +87,7 @@ class Deadlines(_Strict):
     lease_s: float = Field(default=15.0, gt=0.0)
 
 
-class ScalingSettings(_Strict):
+class ScalingSettings(Strict):
     """When pools with MIN:MAX replicas grow and shrink.
 
     Args:
@@ -114,56 +107,73 @@ class ScalingSettings(_Strict):
     interval_s: float = Field(default=2.0, gt=0.0)
 
 
-class ServiceSettings(_Strict):
-    """Everything that ``rayapp serve`` needs to know.
+class ServiceSettings(Strict):
+    """Everything that ``rayapp serve`` needs to know; model and plan are read on every node."""
 
-    Args:
-        model: Model directory, readable on every node that runs a replica.
-        plan: Plan directory or ``plan.json``; None is the dense model.
-        served_model_name: The name that requests give as ``model``; None is the directory's name.
-        mode: Stages on replicas of their own, or both in each.
-        dtype: Element type of weights and KV; ``auto`` keeps the checkpoint's.
-        max_model_len: Most tokens of prompt and answer; None is the model's own limit.
-        max_num_seqs: Sequences that one decode replica runs at once.
-        max_waiting: Requests of one ingress without a decode slot; more are answered with 429.
-        max_attempts: How often a request is prefilled again after losses before it fails.
-        max_kv_bytes: Most bytes of KV under way per ingress replica.
-        images: What one request may send of images, where the model takes them.
-        image_cache_bytes: Most bytes of encoded images that a prefill replica keeps.
-        ingress: The replicas that speak HTTP.
-        prefill: The prefill pool.
-        decode: The decode pool.
-        unified: The pool of ``mode: unified``.
-        deadlines: Per phase.
-        scaling: For pools with MIN:MAX replicas.
-        host: Where to listen.
-        port: Where to listen.
-        api_key: Without it, everybody who can connect is served. Only its digest is deployed.
-        api_key_digest: SHA-256 of the key in hex, for configuration files that hold no secret.
-    """
-
-    model: str = Field(min_length=1)
-    plan: str | None = None
-    served_model_name: str | None = Field(default=None, min_length=1)
-    mode: Literal["disaggregated", "unified"] = "disaggregated"
-    dtype: DType = "auto"
-    max_model_len: int | None = Field(default=None, ge=1)
-    max_num_seqs: int = Field(default=8, ge=1)
-    max_waiting: int = Field(default=256, ge=1)
-    max_attempts: int = Field(default=3, ge=1)
-    max_kv_bytes: int = Field(default=2 << 30, ge=1)
+    model: ModelName
+    revision: Revision = None
+    plan: str | None = Field(
+        default=None, description="Plan directory or plan.json; without it, the dense model."
+    )
+    served_model_name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Name that requests give as model; the last part of --model without it.",
+    )
+    mode: Literal["disaggregated", "unified"] = Field(
+        default="disaggregated",
+        description="Stages on replicas of their own (disaggregated), or both in each (unified).",
+    )
+    dtype: DTypeName = "auto"
+    max_model_len: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens of a prompt and its answer together; the model's limit without.",
+    )
+    max_num_seqs: int = Field(
+        default=8, ge=1, description="Sequences that one decode replica runs at once."
+    )
+    max_waiting: int = Field(
+        default=256,
+        ge=1,
+        description="Requests that may wait for a place; further ones are answered with 429.",
+    )
+    max_attempts: int = Field(
+        default=3,
+        ge=1,
+        description="Times that a prompt is prefilled after losses before its request fails.",
+    )
+    max_kv_bytes: int = Field(
+        default=2 << 30,
+        ge=1,
+        description="Most bytes of KV that one ingress replica has under way.",
+    )
     images: ImageLimits = ImageLimits()
-    image_cache_bytes: int = Field(default=CACHE_BYTES, ge=0)
+    image_cache_bytes: int = Field(
+        default=IMAGE_CACHE_BYTES,
+        ge=0,
+        description="Most bytes of encoded images that one prefill replica keeps.",
+    )
     ingress: PoolSettings = PoolSettings()
     prefill: PoolSettings = PoolSettings(labels={"role": "prefill"})
     decode: PoolSettings = PoolSettings(labels={"role": "decode"})
     unified: PoolSettings = PoolSettings()
     deadlines: Deadlines = Deadlines()
     scaling: ScalingSettings = ScalingSettings()
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=1, le=65535)
-    api_key: str | None = Field(default=None, min_length=1)
-    api_key_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=1, le=65535, description="Port to listen on.")
+    api_key: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Key that callers must send; without it, whoever can connect is served.",
+        json_schema_extra={"envvar": "RAYAPP_API_KEY"},
+    )
+    # For configuration files, which hold no secret: only the digest of a key is ever deployed.
+    api_key_digest: str | None = Field(
+        default=None,
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of the key in hex, where the key itself must not be written.",
+    )
 
     @property
     def model_name(self) -> str:

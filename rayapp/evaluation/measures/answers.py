@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rayapp.data.image_lines import prompt_of
 from rayapp.data.lines import TokenizedLine
 from rayapp.engine.local import Completion, LocalPipeline
-from rayapp.engine.request import SamplingParams
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import IntegrityError
 from rayapp.evaluation.progress import ProgressCallback, silent
 from rayapp.kv.ledger import TransferRecord

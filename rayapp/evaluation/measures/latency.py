@@ -19,7 +19,8 @@ import torch
 
 from rayapp.engine.decode import DecodeEngine
 from rayapp.engine.prefill import PrefillEngine, PrefillOutput
-from rayapp.engine.request import GenerationRequest, SamplingParams
+from rayapp.engine.request import GenerationRequest
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import IntegrityError
 from rayapp.evaluation.bootstrap import CONFIDENCE
 from rayapp.evaluation.measures.likelihood import TwoStages

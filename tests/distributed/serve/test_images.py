@@ -14,7 +14,7 @@ from PIL import Image
 from rayapp.distributed.serve.deploy import resolved
 from rayapp.distributed.serve.settings import ServiceSettings
 from rayapp.engine.local import ImagePrompt, LocalPipeline
-from rayapp.engine.request import SamplingParams
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import ModelError, PlanError
 from rayapp.models.blocks import signature_of
 from rayapp.models.loading import load_model

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from rayapp.distributed.serve.deploy import resolved
 from rayapp.distributed.serve.settings import ServiceSettings
 from rayapp.engine.local import LocalPipeline
-from rayapp.engine.request import SamplingParams
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import PlanError
 from rayapp.models.blocks import signature_of
 from rayapp.models.healed import HealedWeights

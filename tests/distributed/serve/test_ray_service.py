@@ -12,7 +12,8 @@ from rayapp.api.service import ServiceDescription
 from rayapp.distributed.serve.channel import ObjectStoreChannel
 from rayapp.distributed.serve.ingress.ray_service import Limits, RayService
 from rayapp.distributed.serve.messages import Versions
-from rayapp.engine.request import GenerationRequest, SamplingParams, TokenBatch
+from rayapp.engine.request import GenerationRequest, TokenBatch
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import (
     DeadlineError,
     OverloadedError,

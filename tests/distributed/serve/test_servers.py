@@ -25,7 +25,8 @@ from rayapp.distributed.serve.replicas.unified_server import UnifiedServer
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.channel import LocalChannel
 from rayapp.engine.local import LocalPipeline
-from rayapp.engine.request import GenerationRequest, SamplingParams
+from rayapp.engine.request import GenerationRequest
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import DeadlineError, OverloadedError, UnavailableError, WireError
 from rayapp.models.blocks import signature_of
 from rayapp.models.loading import LoadedModel

@@ -62,7 +62,7 @@ def test_what_breaks_a_rule_is_named_by_its_path(raw, message):
 def test_image_limits_come_from_the_command_line(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "rayapp.commands.serve.serve_until_interrupted",
+        "rayapp.workflows.serve.serve_until_interrupted",
         lambda settings, **_: seen.append(settings),
     )
 

@@ -14,7 +14,7 @@ import torch
 
 from rayapp.data.image_lines import TokenizedImageLine
 from rayapp.engine.local import ImagePrompt, LocalPipeline
-from rayapp.engine.request import SamplingParams
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.evaluation.visual import matches as module
 from rayapp.evaluation.visual.matches import answer_logits, visual_matches
 from rayapp.evaluation.visual.prompts import WORDLESS, VisualPrompts

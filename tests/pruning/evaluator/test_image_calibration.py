@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from rayapp.cli import app
 from rayapp.engine.local import ImagePrompt, LocalPipeline
-from rayapp.engine.request import SamplingParams
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import DataError, InputError, IntegrityError, PlanError
 from rayapp.models.likelihood import kl
 from rayapp.models.loading import LoadedModel, load_model, load_tokenizer

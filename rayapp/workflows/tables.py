@@ -11,8 +11,8 @@ from rich.text import Text
 from rayapp.plan import HEALED_FILE, STAGES, KVTransfer, Mode, PruningPlan
 
 if TYPE_CHECKING:  # they need torch, and `rayapp plan show` must not wait for that
-    from rayapp.commands.doctor import Finding
     from rayapp.pruning.kv_choice.result import KVSelection
+    from rayapp.workflows.doctor import Finding
 
 _MODE_STYLES = {
     Mode.FULL: "dim",

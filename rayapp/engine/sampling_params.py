@@ -1,0 +1,45 @@
+"""How an answer's tokens are chosen; plain data, without torch."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from rayapp.settings import Strict
+
+
+class SamplingParams(Strict):
+    """How answer tokens are chosen and when an answer ends.
+
+    The noise of answer token ``i`` depends on ``(seed, i)`` alone, so a replayed request continues
+    as it would have.
+    """
+
+    max_tokens: int = Field(default=16, ge=1, description="Most tokens of an answer.")
+    temperature: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=100.0,
+        description="Temperature of sampling; 0 takes the likeliest token.",
+    )
+    top_k: int = Field(
+        default=0, ge=0, description="Likeliest tokens that are sampled from; 0 keeps all."
+    )
+    top_p: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="Probability of the likeliest tokens that are sampled from; 1 keeps all.",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the sampling noise.")
+    stop: tuple[str, ...] = Field(
+        default=(), description="Text that ends an answer before it; may be given several times."
+    )
+    ignore_eos: bool = Field(
+        default=False, description="Go on where the model would end its answer."
+    )
+    logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=20,
+        description="Best alternatives that are reported beside each token; none without.",
+    )

@@ -1,0 +1,181 @@
+"""One command surface: `rayapp X` and `python jobs/X.py` are one command, and options mean the same
+everywhere."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, Field
+
+from rayapp import cli
+from rayapp.commands.options import command, option_name, options_of
+from rayapp.errors import InputError
+from rayapp.settings import Strict
+
+JOBS = Path(__file__).parents[2] / "jobs"
+COMMANDS = sorted(cli.COMMANDS)
+MEANT_THE_SAME = {
+    "--model", "--revision", "--dtype", "--device", "--address", "--workers", "--threads",
+    "--calibration", "--objective", "--score-by",
+}  # fmt: skip
+RUN_A_MODEL = ("prune", "kv-select", "evaluate", "generate", "report", "reproduce")
+USE_EVALUATORS = ("prune", "kv-select", "report", "reproduce")
+
+
+def leaves(name: str) -> list:
+    """The commands behind a name: itself, or those of its group."""
+    loaded = cli.load(name)
+    return list(getattr(loaded, "commands", {name: loaded}).values())
+
+
+def options(name: str) -> dict[str, object]:
+    return {
+        written: option
+        for each in leaves(name)
+        for option in each.params
+        if option.param_type_name == "option"
+        for written in option.opts
+    }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_help_lists_is_what_the_command_says_of_itself(name):
+    assert cli.load(name).help.splitlines()[0] == cli.COMMANDS[name].summary
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_line_is_a_sentence(name):
+    for each in leaves(name):
+        for parameter in each.params:
+            text = parameter.help or ""
+            assert re.fullmatch(r"[A-Z].*[a-z0-9)]\.", text, re.DOTALL), (
+                name,
+                parameter.name,
+                text,
+            )
+            assert len(text.split()) >= 3, (name, parameter.name, text)
+
+
+def test_options_of_one_name_are_one_option():
+    seen: dict[str, tuple[str, object]] = {}
+    for name in COMMANDS:
+        for written, option in options(name).items():
+            if written not in MEANT_THE_SAME or option.param_type_name != "option":
+                continue
+            if name in ("doctor", "report", "serve") and written in (
+                "--model",
+                "--address",
+                "--device",
+            ):
+                continue  # there it may be left out, or says where the whole service runs
+            meaning = (option.help, option.type.name, option.default)
+            first, known = seen.setdefault(written, (name, meaning))
+            assert meaning == known, f"{written} of {name} differs from that of {first}"
+
+
+@pytest.mark.parametrize("name", RUN_A_MODEL)
+def test_commands_that_run_a_model_say_where_and_in_which_type(name):
+    assert {"--model", "--revision", "--dtype", "--device"} <= set(options(name))
+
+
+@pytest.mark.parametrize("name", USE_EVALUATORS)
+def test_commands_that_use_evaluators_say_which(name):
+    assert {"--workers", "--address", "--threads"} <= set(options(name))
+
+
+def imported_by(*words: str) -> set[str]:
+    """The modules that a command line leaves imported."""
+    code = (
+        "import sys\n"
+        f"sys.argv = ['rayapp', *{list(words)!r}]\n"
+        "from rayapp import cli\n"
+        "try:\n    cli.main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "print('\\n'.join(sys.modules), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    return set(done.stderr.split())
+
+
+def test_listing_the_commands_imports_no_settings():
+    modules = imported_by("--help")
+    assert "rayapp.cli" in modules
+    assert not modules & {"torch", "ray", "transformers", "pydantic", "numpy"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_waits_for_no_model(name):
+    assert not imported_by(name, "--help") & {"torch", "ray", "transformers"}
+
+
+@pytest.mark.parametrize("file", sorted(JOBS.glob("*.py")), ids=lambda file: file.name)
+def test_a_job_is_the_command_of_its_name(file):
+    name = file.stem.replace("_", "-")
+    environment = {**os.environ, "COLUMNS": "120", "TERM": "dumb"}
+    shown = []
+    for program in ([str(file)], ["-m", "rayapp.cli", name]):
+        done = subprocess.run(
+            [sys.executable, *program, "--help"], capture_output=True, text=True, timeout=120,
+            check=True, env=environment,
+        )  # fmt: skip
+        shown.append(re.sub(r"Usage: .*", "", done.stdout))
+    assert shown[0] == shown[1]
+    assert f"{option_name('help')}" in shown[0]
+    assert len(file.read_text().splitlines()) <= 12
+
+
+class Sizes(Strict):
+    """Settings of a command that exists in this test only."""
+
+    count: int = Field(ge=1, description="Number of things.")
+    share: float = Field(
+        default=0.5, description="Share of them.", json_schema_extra={"option": "part"}
+    )
+    names: tuple[str, ...] = Field(default=("a",), description="Names of them.")
+    careful: bool = Field(default=True, description="Whether care is taken.")
+    inner: dict[str, int] = Field(default_factory=dict, description="No option.")
+
+
+def called(monkeypatch, *words: str) -> BaseModel:
+    """The settings that a command line fills."""
+    seen = []
+
+    @command(part=0.25)
+    def measure(sizes: Sizes) -> None:
+        """Measure."""
+        seen.append(sizes)
+
+    import typer
+
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command()(measure)
+    single(args=list(words), standalone_mode=False)
+    return seen[0]
+
+
+def test_options_are_made_of_fields(monkeypatch):
+    assert [option.name for option in options_of(Sizes)] == ["count", "part", "names", "careful"]
+    assert called(monkeypatch, "--count", "2") == Sizes(count=2, share=0.25)
+    words = ("--count", "3", "--part", "0.1", "--names", "x", "--names", "y", "--no-careful")
+    assert called(monkeypatch, *words) == Sizes(count=3, share=0.1, names=("x", "y"), careful=False)
+
+
+def test_what_breaks_a_rule_is_named_by_its_option(monkeypatch):
+    with pytest.raises(InputError, match=r"^--count=0: Input should be greater"):
+        called(monkeypatch, "--count", "0")
+
+
+def test_a_commands_signature_is_its_options():
+    from rayapp.commands.evaluate import evaluate
+
+    names = list(inspect.signature(evaluate).parameters)
+    assert names[:2] == ["model", "revision"]
+    assert {"runs", "limit", "threads", "dtype", "device", "data", "out"} <= set(names)
+    assert "settings" not in names
