@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rayapp.commands.kv_select import kv_select
 from rayapp.errors import InputError, RayappError
-from rayapp.pruning.kv_choice.settings import KVSelectSettings, amounts
+from rayapp.pruning.kv_choice.settings import KVSelectSettings
 from rayapp.pruning.progress import ProgressReport
+from rayapp.pruning.settings.checked import filled
+from rayapp.pruning.settings.compute import ComputeSettings
+from rayapp.pruning.settings.score import ScoreSettings
 
 
 def main(
@@ -33,14 +36,25 @@ def main(
     """Choose which KV of a plan travels, and in which encoding."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        settings = KVSelectSettings.checked(
-            model=model, plan=plan, calibration=calibration, out=out,
-            target_reduction=target_reduction, max_kl=max_kl, encoding=dtype, method=method,
-            threshold=threshold, workers=workers, seed=seed, address=address, device=device,
-            **amounts(first, last),
-        )  # fmt: skip
+        values: dict[str, Any] = {
+            "model": model,
+            "plan": plan,
+            "calibration": calibration,
+            "out": out,
+            "target_reduction": target_reduction,
+            "max_kl": max_kl,
+            "encoding": dtype,
+            "method": method,
+            "threshold": threshold,
+            "workers": workers,
+            "seed": seed,
+            "address": address,
+            "device": device,
+        }
+        values |= {name: given for name, given in (("first", first), ("last", last)) if given}
+        settings = filled(values, ScoreSettings, ComputeSettings, KVSelectSettings)
         with ProgressReport() as report:
-            found = kv_select(settings, on_progress=report)
+            found = kv_select(*settings, on_progress=report)
     except RayappError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from None

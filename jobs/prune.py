@@ -10,7 +10,10 @@ import typer
 from rayapp.commands.prune import prune, prune_front
 from rayapp.errors import InputError, RayappError
 from rayapp.pruning.progress import ProgressReport
-from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.settings.checked import filled
+from rayapp.pruning.settings.compute import ComputeSettings
+from rayapp.pruning.settings.score import ScoreSettings
+from rayapp.pruning.settings.search import SearchSettings
 
 
 def main(
@@ -52,9 +55,9 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         with ProgressReport() as report:
-            settings = PruneSettings.checked(**values)
-            search = prune_front if settings.pareto else prune
-            result = search(settings, on_progress=report)
+            settings = filled(values, ScoreSettings, ComputeSettings, SearchSettings)
+            search = prune_front if pareto else prune
+            result = search(*settings, on_progress=report)
     except RayappError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from None

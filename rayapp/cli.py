@@ -273,24 +273,47 @@ def prune(
     from rayapp.commands.prune import prune as search
     from rayapp.commands.prune import prune_front
     from rayapp.pruning.progress import ProgressReport
-    from rayapp.pruning.settings import PruneSettings
+    from rayapp.pruning.settings.checked import filled
+    from rayapp.pruning.settings.compute import ComputeSettings
+    from rayapp.pruning.settings.score import ScoreSettings
+    from rayapp.pruning.settings.search import SearchSettings
 
     logging.getLogger("rayapp").setLevel(logging.INFO)
-    settings = PruneSettings.checked(
-        model=str(model), calibration=str(calibration), out=out, prefill_remove=prefill_remove,
-        decode_remove=decode_remove, target_speedup=target_speedup, pareto=pareto,
-        unit=unit, kv_modes=kv_modes, shared=shared,
-        pruning_set=pruning_set, distillation_threshold=distillation_threshold,
-        heal=heal, heal_data=str(heal_data) if heal_data else None,
-        heal_steps=heal_steps, heal_learning_rate=heal_learning_rate,
-        visual_tokens=visual_tokens, method=method,
-        score_by=score_by, objective=objective, kl_top_k=kl_top_k, racing=racing,
-        first_token=first_token, evaluations=evaluations, workers=workers,
-        seed=seed, address=address, resume=resume, dtype=dtype,
-    )  # fmt: skip
+    values = {
+        "model": str(model),
+        "calibration": str(calibration),
+        "out": out,
+        "prefill_remove": prefill_remove,
+        "decode_remove": decode_remove,
+        "target_speedup": target_speedup,
+        "pareto": pareto,
+        "unit": unit,
+        "kv_modes": kv_modes,
+        "shared": shared,
+        "pruning_set": pruning_set,
+        "distillation_threshold": distillation_threshold,
+        "heal": heal,
+        "heal_data": str(heal_data) if heal_data else None,
+        "heal_steps": heal_steps,
+        "heal_learning_rate": heal_learning_rate,
+        "visual_tokens": visual_tokens,
+        "method": method,
+        "score_by": score_by,
+        "objective": objective,
+        "kl_top_k": kl_top_k,
+        "racing": racing,
+        "first_token": first_token,
+        "evaluations": evaluations,
+        "workers": workers,
+        "seed": seed,
+        "address": address,
+        "resume": resume,
+        "dtype": dtype,
+    }
+    settings = filled(values, ScoreSettings, ComputeSettings, SearchSettings)
     with ProgressReport() as report:
-        found = prune_front if settings.pareto else search
-        summary = found(settings, on_progress=report).summary(out)
+        found = prune_front if pareto else search
+        summary = found(*settings, on_progress=report).summary(out)
     typer.echo(summary)
 
 
@@ -332,18 +355,31 @@ def kv_select(
     """Choose which KV of a plan travels, and in which encoding."""
     from rayapp.commands.kv_select import kv_select as select
     from rayapp.commands.tables import kv_table
-    from rayapp.pruning.kv_choice.settings import KVSelectSettings, amounts
+    from rayapp.pruning.kv_choice.settings import KVSelectSettings
     from rayapp.pruning.progress import ProgressReport
+    from rayapp.pruning.settings.checked import filled
+    from rayapp.pruning.settings.compute import ComputeSettings
+    from rayapp.pruning.settings.score import ScoreSettings
 
     logging.getLogger("rayapp").setLevel(logging.INFO)
-    settings = KVSelectSettings.checked(
-        model=str(model), plan=str(plan), calibration=str(calibration),
-        target_reduction=target_reduction, max_kl=max_kl, encoding=dtype, method=method,
-        threshold=threshold, out=str(out) if out else None, workers=workers, seed=seed,
-        address=address, **amounts(first, last),
-    )  # fmt: skip
+    values: dict[str, Any] = {
+        "model": str(model),
+        "plan": str(plan),
+        "calibration": str(calibration),
+        "target_reduction": target_reduction,
+        "max_kl": max_kl,
+        "encoding": dtype,
+        "method": method,
+        "threshold": threshold,
+        "out": str(out) if out else None,
+        "workers": workers,
+        "seed": seed,
+        "address": address,
+    }
+    values |= {name: given for name, given in (("first", first), ("last", last)) if given}
+    settings = filled(values, ScoreSettings, ComputeSettings, KVSelectSettings)
     with ProgressReport() as report:
-        found = select(settings, on_progress=report)
+        found = select(*settings, on_progress=report)
     Console().print(kv_table(found))
     typer.echo(found.summary(str(out or plan)))
 
@@ -429,12 +465,13 @@ def report(
     if sensitivity:
         from rayapp.commands.sensitivity import measure
         from rayapp.evaluation.progress import shown_progress
+        from rayapp.pruning.settings.compute import ComputeSettings
+        from rayapp.pruning.settings.score import ScoreSettings
 
+        score = ScoreSettings.checked(model=str(model), calibration=str(calibration))
+        compute = ComputeSettings.checked(workers=workers, address=address)
         with shown_progress() as progress:
-            measure(
-                plan, model=str(model), calibration=str(calibration), workers=workers,
-                address=address, progress=progress,
-            )  # fmt: skip
+            measure(score, compute, plan, progress=progress)
     home = plan if plan.is_dir() else plan.parent
     findings = gather(plan, evaluation=evaluation, ledger=ledger)
     typer.echo(write_report(out or home / REPORT_FILE, findings))

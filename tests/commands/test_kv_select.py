@@ -19,9 +19,10 @@ from rayapp.plan import HEALED_FILE, KVTransfer, PruningPlan
 from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.evaluator.calibration import load_calibration
 from rayapp.pruning.evaluator.naive import naive_scores
-from rayapp.pruning.evaluator.objective import Objective, combine
+from rayapp.pruning.evaluator.objective import combine
 from rayapp.pruning.kv_choice import selection as kv_selection
 from rayapp.pruning.kv_choice.settings import KVSelectSettings, amounts
+from rayapp.pruning.settings.objective import Objective
 
 FEW = {"first": 1, "recent": (2, 0.25)}
 

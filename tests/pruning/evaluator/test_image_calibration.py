@@ -23,13 +23,13 @@ from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.evaluator.calibration import Calibration, cut, load_calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.evaluator.naive import naive_scores
-from rayapp.pruning.evaluator.objective import Objective
 from rayapp.pruning.evaluator.visual_words import ImageWordReader, VisualWords, teach
 from rayapp.pruning.kv_choice.bytes import KVBytes
 from rayapp.pruning.measures.gate_hessian import GatedModel
 from rayapp.pruning.preparation import open_evaluator, open_healer, prepare
 from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.settings.objective import Objective
 from rayapp.vision.llava import load_image_processor
 
 CANDIDATES = [DENSE, Candidate((4, 5), (2, 3)), Candidate((), (0, 5))]

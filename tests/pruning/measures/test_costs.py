@@ -6,10 +6,10 @@ from rayapp.errors import InputError
 from rayapp.plan import KVTransfer
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.evaluator.evaluator import Evaluator
-from rayapp.pruning.evaluator.objective import Objective
 from rayapp.pruning.measures.costs import Costs, measure_costs
 from rayapp.pruning.search.sizes import kept_costs, sizes_for
 from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.settings.objective import Objective
 from rayapp.pruning.storage import Storage
 
 COSTS = Costs(

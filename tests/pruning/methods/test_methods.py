@@ -37,7 +37,8 @@ from rayapp.pruning.methods.window import Window, windows
 from rayapp.pruning.preparation import open_evaluator, prepare
 from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.pruning.search.run import SearchResult, run_search
-from rayapp.pruning.settings import Method, PruneSettings
+from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.settings.search import Method
 
 BLOCKS = 8
 INFLUENCE = Influence(*((0.5,) * count for count in (BLOCKS, 2 * BLOCKS) * 2))
