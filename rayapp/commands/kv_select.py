@@ -34,6 +34,7 @@ def kv_select(
         ClusterError: The cluster cannot be reached, or cannot place an evaluator.
         SearchError: A score is not finite, or writing failed; ``kv.json`` keeps what was scored.
     """
+    settings.check(score)
     plan = PruningPlan.load(settings.plan)
     score = score.following(plan)
     prepared = prepare_scoring(score, compute)

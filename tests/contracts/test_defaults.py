@@ -8,11 +8,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from pydantic import BaseModel
 
 from rayapp import cli
 from rayapp.pruning.kv_choice.settings import KVSelectSettings
-from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.settings.compute import ComputeSettings
+from rayapp.pruning.settings.score import ScoreSettings
+from rayapp.pruning.settings.search import SearchSettings
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
@@ -26,27 +27,32 @@ def job(name: str) -> ModuleType:
     return module
 
 
+SEARCH = (ScoreSettings, ComputeSettings, SearchSettings)
+CHOICE = (ComputeSettings, KVSelectSettings)  # its --dtype is an encoding
+
+
 @pytest.mark.parametrize(
-    ("command", "settings"),
+    ("command", "kinds"),
     [
-        (cli.prune, PruneSettings),
-        (cli.kv_select, KVSelectSettings),
-        (job("prune").main, PruneSettings),
-        (job("kv_select").main, KVSelectSettings),
+        (cli.prune, SEARCH),
+        (cli.kv_select, CHOICE),
+        (job("prune").main, SEARCH),
+        (job("kv_select").main, CHOICE),
     ],
     ids=["prune", "kv-select", "jobs/prune.py", "jobs/kv_select.py"],
 )
-def test_defaults_agree(command, settings: type[BaseModel]) -> None:
+def test_defaults_agree(command, kinds) -> None:
     options = {
         name: option.default
         for name, option in inspect.signature(command).parameters.items()
         if option.default is not inspect.Parameter.empty
     }
-    shared = {name for name in settings.model_fields if options.get(name) is not None}
+    fields = {name: field for kind in kinds for name, field in kind.model_fields.items()}
+    shared = {name for name in fields if options.get(name) is not None}
     assert len(shared) >= 3
     wrong = {
-        name: (options[name], settings.model_fields[name].default)
+        name: (options[name], fields[name].default)
         for name in shared
-        if options[name] != settings.model_fields[name].default
+        if options[name] != fields[name].default
     }
     assert not wrong

@@ -80,7 +80,6 @@ class _Selection:
         config: PreTrainedConfig,
         on_progress: ProgressCallback | None,
     ) -> None:
-        settings.check(score)
         self._settings, self._plan, self._scorer = settings, plan, scorer
         self._score_settings = score
         self._on_progress = on_progress
