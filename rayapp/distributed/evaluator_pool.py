@@ -187,14 +187,14 @@ class EvaluatorPool:
         for _ in range(MAX_LOSSES):
             while not self._idle:
                 self._wait()
-            evaluator = self._idle.pop(0)
+            evaluator = self._idle[0]  # and it stays there if the function fails
             self._send_pairs(evaluator, frozenset(pairs))
             try:
                 found: Measured = _fetch(evaluator.actor.measure.remote(function, *arguments))
             except RayActorError as error:
+                self._idle.remove(evaluator)
                 self._lost(evaluator, error)
                 continue
-            self._idle.append(evaluator)
             return found
         raise SearchError(f"{MAX_LOSSES} evaluators died while measuring the model; see their logs")
 

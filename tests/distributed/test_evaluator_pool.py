@@ -17,6 +17,7 @@ import ray
 from rayapp.commands.prune import prune
 from rayapp.distributed.evaluator_pool import EvaluatorPool
 from rayapp.errors import ClusterError, ModelError
+from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.measures.costs import measure_costs
 from rayapp.pruning.measures.influence import measure_influence
 from rayapp.pruning.preparation import prepare
@@ -133,6 +134,23 @@ def test_a_killed_evaluator_changes_nothing(
         result = run_search(search.score, search.search, scorer, prepared.signature)
     assert kills
     assert same(result) == same(local)
+    assert "an evaluator was lost" in caplog.text
+
+
+def die_once(evaluator: Evaluator, marker: Path) -> int:
+    if not marker.exists():
+        marker.touch()
+        os._exit(1)
+    return evaluator.runner.num_blocks
+
+
+def test_a_measure_lost_with_its_evaluator_is_taken_on_another(
+    tmp_path, settings, ray_session, caplog
+):
+    search = settings.but(workers=2)
+    prepared = prepare(*search)
+    with EvaluatorPool(search.score, search.compute, prepared.calibration) as pool:
+        assert pool.measure(die_once, tmp_path / "marker") == prepared.signature.num_blocks
     assert "an evaluator was lost" in caplog.text
 
 
