@@ -28,6 +28,8 @@ from rayapp.commands.kv_select import kv_select
 from rayapp.evaluation.machine import this_machine
 from rayapp.plan import PruningPlan
 from rayapp.pruning.kv_choice.settings import KVSelectSettings
+from rayapp.pruning.settings.compute import ComputeSettings
+from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.testbed import text_model_path
 
 GOALS = ("3.5:model", "4.95:model", "4.95:int8", "9:int4")
@@ -123,15 +125,15 @@ def validate(bench: Bench, blocks: str, searched: Row, goal: str) -> Row:
     name = f"{blocks}-kv{goal.replace(':', '-')}"
     out = bench.work / "plans" / name
     if not (out / "plan.json").is_file():
+        lines = bench.data("calibration", LONG_PER_TASK, 0, "mixed")
+        score = ScoreSettings.checked(model=str(bench.path), calibration=str(lines))
         settings = KVSelectSettings.checked(
-            model=str(bench.path),
             plan=str(bench.work / "plans" / blocks),
-            calibration=str(bench.data("calibration", LONG_PER_TASK, 0, "mixed")),
             out=str(out),
             target_reduction=float(target) * MARGIN,
             encoding=encoding,
         )
-        kv_select(settings)
+        kv_select(score, ComputeSettings(), settings)
     plan = PruningPlan.load(out)
     told = {"plan_name": name, "goal": goal, "search_s": took["search_s"]}
     return measured(bench, plan, "mixed") | searched | told

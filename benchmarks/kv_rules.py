@@ -48,12 +48,12 @@ from rayapp.models.loading import LoadedModel, load_model
 from rayapp.plan import Encoding, KVTransfer, PruningPlan
 from rayapp.pruning.evaluator.calibration import Calibration, load_calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
-from rayapp.pruning.evaluator.objective import Objective
 from rayapp.pruning.kv_choice.bytes import KVBytes
-from rayapp.pruning.kv_choice.levels import FIRST, RECENT
 from rayapp.pruning.kv_choice.selection import select_kv
-from rayapp.pruning.kv_choice.settings import KVMethod, KVSelectSettings
+from rayapp.pruning.kv_choice.settings import FIRST, RECENT, KVMethod, KVSelectSettings
 from rayapp.pruning.scorer import LocalCompute, Scorer
+from rayapp.pruning.settings.objective import Objective
+from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.testbed import tasks, text_model_path
 
 CALIBRATION_SEED, FRESH_SEED = 0, 1_000_003
@@ -95,12 +95,12 @@ class Bench:
     def selected(self, method: KVMethod, target: float, encoding: Encoding) -> KVChooser | None:
         """What `rayapp kv-select` chooses; scores are shared over budgets."""
         settings = KVSelectSettings(
-            model="", plan=self._home.name, calibration="", target_reduction=target,
-            encoding=encoding, method=method, recent=self.recent,
+            plan=self._home.name, target_reduction=target, encoding=encoding, method=method,
+            last=self.recent,
         )  # fmt: skip
-        plan = PruningPlan.load(self._plan_file)
+        plan, score = PruningPlan.load(self._plan_file), ScoreSettings(model="", calibration="")
         try:
-            found = select_kv(settings, plan, self._scorer, self.loaded.model.config)
+            found = select_kv(score, settings, plan, self._scorer, self.loaded.model.config)
         except InputError as error:
             print(f"  {error}")
             return None

@@ -36,7 +36,7 @@ from cost.workers import simulation, two_workers
 
 from rayapp.evaluation.machine import this_machine
 from rayapp.models.loading import LoadedModel, load_model
-from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.settings.search import SearchSettings
 from rayapp.testbed import text_model_path
 
 FRESH_SEED = 2_000_003
@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    default_method = PruneSettings.model_fields["method"].default
+    default_method = SearchSettings.model_fields["method"].default
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--model", type=Path, default=text_model_path())
     parser.add_argument("--lines", type=int, default=64)

@@ -37,7 +37,7 @@ from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.candidates.space import Space
 from rayapp.pruning.evaluator.calibration import Calibration, cut
 from rayapp.pruning.evaluator.evaluator import Evaluator
-from rayapp.pruning.evaluator.objective import Objective
+from rayapp.pruning.settings.objective import Objective
 
 
 def random_lines(arguments: argparse.Namespace, vocab: int) -> Calibration:

@@ -42,12 +42,12 @@ from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.candidates.space import Space
 from rayapp.pruning.evaluator.calibration import Calibration, load_calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
-from rayapp.pruning.evaluator.objective import Objective
 from rayapp.pruning.measures.gate_hessian import GateHessian, measure_gate_hessian, measuring_cost
 from rayapp.pruning.measures.influence import Influence, measure_influence
 from rayapp.pruning.methods.method import SearchMethod, Setup
 from rayapp.pruning.methods.table import GRADIENT_METHODS, METHODS
 from rayapp.pruning.scorer import LocalCompute, Scorer
+from rayapp.pruning.settings.objective import Objective
 from rayapp.testbed import tasks, text_model_path
 
 SIZES = {

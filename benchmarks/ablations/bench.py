@@ -26,7 +26,10 @@ from rayapp.models.loading import LoadedModel, load_model
 from rayapp.plan import PruningPlan
 from rayapp.pruning.evaluator.calibration import load_calibration
 from rayapp.pruning.kv_choice.bytes import KVBytes
-from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.settings.checked import filled
+from rayapp.pruning.settings.compute import ComputeSettings
+from rayapp.pruning.settings.score import ScoreSettings
+from rayapp.pruning.settings.search import SearchSettings
 from rayapp.testbed import tasks
 
 RESAMPLES = 2000
@@ -118,7 +121,7 @@ class Bench:
                 "resume": (out / "journal.jsonl").is_file(),
                 "seed": self.sizes.seed,
             } | settings
-            found = prune(PruneSettings.checked(**wanted))
+            found = prune(*filled(wanted, ScoreSettings, ComputeSettings, SearchSettings))
             took = {
                 "evaluations": found.evaluations,
                 "search_s": found.seconds,

@@ -14,8 +14,9 @@ from rayapp.models.loading import load_model
 from rayapp.plan import KVTransfer, PruningPlan
 from rayapp.pruning.kv_choice.settings import KVSelectSettings
 from rayapp.pruning.measures.influence import measure_influence
-from rayapp.pruning.preparation import open_evaluator, prepare
-from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.preparation import open_evaluator, prepare_scoring
+from rayapp.pruning.settings.compute import ComputeSettings
+from rayapp.pruning.settings.score import ScoreSettings
 
 REMOVE = 2
 METHOD = "surrogate"
@@ -109,14 +110,11 @@ def d_t(bench: Bench, name: str) -> float:
     """A threshold as a number; the median is over the blocks of both stages."""
     if name != "median":
         return float(name)
-    settings = PruneSettings.checked(
-        model=str(bench.path),
-        calibration=str(bench.calibration()),
-        out=str(bench.work / "influence"),
-        dtype="float32",
-        **sizes(),
+    score = ScoreSettings(
+        model=str(bench.path), calibration=str(bench.calibration()), dtype="float32"
     )
-    evaluator = open_evaluator(settings, prepare(settings).calibration)
+    here = ComputeSettings()
+    evaluator = open_evaluator(score, here, prepare_scoring(score, here).calibration)
     found = measure_influence(evaluator)
     return 1.0 - statistics.median([*found.prefill_blocks, *found.decode_blocks])
 
@@ -149,16 +147,16 @@ def transfer(bench: Bench) -> Iterator[Cell]:
     def selected(method: str, encoding: str) -> Row:
         out = bench.work / "plans" / f"kv-{method}-{encoding}"
         if not (out / "plan.json").is_file():
+            lines = str(bench.calibration("mixed"))
             settings = KVSelectSettings.checked(
-                model=str(bench.path),
                 plan=str(bench.work / "plans" / "space-kv-modes"),
-                calibration=str(bench.calibration("mixed")),
                 out=str(out),
                 target_reduction=REDUCTION,
                 method=method,
                 encoding=encoding,
             )
-            kv_select(settings)
+            score = ScoreSettings(model=str(bench.path), calibration=lines)
+            kv_select(score, ComputeSettings(), settings)
         found = PruningPlan.load(out)
         rules = {b: r.model_dump(exclude_none=True) for b, r in sorted(found.kv_transfer.items())}
         return bench.plan_row(found, "mixed") | {"rules": rules}

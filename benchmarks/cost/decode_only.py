@@ -12,9 +12,10 @@ from cost.meter import Cost, Meter
 from cost.trial import naive
 from rayapp.models.loading import LoadedModel
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
-from rayapp.pruning.evaluator.calibration import CHUNK_TOKENS, Calibration
+from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
-from rayapp.pruning.evaluator.objective import Objective
+from rayapp.pruning.settings.objective import Objective
+from rayapp.pruning.settings.score import CHUNK_TOKENS
 
 
 def decode_only(arguments: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
-from rayapp.pruning.evaluator.objective import Objective
 from rayapp.pruning.scorer import LocalCompute, Scorer
+from rayapp.pruning.settings.objective import Objective
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95

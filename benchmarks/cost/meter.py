@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
+from rayapp.pruning.candidates.healing import Pair
 from rayapp.pruning.evaluator.evaluator import Evaluator
-from rayapp.pruning.measures.gate_hessian import GateHessian, measuring_cost
-from rayapp.pruning.measures.influence import Influence
-from rayapp.pruning.scorer import Done, LocalCompute, Work
+from rayapp.pruning.measures.gate_hessian import measure_gate_hessian, measuring_cost
+from rayapp.pruning.measures.influence import measure_influence
+from rayapp.pruning.scorer import Done, LocalCompute, Measured, Work
+
+PASSES: dict[Callable[..., Any], int] = {
+    measure_influence: 1,
+    measure_gate_hessian: measuring_cost(),  # by gradients: a backward pass counts twice
+}
+"""Passes of the dense model, both stages, that a measurement costs."""
 
 
 @dataclass
@@ -65,18 +73,13 @@ class Recording(LocalCompute):
         self.rounds[-1] += done
         yield from done
 
-    def influence(self) -> Influence:
-        """Measured here: both stages of the dense model once, which no evaluator counts."""
+    def measure(
+        self, function: Callable[..., Measured], *arguments: object, pairs: Collection[Pair] = ()
+    ) -> Measured:
+        """Measured here; what no evaluator counts is counted as dense passes."""
         with self.meter:
-            found = super().influence()
-        self._count_dense(1)
-        return found
-
-    def gate_hessian(self) -> GateHessian:
-        """Measured here, by gradients: a backward pass counts twice."""
-        with self.meter:
-            found = super().gate_hessian()
-        self._count_dense(measuring_cost())
+            found = super().measure(function, *arguments, pairs=pairs)
+        self._count_dense(PASSES.get(function, 0))
         return found
 
     def _count_dense(self, passes: int) -> None:

@@ -17,18 +17,21 @@ from rayapp.models.loading import LoadedModel
 from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
-from rayapp.pruning.evaluator.objective import Objective
 from rayapp.pruning.scorer import Scorer
 from rayapp.pruning.search.run import SearchResult, run_search
-from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.settings.objective import Objective
+from rayapp.pruning.settings.score import ScoreSettings
+from rayapp.pruning.settings.search import SearchSettings
 
 
-def settings_of(
+def score_of(arguments: argparse.Namespace) -> ScoreSettings:
+    return ScoreSettings(model=str(arguments.model), calibration="benchmark", dtype="float32")
+
+
+def search_of(
     arguments: argparse.Namespace, out: str, seed: int, *, racing: bool
-) -> PruneSettings:
-    return PruneSettings.checked(
-        model=str(arguments.model),
-        calibration="benchmark",
+) -> SearchSettings:
+    return SearchSettings.checked(
         out=out,
         prefill_remove=arguments.remove,
         decode_remove=arguments.remove,
@@ -36,7 +39,6 @@ def settings_of(
         evaluations=arguments.evaluations,
         seed=seed,
         racing=racing,
-        dtype="float32",
     )
 
 
@@ -52,8 +54,8 @@ def search(
     compute = Recording(Evaluator(model.model, lines, Objective()))
     scorer = Scorer(lines, Objective(), compute, weights="benchmark")
     with tempfile.TemporaryDirectory() as out:
-        settings = settings_of(arguments, out, seed, racing=racing)
-        return run_search(settings, scorer, model.signature), compute
+        wanted = search_of(arguments, out, seed, racing=racing)
+        return run_search(score_of(arguments), wanted, scorer, model.signature), compute
 
 
 def naive(

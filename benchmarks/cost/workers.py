@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from cost.lines import equal_lines
-from cost.trial import search, settings_of
+from cost.trial import score_of, search
 from rayapp.models.loading import LoadedModel
 from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.candidates.space import Space
-from rayapp.pruning.evaluator.evaluator import CACHE_BYTES
 from rayapp.pruning.scorer import Done, split_work
+from rayapp.pruning.settings.compute import CACHE_BYTES, ComputeSettings
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PIECE_OVERHEAD_S = 0.003  # a bare actor call with a small answer
@@ -35,10 +35,10 @@ def two_workers(arguments: argparse.Namespace, model: LoadedModel) -> dict[str, 
 
     lines = equal_lines(model.tokenizer, arguments, "calibration", arguments.lines, arguments.seed)
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="warning")
-    settings = settings_of(arguments, "unused", arguments.seed, racing=False)
     pools = {
         count: EvaluatorPool(
-            settings.model_copy(update={"workers": count, "cache_bytes": CACHE_BYTES // count}),
+            score_of(arguments),
+            ComputeSettings(workers=count, cache_bytes=CACHE_BYTES // count),
             lines,
         )
         for count in (1, 2)

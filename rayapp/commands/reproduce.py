@@ -46,7 +46,7 @@ from rayapp.pruning.kv_choice.settings import KVSelectSettings
 from rayapp.pruning.preparation import prepare
 from rayapp.pruning.progress import ProgressCallback as SearchProgress
 from rayapp.pruning.search.journal import JOURNAL_FILE
-from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.settings.search import SearchSettings
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class _Reproduction:
 
     def _check_searches(self) -> None:
         """Sizes of every search, and the files of searches with healing and without."""
-        by_files: dict[bool, PruneSettings] = {}
+        by_files: dict[bool, SearchSettings] = {}
         for row in self._rows:
             reason = left_out(row, self.settings, self._sizes)
             if reason:
@@ -125,7 +125,7 @@ class _Reproduction:
                 wanted.check(self._signature.num_blocks)
                 by_files[row.healed] = wanted
         for wanted in by_files.values():
-            prepare(wanted)
+            prepare(self.settings.score(), self.settings.compute(), wanted)
 
     def _path(self, row: Row) -> Path:
         return self._out / ROWS_DIRECTORY / row.name
@@ -191,11 +191,12 @@ class _Reproduction:
     def _searched(self, row: Row) -> PruningPlan:
         path = self._path(row)
         resume = (path / JOURNAL_FILE).is_file()
-        settings = search_settings(row, self.settings, self._sizes, path, resume=resume)
+        wanted = search_settings(row, self.settings, self._sizes, path, resume=resume)
         if not (path / PLAN_FILE).is_file():
             logger.info("%s: searching", row.title)
             with self.watch.search() as report:
-                prune(settings, on_progress=report)
+                score, compute = self.settings.score(), self.settings.compute()
+                prune(score, compute, wanted, on_progress=report)
         return PruningPlan.load(path)
 
     def _kv_selected(self, row: Row, base: str) -> PruningPlan:
@@ -203,19 +204,13 @@ class _Reproduction:
         if not (path / PLAN_FILE).is_file():
             logger.info("%s: selecting KV", row.title)
             wanted = KVSelectSettings.checked(
-                model=settings.model,
                 plan=str(self._out / ROWS_DIRECTORY / base),
-                calibration=settings.calibration,
                 out=str(path),
                 target_reduction=settings.target_reduction,
                 seed=settings.seed,
-                workers=settings.workers,
-                address=settings.address,
-                device=settings.device,
-                threads=settings.threads,
             )
             with self.watch.search() as report:
-                kv_select(wanted, on_progress=report)
+                kv_select(settings.score(), settings.compute(), wanted, on_progress=report)
         return PruningPlan.load(path)
 
     def _measured(

@@ -6,30 +6,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rayapp.commands.prune import opened_scorer
+from rayapp.commands.scorer import opened_scorer
 from rayapp.evaluation.progress import ProgressCallback, silent
 from rayapp.plan import PruningPlan
 from rayapp.pruning.preparation import prepare_scoring
 from rayapp.pruning.search.sensitivity import Sensitivity, measure_sensitivity
-from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.settings.compute import ComputeSettings
+from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.pruning.storage import Storage
 
 _OBJECTIVE = ("objective", "score_by", "kl_top_k")
 
 
 def measure(
+    score: ScoreSettings,
+    compute: ComputeSettings,
     plan: str | Path,
     *,
-    model: str,
-    calibration: str,
-    workers: int = 0,
-    address: str | None = None,
     progress: ProgressCallback = silent,
 ) -> Sensitivity:
     """Measure similarity and sensitivity of a plan's model; write ``sensitivity.json`` beside it.
 
-    Scores are of the objective that the plan was searched with. Computes where
-    :func:`rayapp.commands.prune.prune` would; what is there already is not measured again.
+    Scores are of the objective that the plan was searched with, where it says so; its first token
+    and its visual tokens are the plan's. What is there already is not measured again. Where scores
+    are computed, :func:`rayapp.commands.scorer.opened_scorer` says.
 
     Raises:
         InputError: Plan, model or data cannot be used, or the plan is of another model.
@@ -37,26 +37,23 @@ def measure(
         SearchError: A score is not finite, or writing failed.
     """
     found = PruningPlan.load(plan)
-    searched = found.provenance.get("settings")
-    objective: Mapping[str, Any] = searched if isinstance(searched, Mapping) else {}
-    settings = PruneSettings.checked(
-        model=model,
-        calibration=calibration,
-        out=str(found.directory),
-        first_token=found.first_token,
-        visual_tokens=found.visual_tokens,
-        workers=workers,
-        address=address,
-        **{name: objective[name] for name in _OBJECTIVE if name in objective},
-    )
-    prepared = prepare_scoring(settings)
+    score = _as_searched(score, found)
+    prepared = prepare_scoring(score, compute)
     signature = prepared.signature
     found.check_model(signature)
-    with opened_scorer(settings, prepared) as scorer:
+    with opened_scorer(score, compute, prepared) as scorer:
         return measure_sensitivity(
-            Storage(settings.out),
+            Storage(str(found.directory)),
             scorer,
             weights=signature.weights_fingerprint,
             num_blocks=signature.num_blocks,
             on_progress=lambda done, total: progress("sensitivity", int(done), total),
         )
+
+
+def _as_searched(score: ScoreSettings, plan: PruningPlan) -> ScoreSettings:
+    """The settings with the objective that the plan's provenance names."""
+    searched = plan.provenance.get("settings")
+    known: Mapping[str, Any] = searched if isinstance(searched, Mapping) else {}
+    objective = {name: known[name] for name in _OBJECTIVE if name in known}
+    return ScoreSettings.checked(**{**dict(score.following(plan)), **objective})

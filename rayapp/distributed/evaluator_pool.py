@@ -9,7 +9,7 @@ later join in.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,19 +17,15 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from rayapp.errors import ClusterError, RayappError, SearchError
-from rayapp.plan import KVTransfer
-from rayapp.pruning.candidates.candidate import Candidate
-from rayapp.pruning.candidates.healing import NO_HEALING, HealedPair, Healing, Pair
+from rayapp.pruning.candidates.healing import HealedPair, Pair
 from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.healing.training import Healer
-from rayapp.pruning.measures.attention_mass import BlockMass, measure_attention_mass
-from rayapp.pruning.measures.costs import Costs, measure_costs
-from rayapp.pruning.measures.gate_hessian import GateHessian, measure_gate_hessian
-from rayapp.pruning.measures.influence import Influence, measure_influence
 from rayapp.pruning.preparation import open_evaluator, open_healer
-from rayapp.pruning.scorer import Done, Work, compute_one
-from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.scorer import Done, Measured, Work, compute_one
+from rayapp.pruning.settings.compute import ComputeSettings
+from rayapp.pruning.settings.score import ScoreSettings
+from rayapp.pruning.settings.training import DEFAULT_TRAINING, Training
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +45,16 @@ class EvaluatorServer:
         self._healer: Healer | None = None
 
     def start(
-        self, settings: PruneSettings, calibration: Calibration, heal_data: Calibration | None
+        self,
+        score: ScoreSettings,
+        compute: ComputeSettings,
+        training: Training,
+        calibration: Calibration,
+        heal_data: Calibration | None,
     ) -> None:
         """Load the model; returns when work can be done."""
-        self._evaluator = open_evaluator(settings, calibration)
-        self._healer = open_healer(settings, self._evaluator, heal_data)
+        self._evaluator = open_evaluator(score, compute, calibration)
+        self._healer = open_healer(score, compute, training, self._evaluator, heal_data)
 
     def compute(self, work: Work) -> Done:
         """One piece of work."""
@@ -71,23 +72,9 @@ class EvaluatorServer:
     def alive(self) -> None:
         """Return: who answers is there."""
 
-    def influence(self) -> Influence:
-        """Block and part influence of the dense model."""
-        return measure_influence(self._ready())
-
-    def gate_hessian(self) -> GateHessian:
-        """Second derivatives of the score in gates, of the dense model."""
-        return measure_gate_hessian(self._ready())
-
-    def costs(self) -> Costs:
-        """Seconds and bytes of every part."""
-        return measure_costs(self._ready())
-
-    def attention_mass(
-        self, candidate: Candidate, rule: KVTransfer, healing: Healing
-    ) -> tuple[BlockMass, ...]:
-        """Attention on the entries that ``rule`` keeps."""
-        return measure_attention_mass(self._ready(), candidate, rule, healing)
+    def measure(self, function: Callable[..., Measured], *arguments: object) -> Measured:
+        """What a function of the evaluator returns."""
+        return function(self._ready(), *arguments)
 
     def _ready(self) -> Evaluator:
         assert self._evaluator is not None, "start is called first"
@@ -112,30 +99,35 @@ class EvaluatorPool:
     """The compute of a search on a running Ray cluster; close it to give the actors back.
 
     Args:
-        settings: ``workers`` evaluators, each with ``threads`` CPUs, and one GPU where ``device``
+        score: What is scored; every evaluator reads the model from its path.
+        compute: ``workers`` evaluators, each with ``threads`` CPUs, and one GPU where ``device``
             is CUDA.
         calibration: Sent to every evaluator once.
         heal_data: What pairs are trained on; sent to every evaluator once.
+        training: How pairs are trained.
         start_timeout_s: How long to wait while no evaluator at all is running.
     """
 
     def __init__(
         self,
-        settings: PruneSettings,
+        score: ScoreSettings,
+        compute: ComputeSettings,
         calibration: Calibration,
         heal_data: Calibration | None = None,
         *,
+        training: Training = DEFAULT_TRAINING,
         start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
-        self._settings = settings
+        self._num_wanted = max(1, compute.workers)
+        self._told = (score, compute, training)
         self._calibration, self._heal_data = ray.put(calibration), ray.put(heal_data)
         self._healed: dict[Pair, Any] = {}
         self._start_timeout_s = start_timeout_s
-        self._needs = {"num_cpus": settings.threads, "num_gpus": int("cuda" in settings.device)}
+        self._needs = {"num_cpus": compute.threads, "num_gpus": int("cuda" in compute.device)}
         self._starting: dict[Any, _Evaluator] = {}
         self._idle: list[_Evaluator] = []
         self._busy: dict[Any, tuple[_Evaluator, Piece]] = {}
-        for _ in range(max(1, settings.workers)):
+        for _ in range(self._num_wanted):
             self._start_one()
 
     def __enter__(self) -> EvaluatorPool:
@@ -147,7 +139,7 @@ class EvaluatorPool:
     @property
     def num_evaluators(self) -> int:
         """Evaluators that are ready or computing; while none is, the number asked for."""
-        return len(self._idle) + len(self._busy) or max(1, self._settings.workers)
+        return len(self._idle) + len(self._busy) or self._num_wanted
 
     def run(self, work: Sequence[Work]) -> Iterator[Done]:
         """Every piece of work once, as it finishes.
@@ -183,42 +175,26 @@ class EvaluatorPool:
                 self._idle.append(evaluator)
                 yield done
 
-    def influence(self) -> Influence:
-        """Measured on one evaluator, on another one if it is lost."""
-        found: Influence = self._measured("influence")
-        return found
+    def measure(
+        self, function: Callable[..., Measured], *arguments: object, pairs: Collection[Pair] = ()
+    ) -> Measured:
+        """Measured on one evaluator, on another one if it is lost.
 
-    def gate_hessian(self) -> GateHessian:
-        """Measured on one evaluator, on another one if it is lost."""
-        found: GateHessian = self._measured("gate_hessian")
-        return found
-
-    def costs(self) -> Costs:
-        """Measured on one evaluator, on another one if it is lost."""
-        found: Costs = self._measured("costs")
-        return found
-
-    def attention_mass(
-        self, candidate: Candidate, rule: KVTransfer, healing: Healing = NO_HEALING
-    ) -> tuple[BlockMass, ...]:
-        """Measured on one evaluator, on another one if it is lost."""
-        pairs = frozenset(healing.pairs(candidate))
-        arguments = (candidate, rule, healing)
-        found: tuple[BlockMass, ...] = self._measured("attention_mass", *arguments, pairs=pairs)
-        return found
-
-    def _measured(self, what: str, *arguments: object, pairs: frozenset[Pair] = frozenset()) -> Any:
+        Raises:
+            SearchError: It lost too many evaluators, or failed in one.
+            ClusterError: No evaluator could be placed in time.
+        """
         for _ in range(MAX_LOSSES):
             while not self._idle:
                 self._wait()
-            evaluator = self._idle.pop(0)
-            self._send_pairs(evaluator, pairs)
+            evaluator = self._idle[0]  # and it stays there if the function fails
+            self._send_pairs(evaluator, frozenset(pairs))
             try:
-                found = _fetch(getattr(evaluator.actor, what).remote(*arguments))
+                found: Measured = _fetch(evaluator.actor.measure.remote(function, *arguments))
             except RayActorError as error:
+                self._idle.remove(evaluator)
                 self._lost(evaluator, error)
                 continue
-            self._idle.append(evaluator)
             return found
         raise SearchError(f"{MAX_LOSSES} evaluators died while measuring the model; see their logs")
 
@@ -231,7 +207,7 @@ class EvaluatorPool:
 
     def _start_one(self, failed_starts: int = 0) -> None:
         actor = ray.remote(EvaluatorServer).options(**self._needs).remote()
-        reference = actor.start.remote(self._settings, self._calibration, self._heal_data)
+        reference = actor.start.remote(*self._told, self._calibration, self._heal_data)
         self._starting[reference] = _Evaluator(actor, failed_starts)
 
     def _assign(self, waiting: list[Any]) -> None:

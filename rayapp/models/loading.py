@@ -23,6 +23,7 @@ from transformers import (
 from rayapp.errors import ModelError
 from rayapp.models.blocks import MULTIMODAL_TYPES, apply_modes, find_decoder
 from rayapp.models.checkpoint import Checkpoint
+from rayapp.models.dtype import DType
 from rayapp.models.fingerprint import canonical_name
 from rayapp.models.healed import HealedWeights, attach, attached_bytes
 from rayapp.plan import STAGES, ModelSignature, PruningPlan, Stage
@@ -30,7 +31,6 @@ from rayapp.plan import STAGES, ModelSignature, PruningPlan, Stage
 logger = logging.getLogger(__name__)
 
 Part = Literal["prefill", "decode", "unified"]
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,

@@ -21,7 +21,10 @@ from rayapp.pruning.evaluator.calibration import Calibration, load_calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.evaluator.visual_words import ImageWordReader, teach
 from rayapp.pruning.healing.training import BATCH_TOKENS, HELD_BACK_EVERY, Healer
-from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.settings.compute import ComputeSettings
+from rayapp.pruning.settings.score import ScoreSettings
+from rayapp.pruning.settings.search import SearchSettings
+from rayapp.pruning.settings.training import Training
 
 
 @dataclass(frozen=True)
@@ -33,64 +36,69 @@ class Prepared:
     heal_data: Calibration | None = None
 
 
-def prepare(settings: PruneSettings) -> Prepared:
-    """Read and check everything but the weights.
+def prepare(score: ScoreSettings, compute: ComputeSettings, search: SearchSettings) -> Prepared:
+    """Read and check all that a search needs but the weights.
 
     Raises:
         ModelError: The model cannot be used.
         DataError: The calibration file cannot be used; file and line are named.
         InputError: Sizes contradict each other or the model.
     """
-    settings.check(text_config(Checkpoint(settings.model).config).num_hidden_layers)
-    prepared = prepare_scoring(settings)
-    if settings.visual_tokens and not any(line.image_keys for line in prepared.calibration.lines):
+    search.check(text_config(Checkpoint(score.model).config).num_hidden_layers)
+    prepared = prepare_scoring(score, compute, search.heal_data)
+    if score.visual_tokens and not any(line.image_keys for line in prepared.calibration.lines):
         raise DataError(
-            f"{settings.calibration}: holds no line about an image, but visual tokens shall be "
+            f"{score.calibration}: holds no line about an image, but visual tokens shall be "
             "pruned; give lines with `image`, or leave --visual-tokens out"
         )
     return prepared
 
 
-def prepare_scoring(settings: PruneSettings) -> Prepared:
-    """As :func:`prepare`, for whoever brings candidates of their own: sizes are not checked."""
-    checkpoint = Checkpoint(settings.model)
+def prepare_scoring(
+    score: ScoreSettings, compute: ComputeSettings, heal_data: str | None = None
+) -> Prepared:
+    """As :func:`prepare`, for whoever brings candidates of their own: there are no sizes to check.
+
+    ``heal_data`` is the file that pairs are trained on, if any are.
+    """
+    checkpoint = Checkpoint(score.model)
     signature = checkpoint.signature()
-    tokenizer = load_tokenizer(settings.model)
-    images = _image_reader(settings, checkpoint, tokenizer)
+    tokenizer = load_tokenizer(score.model)
+    images = _image_reader(score, compute.device, checkpoint, tokenizer)
     read = partial(
         load_calibration,
         tokenizer=tokenizer,
         max_positions=text_config(checkpoint.config).max_position_embeddings,
-        chunk_tokens=settings.chunk_tokens,
+        chunk_tokens=score.chunk_tokens,
         images=images,
     )
-    calibration = read(settings.calibration)
-    if settings.heal_data is None:
+    calibration = read(score.calibration)
+    if heal_data is None:
         return Prepared(calibration, signature)
-    heal_data = read(settings.heal_data)
-    _check_heal_data(settings.heal_data, settings.calibration, len(heal_data.lines))
-    return Prepared(calibration, signature, heal_data)
+    found = read(heal_data)
+    _check_heal_data(heal_data, score.calibration, len(found.lines))
+    return Prepared(calibration, signature, found)
 
 
 def _image_reader(
-    settings: PruneSettings, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase
+    score: ScoreSettings, device: str, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase
 ) -> ImageWordReader | None:
     """What reads lines about images, on this process's device; None for a text-only model."""
     if checkpoint.config.model_type not in MULTIMODAL_TYPES:
-        if settings.visual_tokens:
+        if score.visual_tokens:
             raise InputError(
                 f"visual tokens shall be pruned, but model type {checkpoint.config.model_type!r} "
                 "takes no images; leave --visual-tokens out"
             )
         return None
-    here = "cuda" not in settings.device or torch.cuda.is_available()
+    here = "cuda" not in device or torch.cuda.is_available()
     return ImageWordReader(
-        settings.model,
+        score.model,
         tokenizer,
-        settings.visual_tokens,
-        dtype=settings.dtype,
-        device=settings.device if here else "cpu",
-        ends_in_text=settings.first_token == "decode",
+        score.visual_tokens,
+        dtype=score.dtype,
+        device=device if here else "cpu",
+        ends_in_text=score.first_token == "decode",
     )
 
 
@@ -124,22 +132,26 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def open_evaluator(settings: PruneSettings, calibration: Calibration) -> Evaluator:
+def open_evaluator(
+    score: ScoreSettings, compute: ComputeSettings, calibration: Calibration
+) -> Evaluator:
     """Load the model into this process, with this process's torch threads set for it.
 
     Raises:
         ModelError: The model cannot be read from here.
     """
-    torch.set_num_threads(settings.threads)
-    loaded = load_model(settings.model, dtype=settings.dtype, device=settings.device)
+    torch.set_num_threads(compute.threads)
+    loaded = load_model(score.model, dtype=score.dtype, device=compute.device)
     teach(loaded.model, calibration.words)
-    return Evaluator(
-        loaded.model, calibration, settings.scoring(), cache_bytes=settings.cache_bytes
-    )
+    return Evaluator(loaded.model, calibration, score.scoring(), cache_bytes=compute.cache_bytes)
 
 
 def open_healer(
-    settings: PruneSettings, evaluator: Evaluator, heal_data: Calibration | None
+    score: ScoreSettings,
+    compute: ComputeSettings,
+    training: Training,
+    evaluator: Evaluator,
+    heal_data: Calibration | None,
 ) -> Healer | None:
     """What trains pairs on an evaluator's model; None without data."""
     if heal_data is None:
@@ -148,20 +160,20 @@ def open_healer(
     return Healer(
         evaluator.runner.model,
         heal_data.lines,
-        first_token=settings.first_token,
-        training=settings.training(),
-        batch_tokens=min(settings.chunk_tokens, BATCH_TOKENS),
-        cache_bytes=settings.cache_bytes,
+        first_token=score.first_token,
+        training=training,
+        batch_tokens=min(score.chunk_tokens, BATCH_TOKENS),
+        cache_bytes=compute.cache_bytes,
     )
 
 
-def heal_context(settings: PruneSettings, prepared: Prepared) -> dict[str, Any]:
+def heal_context(score: ScoreSettings, training: Training, prepared: Prepared) -> dict[str, Any]:
     """All that trained tensors depend on, but the pair."""
     assert prepared.heal_data is not None, "only searches that heal ask"
     return {
         "weights": prepared.signature.weights_fingerprint,
         "data": prepared.heal_data.fingerprint,
-        "first_token": settings.first_token,
-        "dtype": settings.dtype,
-        "training": asdict(settings.training()),
+        "first_token": score.first_token,
+        "dtype": score.dtype,
+        "training": asdict(training),
     }

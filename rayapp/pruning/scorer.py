@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from rayapp.plan import KVTransfer
 from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.candidates.healing import NO_HEALING, HealedPair, Healing, Pair
 from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator, LineSums
-from rayapp.pruning.evaluator.objective import Objective, Score, combine
+from rayapp.pruning.evaluator.objective import Score, combine
 from rayapp.pruning.healing.trained_pairs import HealedPairs, OnPair
 from rayapp.pruning.healing.training import Healer
-from rayapp.pruning.measures.attention_mass import BlockMass, measure_attention_mass
-from rayapp.pruning.measures.costs import Costs, measure_costs
-from rayapp.pruning.measures.gate_hessian import GateHessian, measure_gate_hessian
-from rayapp.pruning.measures.influence import Influence, measure_influence
+from rayapp.pruning.settings.objective import Objective
+
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
@@ -65,22 +63,16 @@ class Compute(Protocol):
         """Make a trained pair known to whoever computes candidates that use it."""
         ...
 
-    def influence(self) -> Influence:
-        """Block and part influence of the dense model."""
-        ...
+    def measure(
+        self, function: Callable[..., Measured], *arguments: object, pairs: Collection[Pair] = ()
+    ) -> Measured:
+        """What ``function(evaluator, *arguments)`` returns on any one of the evaluators.
 
-    def gate_hessian(self) -> GateHessian:
-        """Second derivatives of the score in gates, of the dense model."""
-        ...
-
-    def costs(self) -> Costs:
-        """Seconds and bytes of every part, as one evaluator measures them."""
-        ...
-
-    def attention_mass(
-        self, candidate: Candidate, rule: KVTransfer, healing: Healing = NO_HEALING
-    ) -> tuple[BlockMass, ...]:
-        """Attention on the entries that ``rule`` keeps, by block where decode attends."""
+        Args:
+            function: Of a module, so that it can be named to another process.
+            arguments: What it takes beside the evaluator.
+            pairs: Trained pairs that it needs; they have been added before.
+        """
         ...
 
     @property
@@ -113,23 +105,11 @@ class LocalCompute:
         """Known here at once."""
         self._evaluator.add_healed(healed)
 
-    def influence(self) -> Influence:
-        """Measured here."""
-        return measure_influence(self._evaluator)
-
-    def gate_hessian(self) -> GateHessian:
-        """Measured here."""
-        return measure_gate_hessian(self._evaluator)
-
-    def costs(self) -> Costs:
-        """Measured here."""
-        return measure_costs(self._evaluator)
-
-    def attention_mass(
-        self, candidate: Candidate, rule: KVTransfer, healing: Healing = NO_HEALING
-    ) -> tuple[BlockMass, ...]:
-        """Measured here."""
-        return measure_attention_mass(self._evaluator, candidate, rule, healing)
+    def measure(
+        self, function: Callable[..., Measured], *arguments: object, pairs: Collection[Pair] = ()
+    ) -> Measured:
+        """Measured on the one evaluator, which knows every pair that was added."""
+        return function(self._evaluator, *arguments)
 
 
 def compute_one(evaluator: Evaluator, work: Work) -> Done:
@@ -168,6 +148,9 @@ class Scorer:
         compute: Where it is computed.
         weights: Fingerprint of the weights in use: part of the memo's key.
         healed: Trained pairs, for searches that heal.
+
+    Attributes:
+        healing: How candidates are healed before they are scored.
     """
 
     def __init__(
@@ -186,25 +169,21 @@ class Scorer:
         kind = (objective.kind, objective.kl_top_k)
         self._context = (weights, *kind, objective.first_token, rules)
         self.healed = healed
-        self._healing = NO_HEALING
+        self.healing = NO_HEALING
         self._fixed: dict[Pair, str] = {}
         self._memo: dict[tuple[object, ...], tuple[LineSums, float]] = {}
 
     def heal_with(self, healing: Healing) -> None:
         """From now on, score candidates with the pairs that they use under ``healing``."""
         assert self.healed is not None, "a search that heals brings its pairs"
-        self._healing = healing
+        self.healing = healing
 
     def heal_as(self, pairs: Sequence[HealedPair]) -> None:
         """From now on, score candidates with these pairs: those of a plan that is healed."""
         for healed in pairs:
             self.compute.add_healed(healed)
         self._fixed = {healed.pair: healed.weights.digest for healed in pairs}
-        self._healing = Healing(fixed=tuple(sorted(self._fixed)))
-
-    def attention_mass(self, candidate: Candidate, rule: KVTransfer) -> tuple[BlockMass, ...]:
-        """Attention on the entries that ``rule`` keeps, healed as candidates are scored."""
-        return self.compute.attention_mass(candidate, rule, self._healing)
+        self.healing = Healing(fixed=tuple(sorted(self._fixed)))
 
     def heal(self, candidates: Sequence[Candidate], on_pair: OnPair | None = None) -> None:
         """Have every pair trained that the candidates use; what was trained before is reused.
@@ -217,7 +196,7 @@ class Scorer:
 
     def pairs(self, candidate: Candidate) -> tuple[Pair, ...]:
         """The pairs that a candidate is scored with."""
-        return self._healing.pairs(candidate)
+        return self.healing.pairs(candidate)
 
     def score_many(
         self,
@@ -253,7 +232,7 @@ class Scorer:
         missing = {
             chunk: [c for c in unique if self._key(c, chunk) not in self._memo] for chunk in chunks
         }
-        return split_work(missing, self.compute.num_evaluators, self._healing)
+        return split_work(missing, self.compute.num_evaluators, self.healing)
 
     def _remember(self, done: Done) -> None:
         share = done.seconds / len(done.work.candidates)

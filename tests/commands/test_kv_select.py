@@ -19,11 +19,12 @@ from rayapp.plan import HEALED_FILE, KVTransfer, PruningPlan
 from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.evaluator.calibration import load_calibration
 from rayapp.pruning.evaluator.naive import naive_scores
-from rayapp.pruning.evaluator.objective import Objective, combine
+from rayapp.pruning.evaluator.objective import combine
 from rayapp.pruning.kv_choice import selection as kv_selection
-from rayapp.pruning.kv_choice.settings import KVSelectSettings, amounts
+from rayapp.pruning.settings.objective import Objective
+from tests.told import KVTold
 
-FEW = {"first": 1, "recent": (2, 0.25)}
+FEW = {"first": 1, "last": (2, 0.25)}
 
 
 @pytest.fixture(scope="module")
@@ -60,25 +61,19 @@ def data(tmp_path) -> Path:
 
 
 @pytest.fixture
-def settings(model_path, plan_dir, data, tmp_path) -> KVSelectSettings:
-    return KVSelectSettings.checked(
+def settings(model_path, plan_dir, data, tmp_path) -> KVTold:
+    return KVTold.of(
         model=str(model_path), plan=str(plan_dir), calibration=str(data), target_reduction=3,
         out=str(tmp_path / "out"), **FEW,
     )  # fmt: skip
 
 
-def changed(settings: KVSelectSettings, **values: object) -> KVSelectSettings:
-    goals = {"target_reduction": None, "max_kl": None, "threshold": None}
-    given = goals if goals.keys() & values.keys() else {}
-    return KVSelectSettings.checked(**{**settings.model_dump(), **given, **values})
-
-
 @pytest.mark.parametrize("encoding", ["model", "int4"])
 def test_what_is_written_is_what_is_served(settings, model_path, data, encoding):
     """Score and bytes of the written plan, by the naive scorer and by the engine's ledger."""
-    found = kv_select(changed(settings, encoding=encoding))
-    out = Path(settings.out or "")
-    plan, before = PruningPlan.load(out), PruningPlan.load(settings.plan)
+    found = kv_select(*settings.but(encoding=encoding))
+    out = settings.out
+    plan, before = PruningPlan.load(out), PruningPlan.load(settings.choice.plan)
     assert plan == found.plan
     assert plan.prefill == before.prefill
     assert plan.decode == before.decode
@@ -103,8 +98,8 @@ def test_what_is_written_is_what_is_served(settings, model_path, data, encoding)
 
 
 def test_the_record_holds_all_that_a_report_needs(settings):
-    found = kv_select(settings)
-    record = json.loads((Path(settings.out or "") / "kv.json").read_text())
+    found = kv_select(*settings)
+    record = json.loads((settings.out / "kv.json").read_text())
     assert record["complete"] is True
     assert record["previous_kv_transfer"] == {"2": {"first": 2, "last": 4, "encoding": "model"}}
     assert [row["block"] for row in record["blocks"]] == [0, 1, 2, 4]
@@ -122,29 +117,31 @@ def test_the_record_holds_all_that_a_report_needs(settings):
 
 
 def test_fewest_bytes_within_a_score(settings):
-    everything = kv_select(settings)
+    everything = kv_select(*settings)
     base, worst = everything.base_score, everything.cut_score
     limit = base + 0.3 * (worst - base)
-    found = kv_select(changed(settings, max_kl=limit, out=settings.out + "2"))
+    found = kv_select(*settings.but(max_kl=limit, out=f"{settings.out}2"))
     assert found.score <= limit
     assert found.reduction > 5 / 4  # of the five blocks, one sends nothing anyway
-    tighter = kv_select(changed(settings, max_kl=base + 0.05 * (worst - base), out=settings.plan))
+    tighter = kv_select(
+        *settings.but(max_kl=base + 0.05 * (worst - base), out=settings.choice.plan)
+    )
     assert tighter.reduction <= found.reduction
 
 
 def test_mass_cuts_the_blocks_that_concentrate(settings):
-    loose = kv_select(changed(settings, method="mass", threshold=0.0, encoding="int8"))
+    loose = kv_select(*settings.but(method="mass", threshold=0.0, encoding="int8"))
     threshold = sorted(each.mass.kept for each in loose.blocks)[1]
-    by_mass = changed(
-        settings, method="mass", threshold=threshold, encoding="int8", out=settings.plan
+    by_mass = settings.but(
+        method="mass", threshold=threshold, encoding="int8", out=settings.choice.plan
     )
-    found = kv_select(by_mass)
+    found = kv_select(*by_mass)
     cut, uncut = KVTransfer(first=1, last=2, encoding="int8"), KVTransfer(encoding="int8")
     assert {each.rule for each in loose.blocks} == {cut}
     for each in found.blocks:
         assert each.rule == (cut if each.mass.kept >= threshold else uncut)
     assert {each.rule == cut for each in found.blocks} == {True, False}
-    budget = kv_select(changed(by_mass, target_reduction=4.0, out=settings.out + "2"))
+    budget = kv_select(*by_mass.but(target_reduction=4.0, out=f"{settings.out}2"))
     kept = [each.mass.kept for each in budget.blocks if each.rule == uncut]
     gone = [each.mass.kept for each in budget.blocks if each.rule == cut]
     assert budget.reduction >= 4
@@ -154,7 +151,7 @@ def test_mass_cuts_the_blocks_that_concentrate(settings):
 def test_in_place_keeps_what_lies_there(settings, plan_dir):
     (plan_dir / "journal.jsonl").write_text("search\n")
     before = PruningPlan.load(plan_dir)
-    kv_select(changed(settings, out=None))
+    kv_select(*settings.but(out=None))
     assert (plan_dir / "journal.jsonl").read_text() == "search\n"
     after = PruningPlan.load(plan_dir)
     assert after.kv_transfer
@@ -162,7 +159,7 @@ def test_in_place_keeps_what_lies_there(settings, plan_dir):
 
 
 def test_a_second_selection_finds_the_scores_of_the_first(settings, monkeypatch):
-    first = kv_select(changed(settings, out=None))
+    first = kv_select(*settings.but(out=None))
     asked = []
     score_many = kv_selection.Scorer.score_many
 
@@ -171,15 +168,15 @@ def test_a_second_selection_finds_the_scores_of_the_first(settings, monkeypatch)
         return score_many(self, candidates, *arguments, **named)
 
     monkeypatch.setattr(kv_selection.Scorer, "score_many", counted)
-    again = kv_select(changed(settings, out=None))
+    again = kv_select(*settings.but(out=None))
     assert asked == []
     assert again.plan.kv_transfer == first.plan.kv_transfer
-    other = kv_select(changed(settings, out=None, target_reduction=2.5))
+    other = kv_select(*settings.but(out=None, target_reduction=2.5))
     assert len(asked) == other.evaluations - first.evaluations
 
 
 def test_a_killed_selection_keeps_its_scores(settings, monkeypatch):
-    undisturbed = kv_select(changed(settings, out=settings.out + "2"))
+    undisturbed = kv_select(*settings.but(out=f"{settings.out}2"))
     write, calls = kv_selection.KVRecord.write, []
 
     def killed(self, **body):
@@ -190,23 +187,23 @@ def test_a_killed_selection_keeps_its_scores(settings, monkeypatch):
 
     monkeypatch.setattr(kv_selection.KVRecord, "write", killed)
     with pytest.raises(KeyboardInterrupt):
-        kv_select(settings)
-    record = json.loads((Path(settings.out or "") / "kv.json").read_text())
+        kv_select(*settings)
+    record = json.loads((settings.out / "kv.json").read_text())
     assert record["complete"] is False
     assert len(record["trials"]) == calls[-1] > 0
     monkeypatch.setattr(kv_selection.KVRecord, "write", write)
-    assert kv_select(settings).plan.kv_transfer == undisturbed.plan.kv_transfer
+    assert kv_select(*settings).plan.kv_transfer == undisturbed.plan.kv_transfer
 
 
 def test_goals_that_cannot_be_met(settings):
     with pytest.raises(InputError, match=r"target-reduction 50 cannot be met.* reach 15\.\d+x"):
-        kv_select(changed(settings, target_reduction=50))
+        kv_select(*settings.but(target_reduction=50))
     with pytest.raises(InputError, match=r"max-kl 0 cannot be met: the block plan alone") as raised:
-        kv_select(changed(settings, max_kl=0))
+        kv_select(*settings.but(max_kl=0))
     assert "kv.json keeps what was scored" in str(raised.value)
-    record = json.loads((Path(settings.out or "") / "kv.json").read_text())
+    record = json.loads((settings.out / "kv.json").read_text())
     assert len(record["trials"]) > 4
-    assert not (Path(settings.out or "") / "plan.json").exists()
+    assert not (settings.out / "plan.json").exists()
 
 
 def test_bad_settings(settings, model_path, save_tiny, tmp_path):
@@ -215,18 +212,21 @@ def test_bad_settings(settings, model_path, save_tiny, tmp_path):
         ({"target_reduction": 2.0, "max_kl": 0.1}, "give either"),
         ({"target_reduction": -1}, "target_reduction=-1"),
         ({"method": "mass", "max_kl": 0.1}, "--threshold or --target-reduction"),
-        ({"first": 0, "recent": (0,)}, "keeps something"),
+        ({"first": 0, "last": (0,)}, "keeps something"),
     ):
         with pytest.raises(InputError, match=needle):
-            changed(settings, **wrong)
-    with pytest.raises(InputError, match="--last 4%"):
-        amounts(None, ["4", "4%"])
-    assert amounts("0.1", ["8", "0.5"]) == {"first": 0.1, "recent": (8, 0.5)}
+            settings.but(**wrong)
+    with pytest.raises(InputError, match=r"last=.* 4% is neither a count"):
+        settings.but(last=["4", "4%"])
+    written = settings.but(first="0.1", last=["8", "0.5"]).choice
+    assert (written.first, written.last) == (0.1, (8, 0.5))
+    with pytest.raises(InputError, match=r"max_kl=0\.1 with objective=nll"):
+        kv_select(*settings.but(max_kl=0.1, objective="nll"))
     other = PruningPlan(model=read_signature(save_tiny(tmp_path, "qwen2"))).save(tmp_path / "other")
     with pytest.raises(PlanError, match="another model"):
-        kv_select(changed(settings, plan=str(other)))
+        kv_select(*settings.but(plan=str(other)))
     with pytest.raises(InputError, match="a plan already lies here"):
-        kv_select(changed(settings, out=str(other.parent)))
+        kv_select(*settings.but(out=str(other.parent)))
     nothing = PruningPlan.model_validate(
         {
             "model": read_signature(model_path),
@@ -234,15 +234,15 @@ def test_bad_settings(settings, model_path, save_tiny, tmp_path):
         }
     ).save(tmp_path / "nothing")
     with pytest.raises(PlanError, match="nothing to select"):
-        kv_select(changed(settings, plan=str(nothing)))
-    (Path(settings.out or "") / "kv.json").write_text("[]")
+        kv_select(*settings.but(plan=str(nothing)))
+    (settings.out / "kv.json").write_text("[]")
     with pytest.raises(InputError, match="no record of a selection"):
-        kv_select(settings)
+        kv_select(*settings)
 
 
 def test_the_dense_model_and_bounds_of_levels(settings, model_path, tmp_path):
     PruningPlan().save(tmp_path / "dense")
-    found = kv_select(changed(settings, plan=str(tmp_path / "dense"), target_reduction=2.0))
+    found = kv_select(*settings.but(plan=str(tmp_path / "dense"), target_reduction=2.0))
     assert found.base_score == pytest.approx(0, abs=1e-9)
     assert math.isfinite(found.score)
     assert found.plan.model == read_signature(model_path)
@@ -256,8 +256,8 @@ def test_a_healed_plan_is_scored_and_written_with_its_tensors(settings, model_pa
     weights = HealedWeights.of({"decode": {name: -own}})
     weights.save(plan_dir)
     PruningPlan.load(plan_dir).with_healed(weights.digest).save(plan_dir)
-    found = kv_select(settings)
-    plan = PruningPlan.load(Path(settings.out or ""))
+    found = kv_select(*settings)
+    plan = PruningPlan.load(settings.out)
     assert plan.healed == weights.digest
     assert plan.kv_transfer == found.plan.kv_transfer
     lines, dense = load_calibration(data, loaded.tokenizer), TwoStages(loaded.model, PruningPlan())

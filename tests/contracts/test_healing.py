@@ -16,8 +16,8 @@ from rayapp.pruning.candidates.healing import Healing, Pair
 from rayapp.pruning.healing.trained_pairs import HealedPairs
 from rayapp.pruning.preparation import heal_context, open_evaluator, open_healer, prepare
 from rayapp.pruning.scorer import LocalCompute, Scorer
-from rayapp.pruning.settings import PruneSettings
 from rayapp.pruning.storage import Storage
+from tests.told import Told
 
 pytestmark = pytest.mark.ray
 
@@ -35,9 +35,9 @@ def write_lines(path: Path, count: int, letter: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, save_tiny) -> PruneSettings:
+def settings(tmp_path_factory, save_tiny) -> Told:
     directory = tmp_path_factory.mktemp("healing")
-    return PruneSettings.checked(
+    return Told.of(
         model=str(save_tiny(directory, "qwen3")),
         calibration=write_lines(directory / "calibration.jsonl", 6, "x"),
         heal_data=write_lines(directory / "heal.jsonl", 16, "w"),
@@ -60,25 +60,36 @@ def ray_session():
 
 
 def opened(settings, compute):
-    prepared = prepare(settings)
-    healed = HealedPairs(Storage(settings.out), heal_context(settings, prepared), compute)
-    scorer = Scorer(prepared.calibration, settings.scoring(), compute, weights="w", healed=healed)
+    prepared, score = prepare(*settings), settings.score
+    context = heal_context(score, settings.search.training(), prepared)
+    healed = HealedPairs(Storage(settings.out), context, compute)
+    scorer = Scorer(prepared.calibration, score.scoring(), compute, weights="w", healed=healed)
     scorer.heal_with(Healing.of_all(5))
     return scorer
 
 
 @pytest.fixture(scope="module")
 def pool(settings, ray_session):
-    prepared = prepare(settings)
-    two = settings.model_copy(update={"workers": 2})
-    with EvaluatorPool(two, prepared.calibration, prepared.heal_data) as running:
+    with pool_of(settings.but(workers=2)) as running:
         yield running
 
 
+def pool_of(settings) -> EvaluatorPool:
+    prepared = prepare(*settings)
+    return EvaluatorPool(
+        settings.score,
+        settings.compute,
+        prepared.calibration,
+        prepared.heal_data,
+        training=settings.search.training(),
+    )
+
+
 def local(settings):
-    prepared = prepare(settings)
-    evaluator = open_evaluator(settings, prepared.calibration)
-    return LocalCompute(evaluator, open_healer(settings, evaluator, prepared.heal_data))
+    prepared, training = prepare(*settings), settings.search.training()
+    here = (settings.score, settings.compute)
+    evaluator = open_evaluator(*here, prepared.calibration)
+    return LocalCompute(evaluator, open_healer(*here, training, evaluator, prepared.heal_data))
 
 
 def test_tensors_are_equal_bit_for_bit(settings, pool):
@@ -89,7 +100,7 @@ def test_tensors_are_equal_bit_for_bit(settings, pool):
 
 
 def test_scores_are_equal_bit_for_bit(tmp_path, settings, pool):
-    here, there = (settings.model_copy(update={"out": str(tmp_path / name)}) for name in "ab")
+    here, there = (settings.but(out=str(tmp_path / name)) for name in "ab")
     wanted = opened(here, local(here)).score_many(CANDIDATES)
     seen: list[tuple[int, int]] = []
     scorer = opened(there, pool)
@@ -102,7 +113,7 @@ def test_scores_are_equal_bit_for_bit(tmp_path, settings, pool):
 
 
 def result_of(settings, out, **changes):
-    result = prune(settings.model_copy(update={"out": str(out), **changes}))
+    result = prune(*settings.but(out=str(out), **changes))
     trials = [(trial.candidate, trial.score.value) for trial in result.trials]
     return result.plan.healed, trials, (out / HEALED_FILE).read_bytes()
 
@@ -117,11 +128,10 @@ def test_a_pair_lost_with_its_evaluator_is_trained_elsewhere(
     tmp_path, settings, ray_session, caplog, monkeypatch
 ):
     """Killed while it heals; whoever comes in its place is sent what was trained before."""
-    search = settings.model_copy(update={"out": str(tmp_path / "lost"), "workers": 2})
-    prepared = prepare(search)
+    search = settings.but(out=str(tmp_path / "lost"), workers=2)
     wanted = opened(settings, local(settings)).score_many(CANDIDATES)
     kills = []
-    with EvaluatorPool(search, prepared.calibration, prepared.heal_data) as pool:
+    with pool_of(search) as pool:
         assign = pool._assign
 
         def assign_and_kill(waiting) -> None:
@@ -140,8 +150,7 @@ def test_a_pair_lost_with_its_evaluator_is_trained_elsewhere(
 
 @pytest.mark.slow
 def test_a_pair_that_kills_every_evaluator_is_named(settings, ray_session, monkeypatch):
-    prepared = prepare(settings)
-    with EvaluatorPool(settings, prepared.calibration, prepared.heal_data) as pool:
+    with pool_of(settings) as pool:
         assign = pool._assign
 
         def assign_and_kill(waiting) -> None:

@@ -1,47 +1,73 @@
-"""One contract, two computes: scores in this process and on Ray are equal bit for bit."""
+"""One contract, two computes: in this process and on Ray, all that a search asks is bit-equal.
+
+The tests call what production calls, and nothing else: ``run``, ``heal``, ``add_healed``,
+``measure`` and ``num_evaluators``, by themselves and under :meth:`Scorer.score_many`.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
 import ray
 
 from rayapp.distributed.evaluator_pool import EvaluatorPool
+from rayapp.errors import SearchError
 from rayapp.plan import KVTransfer
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.candidates.healing import HealedPair, Healing, Pair
 from rayapp.pruning.candidates.space import Space
+from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.evaluator.naive import naive_scores
 from rayapp.pruning.evaluator.objective import Score
-from rayapp.pruning.preparation import open_evaluator, prepare
-from rayapp.pruning.scorer import Compute, LocalCompute, Scorer
-from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.measures.attention_mass import measure_attention_mass
+from rayapp.pruning.measures.costs import measure_costs
+from rayapp.pruning.measures.gate_hessian import measure_gate_hessian
+from rayapp.pruning.measures.influence import measure_influence
+from rayapp.pruning.preparation import Prepared, open_evaluator, open_healer, prepare
+from rayapp.pruning.scorer import Compute, LocalCompute, Scorer, Work
+from tests.told import Told
 
 pytestmark = pytest.mark.ray
 
+PAIRS = (Pair("decode", 1, 2), Pair("prefill", 2, 3))
+
+
+def write(path: Path, lines: list[dict[str, str]]) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, save_tiny) -> PruneSettings:
+def told(tmp_path_factory, save_tiny) -> Told:
     directory = tmp_path_factory.mktemp("contract")
     rng = random.Random(0)
     lines = [
         {"prompt": "x" * rng.randint(1, 30), "completion": "yz"[: 1 + i % 2], "task": "ab"[i % 2]}
         for i in range(9)
     ]
-    file = directory / "calibration.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return PruneSettings.checked(
+    heal = [{"prompt": "w" * (1 + 3 * i), "completion": "yz"} for i in range(9)]
+    return Told.of(
         model=str(save_tiny(directory, "mistral")),
-        calibration=str(file),
+        calibration=write(directory / "calibration.jsonl", lines),
         out=str(directory / "out"),
         decode_remove=1,
+        heal="all",
+        heal_data=write(directory / "heal.jsonl", heal),
+        heal_steps=4,
         chunk_tokens=80,
         workers=2,
         kv_transfer={0: KVTransfer(first=1, last=4, encoding="int8")},
     )
+
+
+@pytest.fixture(scope="module")
+def prepared(told) -> Prepared:
+    return prepare(*told)
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +77,27 @@ def ray_session():
     ray.shutdown()
 
 
+@pytest.fixture(scope="module")
+def local(told, prepared) -> LocalCompute:
+    """The reference: one evaluator here, without a cache."""
+    return local_compute(told.but(cache_bytes=0), prepared)
+
+
+def local_compute(told: Told, prepared: Prepared) -> LocalCompute:
+    here = (told.score, told.compute)
+    evaluator = open_evaluator(*here, prepared.calibration)
+    training = told.search.training()
+    return LocalCompute(evaluator, open_healer(*here, training, evaluator, prepared.heal_data))
+
+
 @pytest.fixture(scope="module", params=["local", "ray"])
-def compute(request, settings) -> Compute:
-    calibration = prepare(settings).calibration
+def compute(request, told, prepared) -> Compute:
     if request.param == "local":
-        yield LocalCompute(open_evaluator(settings, calibration))
+        yield local_compute(told, prepared)
         return
     request.getfixturevalue("ray_session")
-    with EvaluatorPool(settings, calibration) as pool:
+    data, training = (prepared.calibration, prepared.heal_data), told.search.training()
+    with EvaluatorPool(told.score, told.compute, *data, training=training) as pool:
         yield pool
 
 
@@ -69,31 +108,38 @@ def candidates() -> list[Candidate]:
 
 
 @pytest.fixture(scope="module")
-def reference(settings, candidates) -> list[Score]:
-    """In this process, one candidate at a time, without a cache."""
-    bare = settings.model_copy(update={"cache_bytes": 0})
-    calibration = prepare(bare).calibration
-    assert len(calibration.chunks) >= 3
-    scorer = _scorer(bare, LocalCompute(open_evaluator(bare, calibration)))
+def reference(told, prepared, local, candidates) -> list[Score]:
+    """One candidate at a time."""
+    assert len(prepared.calibration.chunks) >= 3
+    scorer = scorer_of(told, prepared, local)
     return [scorer.score_many([candidate])[0] for candidate in candidates]
 
 
-def _scorer(settings: PruneSettings, compute: Compute) -> Scorer:
-    return Scorer(prepare(settings).calibration, settings.scoring(), compute, weights="w")
+def scorer_of(told: Told, prepared: Prepared, compute: Compute) -> Scorer:
+    return Scorer(prepared.calibration, told.score.scoring(), compute, weights="w")
 
 
-def test_equal_bit_for_bit(settings, compute, candidates, reference):
-    found = _scorer(settings, compute).score_many(candidates)
+def test_there_is_nothing_else_to_call():
+    """Whatever a compute offers beside the contract needs a caller, and a test here."""
+    public = {name for name in dir(Compute) if not name.startswith("_")}
+    assert public == {"run", "heal", "add_healed", "measure", "num_evaluators"}
+    assert {n for n in dir(LocalCompute) if not n.startswith("_")} == public
+    assert {n for n in dir(EvaluatorPool) if not n.startswith("_")} == public | {"close"}
+    signatures = [inspect.signature(kind.measure) for kind in (Compute, LocalCompute)]
+    assert signatures == [inspect.signature(EvaluatorPool.measure)] * 2
+
+
+def test_scores_are_equal_bit_for_bit(told, prepared, compute, candidates, reference):
+    found = scorer_of(told, prepared, compute).score_many(candidates)
     assert [(s.value, s.tasks, s.lines) for s in found] == [
         (s.value, s.tasks, s.lines) for s in reference
     ]
 
 
-def test_equal_to_the_naive_score(settings, compute, candidates):
-    prepared = prepare(settings)
-    model = open_model(settings.model)
-    wanted = naive_scores(model, prepared.calibration, settings.scoring(), candidates)
-    found = _scorer(settings, compute).score_many(candidates)
+def test_scores_equal_the_naive_ones(told, prepared, compute, candidates):
+    model = open_model(told.score.model)
+    wanted = naive_scores(model, prepared.calibration, told.score.scoring(), candidates)
+    found = scorer_of(told, prepared, compute).score_many(candidates)
     for score, naive in zip(found, wanted, strict=True):
         assert abs(score.value - naive.value) <= 1e-5 * naive.value + 1e-7
 
@@ -104,8 +150,8 @@ def open_model(path: str | Path):
     return load_model(path).model
 
 
-def test_chunks_and_repetitions(settings, compute, candidates, reference):
-    scorer = _scorer(settings, compute)
+def test_chunks_and_repetitions(told, prepared, compute, candidates, reference):
+    scorer = scorer_of(told, prepared, compute)
     finished: list[float] = []
     some = scorer.score_many(candidates[:3], [2, 0], on_progress=finished.append)
     assert finished == sorted(finished)
@@ -118,35 +164,86 @@ def test_chunks_and_repetitions(settings, compute, candidates, reference):
     assert finished  # nothing was computed again
 
 
-def test_influence(settings, compute):
-    local = LocalCompute(open_evaluator(settings, prepare(settings).calibration))
-    assert compute.influence() == local.influence()
+def test_every_piece_of_work_is_run_once(compute, candidates):
+    work = [Work(chunk, (candidate,)) for chunk in (0, 1) for candidate in candidates[:3]]
+    done = list(compute.run(work))
+    assert sorted(each.work.chunk for each in done) == [0, 0, 0, 1, 1, 1]
+    assert {each.work for each in done} == set(work)
+    assert all(len(each.sums) == 1 and each.seconds > 0 for each in done)
+    assert list(compute.run([])) == []
 
 
-def test_gate_hessian(settings, compute):
-    local = LocalCompute(open_evaluator(settings, prepare(settings).calibration))
-    assert compute.gate_hessian() == local.gate_hessian()
+def test_trained_pairs_are_equal_bit_for_bit(compute, local):
+    found = {healed.pair: healed for healed in compute.heal(PAIRS)}
+    wanted = {healed.pair: healed for healed in local.heal(PAIRS)}
+    assert found.keys() == wanted.keys() == set(PAIRS)
+    for pair, healed in found.items():
+        assert healed.weights.digest == wanted[pair].weights.digest
+        assert healed.record() == wanted[pair].record()
 
 
-def test_attention_mass(settings, compute):
-    local = LocalCompute(open_evaluator(settings, prepare(settings).calibration))
+def test_what_was_added_is_scored_with(told, prepared, compute, local):
+    plan, pair = Candidate((), (2, 3)), PAIRS[0]
+    [healed] = local.heal([pair])
+    scores = []
+    for each in (compute, local):
+        scorer = scorer_of(told, prepared, each)
+        [bare] = scorer.score_many([plan])
+        scorer.heal_as([healed])
+        [score] = scorer.score_many([plan])
+        assert score.lines != bare.lines
+        scores.append(score.lines)
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("function", [measure_influence, measure_gate_hessian])
+def test_measures_are_equal_bit_for_bit(compute, local, function):
+    assert compute.measure(function) == local.measure(function)
+
+
+def test_measured_costs_are_those_of_the_model(compute, local):
+    found, wanted = compute.measure(measure_costs), local.measure(measure_costs)
+    assert (found.kv_bytes, found.sent_bytes) == (wanted.kv_bytes, wanted.sent_bytes)
+    assert min(found.prefill_parts) > 0
+
+
+def test_arguments_reach_a_measure(compute, local):
     asked = Candidate((0, 1), (4,)), KVTransfer(first=1, last=3)
-    found = compute.attention_mass(*asked)
+    found = compute.measure(measure_attention_mass, *asked)
     assert [mass.block for mass in found] == [0, 1, 3, 4]
-    assert found == local.attention_mass(*asked)
+    assert found == local.measure(measure_attention_mass, *asked)
 
 
-def test_attention_mass_of_a_healed_plan(settings, compute):
+def test_a_measure_of_a_healed_plan(told, compute, local):
     """A survivor with negated queries attends elsewhere, whoever measures it."""
     plan, rule = Candidate((4, 5), (4, 5)), KVTransfer(first=1, last=3)
-    own = dict(open_model(settings.model).get_decoder().named_parameters())
+    own = dict(open_model(told.score.model).get_decoder().named_parameters())
     name = "layers.3.self_attn.q_proj.weight"
     healed = HealedPair(Pair("decode", 2, 3), {name: -own[name].detach()}, 1.0, 1.0)
-    local = LocalCompute(open_evaluator(settings, prepare(settings).calibration))
     for each in (local, compute):
         each.add_healed(healed)
-    asked = (plan, rule, Healing(fixed=(healed.pair,)))
-    found = compute.attention_mass(*asked)
-    assert found == local.attention_mass(*asked)
-    before = {mass.block: mass for mass in local.attention_mass(plan, rule)}
+    asked = (measure_attention_mass, plan, rule, Healing(fixed=(healed.pair,)))
+    found = compute.measure(*asked, pairs=[healed.pair])
+    assert found == local.measure(*asked, pairs=[healed.pair])
+    before = {mass.block: mass for mass in local.measure(measure_attention_mass, plan, rule)}
     assert {mass.block for mass in found if mass != before[mass.block]} == {3, 4}
+
+
+def broken(evaluator: Evaluator) -> None:
+    raise SearchError(f"nothing to measure on {len(evaluator.calibration.chunks)} chunks")
+
+
+def test_an_error_of_a_measure_arrives_as_it_is(compute, prepared):
+    chunks = len(prepared.calibration.chunks)
+    with pytest.raises(SearchError, match=f"^nothing to measure on {chunks} chunks$"):
+        compute.measure(broken)
+    assert compute.measure(measure_influence)  # the evaluator is still there
+
+
+def test_evaluators_are_counted_once_they_compute(compute):
+    """Those that start later join while others work."""
+    wanted = 1 if isinstance(compute, LocalCompute) else 2
+    deadline = time.monotonic() + 120
+    while compute.num_evaluators < wanted and time.monotonic() < deadline:
+        list(compute.run([Work(0, (DENSE,))]))
+    assert compute.num_evaluators == wanted

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,17 +14,17 @@ from rayapp.distributed.evaluator_pool import EvaluatorPool
 from rayapp.pruning.preparation import prepare
 from rayapp.pruning.scorer import Scorer
 from rayapp.pruning.search.run import run_search
-from rayapp.pruning.settings import PruneSettings
+from tests.told import Told
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture
-def settings(tmp_path, save_tiny) -> PruneSettings:
+def settings(tmp_path, save_tiny) -> Told:
     file = tmp_path / "calibration.jsonl"
     lines = [{"prompt": "ab" * (3 + n), "completion": "cd"} for n in range(8)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return PruneSettings.checked(
+    return Told.of(
         model=str(save_tiny(tmp_path, "llama")),
         calibration=str(file),
         out=str(tmp_path / "local"),
@@ -61,21 +60,21 @@ class Disaster:
 
 
 def test_a_killed_node_changes_nothing_and_a_new_one_joins(tmp_path, settings, monkeypatch, caplog):
-    local = prune(settings)
-    search = settings.model_copy(update={"out": str(tmp_path / "nodes"), "workers": 2})
-    prepared = prepare(search)
+    local = prune(*settings)
+    search = settings.but(out=str(tmp_path / "nodes"), workers=2)
+    prepared = prepare(*search)
     with local_cluster([NodeSpec(num_cpus=1), NodeSpec(num_cpus=1)]) as cluster:
         ray.init(cluster.address, log_to_driver=False, logging_level="error")
-        with EvaluatorPool(search, prepared.calibration) as pool:
+        with EvaluatorPool(search.score, search.compute, prepared.calibration) as pool:
             ray.wait(list(pool._starting), num_returns=2, timeout=90)
             disaster = Disaster(cluster, pool)
             monkeypatch.setattr(pool, "_assign", disaster.assign)
-            scorer = Scorer(prepared.calibration, search.scoring(), pool, weights="w")
-            result = run_search(search, scorer, prepared.signature)
+            scorer = Scorer(prepared.calibration, search.score.scoring(), pool, weights="w")
+            result = run_search(search.score, search.search, scorer, prepared.signature)
     assert disaster.struck
     assert 2 in disaster.alive
     assert "an evaluator was lost" in caplog.text
     assert result.plan.fingerprint == local.plan.fingerprint
     found = [(trial.candidate, trial.score.value) for trial in result.trials]
     assert found == [(trial.candidate, trial.score.value) for trial in local.trials]
-    assert Path(search.out, "plan.json").exists()
+    assert (search.out / "plan.json").exists()

@@ -17,10 +17,13 @@ import ray
 from rayapp.commands.prune import prune
 from rayapp.distributed.evaluator_pool import EvaluatorPool
 from rayapp.errors import ClusterError, ModelError
+from rayapp.pruning.evaluator.evaluator import Evaluator
+from rayapp.pruning.measures.costs import measure_costs
+from rayapp.pruning.measures.influence import measure_influence
 from rayapp.pruning.preparation import prepare
 from rayapp.pruning.scorer import Scorer
 from rayapp.pruning.search.run import SearchResult, run_search
-from rayapp.pruning.settings import PruneSettings
+from tests.told import Told
 
 pytestmark = pytest.mark.ray
 
@@ -28,13 +31,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, save_tiny) -> PruneSettings:
+def settings(tmp_path_factory, save_tiny) -> Told:
     directory = tmp_path_factory.mktemp("distributed")
     rng = random.Random(0)
     lines = [{"prompt": "ab" * rng.randint(1, 20), "completion": "cd"} for _ in range(8)]
     file = directory / "calibration.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return PruneSettings.checked(
+    return Told.of(
         model=str(save_tiny(directory, "llama")),
         calibration=str(file),
         out=str(directory / "out"),
@@ -47,7 +50,7 @@ def settings(tmp_path_factory, save_tiny) -> PruneSettings:
 
 @pytest.fixture(scope="module")
 def local(settings) -> SearchResult:
-    return prune(settings)
+    return prune(*settings)
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +60,8 @@ def ray_session():
     ray.shutdown()
 
 
-def changed(settings: PruneSettings, out: Path, **changes: object) -> PruneSettings:
-    return settings.model_copy(update={"out": str(out), **changes})
+def changed(settings: Told, out: Path, **changes: object) -> Told:
+    return settings.but(out=str(out), **changes)
 
 
 def same(result: SearchResult) -> tuple[object, ...]:
@@ -67,13 +70,13 @@ def same(result: SearchResult) -> tuple[object, ...]:
 
 
 def test_workers_do_not_change_the_search(tmp_path, settings, local, ray_session):
-    result = prune(changed(settings, tmp_path / "out", workers=2))
+    result = prune(*changed(settings, tmp_path / "out", workers=2))
     assert same(result) == same(local)
 
 
 def test_workers_do_not_change_a_race(tmp_path, settings, ray_session):
-    alone = prune(changed(settings, tmp_path / "alone", racing=True))
-    result = prune(changed(settings, tmp_path / "out", racing=True, workers=2))
+    alone = prune(*changed(settings, tmp_path / "alone", racing=True))
+    result = prune(*changed(settings, tmp_path / "out", racing=True, workers=2))
     assert same(result) == same(alone)
     chunks = {trial.score.num_chunks for trial in result.trials}
     assert len(chunks) > 1
@@ -91,7 +94,7 @@ def test_workers_know_images_and_train_on_them(
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / f"{split}.jsonl").write_text(text)
-    search = PruneSettings.checked(
+    search = Told.of(
         model=str(tiny_llava_path(tmp_path / "model", "llava")),
         calibration=str(tmp_path / "calibration.jsonl"),
         heal="all",
@@ -103,8 +106,8 @@ def test_workers_know_images_and_train_on_them(
         evaluations=12,
         visual_tokens="3",
     )
-    result = prune(changed(search, tmp_path / "out", workers=2))
-    assert same(result) == same(prune(changed(search, tmp_path / "alone")))
+    result = prune(*changed(search, tmp_path / "out", workers=2))
+    assert same(result) == same(prune(*changed(search, tmp_path / "alone")))
     assert result.plan.visual_tokens is not None
 
 
@@ -113,11 +116,11 @@ def test_a_killed_evaluator_changes_nothing(
 ):
     """Killed while it holds work, which is computed again elsewhere."""
     search = changed(settings, tmp_path / "out", workers=2)
-    prepared = prepare(search)
+    prepared = prepare(*search)
     kills: list[int] = []
-    with EvaluatorPool(search, prepared.calibration) as pool:
-        assert pool.costs().num_blocks == prepared.signature.num_blocks
-        scorer = Scorer(prepared.calibration, search.scoring(), pool, weights="w")
+    with EvaluatorPool(search.score, search.compute, prepared.calibration) as pool:
+        assert pool.measure(measure_costs).num_blocks == prepared.signature.num_blocks
+        scorer = Scorer(prepared.calibration, search.score.scoring(), pool, weights="w")
         assign = pool._assign
 
         def assign_and_kill(waiting) -> None:
@@ -128,32 +131,51 @@ def test_a_killed_evaluator_changes_nothing(
                 ray.kill(evaluator.actor)
 
         monkeypatch.setattr(pool, "_assign", assign_and_kill)
-        result = run_search(search, scorer, prepared.signature)
+        result = run_search(search.score, search.search, scorer, prepared.signature)
     assert kills
     assert same(result) == same(local)
     assert "an evaluator was lost" in caplog.text
 
 
+def die_once(evaluator: Evaluator, marker: Path) -> int:
+    if not marker.exists():
+        marker.touch()
+        os._exit(1)
+    return evaluator.runner.num_blocks
+
+
+def test_a_measure_lost_with_its_evaluator_is_taken_on_another(
+    tmp_path, settings, ray_session, caplog
+):
+    search = settings.but(workers=2)
+    prepared = prepare(*search)
+    with EvaluatorPool(search.score, search.compute, prepared.calibration) as pool:
+        assert pool.measure(die_once, tmp_path / "marker") == prepared.signature.num_blocks
+    assert "an evaluator was lost" in caplog.text
+
+
 def test_a_node_that_cannot_read_the_model_is_a_model_error(tmp_path, settings, ray_session):
-    copy = shutil.copytree(settings.model, tmp_path / "model")
+    copy = shutil.copytree(settings.score.model, tmp_path / "model")
     search = changed(settings, tmp_path / "out", model=str(copy), workers=1)
-    prepared = prepare(search)
+    prepared = prepare(*search)
     shutil.rmtree(copy)
     with (
-        EvaluatorPool(search, prepared.calibration) as pool,
+        EvaluatorPool(search.score, search.compute, prepared.calibration) as pool,
         pytest.raises(ModelError, match="no such"),
     ):
-        pool.influence()
+        pool.measure(measure_influence)
 
 
 def test_evaluators_that_fit_nowhere_are_named(tmp_path, settings, ray_session):
     search = changed(settings, tmp_path / "out", workers=1, threads=64)
-    prepared = prepare(search)
+    prepared = prepare(*search)
     with (
-        EvaluatorPool(search, prepared.calibration, start_timeout_s=1) as pool,
+        EvaluatorPool(
+            search.score, search.compute, prepared.calibration, start_timeout_s=1
+        ) as pool,
         pytest.raises(ClusterError, match="'num_cpus': 64"),
     ):
-        pool.influence()
+        pool.measure(measure_influence)
 
 
 def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -168,16 +190,16 @@ def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_killed_driver_ends_with_the_same_plan(tmp_path, settings):
     """Killed with its evaluators in the middle of a search; resumed without any."""
     sizes = {"prefill_remove": 2.0, "decode_remove": 2.0, "evaluations": 100}
-    whole = prune(changed(settings, tmp_path / "whole", **sizes))
+    whole = prune(*changed(settings, tmp_path / "whole", **sizes))
     killed = changed(settings, tmp_path / "killed", **sizes)
     script = (
         "import sys; from rayapp.commands.prune import prune; "
-        "from rayapp.pruning.settings import PruneSettings; "
-        "prune(PruneSettings.model_validate_json(sys.argv[1]))"
+        "from tests.told import Told; "
+        "prune(*Told.parse(sys.argv[1]))"
     )
-    on_ray = killed.model_copy(update={"workers": 1}).model_dump_json()
+    on_ray = killed.but(workers=1).dumps()
     journal = tmp_path / "killed" / "journal.jsonl"
-    process = subprocess.Popen([sys.executable, "-c", script, on_ray])
+    process = subprocess.Popen([sys.executable, "-c", script, on_ray], cwd=ROOT)
     deadline = time.monotonic() + 120
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 5):
         assert process.poll() is None
@@ -186,12 +208,12 @@ def test_a_killed_driver_ends_with_the_same_plan(tmp_path, settings):
     process.kill()
     process.wait()
     assert not (tmp_path / "killed" / "plan.json").exists()
-    result = prune(killed.model_copy(update={"resume": True}))
+    result = prune(*killed.but(resume=True))
     assert same(result) == same(whole)
 
 
 def test_the_job(tmp_path, settings, local):
-    common = ["--model", settings.model, "--calibration", settings.calibration]
+    common = ["--model", settings.score.model, "--calibration", settings.score.calibration]
     sizes = ["--prefill-remove", "1", "--decode-remove", "1", "--evaluations", "24"]
     done = run_job(
         *common, *sizes, "--out", str(tmp_path / "out"), "--unit", "block", "--seed", "0"

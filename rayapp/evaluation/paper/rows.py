@@ -14,7 +14,7 @@ from typing import Any
 
 from rayapp.errors import InputError
 from rayapp.evaluation.paper.settings import ReproduceSettings
-from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.settings.search import SearchSettings
 
 _SHARED = {"shared": True, "kv_modes": False}
 _SUBSET = {"kv_modes": False, "method": "annealing"}
@@ -93,26 +93,19 @@ def left_out(row: Row, settings: ReproduceSettings, sizes: tuple[int, int]) -> s
 
 def search_settings(
     row: Row, settings: ReproduceSettings, sizes: tuple[int, int], out: Path, *, resume: bool
-) -> PruneSettings:
-    """What the search of a row is told."""
+) -> SearchSettings:
+    """How a row is searched."""
     assert row.search is not None, "only searched rows ask"
     shared = sum(sizes) // 2
     prefill, decode = (shared, shared) if row.search.get("shared") else sizes
     healing = {"heal": settings.heal, "heal_data": settings.heal_data} if row.healed else {}
     values = {
-        "model": settings.model,
-        "calibration": settings.calibration,
         "out": str(out),
         "prefill_remove": prefill,
         "decode_remove": decode,
         "method": settings.method,
         "evaluations": settings.evaluations,
         "seed": settings.seed,
-        "workers": settings.workers,
-        "address": settings.address,
-        "dtype": settings.dtype,
-        "device": settings.device,
-        "threads": settings.threads,
         "resume": resume,
     }
-    return PruneSettings.checked(**{**values, **row.search, **healing})
+    return SearchSettings.checked(**{**values, **row.search, **healing})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from rayapp.evaluation.settings import EvaluationSettings
-from rayapp.models.loading import DType
-from rayapp.pruning.candidates.healing import Heal
-from rayapp.pruning.settings import Method, PruneSettings, checked
+from rayapp.models.dtype import DType
+from rayapp.pruning.settings.checked import Settings
+from rayapp.pruning.settings.compute import ComputeSettings
+from rayapp.pruning.settings.score import ScoreSettings
+from rayapp.pruning.settings.search import Heal, Method, SearchSettings
 
 SHARE = 0.125
 """Of all blocks, what every plan removes by default: the lightest compression of the peers'
@@ -23,7 +25,7 @@ _NOT_IDENTITY = {
 }  # fmt: skip
 
 
-class ReproduceSettings(BaseModel):
+class ReproduceSettings(Settings):
     """The settings of ``jobs/reproduce.py``.
 
     Attributes:
@@ -55,8 +57,6 @@ class ReproduceSettings(BaseModel):
         device: Of evaluators, and of the evaluation in this process.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     model: str
     calibration: str
     data: dict[str, str] = Field(min_length=1)
@@ -67,7 +67,7 @@ class ReproduceSettings(BaseModel):
     decode_remove: int | None = Field(default=None, ge=1)
     share: float | None = Field(default=None, gt=0, lt=1)
     rows: tuple[str, ...] | None = None
-    method: Method = PruneSettings.model_fields["method"].default
+    method: Method = SearchSettings.model_fields["method"].default
     evaluations: int | None = Field(default=None, ge=1)
     target_reduction: float | None = Field(default=None, gt=1)
     limit: int | None = Field(default=None, ge=1)
@@ -83,11 +83,6 @@ class ReproduceSettings(BaseModel):
     threads: int = Field(default=1, ge=1)
     dtype: DType = "auto"
     device: str = "cpu"
-
-    @classmethod
-    def checked(cls, **values: Any) -> ReproduceSettings:
-        """Settings from a command line; raises :class:`InputError` naming every bad value."""
-        return checked(cls, values)
 
     @model_validator(mode="after")
     def _one_size(self) -> ReproduceSettings:
@@ -112,6 +107,16 @@ class ReproduceSettings(BaseModel):
     def identity(self) -> dict[str, Any]:
         """What rows of one directory must agree on, but for files, which are hashed."""
         return self.model_dump(mode="json", exclude=_NOT_IDENTITY)
+
+    def score(self) -> ScoreSettings:
+        """What all searches score."""
+        return ScoreSettings(model=self.model, calibration=self.calibration, dtype=self.dtype)
+
+    def compute(self) -> ComputeSettings:
+        """Where all searches compute."""
+        return ComputeSettings(
+            workers=self.workers, address=self.address, device=self.device, threads=self.threads
+        )
 
     def evaluation(self) -> EvaluationSettings:
         """How rows are measured."""

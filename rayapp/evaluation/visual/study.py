@@ -32,7 +32,8 @@ from rayapp.evaluation.visual.result import (
 )
 from rayapp.models.blocks import text_config
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.loading import DType, load_model, load_tokenizer
+from rayapp.models.dtype import DType
+from rayapp.models.loading import load_model, load_tokenizer
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan, VisualTokens
 from rayapp.vision.images import decode_file

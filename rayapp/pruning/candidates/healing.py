@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from rayapp.models.healed import HealedWeights
 from rayapp.plan import Stage
 from rayapp.pruning.candidates.candidate import ATTENTION, MLP, Candidate
-
-Heal = Literal["none", "pair", "all"]
 
 PARTS = ATTENTION | MLP
 ABSORBS_BEFORE, ABSORBS_AFTER = 4, 8

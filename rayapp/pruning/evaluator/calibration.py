@@ -20,10 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from rayapp.data.lines import ImageLine, TokenizedLine, read_lines, tokenize_line
 from rayapp.errors import DataError
 from rayapp.pruning.evaluator.visual_words import ImageWordReader, VisualWords
-
-CHUNK_TOKENS = 4096
-"""Tokens of a chunk, padding included (project default: with half as many, what a block costs
-beside its products weighs on candidates that change decode alone)."""
+from rayapp.pruning.settings.score import CHUNK_TOKENS
 
 
 @dataclass(frozen=True)

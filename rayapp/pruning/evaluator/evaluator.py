@@ -40,11 +40,10 @@ from rayapp.pruning.evaluator.block_runner import KV, BlockKVSlot, BlockRunner, 
 from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.evaluator.handoff import Handoff, handoff
 from rayapp.pruning.evaluator.masks import Masks
-from rayapp.pruning.evaluator.objective import Objective, Reference, reference_of, token_values
+from rayapp.pruning.evaluator.objective import Reference, reference_of, token_values
 from rayapp.pruning.evaluator.state_cache import StateCache, Tensors
-
-CACHE_BYTES = 1 << 30
-"""Bound of an evaluator's cache (project default)."""
+from rayapp.pruning.settings.compute import CACHE_BYTES
+from rayapp.pruning.settings.objective import Objective
 
 LineSums = tuple[float, ...]
 _Key = tuple[object, ...]

@@ -24,7 +24,8 @@ from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.evaluator.calibration import Calibration
-from rayapp.pruning.evaluator.objective import Objective, Score, combine, reference_of, token_values
+from rayapp.pruning.evaluator.objective import Score, combine, reference_of, token_values
+from rayapp.pruning.settings.objective import Objective
 
 
 def naive_scores(

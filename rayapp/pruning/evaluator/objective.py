@@ -9,42 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 
 from rayapp.errors import SearchError
 from rayapp.models.likelihood import kl, kl_top_k, log_softmax64, nll, top_k
-from rayapp.plan import KVTransfer, Stage
 from rayapp.pruning.evaluator.calibration import Calibration
-
-ObjectiveKind = Literal["kl", "nll"]
-ScoreBy = Literal["task", "token"]
+from rayapp.pruning.settings.objective import Objective
 
 _SLICE_ELEMENTS = 1 << 22  # of logits that are float64 at one time: 32 MB per copy
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What candidates are compared by, and the part of the plan that all candidates share.
-
-    Attributes:
-        kind: ``kl``: KL(dense || candidate) in nats per continuation token, against dense stages
-            and uncut KV. ``nll``: negative log-likelihood of the continuation.
-        score_by: ``task``: mean over tasks of the mean over tokens; ``token``: mean over all
-            tokens.
-        first_token: The stage that the first answer token's logits come from.
-        kv_transfer: Rules for the KV between the stages, used where a candidate's decode attends.
-        kl_top_k: For large vocabularies: KL over the dense model's likeliest tokens, all others as
-            one outcome; never above the exact one. 0 is exact.
-    """
-
-    kind: ObjectiveKind = "kl"
-    score_by: ScoreBy = "task"
-    first_token: Stage = "prefill"
-    kv_transfer: Mapping[int, KVTransfer] = field(default_factory=dict)
-    kl_top_k: int = 0
 
 
 @dataclass(frozen=True)

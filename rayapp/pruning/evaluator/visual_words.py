@@ -25,7 +25,8 @@ from rayapp.data.lines import ImageLine, TokenizedLine
 from rayapp.errors import DataError, IntegrityError, PlanError, RequestError
 from rayapp.models.blocks import find_decoder, sliding_windows, text_config
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.loading import DType, load_model
+from rayapp.models.dtype import DType
+from rayapp.models.loading import load_model
 from rayapp.models.stack import BlockStack
 from rayapp.plan import Mode, PruningPlan, StagePlan, VisualTokens
 from rayapp.vision.inputs import ImageInput, ImageIntake

@@ -29,8 +29,10 @@ from rayapp.plan import PruningPlan, Stage
 from rayapp.pruning.candidates.healing import HealedPair, Pair
 from rayapp.pruning.evaluator.block_runner import KV, BlockKVSlot
 from rayapp.pruning.evaluator.calibration import Calibration, cut
-from rayapp.pruning.evaluator.evaluator import CACHE_BYTES, Evaluator
-from rayapp.pruning.evaluator.objective import Objective
+from rayapp.pruning.evaluator.evaluator import Evaluator
+from rayapp.pruning.settings.compute import CACHE_BYTES
+from rayapp.pruning.settings.objective import Objective
+from rayapp.pruning.settings.training import DEFAULT_TRAINING, Training
 
 logger = logging.getLogger(__name__)
 
@@ -42,34 +44,6 @@ HELD_BACK_EVERY = 8
 
 BATCH_TOKENS = 2048
 """Tokens that training runs at a time, padding included (project default)."""
-
-RATE_X_WIDTH = 0.4
-"""Default learning rate times hidden size. Tuned on the test-bed (0.003 at 128), and carried to
-other widths as maximal update parametrisation does for Adam (arXiv:2203.03466)."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a pair is trained.
-
-    Attributes:
-        steps: Steps of Adam; the learning rate follows a cosine down to zero.
-        learning_rate: At the first step; None is ``RATE_X_WIDTH / hidden size``.
-        step_tokens: Tokens at the stage's positions that a step sees at least, if there are.
-        seed: Of the order of the data.
-    """
-
-    steps: int = 100
-    learning_rate: float | None = None
-    step_tokens: int = 256
-    seed: int = 0
-
-    def first_rate(self, hidden_size: int) -> float:
-        """The learning rate of the first step."""
-        return RATE_X_WIDTH / hidden_size if self.learning_rate is None else self.learning_rate
-
-
-DEFAULT_TRAINING = Training()
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,7 @@ from dataclasses import dataclass
 
 from rayapp.plan import Encoding, KVTransfer
 from rayapp.pruning.kv_choice.bytes import KVBytes
-
-FIRST = 4
-"""Entries that a cut keeps at the start: attention sinks (StreamingLLM, arXiv:2309.17453)."""
-RECENT = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
-"""Shares of a prompt that a cut may keep at its end (project default)."""
+from rayapp.pruning.kv_choice.settings import FIRST, RECENT
 
 ENCODINGS: dict[Encoding, tuple[Encoding, ...]] = {
     "model": ("model",),

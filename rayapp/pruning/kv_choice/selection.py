@@ -20,10 +20,11 @@ from rayapp.pruning.kv_choice.elimination import Elimination, Goal, Step
 from rayapp.pruning.kv_choice.levels import KVLevels, KVSet, moved
 from rayapp.pruning.kv_choice.record import KV_FILE, KVRecord
 from rayapp.pruning.kv_choice.result import BlockChoice, KVSelection, plain_rules
-from rayapp.pruning.kv_choice.settings import THRESHOLD, KVSelectSettings
-from rayapp.pruning.measures.attention_mass import BlockMass
+from rayapp.pruning.kv_choice.settings import THRESHOLD, KVSelectSettings, unusual_scores
+from rayapp.pruning.measures.attention_mass import BlockMass, measure_attention_mass
 from rayapp.pruning.progress import ProgressCallback, SearchProgress
 from rayapp.pruning.scorer import Scorer
+from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.pruning.storage import Storage
 
 
@@ -41,6 +42,7 @@ def check_out(settings: KVSelectSettings, plan: PruningPlan) -> str:
 
 
 def select_kv(
+    score: ScoreSettings,
     settings: KVSelectSettings,
     plan: PruningPlan,
     scorer: Scorer,
@@ -51,6 +53,7 @@ def select_kv(
     """Choose, and write the plan and ``kv.json``; the modes of ``plan`` stay as they are.
 
     Args:
+        score: What the scorer scores; it goes into the records.
         settings: What is wanted.
         plan: As it was read; its own transfer rules are replaced (``kv.json`` keeps them).
         scorer: Without transfer rules in its objective.
@@ -62,7 +65,7 @@ def select_kv(
             scored stays in ``kv.json``. Or the output cannot be written.
         PlanError: Decode attends nowhere, so nothing travels.
     """
-    return _Selection(settings, plan, scorer, config, on_progress).run()
+    return _Selection(score, settings, plan, scorer, config, on_progress).run()
 
 
 class _Selection:
@@ -70,6 +73,7 @@ class _Selection:
 
     def __init__(
         self,
+        score: ScoreSettings,
         settings: KVSelectSettings,
         plan: PruningPlan,
         scorer: Scorer,
@@ -77,6 +81,7 @@ class _Selection:
         on_progress: ProgressCallback | None,
     ) -> None:
         self._settings, self._plan, self._scorer = settings, plan, scorer
+        self._score_settings = score
         self._on_progress = on_progress
         self._started_s = time.monotonic()
         self._best: tuple[tuple[float, ...], KVSet] | None = None
@@ -93,9 +98,16 @@ class _Selection:
         """Measure, choose, write."""
         rule = self._levels.rules(self._levels.smallest)[self._levels.blocks[0]]
         cut = rule.model_copy(update={"encoding": "model"})
-        masses = self._scorer.attention_mass(self._base, cut)
+        scorer = self._scorer
+        masses = scorer.compute.measure(
+            measure_attention_mass,
+            self._base,
+            cut,
+            scorer.healing,
+            pairs=scorer.pairs(self._base),
+        )
         self._record.write(
-            settings=self._settings.identity,
+            settings=self._settings.identity(self._score_settings),
             previous_kv_transfer=plain_rules(self._plan.kv_transfer),
             mass=[{**asdict(mass), "kept": mass.kept} for mass in masses],
             bytes_full=self._bytes.full,
@@ -123,7 +135,7 @@ class _Selection:
         num_bytes = KVBytes(config, self._bare, [line.run_prompt for line in lines])
         settings = self._settings
         # The threshold rule knows one cut only.
-        recent = settings.recent[:1] if self._is_by_mass else settings.recent
+        recent = settings.last[:1] if self._is_by_mass else settings.last
         return num_bytes, KVLevels.of(
             blocks, num_bytes, smallest=settings.encoding, first=settings.first, recent=recent
         )
@@ -137,7 +149,7 @@ class _Selection:
         if least > self._bytes.full / wanted:
             raise InputError(
                 f"--target-reduction {wanted:g} cannot be met: with every block cut to "
-                f"{self._settings.first:g} first and {self._settings.recent[0]:g} last entries in "
+                f"{self._settings.first:g} first and {self._settings.last[0]:g} last entries in "
                 f"--dtype {self._settings.encoding}, these prompts reach "
                 f"{self._bytes.full / least:.3g}x; lower it, allow a smaller --dtype or --last, or "
                 "remove more blocks from decode"
@@ -158,7 +170,8 @@ class _Selection:
             "plan": self._bare.fingerprint,
             "weights": self._plan.model and self._plan.model.weights_fingerprint,
             "calibration": self._scorer.calibration.fingerprint,
-            "score_by": self._settings.score_by,
+            "score_by": self._score_settings.score_by,
+            **unusual_scores(self._score_settings),
         }
 
     def _sent(self, chosen: KVSet) -> int:
@@ -298,7 +311,7 @@ class _Selection:
         ]
         self._record.write(complete=True, trace=trace, **found.record())
         summary = {
-            "settings": self._settings.identity,
+            "settings": self._settings.identity(self._score_settings),
             "calibration": self._scorer.calibration.fingerprint,
             "num_lines": len(self._scorer.calibration.lines),
             **{key: value for key, value in found.record().items() if key != "blocks"},

@@ -1,83 +1,92 @@
-"""Everything that a selection of KV is told, checked."""
+"""What a selection of KV is told beside what it scores and where it computes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayapp.errors import InputError
-from rayapp.plan import CountOrShare, Encoding, PruningPlan
-from rayapp.pruning.evaluator.calibration import CHUNK_TOKENS
-from rayapp.pruning.evaluator.evaluator import CACHE_BYTES
-from rayapp.pruning.evaluator.objective import ScoreBy
-from rayapp.pruning.kv_choice.levels import FIRST, RECENT
-from rayapp.pruning.settings import PruneSettings, checked
+from rayapp.plan import CountOrShare, Encoding
+from rayapp.pruning.settings.checked import Settings
+from rayapp.pruning.settings.score import ScoreSettings
 
 KVMethod = Literal["elimination", "mass"]
 
+FIRST = 4
+"""Entries that a cut keeps at the start: attention sinks (StreamingLLM, arXiv:2309.17453)."""
+RECENT = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+"""Shares of a prompt that a cut may keep at its end (project default)."""
 THRESHOLD = 0.9
 """Mass from which on a block is cut: SimLayerKV's value for Llama-3 (arXiv:2410.13846); PDTrim's is
 not public."""
 
-_NOT_IDENTITY = {"model", "plan", "calibration", "out", "workers", "address", "cache_bytes"}
 
+class KVSelectSettings(Settings):
+    """Which plan, what goal, and which choices of transfer."""
 
-class KVSelectSettings(BaseModel):
-    """The settings of ``rayapp kv-select``.
+    plan: str = Field(description="Plan directory, or its plan.json, whose KV travels.")
+    out: str | None = Field(
+        default=None,
+        description="Directory for the new plan and kv.json; without it, that of the plan, in "
+        "place.",
+    )
+    target_reduction: float | None = Field(
+        default=None,
+        gt=0,
+        description="Goal: the best score with at least so many times fewer bytes than the dense "
+        "model sends.",
+    )
+    max_kl: float | None = Field(
+        default=None,
+        ge=0,
+        description="Goal instead: the fewest bytes with at most this KL to the dense model.",
+    )
+    encoding: Encoding = Field(
+        default="model",
+        description="Smallest encoding that KV may travel in; model never quantises.",
+    )
+    method: KVMethod = Field(
+        default="elimination",
+        description="Method of the choice: whole sets scored together (elimination), or PDTrim's "
+        "threshold on attention (mass).",
+    )
+    threshold: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of attention on first and last entries from which on the mass method "
+        "cuts a block.",
+    )
+    first: CountOrShare = Field(
+        default=FIRST,
+        description="Entries that a cut keeps at the start of a prompt: a count (4), or a share "
+        "(0.1).",
+        json_schema_extra={"as_text": True},
+    )
+    last: tuple[CountOrShare, ...] = Field(
+        default=RECENT,
+        min_length=1,
+        description="Entries that a cut may keep at the end of a prompt: counts or shares, of "
+        "which the mass method uses the first.",
+        json_schema_extra={"as_text": True},
+    )
+    generation_size: int = Field(
+        default=8,
+        ge=1,
+        description="Number of sets that are scored at a time, however many evaluators share them.",
+    )
+    seed: int = Field(default=0, description="Seed of the sets that are drawn at random.")
 
-    Attributes:
-        model: Model directory; every evaluator reads it from this path.
-        plan: Plan directory, or its ``plan.json``.
-        calibration: File of JSON lines.
-        out: Directory for plan and ``kv.json``; None: that of the plan, in place.
-        target_reduction: Least ``bytes_full / bytes_sent`` on the calibration prompts.
-        max_kl: Largest score on the calibration set.
-        encoding: The smallest encoding allowed; ``model`` never quantises.
-        method: ``elimination`` scores whole sets; ``mass`` is PDTrim's threshold rule.
-        threshold: For ``mass``: cut blocks whose first and last entries hold this share of
-            attention.
-        first: Entries that a cut keeps at the start.
-        recent: Lengths of the recent window that a cut may keep; ``mass`` uses the first one.
-        score_by: Whether tasks or tokens weigh equally.
-        generation_size: Sets asked at a time, whatever the number of workers (project default).
-        seed: Of the sets that are drawn at random.
-        workers: Ray evaluators; 0 scores in this process, without Ray.
-        address: Ray cluster to use; None uses the running one, or starts one here.
-        device: Device of each evaluator.
-        threads: Torch threads of each evaluator.
-        chunk_tokens: Tokens that an evaluator runs at a time, padding included.
-        cache_bytes: Bound of each evaluator's cache.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: str
-    plan: str
-    calibration: str
-    out: str | None = None
-    target_reduction: float | None = Field(default=None, gt=0)
-    max_kl: float | None = Field(default=None, ge=0)
-    encoding: Encoding = "model"
-    method: KVMethod = "elimination"
-    threshold: float | None = Field(default=None, ge=0, le=1)
-    first: CountOrShare = FIRST
-    recent: tuple[CountOrShare, ...] = Field(default=RECENT, min_length=1)
-    score_by: ScoreBy = "task"
-    generation_size: int = Field(default=8, ge=1)
-    seed: int = 0
-    workers: int = Field(default=0, ge=0)
-    address: str | None = None
-    device: str = "cpu"
-    threads: int = Field(default=1, ge=1)
-    chunk_tokens: int = Field(default=CHUNK_TOKENS, ge=1)
-    cache_bytes: int = Field(default=CACHE_BYTES, ge=0)
-
+    @field_validator("first", mode="before")
     @classmethod
-    def checked(cls, **values: Any) -> KVSelectSettings:
-        """Settings from a command line; raises :class:`InputError` naming every bad value."""
-        return checked(cls, values)
+    def _one_amount(cls, value: object) -> object:
+        return _amount(value)
+
+    @field_validator("last", mode="before")
+    @classmethod
+    def _many_amounts(cls, value: object) -> object:
+        return tuple(map(_amount, value)) if isinstance(value, list | tuple) else value
 
     @model_validator(mode="after")
     def _one_goal(self) -> KVSelectSettings:
@@ -90,45 +99,38 @@ class KVSelectSettings(BaseModel):
             )
         if self.method == "mass" and (given > 1 or self.max_kl is not None):
             raise ValueError("mass takes either --threshold or --target-reduction, not both")
-        if not all(self.first or recent for recent in self.recent):
-            raise ValueError("a cut keeps something: make first or every recent window at least 1")
+        if not all(self.first or last for last in self.last):
+            raise ValueError("a cut keeps something: make first or every last at least 1")
         return self
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Everything that changes the choice, but paths."""
-        return self.model_dump(mode="json", exclude=_NOT_IDENTITY | {"device", "threads"})
+    def identity(self, score: ScoreSettings) -> dict[str, Any]:
+        """Everything that changes the choice, but paths; records call ``last`` ``recent``."""
+        own = self.model_dump(mode="json", exclude={"plan", "out", "last"})
+        lines = {"score_by": score.score_by, "chunk_tokens": score.chunk_tokens}
+        return {**own, "recent": list(self.last), **lines, **unusual_scores(score)}
 
-    def scoring(self, plan: PruningPlan) -> PruneSettings:
-        """What evaluators are told: candidates bring their own transfer rules."""
-        return PruneSettings(
-            model=self.model,
-            calibration=self.calibration,
-            out=self.out or self.plan,
-            score_by=self.score_by,
-            first_token=plan.first_token,
-            visual_tokens=plan.visual_tokens,
-            workers=self.workers,
-            address=self.address,
-            device=self.device,
-            threads=self.threads,
-            chunk_tokens=self.chunk_tokens,
-            cache_bytes=self.cache_bytes,
-        )
+    def check(self, score: ScoreSettings) -> None:
+        """Raise :class:`InputError` where the goal is no matter of the objective."""
+        if self.max_kl is not None and score.objective != "kl":
+            raise InputError(
+                f"max_kl={self.max_kl:g} with objective={score.objective}: scores are no KL then; "
+                "use --objective kl, or give --target-reduction instead"
+            )
 
 
-def amounts(first: str | None, recent: Sequence[str] | None) -> dict[str, Any]:
-    """``first`` and ``recent`` as a command line gives them, where it does: 4, or 0.25."""
-    found: dict[str, Any] = {} if first is None else {"first": _amount("--first", first)}
-    if recent:
-        found["recent"] = tuple(_amount("--last", text) for text in recent)
-    return found
+def unusual_scores(score: ScoreSettings) -> dict[str, Any]:
+    """What else scores depend on, where it is not the default: records name it only then."""
+    names = {"dtype", "objective", "kl_top_k"}
+    return score.model_dump(mode="json", include=names, exclude_defaults=True)
 
 
-def _amount(option: str, text: str) -> int | float:
+def _amount(value: object) -> object:
+    """A count or a share, also where it is written as text."""
+    if not isinstance(value, str):
+        return value
     try:
-        return int(text) if text.isdecimal() else float(text)
+        return int(value) if value.isdecimal() else float(value)
     except ValueError:
-        raise InputError(
-            f"{option} {text}: is neither a count (4) nor a share (0.25) of a prompt's entries"
+        raise ValueError(
+            f"{value} is neither a count (4) nor a share (0.25) of a prompt's entries"
         ) from None

@@ -41,7 +41,7 @@ from rayapp.pruning.candidates.candidate import DENSE
 from rayapp.pruning.evaluator.block_runner import BlockKVSlot
 from rayapp.pruning.evaluator.calibration import Calibration, Chunk
 from rayapp.pruning.evaluator.evaluator import Evaluator
-from rayapp.pruning.evaluator.objective import Objective
+from rayapp.pruning.settings.objective import Objective
 
 Labels = Literal["expected", "data"]
 

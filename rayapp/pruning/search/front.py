@@ -21,7 +21,8 @@ from rayapp.pruning.progress import ProgressCallback
 from rayapp.pruning.scorer import Scorer
 from rayapp.pruning.search.run import SearchResult, run_search, write_plan
 from rayapp.pruning.search.sizes import kept_costs
-from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.settings.score import ScoreSettings
+from rayapp.pruning.settings.search import SearchSettings
 from rayapp.pruning.storage import Storage
 
 FRONT_FILE = "front.json"
@@ -71,32 +72,35 @@ class FrontResult:
 
 
 def search_front(
-    settings: PruneSettings,
+    score: ScoreSettings,
+    search: SearchSettings,
     scorer: Scorer,
     model: ModelSignature,
     *,
+    environment: Mapping[str, Any] | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> FrontResult:
     """Search every size; write ``front.json`` and ``front/NN/plan.json``, best score first.
 
-    ``settings.evaluations`` are shared out evenly over the sizes; None leaves each to the method.
+    ``search.evaluations`` are shared out evenly over the sizes; None leaves each to the method.
 
     Raises:
         InputError: As :func:`rayapp.pruning.search.run.run_search`.
         SearchError: As there.
     """
-    storage = Storage(settings.out)
-    costs = kept_costs(storage, scorer.compute, begun=settings.resume)
+    storage = Storage(search.out)
+    costs = kept_costs(storage, scorer.compute, begun=search.resume)
     searches = [
-        run_search(each, scorer, model, on_progress=on_progress) for each in _searches(settings)
+        run_search(score, each, scorer, model, environment=environment, on_progress=on_progress)
+        for each in _searches(search)
     ]
     scores = _whole_scores(searches, len(scorer.calibration.chunks))
     points = undominated(_point(candidate, scores[candidate], costs) for candidate in scores)
-    _write(storage, settings, model, points, scores, scorer)
+    _write(storage, score, search, model, points, scores, scorer)
     return FrontResult(tuple(points), tuple(searches))
 
 
-def _searches(settings: PruneSettings) -> list[PruneSettings]:
+def _searches(settings: SearchSettings) -> list[SearchSettings]:
     """The settings of each size's own search."""
     sizes = settings.sizes()
     share = settings.evaluations and max(1, settings.evaluations // len(sizes))
@@ -153,7 +157,8 @@ def _is_cheaper(other: Point, point: Point) -> bool:
 
 def _write(
     storage: Storage,
-    settings: PruneSettings,
+    score: ScoreSettings,
+    search: SearchSettings,
     model: ModelSignature,
     points: Sequence[Point],
     scores: Mapping[Candidate, Score],
@@ -165,11 +170,11 @@ def _write(
         directory = f"front/{number:02d}"
         plan = point.candidate.plan(
             model,
-            first_token=settings.first_token,
-            kv_transfer=settings.kv_transfer,
-            visual_tokens=settings.visual_tokens,
+            first_token=score.first_token,
+            kv_transfer=score.kv_transfer,
+            visual_tokens=score.visual_tokens,
             provenance={
-                "settings": settings.identity,
+                "settings": {**search.identity, **score.identity},
                 "score": point.score,
                 "score_by_task": scores[point.candidate].tasks,
                 "estimated": dict(zip(PRICE, point.price, strict=True)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,13 @@ from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.candidates.healing import Healing
 from rayapp.pruning.candidates.space import Space
 from rayapp.pruning.evaluator.objective import Score
-from rayapp.pruning.measures.influence import Influence, distillation_set, pruning_set
+from rayapp.pruning.measures.gate_hessian import measure_gate_hessian
+from rayapp.pruning.measures.influence import (
+    Influence,
+    distillation_set,
+    measure_influence,
+    pruning_set,
+)
 from rayapp.pruning.methods.method import Generation, SearchMethod, Setup
 from rayapp.pruning.methods.table import GRADIENT_METHODS, METHODS
 from rayapp.pruning.progress import ProgressCallback, SearchProgress
@@ -27,7 +33,8 @@ from rayapp.pruning.scorer import Scorer
 from rayapp.pruning.search.journal import Journal, Trial, check_replayed
 from rayapp.pruning.search.racing import race
 from rayapp.pruning.search.trials import write_trials
-from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.settings.score import ScoreSettings
+from rayapp.pruning.settings.search import SearchSettings
 from rayapp.pruning.storage import Storage
 
 VERIFIED = "verified"
@@ -67,23 +74,33 @@ class SearchResult:
 
 
 def run_search(
-    settings: PruneSettings,
+    score: ScoreSettings,
+    search: SearchSettings,
     scorer: Scorer,
     model: ModelSignature,
     *,
+    environment: Mapping[str, Any] | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> SearchResult:
-    """Search, journal every generation, and write plan, journal and trials to ``settings.out``.
+    """Search, journal every generation, and write plan, journal and trials to ``search.out``.
 
     A search that was killed and is run again with ``resume`` ends with the same plan: the method is
     told the journal's scores in their order, and goes on from there.
+
+    Args:
+        score: What the scorer scores; it goes into the journal and the plan.
+        search: How to search.
+        scorer: It gives every score.
+        model: The model's signature, which the plan will name.
+        environment: Where scores are computed: recorded, but free to differ on resumption.
+        on_progress: Called as candidates are scored.
 
     Raises:
         InputError: Sizes contradict each other or the model, ``out`` cannot be written, or it holds
             another search.
         SearchError: A score is not finite, or writing failed; the journal keeps what was scored.
     """
-    return _Search(settings, scorer, model, on_progress).run()
+    return _Search(score, search, scorer, model, environment or {}, on_progress).run()
 
 
 class _Search:
@@ -91,22 +108,26 @@ class _Search:
 
     def __init__(
         self,
-        settings: PruneSettings,
+        score: ScoreSettings,
+        search: SearchSettings,
         scorer: Scorer,
         model: ModelSignature,
+        environment: Mapping[str, Any],
         on_progress: ProgressCallback | None,
     ) -> None:
-        self._settings, self._scorer, self._model = settings, scorer, model
+        self._score_settings, self._settings = score, search
+        self._scorer, self._model = scorer, model
+        self._environment = {**environment, **_versions()}
         self._on_progress = on_progress
         self._started_s = time.monotonic()
-        self._space = settings.space(model.num_blocks)
-        _check_method(settings, self._space)
-        self._storage = Storage(settings.out)
+        self._space = search.space(model.num_blocks)
+        _check_method(search, self._space)
+        self._storage = Storage(search.out)
         self._journal = Journal(
             self._storage,
             self._header(),
-            environment=_environment(settings),
-            resume=settings.resume,
+            environment=self._environment,
+            resume=search.resume,
         )
         self._told: dict[Candidate, Score] = {}
         self._trials: list[Trial] = []
@@ -137,13 +158,14 @@ class _Search:
 
     def _method(self) -> SearchMethod:
         settings, kind = self._settings, METHODS[self._settings.method]
+        compute = self._scorer.compute
         splits_blocks = settings.pruning_set or settings.heal == "pair"
         uses_influence = kind.uses_influence or splits_blocks
         if uses_influence and self._journal.influence is None:
-            self._journal.add_influence(_checked(self._scorer.compute.influence()))
+            self._journal.add_influence(_checked(compute.measure(measure_influence)))
         influence = self._journal.influence
         if settings.method in GRADIENT_METHODS and self._journal.gate_hessian is None:
-            self._journal.add_gate_hessian(self._scorer.compute.gate_hessian())
+            self._journal.add_gate_hessian(compute.measure(measure_gate_hessian))
         if settings.pruning_set:
             assert influence is not None, "measured above"
             self._space = _restricted(self._space, influence, settings.distillation_threshold)
@@ -247,9 +269,9 @@ class _Search:
         seconds = time.monotonic() - self._started_s
         plan = best.plan(
             self._model,
-            first_token=self._settings.first_token,
-            kv_transfer=self._settings.kv_transfer,
-            visual_tokens=self._settings.visual_tokens,
+            first_token=self._score_settings.first_token,
+            kv_transfer=self._score_settings.kv_transfer,
+            visual_tokens=self._score_settings.visual_tokens,
             provenance=self._provenance(seconds),
         )
         write_trials(self._storage, self._trials, self._scorer.pairs)
@@ -266,7 +288,7 @@ class _Search:
     def _header(self) -> dict[str, Any]:
         healed = self._scorer.healed
         return {
-            "settings": self._settings.identity,
+            "settings": {**self._settings.identity, **self._score_settings.identity},
             "model": self._model.model_dump(mode="json"),
             "calibration": self._scorer.calibration.fingerprint,
             **({"heal_data": healed.context["data"]} if healed else {}),
@@ -277,7 +299,7 @@ class _Search:
         best, dense = self._told[self._best[1]], self._told[DENSE]
         return {
             **{key: value for key, value in self._header().items() if key != "model"},
-            "environment": _environment(self._settings),
+            "environment": self._environment,
             "num_lines": len(self._scorer.calibration.lines),
             "score": best.value,
             "score_by_task": best.tasks,
@@ -305,7 +327,7 @@ def write_plan(
     return plan
 
 
-def _healing(settings: PruneSettings, num_blocks: int, influence: Influence | None) -> Healing:
+def _healing(settings: SearchSettings, num_blocks: int, influence: Influence | None) -> Healing:
     """Which removed blocks are healed."""
     if settings.heal == "all":
         return Healing.of_all(num_blocks)
@@ -317,7 +339,7 @@ def _healing(settings: PruneSettings, num_blocks: int, influence: Influence | No
     return Healing(num_blocks, prefill, decode)
 
 
-def _check_method(settings: PruneSettings, space: Space) -> None:
+def _check_method(settings: SearchSettings, space: Space) -> None:
     """Let a method that needs no measurement refuse its settings before anything is written."""
     kind = METHODS[settings.method]
     if not kind.uses_influence and settings.method not in GRADIENT_METHODS:
@@ -343,6 +365,9 @@ def _checked(influence: Influence) -> Influence:
     return influence
 
 
-def _environment(settings: PruneSettings) -> dict[str, Any]:
-    versions = {"rayapp": __version__, "torch": torch.__version__}
-    return {**settings.environment, **versions, "transformers": transformers.__version__}
+def _versions() -> dict[str, str]:
+    return {
+        "rayapp": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

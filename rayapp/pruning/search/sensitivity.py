@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rayapp.plan import Stage
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
-from rayapp.pruning.evaluator.objective import ObjectiveKind, ScoreBy
-from rayapp.pruning.measures.influence import Influence
+from rayapp.pruning.measures.influence import Influence, measure_influence
 from rayapp.pruning.scorer import Scorer
 from rayapp.pruning.search.journal import JOURNAL_FILE, journal_influence
+from rayapp.pruning.settings.objective import ObjectiveKind, ScoreBy
 from rayapp.pruning.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def keep_influence(storage: Storage, scorer: Scorer, weights: str) -> None:
     if journal_influence(text) or kept.influence:
         return
     logger.info("measuring the similarity of blocks for the report: about one evaluation")
-    influence = scorer.compute.influence()
+    influence = scorer.compute.measure(measure_influence)
     if all(math.isfinite(value) for values in asdict(influence).values() for value in values):
         _write(storage, kept.model_copy(update={"influence": influence}))
 

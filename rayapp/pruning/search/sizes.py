@@ -10,10 +10,10 @@ import itertools
 import logging
 
 from rayapp.errors import InputError
-from rayapp.pruning.measures.costs import Costs
+from rayapp.pruning.measures.costs import Costs, measure_costs
 from rayapp.pruning.scorer import Compute
 from rayapp.pruning.search.journal import JOURNAL_FILE
-from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.settings.search import SearchSettings
 from rayapp.pruning.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -25,12 +25,12 @@ def kept_costs(storage: Storage, compute: Compute, *, begun: bool) -> Costs:
     """The costs that a search which has ``begun`` was started with, or measured and kept now."""
     if begun and storage.exists(COSTS_FILE):
         return Costs.loads(storage.read_text(COSTS_FILE))
-    costs = compute.costs()
+    costs = compute.measure(measure_costs)
     storage.write_bytes(COSTS_FILE, costs.dumps().encode())
     return costs
 
 
-def with_sizes(settings: PruneSettings, compute: Compute) -> PruneSettings:
+def with_sizes(settings: SearchSettings, compute: Compute) -> SearchSettings:
     """The settings with sizes that reach ``target_speedup``; unchanged where none is asked for.
 
     Raises:
@@ -54,7 +54,7 @@ def with_sizes(settings: PruneSettings, compute: Compute) -> PruneSettings:
     return settings.model_copy(update={"prefill_remove": prefill, "decode_remove": decode})
 
 
-def sizes_for(settings: PruneSettings, costs: Costs, target: float) -> tuple[float, float]:
+def sizes_for(settings: SearchSettings, costs: Costs, target: float) -> tuple[float, float]:
     """The fewest blocks whose removal is expected to reach ``target`` (project default).
 
     Of equally many, those that are spread most evenly over the stages; then the faster ones.
@@ -72,7 +72,7 @@ def sizes_for(settings: PruneSettings, costs: Costs, target: float) -> tuple[flo
     return min(reached, key=lambda pair: (sum(pair), abs(pair[0] - pair[1]), -speed_ups[pair]))
 
 
-def _expected(settings: PruneSettings, costs: Costs, prefill: float, decode: float) -> float:
+def _expected(settings: SearchSettings, costs: Costs, prefill: float, decode: float) -> float:
     dense_s = costs.expected_s(0, 0, kv_modes=False)
     kv_modes = settings.kv_modes and not settings.shared
     return dense_s / costs.expected_s(prefill, decode, kv_modes=kv_modes)

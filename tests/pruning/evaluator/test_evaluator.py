@@ -14,8 +14,9 @@ from rayapp.pruning.candidates.space import Space
 from rayapp.pruning.evaluator.calibration import Calibration, cut
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.evaluator.naive import naive_scores, teacher_forced
-from rayapp.pruning.evaluator.objective import Objective, Score
+from rayapp.pruning.evaluator.objective import Score
 from rayapp.pruning.scorer import LocalCompute, Scorer
+from rayapp.pruning.settings.objective import Objective
 
 RULES = {
     1: KVTransfer(first=2, last=3, encoding="int8"),

@@ -23,14 +23,14 @@ from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.evaluator.calibration import Calibration, cut, load_calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.evaluator.naive import naive_scores
-from rayapp.pruning.evaluator.objective import Objective
 from rayapp.pruning.evaluator.visual_words import ImageWordReader, VisualWords, teach
 from rayapp.pruning.kv_choice.bytes import KVBytes
 from rayapp.pruning.measures.gate_hessian import GatedModel
 from rayapp.pruning.preparation import open_evaluator, open_healer, prepare
 from rayapp.pruning.scorer import LocalCompute, Scorer
-from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.settings.objective import Objective
 from rayapp.vision.llava import load_image_processor
+from tests.told import Told
 
 CANDIDATES = [DENSE, Candidate((4, 5), (2, 3)), Candidate((), (0, 5))]
 RULES = {0: KVTransfer(first=2, last=0.5), 1: KVTransfer(encoding="int8")}
@@ -216,9 +216,9 @@ def test_a_model_is_taught_in_order(home, path):
     teach(loaded.model, VisualWords(known, words.rows_WE[:1]))
 
 
-def settings_of(home: Path, path: Path, out: Path, **others: object) -> PruneSettings:
+def settings_of(home: Path, path: Path, out: Path, **others: object) -> Told:
     given = {"prefill_remove": 1, "decode_remove": 1, "dtype": "float32"} | others
-    return PruneSettings.checked(model=str(home), calibration=str(path), out=str(out), **given)
+    return Told.of(model=str(home), calibration=str(path), out=str(out), **given)
 
 
 def test_healing_trains_on_images_too(home, path, tmp_path, encoded_image):
@@ -228,9 +228,10 @@ def test_healing_trains_on_images_too(home, path, tmp_path, encoded_image):
     settings = settings_of(
         home, path, tmp_path, heal="all", heal_data=str(heal), visual_tokens="3", heal_steps=2
     )
-    prepared = prepare(settings)
-    evaluator = open_evaluator(settings, prepared.calibration)
-    healer = open_healer(settings, evaluator, prepared.heal_data)
+    prepared = prepare(*settings)
+    evaluator = open_evaluator(settings.score, settings.compute, prepared.calibration)
+    training = settings.search.training()
+    healer = open_healer(settings.score, settings.compute, training, evaluator, prepared.heal_data)
     assert healer is not None
     assert prepared.calibration.words is not None
     assert prepared.heal_data is not None
@@ -247,7 +248,7 @@ def test_the_same_question_about_another_image_may_train(home, path, tmp_path, e
         (tmp_path / f"{seed}.png").write_bytes(encoded_image(seed, 16 + 4 * seed))
     settings = settings_of(home, path, tmp_path, heal="all", heal_data=str(same))
     with pytest.raises(DataError, match=r"same.jsonl line 1: its prompt is also in .* line 1"):
-        prepare(settings)
+        prepare(*settings)
 
 
 def test_a_search_writes_a_plan_that_prunes(home, path, tmp_path):
@@ -287,13 +288,13 @@ class TestRefused:
         path = tmp_path / "lines.jsonl"
         path.write_text('{"prompt": "a", "completion": "b"}\n')
         with pytest.raises(InputError, match="model type 'llama' takes no images"):
-            prepare(settings_of(testbed_path, path, tmp_path, visual_tokens="64"))
+            prepare(*settings_of(testbed_path, path, tmp_path, visual_tokens="64"))
 
     def test_no_line_about_an_image(self, home, tmp_path):
         path = tmp_path / "lines.jsonl"
         path.write_text('{"prompt": "a", "completion": "b"}\n')
         with pytest.raises(DataError, match="holds no line about an image"):
-            prepare(settings_of(home, path, tmp_path, visual_tokens="4"))
+            prepare(*settings_of(home, path, tmp_path, visual_tokens="4"))
 
     @pytest.mark.parametrize("value", ["many", "0", '{"keep": 3}', "1.5"])
     def test_rules_that_are_none(self, home, path, tmp_path, value):
@@ -310,7 +311,7 @@ class TestRefused:
         path = tmp_path / "lines.jsonl"
         path.write_text('{"prompt": "a", "completion": "b", "image": "none.png"}\n')
         with pytest.raises(DataError, match=r"line 1: image 'none.png' is no file"):
-            prepare(settings_of(home, path, tmp_path))
+            prepare(*settings_of(home, path, tmp_path))
 
 
 def test_text_keys_stay_as_they_were(calibration):

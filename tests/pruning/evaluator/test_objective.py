@@ -9,7 +9,8 @@ from rayapp.data.lines import TokenizedLine
 from rayapp.errors import SearchError
 from rayapp.models.likelihood import kl
 from rayapp.pruning.evaluator.calibration import cut
-from rayapp.pruning.evaluator.objective import Objective, combine, reference_of, token_values
+from rayapp.pruning.evaluator.objective import combine, reference_of, token_values
+from rayapp.pruning.settings.objective import Objective
 
 LINES = cut(
     [

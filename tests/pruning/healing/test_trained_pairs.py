@@ -22,14 +22,14 @@ from rayapp.pruning.preparation import heal_context, open_evaluator, open_healer
 from rayapp.pruning.progress import SearchProgress
 from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.pruning.search.run import SearchResult, run_search
-from rayapp.pruning.settings import PruneSettings
 from rayapp.pruning.storage import Storage
+from tests.told import Told
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, save_tiny, write_calibration) -> PruneSettings:
+def settings(tmp_path_factory, save_tiny, write_calibration) -> Told:
     directory = tmp_path_factory.mktemp("healed")
-    return PruneSettings.checked(
+    return Told.of(
         model=str(save_tiny(directory, "llama")),
         calibration=str(write_calibration(directory / "calibration.jsonl")),
         heal_data=str(write_calibration(directory / "heal.jsonl", 16, seed=9)),
@@ -59,13 +59,17 @@ class Counting(LocalCompute):
 
 
 def search(settings, limit=None, on_progress=None) -> tuple[SearchResult, Counting]:
-    prepared = prepare(settings)
-    evaluator = open_evaluator(settings, prepared.calibration)
-    compute = Counting(evaluator, open_healer(settings, evaluator, prepared.heal_data))
+    prepared, training = prepare(*settings), settings.search.training()
+    score, here = settings.score, settings.compute
+    evaluator = open_evaluator(score, here, prepared.calibration)
+    healer = open_healer(score, here, training, evaluator, prepared.heal_data)
+    compute = Counting(evaluator, healer)
     compute.trained, compute.limit = [], limit
-    healed = HealedPairs(Storage(settings.out), heal_context(settings, prepared), compute)
-    scorer = Scorer(prepared.calibration, settings.scoring(), compute, weights="w", healed=healed)
-    return run_search(settings, scorer, prepared.signature, on_progress=on_progress), compute
+    context = heal_context(score, training, prepared)
+    healed = HealedPairs(Storage(settings.out), context, compute)
+    scorer = Scorer(prepared.calibration, score.scoring(), compute, weights="w", healed=healed)
+    found = run_search(score, settings.search, scorer, prepared.signature, on_progress=on_progress)
+    return found, compute
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +82,8 @@ def undisturbed(settings, moments) -> tuple[SearchResult, Counting]:
     return search(settings, on_progress=moments.append)
 
 
-def elsewhere(settings: PruneSettings, out: Path, **changes) -> PruneSettings:
-    return settings.model_copy(update={"out": str(out), **changes})
+def elsewhere(settings: Told, out: Path, **changes) -> Told:
+    return settings.but(out=str(out), **changes)
 
 
 def same(result: SearchResult) -> tuple[object, ...]:
@@ -89,7 +93,7 @@ def same(result: SearchResult) -> tuple[object, ...]:
 
 def test_what_is_written(settings, undisturbed, moments):
     result, compute = undisturbed
-    out = Path(settings.out)
+    out = settings.out
     plan = PruningPlan.load(out)
     assert plan == result.plan
     assert plan.healed
@@ -112,17 +116,17 @@ def test_what_is_written(settings, undisturbed, moments):
 
 def test_evaluation_scores_the_written_plan_as_the_search_did(settings, undisturbed):
     plan = PruningPlan.load(settings.out)
-    model = load_model(settings.model).model
-    prepared = prepare(settings)
+    model = load_model(settings.score.model).model
+    prepared = prepare(*settings)
     lines = prepared.calibration.lines
     dense, served = TwoStages(model, PruningPlan()), TwoStages(model, plan)
     sums = {index: found.kl for index, found in likelihoods(dense, served, lines)}
-    score = combine(settings.scoring(), prepared.calibration, sums, name="plan").value
+    score = combine(settings.score.scoring(), prepared.calibration, sums, name="plan").value
     wanted = undisturbed[0].score.value
     assert abs(score - wanted) <= 1e-5 * wanted + 1e-7
     bare = TwoStages(model, plan.with_healed(None))
     assert {i: found.kl for i, found in likelihoods(dense, bare, lines)} != sums
-    evaluator = Evaluator(model, prepared.calibration, settings.scoring())
+    evaluator = Evaluator(model, prepared.calibration, settings.score.scoring())
     fixed = pairs_of_plan(plan)
     for healed in fixed:
         evaluator.add_healed(healed)
@@ -181,12 +185,12 @@ def test_only_the_distillation_set_is_healed(tmp_path, settings):
 
 def test_a_front_writes_the_healed_tensors_of_every_plan(tmp_path, settings):
     front = elsewhere(settings, tmp_path, prefill_remove=0, decode_remove=2, pareto=True)
-    result = prune_front(front)
+    result = prune_front(*front)
     assert any(any(point.candidate.decode) for point in result.points)
     for number, point in enumerate(result.points):
         plan = PruningPlan.load(tmp_path / "front" / f"{number:02d}")
         assert bool(plan.healed) == bool(point.candidate.decode)
-        loaded = load_model(settings.model, plan=plan, stage="decode")
+        loaded = load_model(settings.score.model, plan=plan, stage="decode")
         assert loaded.parameter_bytes > 0
     assert (tmp_path / "healed").is_dir()
     assert not list((tmp_path / "sizes").glob("*/healed"))
@@ -194,7 +198,7 @@ def test_a_front_writes_the_healed_tensors_of_every_plan(tmp_path, settings):
 
 def test_without_healing_nothing_of_it_is_written(tmp_path, settings):
     plain = elsewhere(settings, tmp_path, heal="none", heal_data=None, evaluations=4)
-    prune(plain)
+    prune(*plain)
     header = json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])
     assert not [key for key in {**header, **header["settings"]} if "heal" in key]
     assert not list(tmp_path.glob("healed*"))
@@ -211,25 +215,25 @@ def test_without_healing_nothing_of_it_is_written(tmp_path, settings):
 )
 def test_contradictions_are_refused(tmp_path, settings, changes, message):
     with pytest.raises(InputError, match=message):
-        prune(elsewhere(settings, tmp_path / "out", **changes))
+        prune(*elsewhere(settings, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
 
 
 def test_heal_data_must_not_be_scored_on(tmp_path, settings):
-    heal = Path(settings.heal_data).read_text().splitlines()
-    scored = Path(settings.calibration).read_text().splitlines()
+    heal = Path(settings.search.heal_data).read_text().splitlines()
+    scored = Path(settings.score.calibration).read_text().splitlines()
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text("\n".join([*heal[:3], scored[4], *heal[3:]]))
     with pytest.raises(DataError, match=r"mixed.jsonl line 4: .*calibration.jsonl line 5"):
-        prepare(elsewhere(settings, tmp_path, heal_data=str(mixed)))
+        prepare(*elsewhere(settings, tmp_path, heal_data=str(mixed)))
     mixed.write_text("\n".join(heal[:5]))
     with pytest.raises(DataError, match="holds 5 lines; give 8 or more"):
-        prepare(elsewhere(settings, tmp_path, heal_data=str(mixed)))
+        prepare(*elsewhere(settings, tmp_path, heal_data=str(mixed)))
 
 
 def test_a_plan_that_moved_without_its_tensors_says_so(tmp_path, settings, undisturbed):
-    (tmp_path / "plan.json").write_text((Path(settings.out) / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text((settings.out / "plan.json").read_text())
     plan = PruningPlan.load(tmp_path)
     for stage in STAGES:
         with pytest.raises(PlanError, match=r"weights.safetensors: is missing"):
-            load_model(settings.model, plan=plan, stage=stage)
+            load_model(settings.score.model, plan=plan, stage=stage)

@@ -19,10 +19,11 @@ from rayapp.pruning.candidates.healing import HealedPair, Healing, Pair
 from rayapp.pruning.evaluator.calibration import cut
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.evaluator.naive import naive_scores
-from rayapp.pruning.evaluator.objective import Objective
 from rayapp.pruning.healing.trained_pairs import HealedPairs
-from rayapp.pruning.healing.training import FROZEN, Healer, Training
+from rayapp.pruning.healing.training import FROZEN, Healer
 from rayapp.pruning.scorer import LocalCompute, Scorer
+from rayapp.pruning.settings.objective import Objective
+from rayapp.pruning.settings.training import Training
 from rayapp.pruning.storage import Storage
 from rayapp.testbed.tasks import TASKS, generate
 

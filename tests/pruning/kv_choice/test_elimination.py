@@ -12,11 +12,11 @@ from rayapp.plan import KVTransfer
 from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.evaluator.calibration import cut
 from rayapp.pruning.evaluator.evaluator import Evaluator
-from rayapp.pruning.evaluator.objective import Objective
 from rayapp.pruning.kv_choice.bytes import KVBytes
 from rayapp.pruning.kv_choice.elimination import Elimination, Goal
 from rayapp.pruning.kv_choice.levels import KVLevels, KVSet
 from rayapp.pruning.scorer import LocalCompute, Scorer
+from rayapp.pruning.settings.objective import Objective
 
 NUM_LEVELS = (4, 3, 4, 4, 3)
 

@@ -13,8 +13,8 @@ from rayapp.plan import KVTransfer
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.evaluator.calibration import cut
 from rayapp.pruning.evaluator.evaluator import Evaluator
-from rayapp.pruning.evaluator.objective import Objective
 from rayapp.pruning.measures.attention_mass import measure_attention_mass
+from rayapp.pruning.settings.objective import Objective
 
 FIRST, LAST = 2, 4
 

@@ -6,10 +6,10 @@ from rayapp.errors import InputError
 from rayapp.plan import KVTransfer
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.evaluator.evaluator import Evaluator
-from rayapp.pruning.evaluator.objective import Objective
 from rayapp.pruning.measures.costs import Costs, measure_costs
 from rayapp.pruning.search.sizes import kept_costs, sizes_for
-from rayapp.pruning.settings import PruneSettings
+from rayapp.pruning.settings.objective import Objective
+from rayapp.pruning.settings.search import SearchSettings
 from rayapp.pruning.storage import Storage
 
 COSTS = Costs(
@@ -25,8 +25,8 @@ COSTS = Costs(
 )
 
 
-def settings(**changes: object) -> PruneSettings:
-    return PruneSettings.checked(model="m", calibration="c", out="o", **changes)
+def settings(**changes: object) -> SearchSettings:
+    return SearchSettings.checked(out="o", **changes)
 
 
 def test_costs_add_up_by_part_and_stage():
@@ -94,7 +94,8 @@ def test_measured_costs(tiny_model, calibration, family):
 
 def test_a_search_that_goes_on_keeps_its_costs(tmp_path):
     class Compute:
-        def costs(self) -> Costs:
+        def measure(self, function):
+            assert function is measure_costs
             return COSTS
 
     storage = Storage(tmp_path)

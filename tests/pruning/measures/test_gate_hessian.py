@@ -17,8 +17,9 @@ from rayapp.pruning.candidates.space import Space
 from rayapp.pruning.evaluator.calibration import Calibration, cut
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.evaluator.naive import teacher_forced
-from rayapp.pruning.evaluator.objective import Objective, combine
+from rayapp.pruning.evaluator.objective import combine
 from rayapp.pruning.measures.gate_hessian import GatedModel, GateHessian, measure_gate_hessian
+from rayapp.pruning.settings.objective import Objective
 
 BLOCKS, VOCABULARY = 3, 7
 

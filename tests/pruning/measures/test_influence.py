@@ -5,8 +5,8 @@ import torch
 
 from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
-from rayapp.pruning.evaluator.objective import Objective
 from rayapp.pruning.measures.influence import measure_influence
+from rayapp.pruning.settings.objective import Objective
 
 
 def by_hooks(model, calibration: Calibration) -> dict[str, list[float]]:

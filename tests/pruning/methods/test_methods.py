@@ -37,7 +37,8 @@ from rayapp.pruning.methods.window import Window, windows
 from rayapp.pruning.preparation import open_evaluator, prepare
 from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.pruning.search.run import SearchResult, run_search
-from rayapp.pruning.settings import Method, PruneSettings
+from rayapp.pruning.settings.search import Method
+from tests.told import Told
 
 BLOCKS = 8
 INFLUENCE = Influence(*((0.5,) * count for count in (BLOCKS, 2 * BLOCKS) * 2))
@@ -323,15 +324,17 @@ def searched(tmp_path_factory, save_tiny, write_calibration):
     evaluator: list[Evaluator] = []
 
     def search(name: str, out: Path, resume: bool) -> SearchResult:
-        settings = PruneSettings.checked(
+        settings = Told.of(
             model=model, calibration=lines, out=str(out), method=name, resume=resume,
             prefill_remove=1, decode_remove=1, evaluations=None if name == "exhaustive" else 24,
         )  # fmt: skip
-        prepared = prepare(settings)
-        evaluator[:] = evaluator or [open_evaluator(settings, prepared.calibration)]
+        prepared = prepare(*settings)
+        evaluator[:] = evaluator or [
+            open_evaluator(settings.score, settings.compute, prepared.calibration)
+        ]
         compute = LocalCompute(evaluator[0])
-        scorer = Scorer(prepared.calibration, settings.scoring(), compute, weights="w")
-        return run_search(settings, scorer, prepared.signature)
+        scorer = Scorer(prepared.calibration, settings.score.scoring(), compute, weights="w")
+        return run_search(settings.score, settings.search, scorer, prepared.signature)
 
     return search
 

@@ -14,13 +14,13 @@ from rayapp.pruning.candidates.space import Space
 from rayapp.pruning.evaluator.calibration import cut
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.evaluator.naive import naive_scores
-from rayapp.pruning.evaluator.objective import Objective
 from rayapp.pruning.measures.influence import Influence
 from rayapp.pruning.methods.annealing import Annealing
 from rayapp.pruning.methods.exhaustive import Exhaustive
 from rayapp.pruning.methods.method import SearchMethod, Setup
 from rayapp.pruning.methods.similarity import Similarity
 from rayapp.pruning.scorer import LocalCompute, Scorer
+from rayapp.pruning.settings.objective import Objective
 from rayapp.testbed import tasks
 
 FLAT = Influence((0.5,) * 6, (0.5,) * 12, (0.5,) * 6, (0.5,) * 12)

@@ -12,7 +12,7 @@ from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.preparation import open_evaluator, prepare
 from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.pruning.search.front import Point, search_front, undominated
-from rayapp.pruning.settings import PruneSettings
+from tests.told import Told
 
 
 def dominates(one: Point, other: Point) -> bool:
@@ -35,9 +35,9 @@ def test_the_front_is_what_nothing_dominates():
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, save_tiny, write_calibration) -> PruneSettings:
+def settings(tmp_path_factory, save_tiny, write_calibration) -> Told:
     directory = tmp_path_factory.mktemp("front")
-    return PruneSettings.checked(
+    return Told.of(
         model=str(save_tiny(directory, "llama")),
         calibration=str(write_calibration(directory / "calibration.jsonl")),
         out=str(directory / "out"),
@@ -49,11 +49,11 @@ def settings(tmp_path_factory, save_tiny, write_calibration) -> PruneSettings:
 
 
 def test_a_front_of_plans(settings, tmp_path):
-    prepared = prepare(settings)
-    compute = LocalCompute(open_evaluator(settings, prepared.calibration))
-    scorer = Scorer(prepared.calibration, settings.scoring(), compute, weights="w")
-    settings = settings.model_copy(update={"out": str(tmp_path)})
-    result = search_front(settings, scorer, prepared.signature)
+    prepared = prepare(*settings)
+    compute = LocalCompute(open_evaluator(settings.score, settings.compute, prepared.calibration))
+    scorer = Scorer(prepared.calibration, settings.score.scoring(), compute, weights="w")
+    wanted = settings.but(out=str(tmp_path)).search
+    result = search_front(settings.score, wanted, scorer, prepared.signature)
     assert len(result.searches) == 2 * 3 - 1
     assert all(search.evaluations <= 40 // 5 + 1 for search in result.searches)
     rows = json.loads((tmp_path / "front.json").read_text())
@@ -65,10 +65,11 @@ def test_a_front_of_plans(settings, tmp_path):
         assert plan.provenance["score"] == row["score"] == point.score
     least = min(result.points, key=lambda point: point.bytes_sent)
     assert least.candidate.removed("decode") == 2
-    again = search_front(settings.model_copy(update={"resume": True}), scorer, prepared.signature)
+    resumed = wanted.model_copy(update={"resume": True})
+    again = search_front(settings.score, resumed, scorer, prepared.signature)
     assert again.points == result.points
     with pytest.raises(InputError, match="go on with --resume"):
-        search_front(settings, scorer, prepared.signature)
+        search_front(settings.score, wanted, scorer, prepared.signature)
 
 
 @pytest.mark.parametrize(
@@ -80,12 +81,11 @@ def test_a_front_of_plans(settings, tmp_path):
     ],
 )
 def test_contradictions_are_named(settings, changes, rule):
-    values = settings.model_dump() | changes
     with pytest.raises(InputError, match=rule):
-        PruneSettings.checked(**values).check(5)
+        settings.but(**changes).search.check(5)
 
 
 def test_sizes_honour_the_coupling(settings):
-    assert settings.model_copy(update={"shared": True}).sizes() == [(1, 1)]
-    subset = settings.model_copy(update={"kv_modes": False}).sizes()
+    assert settings.but(shared=True).search.sizes() == [(1, 1)]
+    subset = settings.but(kv_modes=False).search.sizes()
     assert subset == [(0, 1), (0, 2), (1, 1), (1, 2)]

@@ -11,9 +11,10 @@ from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.candidates.space import Space
 from rayapp.pruning.evaluator.calibration import Calibration, cut
 from rayapp.pruning.evaluator.evaluator import Evaluator
-from rayapp.pruning.evaluator.objective import Objective, Score
+from rayapp.pruning.evaluator.objective import Score
 from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.pruning.search.racing import _going_on, _line_weights, chunk_order, race, rung_sizes
+from rayapp.pruning.settings.objective import Objective
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 13])

@@ -14,7 +14,6 @@ from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.evaluator.calibration import cut
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.evaluator.naive import naive_scores
-from rayapp.pruning.evaluator.objective import Objective
 from rayapp.pruning.measures.influence import Influence, measure_influence
 from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.pruning.search.journal import journal_influence
@@ -24,6 +23,7 @@ from rayapp.pruning.search.sensitivity import (
     keep_influence,
     measure_sensitivity,
 )
+from rayapp.pruning.settings.objective import Objective
 from rayapp.pruning.storage import Storage
 
 
@@ -39,9 +39,10 @@ class Counted(LocalCompute):
         self.candidates += sum(len(each.candidates) for each in work)
         return super().run(work)
 
-    def influence(self) -> Influence:
+    def measure(self, function, *arguments, **options):
+        assert function is measure_influence
         self.influences += 1
-        found = super().influence()
+        found = super().measure(function, *arguments, **options)
         return Influence((math.nan,), (), (), ()) if self._broken else found
 
 

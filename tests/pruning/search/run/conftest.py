@@ -16,7 +16,7 @@ from rayapp.pruning.preparation import open_evaluator, prepare
 from rayapp.pruning.progress import SearchProgress
 from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.pruning.search.run import SearchResult, run_search
-from rayapp.pruning.settings import PruneSettings
+from tests.told import Told
 
 SEARCH = {
     "method": "annealing",
@@ -44,20 +44,28 @@ class Counting(LocalCompute):
 
 
 def run_counted(
-    settings: PruneSettings,
+    settings: Told,
     limit: int | None = None,
     *,
     evaluator: Evaluator,
     on_progress: Callable[[SearchProgress], None] | None = None,
 ) -> tuple[SearchResult, Counting]:
-    prepared = prepare(settings)
+    prepared = prepare(*settings)
     compute = Counting(evaluator, limit)
-    scorer = Scorer(prepared.calibration, settings.scoring(), compute, weights="w")
-    return run_search(settings, scorer, prepared.signature, on_progress=on_progress), compute
+    scorer = Scorer(prepared.calibration, settings.score.scoring(), compute, weights="w")
+    found = run_search(
+        settings.score,
+        settings.search,
+        scorer,
+        prepared.signature,
+        environment=settings.compute.environment,
+        on_progress=on_progress,
+    )
+    return found, compute
 
 
-def move(settings: PruneSettings, out: Path, **changes: Any) -> PruneSettings:
-    return settings.model_copy(update={"out": str(out), **changes})
+def move(settings: Told, out: Path, **changes: Any) -> Told:
+    return settings.but(out=str(out), **changes)
 
 
 def read_journal(out: Path | str) -> list[dict[str, Any]]:
@@ -70,9 +78,9 @@ def reduce_result(result: SearchResult) -> tuple[Any, ...]:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, save_tiny, write_calibration) -> PruneSettings:
+def settings(tmp_path_factory, save_tiny, write_calibration) -> Told:
     directory = tmp_path_factory.mktemp("search")
-    return PruneSettings.checked(
+    return Told.of(
         model=str(save_tiny(directory, "llama")),
         calibration=str(write_calibration(directory / "calibration.jsonl")),
         out=str(directory / "undisturbed"),
@@ -81,15 +89,15 @@ def settings(tmp_path_factory, save_tiny, write_calibration) -> PruneSettings:
 
 
 @pytest.fixture(scope="module")
-def evaluator(settings: PruneSettings) -> Evaluator:
+def evaluator(settings: Told) -> Evaluator:
     """Of a single chunk, so that a candidate is scored once."""
-    calibration = prepare(settings).calibration
+    calibration = prepare(*settings).calibration
     assert len(calibration.chunks) == 1
-    return open_evaluator(settings, calibration)
+    return open_evaluator(settings.score, settings.compute, calibration)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(settings: PruneSettings, evaluator: Evaluator) -> SearchResult:
+def undisturbed(settings: Told, evaluator: Evaluator) -> SearchResult:
     """What the search of ``settings`` finds when nothing comes between."""
     return run_counted(settings, evaluator=evaluator)[0]
 
@@ -101,7 +109,7 @@ def search(evaluator: Evaluator) -> Callable[..., tuple[SearchResult, Counting]]
 
 
 @pytest.fixture(scope="session")
-def elsewhere() -> Callable[..., PruneSettings]:
+def elsewhere() -> Callable[..., Told]:
     """``elsewhere(settings, out, **changes)``: the same search in another directory."""
     return move
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -11,23 +10,23 @@ import pytest
 
 from rayapp.pruning.preparation import open_evaluator, prepare
 from rayapp.pruning.search.run import SearchResult
-from rayapp.pruning.settings import PruneSettings
+from tests.told import Told
 
 
 @pytest.fixture(scope="module")
-def raced(tmp_path_factory, settings) -> PruneSettings:
+def raced(tmp_path_factory, settings) -> Told:
     """Six chunks, of which losers see some."""
     out = str(tmp_path_factory.mktemp("raced") / "out")
     changes = {"out": out, "racing": True, "chunk_tokens": 24, "generation_size": 8}
-    return settings.model_copy(update=changes)
+    return settings.but(**changes)
 
 
 @pytest.fixture(scope="module")
 def race(search) -> Callable[..., tuple[SearchResult, Any]]:
     """``race(settings, limit)``: as ``search``, by an evaluator of its own chunks."""
 
-    def run(settings: PruneSettings, limit: int | None = None) -> tuple[SearchResult, Any]:
-        evaluator = open_evaluator(settings, prepare(settings).calibration)
+    def run(settings: Told, limit: int | None = None) -> tuple[SearchResult, Any]:
+        evaluator = open_evaluator(settings.score, settings.compute, prepare(*settings).calibration)
         return search(settings, limit, evaluator=evaluator)
 
     return run
@@ -35,7 +34,7 @@ def race(search) -> Callable[..., tuple[SearchResult, Any]]:
 
 def test_a_raced_search_scores_its_winners_on_all_chunks(raced, race):
     result, compute = race(raced)
-    total = len(prepare(raced).calibration.chunks)
+    total = len(prepare(*raced).calibration.chunks)
     assert total >= 4
     chunks = [trial.score.num_chunks for trial in result.trials]
     assert set(chunks) > {1, total}
@@ -48,7 +47,7 @@ def test_a_raced_search_scores_its_winners_on_all_chunks(raced, race):
     for number in {trial.generation for trial in result.trials}:
         trials = [trial for trial in result.trials if trial.generation == number]
         assert min(trials, key=lambda t: t.score.value).score.num_chunks == total
-    rows = pq.read_table(Path(raced.out) / "trials.parquet").to_pylist()
+    rows = pq.read_table(raced.out / "trials.parquet").to_pylist()
     assert [row["chunks"] for row in rows] == chunks
     assert result.plan.provenance["chunks_scored"] == sum(scored.values())
     verified = [trial for trial in result.trials if trial.phase == "verified"]

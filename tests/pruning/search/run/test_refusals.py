@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,7 @@ from rayapp.errors import InputError, SearchError
 from rayapp.pruning.preparation import prepare
 from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.pruning.search.run import run_search
-from rayapp.pruning.settings import PruneSettings
+from tests.told import Told
 
 
 def test_a_journal_is_not_overwritten(settings, undisturbed, search):
@@ -31,7 +30,7 @@ def test_a_journal_is_not_overwritten(settings, undisturbed, search):
 def test_a_journal_of_other_settings_is_refused(
     tmp_path, settings, undisturbed, changes, named, search, elsewhere
 ):
-    (tmp_path / "journal.jsonl").write_bytes((Path(settings.out) / "journal.jsonl").read_bytes())
+    (tmp_path / "journal.jsonl").write_bytes((settings.out / "journal.jsonl").read_bytes())
     with pytest.raises(InputError) as error:
         search(elsewhere(settings, tmp_path, resume=True, **changes))
     assert named in str(error.value)
@@ -40,7 +39,7 @@ def test_a_journal_of_other_settings_is_refused(
 def test_a_journal_of_other_data_is_refused(
     tmp_path, settings, undisturbed, write_calibration, search, elsewhere
 ):
-    (tmp_path / "journal.jsonl").write_bytes((Path(settings.out) / "journal.jsonl").read_bytes())
+    (tmp_path / "journal.jsonl").write_bytes((settings.out / "journal.jsonl").read_bytes())
     other = str(write_calibration(tmp_path / "other.jsonl", seed=1))
     with pytest.raises(InputError, match="calibration: journal"):
         search(elsewhere(settings, tmp_path, resume=True, calibration=other))
@@ -66,13 +65,13 @@ def test_an_edited_journal_is_refused(tmp_path, settings, undisturbed, search, e
 )
 def test_sizes_that_contradict_a_rule(tmp_path, settings, changes, rule, elsewhere):
     with pytest.raises(InputError, match=rule):
-        prepare(elsewhere(settings, tmp_path / "out", **changes))
+        prepare(*elsewhere(settings, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
 
 
 def test_bad_settings_are_one_line_each():
     with pytest.raises(InputError) as error:
-        PruneSettings.checked(model="m", calibration="c", out="o", method="magic", evaluations=0)
+        Told.of(model="m", calibration="c", out="o", method="magic", evaluations=0)
     assert "method='magic'" in str(error.value)
     assert "evaluations=0" in str(error.value)
     assert "\n" not in str(error.value)
@@ -88,10 +87,10 @@ def test_a_score_that_is_not_finite_ends_the_search_and_keeps_the_journal(
                 sums = [tuple(float("nan") for _ in row) for row in done.sums]
                 yield replace(done, sums=tuple(sums)) if bad else done
 
-    prepared = prepare(settings)
-    scorer = Scorer(prepared.calibration, settings.scoring(), Broken(evaluator), weights="w")
+    prepared = prepare(*settings)
+    scorer = Scorer(prepared.calibration, settings.score.scoring(), Broken(evaluator), weights="w")
     with pytest.raises(SearchError, match="scores nan"):
-        run_search(elsewhere(settings, tmp_path), scorer, prepared.signature)
+        run_search(settings.score, elsewhere(settings, tmp_path).search, scorer, prepared.signature)
     assert sum(len(line.get("trials", [])) for line in journal(tmp_path)) > 4
 
 
@@ -99,12 +98,12 @@ def test_a_model_that_is_not_finite_is_one_clear_error(
     tmp_path, settings, evaluator, elsewhere, journal
 ):
     class Broken(LocalCompute):
-        def influence(self):
-            found = super().influence()
+        def measure(self, function, *arguments, **options):
+            found = super().measure(function, *arguments, **options)
             return replace(found, decode_blocks=(float("nan"), *found.decode_blocks[1:]))
 
-    prepared = prepare(settings)
-    scorer = Scorer(prepared.calibration, settings.scoring(), Broken(evaluator), weights="w")
+    prepared = prepare(*settings)
+    scorer = Scorer(prepared.calibration, settings.score.scoring(), Broken(evaluator), weights="w")
     with pytest.raises(SearchError, match=r"influence decode_blocks\[0\] is nan"):
-        run_search(elsewhere(settings, tmp_path), scorer, prepared.signature)
+        run_search(settings.score, elsewhere(settings, tmp_path).search, scorer, prepared.signature)
     assert [line["kind"] for line in journal(tmp_path)] == ["header"]

@@ -21,7 +21,7 @@ from rayapp.pruning.progress import SearchProgress
 
 
 def test_what_is_written(settings, undisturbed, journal):
-    out = Path(settings.out)
+    out = settings.out
     assert sorted(p.name for p in out.iterdir()) == ["journal.jsonl", "plan.json", "trials.parquet"]
     plan = PruningPlan.load(out)
     assert plan == undisturbed.plan
@@ -29,14 +29,14 @@ def test_what_is_written(settings, undisturbed, journal):
     assert plan.removed("decode") == 2
     assert plan.provenance["settings"]["seed"] == 0
     assert plan.provenance["score"] == undisturbed.score.value
-    assert plan.model == prepare(settings).signature
+    assert plan.model == prepare(*settings).signature
     kinds = [line["kind"] for line in journal(out)]
     assert kinds[:2] == ["header", "influence"]
     assert set(kinds[2:]) == {"generation"}
 
 
 def test_trials_hold_every_score(settings, undisturbed):
-    rows = pq.read_table(Path(settings.out) / "trials.parquet").to_pylist()
+    rows = pq.read_table(settings.out / "trials.parquet").to_pylist()
     assert len(rows) == len(undisturbed.trials) == undisturbed.evaluations == 21
     assert rows[0]["phase"] == "dense"
     assert rows[0]["score"] == undisturbed.dense_score.value == 0.0
@@ -98,7 +98,7 @@ def _without_seconds_like(found: list[dict], wanted: list[dict]) -> list[dict]:
 def test_a_torn_last_line_is_tolerated(
     tmp_path, settings, undisturbed, torn, search, elsewhere, journal, outcome
 ):
-    whole = (Path(settings.out) / "journal.jsonl").read_bytes()
+    whole = (settings.out / "journal.jsonl").read_bytes()
     (tmp_path / "journal.jsonl").write_bytes(whole[:-torn])
     result, compute = search(elsewhere(settings, tmp_path, resume=True))
     assert outcome(result) == outcome(undisturbed)
@@ -109,7 +109,7 @@ def test_a_torn_last_line_is_tolerated(
 def test_a_finished_search_resumes_without_scoring(
     tmp_path, settings, undisturbed, search, elsewhere, outcome
 ):
-    (tmp_path / "journal.jsonl").write_bytes((Path(settings.out) / "journal.jsonl").read_bytes())
+    (tmp_path / "journal.jsonl").write_bytes((settings.out / "journal.jsonl").read_bytes())
     result, compute = search(elsewhere(settings, tmp_path, resume=True))
     assert outcome(result) == outcome(undisturbed)
     assert compute.scored == []
@@ -122,17 +122,19 @@ def test_resume_without_a_journal_starts(
     assert outcome(result) == outcome(undisturbed)
 
 
+ROOT = Path(__file__).parents[4]
+
 SCRIPT = """
 import sys
 from rayapp.pruning.preparation import open_evaluator, prepare
 from rayapp.pruning.search.run import run_search
 from rayapp.pruning.scorer import LocalCompute, Scorer
-from rayapp.pruning.settings import PruneSettings
-settings = PruneSettings.model_validate_json(sys.argv[1])
-prepared = prepare(settings)
-compute = LocalCompute(open_evaluator(settings, prepared.calibration))
-scorer = Scorer(prepared.calibration, settings.scoring(), compute, weights="w")
-run_search(settings, scorer, prepared.signature)
+from tests.told import Told
+told = Told.parse(sys.argv[1])
+prepared = prepare(*told)
+compute = LocalCompute(open_evaluator(told.score, told.compute, prepared.calibration))
+scorer = Scorer(prepared.calibration, told.score.scoring(), compute, weights="w")
+run_search(told.score, told.search, scorer, prepared.signature)
 """
 
 
@@ -141,7 +143,7 @@ def test_kill_9_of_the_process_and_resume(tmp_path, settings, search, elsewhere,
     whole = elsewhere(settings, tmp_path / "whole", evaluations=150)
     killed = elsewhere(whole, tmp_path / "killed")
     file = tmp_path / "killed" / "journal.jsonl"
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, killed.model_dump_json()])
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, killed.dumps()], cwd=ROOT)
     deadline = time.monotonic() + 60
     while not (file.exists() and file.read_bytes().count(b"\n") >= 5):
         assert process.poll() is None
@@ -151,7 +153,7 @@ def test_kill_9_of_the_process_and_resume(tmp_path, settings, search, elsewhere,
     process.wait()
     assert not (tmp_path / "killed" / "plan.json").exists()
     num_lines = len(file.read_bytes().splitlines())
-    result, _ = search(killed.model_copy(update={"resume": True}))
+    result, _ = search(killed.but(resume=True))
     undisturbed, _ = search(whole)
     assert outcome(result) == outcome(undisturbed)
     assert 5 <= num_lines < len(journal(tmp_path / "killed"))
@@ -162,7 +164,7 @@ def test_a_disk_that_fills_up_ends_the_search_which_can_go_on(
     tmp_path, settings, undisturbed, search, elsewhere, outcome
 ):
     """The kernel refuses the write in the middle of a line, as a full disk does."""
-    whole = len((Path(settings.out) / "journal.jsonl").read_bytes())
+    whole = len((settings.out / "journal.jsonl").read_bytes())
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

@@ -1,0 +1,107 @@
+"""What is scored: a model, lines, and an objective."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from rayapp.models.dtype import DType
+from rayapp.plan import KVTransfer, PruningPlan, Stage, VisualTokens
+from rayapp.pruning.settings.checked import Settings
+from rayapp.pruning.settings.objective import Objective, ObjectiveKind, ScoreBy
+
+CHUNK_TOKENS = 4096
+"""Tokens of a chunk, padding included (project default: with half as many, what a block costs
+beside its products weighs on candidates that change decode alone)."""
+
+
+class ScoreSettings(Settings):
+    """What a score is of: everything here changes scores, but the paths."""
+
+    model: str = Field(
+        description="Model directory with safetensors weights; every evaluator reads it from here."
+    )
+    revision: str | None = Field(
+        default=None,
+        description="Revision of a model on the Hugging Face Hub: a branch, a tag or a commit.",
+    )
+    calibration: str = Field(
+        description="File of JSON lines, a prompt and a completion each, that scores are taken on."
+    )
+    dtype: DType = Field(
+        default="auto",
+        description="Element type that the model is loaded in; auto keeps the checkpoint's.",
+    )
+    objective: ObjectiveKind = Field(
+        default="kl",
+        description="Objective that is minimised: the KL to the dense model (kl), or the negative "
+        "log-likelihood of the completions (nll).",
+    )
+    score_by: ScoreBy = Field(
+        default="task",
+        description="Weights of a score: all tasks count alike (task), or all tokens (token).",
+    )
+    kl_top_k: int = Field(
+        default=0,
+        ge=0,
+        description="Number of likeliest tokens that the KL compares, all others counting as one "
+        "outcome; 0 compares the whole vocabulary.",
+    )
+    first_token: Stage = Field(
+        default="prefill", description="Stage that makes the first token of an answer."
+    )
+    kv_transfer: dict[int, KVTransfer] = Field(
+        default_factory=dict,
+        description="Transfer rules by block, scored together with what is removed.",
+    )
+    visual_tokens: VisualTokens | None = Field(
+        default=None,
+        description="Visual tokens that are kept per image: a count (64), a share (0.25), or a "
+        "rule as JSON, as a plan holds it.",
+        json_schema_extra={"as_text": True},
+    )
+    chunk_tokens: int = Field(
+        default=CHUNK_TOKENS,
+        ge=1,
+        description="Tokens that an evaluator runs at a time, padding included.",
+    )
+
+    @field_validator("visual_tokens", mode="before")
+    @classmethod
+    def _written(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            found = json.loads(value)
+        except json.JSONDecodeError:
+            raise ValueError('give a count, a share, or JSON such as {"num_keep": 64}') from None
+        return found if isinstance(found, dict) else {"num_keep": found}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a journal must agree on: everything that changes scores, but paths.
+
+        What was added later and is not used is left out, so that older journals go on.
+        """
+        unused = {name for name in ("revision", "visual_tokens") if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude={"model", "calibration"} | unused)
+
+    def scoring(self) -> Objective:
+        """The objective that candidates are compared by."""
+        return Objective(
+            kind=self.objective,
+            score_by=self.score_by,
+            first_token=self.first_token,
+            kv_transfer=self.kv_transfer,
+            kl_top_k=self.kl_top_k,
+        )
+
+    def following(self, plan: PruningPlan) -> ScoreSettings:
+        """The same for candidates that stand in for a plan and bring transfer rules of their own.
+
+        First token and visual tokens are those of the plan.
+        """
+        fixed = {"first_token": plan.first_token, "visual_tokens": plan.visual_tokens}
+        return self.model_copy(update={**fixed, "kv_transfer": {}})

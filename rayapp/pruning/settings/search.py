@@ -1,0 +1,211 @@
+"""How plans are searched: sizes, space, healing, method and budget."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rayapp.errors import InputError
+from rayapp.pruning.candidates.space import Space, Unit
+from rayapp.pruning.settings.checked import Settings
+from rayapp.pruning.settings.training import DEFAULT_TRAINING, Training
+
+Heal = Literal["none", "pair", "all"]
+Method = Literal[
+    "annealing",
+    "cbo",
+    "evolution",
+    "exhaustive",
+    "greedy",
+    "one_shot",
+    "random",
+    "similarity",
+    "surrogate",
+    "window",
+]
+
+_NOT_IDENTITY = {"heal_data", "out", "resume"}
+_HEALING = {"heal", "heal_steps", "heal_learning_rate"}
+
+
+class SearchSettings(Settings):
+    """How a search goes, and where its files go."""
+
+    out: str = Field(
+        description="Directory, or any URI that pyarrow can write, for plan, journal and trials."
+    )
+    prefill_remove: float = Field(
+        default=0.0,
+        ge=0,
+        description="Number of blocks that prefill does without; an attention or an MLP alone "
+        "counts one half.",
+    )
+    decode_remove: float = Field(
+        default=0.0,
+        ge=0,
+        description="Number of blocks that decode does without; an attention or an MLP alone "
+        "counts one half.",
+    )
+    target_speedup: float | None = Field(
+        default=None,
+        gt=1,
+        description="Speed-up over the dense model, from prompt to last token, that sizes are "
+        "chosen for; it is given instead of sizes.",
+    )
+    pareto: bool = Field(
+        default=False,
+        description="Front: search every size up to those given, for many plans instead of one.",
+    )
+    unit: Unit = Field(
+        default="block",
+        description="Unit of removal: a whole block, or a part of it (attention or MLP).",
+    )
+    kv_modes: bool = Field(
+        default=True,
+        description="KV modes: prefill may skip a block and still write its KV; without them, "
+        "prefill removes only what decode removes.",
+    )
+    shared: bool = Field(
+        default=False, description="Shared set: both stages remove one and the same blocks."
+    )
+    pruning_set: bool = Field(
+        default=False,
+        description="Pruning set: only blocks that hardly change their input may be removed, as "
+        "in PDTrim.",
+    )
+    distillation_threshold: float = Field(
+        default=0.95,
+        ge=-1,
+        le=1,
+        description="Similarity of input and output from which on a block belongs to the pruning "
+        "set; the default is PDTrim's.",
+    )
+    heal: Heal = Field(
+        default="none",
+        description="Healing: a trained neighbour takes over the work of removed blocks, of those "
+        "outside the pruning set (pair), or of all; none trains nothing.",
+    )
+    heal_data: str | None = Field(
+        default=None,
+        description="File of JSON lines that survivors are trained on; none of its prompts may "
+        "be in the calibration file.",
+    )
+    heal_steps: int = Field(
+        default=DEFAULT_TRAINING.steps,
+        ge=1,
+        description="Number of training steps of each healed pair of blocks.",
+    )
+    heal_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Learning rate of the first training step; without it, the model's width "
+        "decides.",
+    )
+    method: Method = Field(default="surrogate", description="Method that the search follows.")
+    racing: bool = Field(
+        default=False,
+        description="Race: score every candidate on few lines, and only the best on all of them.",
+    )
+    evaluations: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of candidates that are scored at most; without it, the method decides.",
+    )
+    generation_size: int = Field(
+        default=8,
+        ge=1,
+        description="Number of candidates that are scored at a time, however many evaluators "
+        "share them.",
+    )
+    seed: int = Field(default=0, description="Seed of the search's random choices.")
+    resume: bool = Field(
+        default=False, description="Resumption: go on from the journal in the output directory."
+    )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a journal must agree on: everything that changes choices, but paths."""
+        unused = _HEALING if self.heal == "none" else set()
+        return self.model_dump(mode="json", exclude=_NOT_IDENTITY | unused)
+
+    def training(self) -> Training:
+        """How survivors are trained."""
+        return Training(steps=self.heal_steps, learning_rate=self.heal_learning_rate)
+
+    def check_healing(self) -> None:
+        """Raise :class:`InputError` where healing contradicts another setting."""
+        if (self.heal == "none") != (self.heal_data is None):
+            raise InputError(
+                f"heal={self.heal} with heal_data={self.heal_data}: healing needs a file of its "
+                "own; give both --heal pair or all and --heal-data, or neither"
+            )
+        if self.heal != "none" and self.unit == "part":
+            raise InputError(
+                f"heal={self.heal} with unit=part: only whole blocks are healed; use --unit block, "
+                "or --heal none"
+            )
+        if self.heal != "none" and self.pruning_set:
+            raise InputError(
+                f"heal={self.heal} with pruning_set: blocks of the pruning set need no healing, "
+                "and no others would be removed; leave out --pruning-set, or use --heal none"
+            )
+
+    def fits(self, prefill_remove: float, decode_remove: float) -> bool:
+        """Whether the coupling of the stages allows these sizes."""
+        if self.shared:
+            return prefill_remove == decode_remove
+        return self.kv_modes or prefill_remove <= decode_remove
+
+    def sizes(self) -> list[tuple[float, float]]:
+        """All sizes up to those given that the coupling allows, but for none at all; ascending."""
+        step = 0.5 if self.unit == "part" else 1.0
+        prefill, decode = (
+            [step * n for n in range(1 + int(most / step))]
+            for most in (self.prefill_remove, self.decode_remove)
+        )
+        pairs = [(p, d) for p in prefill for d in decode if (p or d) and self.fits(p, d)]
+        if not pairs:
+            raise InputError(
+                f"prefill_remove={self.prefill_remove:g} and decode_remove={self.decode_remove:g} "
+                "leave no sizes to search; raise them"
+            )
+        return pairs
+
+    def check(self, num_blocks: int) -> None:
+        """Raise :class:`InputError` where settings contradict a rule, or each other."""
+        self.check_healing()
+        if self.pareto and self.target_speedup is not None:
+            raise InputError(
+                f"target_speedup={self.target_speedup:g} asks for one plan and pareto for a front; "
+                "leave out one or the other"
+            )
+        if self.pareto:
+            for prefill, decode in self.sizes():
+                self.model_copy(update={"prefill_remove": prefill, "decode_remove": decode}).space(
+                    num_blocks
+                )
+        elif self.target_speedup is None:
+            self.space(num_blocks)
+        elif self.prefill_remove or self.decode_remove:
+            raise InputError(
+                f"target_speedup={self.target_speedup:g} chooses the sizes, but prefill_remove="
+                f"{self.prefill_remove:g} and decode_remove={self.decode_remove:g} are given; "
+                "leave out one or the other"
+            )
+
+    def space(self, num_blocks: int) -> Space:
+        """The candidates; raises :class:`InputError` where sizes contradict a rule."""
+        if not self.prefill_remove and not self.decode_remove:
+            raise InputError(
+                "prefill_remove=0 and decode_remove=0 leave nothing to search; give "
+                "--prefill-remove, --decode-remove or --target-speedup"
+            )
+        return Space(
+            num_blocks,
+            self.prefill_remove,
+            self.decode_remove,
+            self.unit,
+            self.kv_modes,
+            self.shared,
+        )
