@@ -24,13 +24,13 @@ import torch
 from ablations.bench import Bench, Sizes, plan_words
 from ablations.studies import METHOD
 
-from rayapp.commands.kv_select import kv_select
 from rayapp.evaluation.machine import this_machine
 from rayapp.plan import PruningPlan
 from rayapp.pruning.kv_choice.settings import KVSelectSettings
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.testbed import text_model_path
+from rayapp.workflows.kv_select import kv_select
 
 GOALS = ("3.5:model", "4.95:model", "4.95:int8", "9:int4")
 MARGIN = 1.01

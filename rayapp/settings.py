@@ -9,13 +9,14 @@ not wait for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rayapp.errors import InputError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+"""Element types that a checkpoint can be loaded in, and ``auto`` for its own."""
 
 ModelName = Annotated[
     str,
@@ -27,9 +28,8 @@ ModelName = Annotated[
 Revision = Annotated[
     str | None, Field(description="Branch, tag or commit of a Hub id; its main branch without.")
 ]
-DTypeName = Annotated[
-    DType, Field(description="Element type that the model computes in; auto keeps its own.")
-]
+DTYPE_HELP = "Element type that the model computes in; auto keeps its own."
+DTypeName = Annotated[DType, Field(description=DTYPE_HELP)]
 Device = Annotated[
     str, Field(description="Device that computes: cpu, cuda, or auto for all GPUs that are there.")
 ]
@@ -37,23 +37,42 @@ Threads = Annotated[int, Field(ge=1, description="Torch threads of each process 
 Workers = Annotated[
     int,
     Field(
-        ge=0, description="Evaluators on a Ray cluster; 0 computes in this process, without Ray."
+        ge=0,
+        description="Evaluators on a Ray cluster that share the work; 0 works in this process, "
+        "without Ray.",
     ),
 ]
 Address = Annotated[
     str | None,
-    Field(description="Ray cluster to use; without it the running one, or one started here."),
+    Field(
+        description="Address of the Ray cluster; without it, the running one is used, or a local "
+        "one is started.",
+    ),
 ]
 
 
 class Strict(BaseModel):
-    """A frozen model of plain data that refuses unknown keys by their path."""
+    """Plain data that refuses unknown keys by their path, and never changes.
+
+    The ``title`` of a model's configuration is the heading of its options on a help page.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelSource(Strict):
+class Settings(Strict):
+    """Values that a command is given."""
+
+    @classmethod
+    def checked(cls, **values: Any) -> Self:
+        """Settings from plain values; raises :class:`InputError` naming every bad one."""
+        return checked(cls, values)
+
+
+class ModelSource(Settings):
     """Where a model comes from."""
+
+    model_config = ConfigDict(title="The model")
 
     model: ModelName
     revision: Revision = None
@@ -83,6 +102,22 @@ def checked(
         return kind.model_validate(values)
     except ValidationError as error:
         raise InputError("; ".join(_explain(each, name) for each in error.errors())) from None
+
+
+def filled(values: Mapping[str, Any], *kinds: type[Settings]) -> list[Any]:
+    """One settings object of every kind, each from the values that it has a field for.
+
+    Raises:
+        InputError: Values are bad, or no kind has a field for them.
+    """
+    known = {name for kind in kinds for name in kind.model_fields}
+    unknown = [f"{n}={values[n]!r}: there is no such setting" for n in values.keys() - known]
+    if unknown:
+        raise InputError("; ".join(unknown))
+    return [
+        checked(kind, {name: v for name, v in values.items() if name in kind.model_fields})
+        for kind in kinds
+    ]
 
 
 def _explain(error: Any, name: Callable[[str], str]) -> str:

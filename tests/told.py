@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rayapp.pruning.kv_choice.settings import KVSelectSettings
-from rayapp.pruning.settings.checked import Settings, filled
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.pruning.settings.search import SearchSettings
+from rayapp.settings import Settings, filled
 
 
 def _changed(kinds: tuple[Settings, ...], changes: dict[str, Any]) -> list[Any]:

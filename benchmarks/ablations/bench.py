@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from rayapp.commands.prune import prune
 from rayapp.data.lines import TokenizedLine
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.sampling_params import SamplingParams
@@ -26,11 +25,12 @@ from rayapp.models.loading import LoadedModel, load_model
 from rayapp.plan import PruningPlan
 from rayapp.pruning.evaluator.calibration import load_calibration
 from rayapp.pruning.kv_choice.bytes import KVBytes
-from rayapp.pruning.settings.checked import filled
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.pruning.settings.search import SearchSettings
+from rayapp.settings import filled
 from rayapp.testbed import tasks
+from rayapp.workflows.prune import prune
 
 RESAMPLES = 2000
 

@@ -9,7 +9,6 @@ from typing import Any
 from ablations.bench import Bench
 from ablations.channels import without_channels
 from ablations.text import text_calibration
-from rayapp.commands.kv_select import kv_select
 from rayapp.models.loading import load_model
 from rayapp.plan import KVTransfer, PruningPlan
 from rayapp.pruning.kv_choice.settings import KVSelectSettings
@@ -17,6 +16,7 @@ from rayapp.pruning.measures.influence import measure_influence
 from rayapp.pruning.preparation import open_evaluator, prepare_scoring
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import ScoreSettings
+from rayapp.workflows.kv_select import kv_select
 
 REMOVE = 2
 METHOD = "surrogate"

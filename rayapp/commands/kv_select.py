@@ -1,48 +1,44 @@
-"""One selection of KV, from settings to a plan: in this process, or on a Ray cluster."""
+"""``rayapp kv-select``: which KV of a plan travels."""
 
 from __future__ import annotations
 
-from rayapp.commands.report import refresh_report
-from rayapp.commands.scorer import opened_scorer
-from rayapp.models.checkpoint import Checkpoint
-from rayapp.plan import PruningPlan
-from rayapp.pruning.kv_choice.result import KVSelection
-from rayapp.pruning.kv_choice.selection import check_out, select_kv
+import logging
+from typing import Annotated, get_args
+
+import typer
+
+from rayapp.commands.options import command
+from rayapp.plan import Encoding
 from rayapp.pruning.kv_choice.settings import KVSelectSettings
-from rayapp.pruning.preparation import prepare_scoring
-from rayapp.pruning.progress import ProgressCallback
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import ScoreSettings
-from rayapp.pruning.storage import Storage
+from rayapp.settings import DTYPE_HELP, DType
 
 
+# What decode's first step is, and which visual tokens it sees, is the plan's to say.
+@command(without=("first_token", "visual_tokens", "dtype"))
 def kv_select(
     score: ScoreSettings,
+    choice: KVSelectSettings,
     compute: ComputeSettings,
-    settings: KVSelectSettings,
-    *,
-    on_progress: ProgressCallback | None = None,
-) -> KVSelection:
-    """Choose which KV of a plan travels; write the plan, ``kv.json`` and its report.
+    dtype: Annotated[
+        str, typer.Option(metavar=f"<{'|'.join(get_args(DType))}>", help=DTYPE_HELP)
+    ] = "auto",
+) -> None:
+    """Choose which KV of a plan travels, and in which encoding."""
+    from rich.console import Console
 
-    First token and visual tokens are the plan's, whatever ``score`` says of them. Where scores are
-    computed, :func:`rayapp.commands.scorer.opened_scorer` says.
+    from rayapp.pruning.progress import ProgressReport
+    from rayapp.workflows import kv_select as workflow
+    from rayapp.workflows.tables import kv_table
 
-    Raises:
-        InputError: Model, plan, data or output directory cannot be used, or no choice meets the
-            goal.
-        ClusterError: The cluster cannot be reached, or cannot place an evaluator.
-        SearchError: A score is not finite, or writing failed; ``kv.json`` keeps what was scored.
-    """
-    settings.check(score)
-    plan = PruningPlan.load(settings.plan)
-    score = score.following(plan)
-    prepared = prepare_scoring(score, compute)
-    plan.check_model(prepared.signature)
-    out = check_out(settings, plan)
-    named = plan.model_copy(update={"model": prepared.signature})
-    config = Checkpoint(score.model).config
-    with opened_scorer(score, compute, prepared) as scorer:
-        found = select_kv(score, settings, named, scorer, config, on_progress=on_progress)
-    refresh_report(Storage(out), found.plan)
-    return found
+    logging.getLogger("rayapp").setLevel(logging.INFO)
+    if dtype in get_args(Encoding):  # as this option was called until it meant the same everywhere
+        typer.echo(f"--dtype {dtype} is taken as --encoding {dtype}; say so next time", err=True)
+        choice = choice.model_copy(update={"encoding": dtype})
+    else:
+        score = ScoreSettings.checked(**{**dict(score), "dtype": dtype})
+    with ProgressReport() as report:
+        selection = workflow.kv_select(score, compute, choice, on_progress=report)
+    Console().print(kv_table(selection))
+    typer.echo(selection.summary(choice.out or choice.plan))

@@ -106,6 +106,7 @@ def options_of(kind: type[BaseModel]) -> Iterator[Option]:
         taken = _taken(info, extra)
         if taken is not None:
             default = _default(info, as_text="as_text" in extra or "as_texts" in extra)
+            extra = {"panel": kind.model_config.get("title"), **extra}
             annotation = _annotated(taken, str(name), default, info, extra)
             yield Option(field, str(name), annotation, default)
 
@@ -139,7 +140,10 @@ def _annotated(taken: Any, name: str, default: Any, info: FieldInfo, extra: dict
     if taken is bool and default is True:
         names = (f"{option_name(name)}/{option_name(f'no_{name}')}",)
     option = typer.Option(
-        *names, help=info.description, envvar=extra.get("envvar"), metavar=extra.get("metavar")
+        *names,
+        help=info.description,
+        envvar=extra.get("envvar"),
+        rich_help_panel=extra["panel"],
     )
     return Annotated[taken, option]
 

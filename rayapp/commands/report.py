@@ -1,31 +1,75 @@
-"""The report of a plan that was just written, wherever that is."""
+"""``rayapp report``: all that is known of a plan on one page."""
 
 from __future__ import annotations
 
-import logging
+from pathlib import Path
+from typing import Annotated
 
-from rayapp.errors import DataError
-from rayapp.evaluation.report.findings import gathered, stored_files
-from rayapp.evaluation.report.page import REPORT_FILE, render_report
-from rayapp.plan import PruningPlan
-from rayapp.pruning.storage import Storage
+import typer
 
-logger = logging.getLogger(__name__)
+from rayapp.commands.options import command
+from rayapp.errors import InputError
+from rayapp.pruning.settings.compute import ComputeSettings
+from rayapp.settings import DTYPE_HELP, DType
 
 
-def refresh_report(storage: Storage, plan: PruningPlan, front: Storage | None = None) -> None:
-    """Write ``report.html`` from all that lies beside a plan, and beside its front.
+@command()
+def report(
+    compute: ComputeSettings,
+    plan: Annotated[Path, typer.Option("--plan", help="Plan directory or plan.json.")],
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of evaluate; evaluation.json beside the plan without it."),
+    ] = None,
+    ledger: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of transfers; ledger.json beside the plan without it."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="HTML file to write; report.html beside the plan without it."),
+    ] = None,
+    sensitivity: Annotated[
+        bool,
+        typer.Option("--sensitivity", help="First measure what each block costs alone."),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory of the model, or its Hub id, for --sensitivity."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hub id, for --sensitivity.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="File of JSON lines to score on, for --sensitivity.")
+    ] = None,
+    dtype: Annotated[DType, typer.Option(help=DTYPE_HELP)] = "auto",
+) -> None:
+    """Draw all that is known of a plan on one HTML page."""
+    from rayapp.evaluation.report.findings import gather
+    from rayapp.evaluation.report.page import REPORT_FILE, write_report
 
-    Another file of the directory that is damaged is named in the log, and there is no new report:
-    the plan is written, and a search that succeeded shall not fail by that.
+    if sensitivity != bool(model and calibration) or bool(model) != bool(calibration):
+        raise InputError(
+            "--sensitivity runs a model on lines, and nothing else does: give it with --model and "
+            "--calibration, or none of the three"
+        )
+    if sensitivity:
+        _measure(
+            compute, plan, model=model, revision=revision, calibration=calibration, dtype=dtype
+        )
+    home = plan if plan.is_dir() else plan.parent
+    findings = gather(plan, evaluation=evaluation, ledger=ledger)
+    typer.echo(write_report(out or home / REPORT_FILE, findings))
+    for what in findings.left_out:
+        typer.echo(f"left out: {what}", err=True)
 
-    Raises:
-        SearchError: Writing failed.
-    """
-    root = stored_files(front) if front else None
-    try:
-        page = render_report(gathered(plan, stored_files(storage), root))
-    except DataError as error:
-        logger.warning("%s/%s is not written: %s", storage.location, REPORT_FILE, error)
-        return
-    storage.write_bytes(REPORT_FILE, page.encode())
+
+def _measure(compute: ComputeSettings, plan: Path, **scored: object) -> None:
+    """Measure what every block costs alone; the page finds it beside the plan."""
+    from rayapp.evaluation.progress import shown_progress
+    from rayapp.pruning.settings.score import ScoreSettings
+    from rayapp.workflows.sensitivity import measure
+
+    with shown_progress() as progress:
+        measure(ScoreSettings.checked(**scored), compute, plan, progress=progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from rayapp.settings import Strict
 
@@ -13,6 +13,8 @@ class SamplingParams(Strict):
     The noise of answer token ``i`` depends on ``(seed, i)`` alone, so a replayed request continues
     as it would have.
     """
+
+    model_config = ConfigDict(title="How answers are sampled")
 
     max_tokens: int = Field(default=16, ge=1, description="Most tokens of an answer.")
     temperature: float = Field(

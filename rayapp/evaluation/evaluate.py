@@ -21,9 +21,9 @@ from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.evaluation.sides import Sides
 from rayapp.models.blocks import text_config
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.dtype import DType
 from rayapp.models.loading import load_model, load_tokenizer
 from rayapp.plan import PruningPlan
+from rayapp.settings import DType
 from rayapp.vision.inputs import ImageIntake
 from rayapp.vision.llava import image_processor_of
 

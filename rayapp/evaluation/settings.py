@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from rayapp.evaluation.bootstrap import NUM_RESAMPLES
 from rayapp.settings import Strict, Threads
@@ -13,6 +13,8 @@ class EvaluationSettings(Strict):
 
     Of texts, windows are examples (:mod:`rayapp.evaluation.measures.perplexity`).
     """
+
+    model_config = ConfigDict(title="How it is measured")
 
     split: str = Field(
         default="", description="Which split the data were drawn from, for the record."

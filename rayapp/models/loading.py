@@ -23,10 +23,10 @@ from transformers import (
 from rayapp.errors import ModelError
 from rayapp.models.blocks import MULTIMODAL_TYPES, apply_modes, find_decoder
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.dtype import DType
 from rayapp.models.fingerprint import canonical_name
 from rayapp.models.healed import HealedWeights, attach, attached_bytes
 from rayapp.plan import STAGES, ModelSignature, PruningPlan, Stage
+from rayapp.settings import DType
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from rayapp.settings import Strict
 
@@ -17,6 +17,8 @@ _HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 
 class ImageLimits(Strict):
     """What one request may send (the numbers are project defaults)."""
+
+    model_config = ConfigDict(title="What requests may send of images")
 
     max_images: int = Field(
         default=8, ge=0, description="Most images of one request; 0 refuses images."

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from rayapp.commands.kv_select import kv_select
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import InputError, PlanError
@@ -22,6 +21,7 @@ from rayapp.pruning.evaluator.naive import naive_scores
 from rayapp.pruning.evaluator.objective import combine
 from rayapp.pruning.kv_choice import selection as kv_selection
 from rayapp.pruning.settings.objective import Objective
+from rayapp.workflows.kv_select import kv_select
 from tests.told import KVTold
 
 FEW = {"first": 1, "last": (2, 0.25)}

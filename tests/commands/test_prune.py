@@ -7,8 +7,8 @@ import logging
 
 import pytest
 
-from rayapp.commands.prune import prune, prune_front
 from rayapp.errors import InputError
+from rayapp.workflows.prune import prune, prune_front
 from tests.told import Told
 
 

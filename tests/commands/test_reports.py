@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from rayapp.commands.kv_select import kv_select
-from rayapp.commands.prune import prune, prune_front
-from rayapp.commands.sensitivity import measure
 from rayapp.errors import PlanError
 from rayapp.evaluation.report.findings import gather
 from rayapp.pruning.kv_choice.settings import KVSelectSettings
+from rayapp.workflows.kv_select import kv_select
+from rayapp.workflows.prune import prune, prune_front
+from rayapp.workflows.sensitivity import measure
 from tests.told import Told
 
 

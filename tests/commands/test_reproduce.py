@@ -12,8 +12,6 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from rayapp.commands import reproduce as module
-from rayapp.commands.reproduce import Watch, reproduce
 from rayapp.errors import DataError, InputError, RayappError
 from rayapp.evaluation.paper.numbers import ACCURACY, ALL_DATA, BYTES
 from rayapp.evaluation.paper.outcome import RowOutcome, measure_data
@@ -23,6 +21,8 @@ from rayapp.evaluation.progress import shown_progress
 from rayapp.plan import PruningPlan
 from rayapp.pruning.progress import ProgressReport
 from rayapp.testbed.tasks import generate, write_jsonl
+from rayapp.workflows import reproduce as module
+from rayapp.workflows.reproduce import Watch, reproduce
 
 JOB = Path(__file__).parents[2] / "jobs" / "reproduce.py"
 WATCH = Watch(search=ProgressReport, evaluation=shown_progress)

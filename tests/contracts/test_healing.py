@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import ray
 
-from rayapp.commands.prune import prune
 from rayapp.distributed.evaluator_pool import EvaluatorPool
 from rayapp.errors import SearchError
 from rayapp.plan import HEALED_FILE
@@ -17,6 +16,7 @@ from rayapp.pruning.healing.trained_pairs import HealedPairs
 from rayapp.pruning.preparation import heal_context, open_evaluator, open_healer, prepare
 from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.pruning.storage import Storage
+from rayapp.workflows.prune import prune
 from tests.told import Told
 
 pytestmark = pytest.mark.ray

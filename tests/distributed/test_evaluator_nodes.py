@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import ray
 
-from rayapp.commands.prune import prune
 from rayapp.distributed.cluster.local import LocalCluster, NodeSpec, local_cluster
 from rayapp.distributed.evaluator_pool import EvaluatorPool
 from rayapp.pruning.preparation import prepare
 from rayapp.pruning.scorer import Scorer
 from rayapp.pruning.search.run import run_search
+from rayapp.workflows.prune import prune
 from tests.told import Told
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import ray
 
-from rayapp.commands.prune import prune
 from rayapp.distributed.evaluator_pool import EvaluatorPool
 from rayapp.errors import ClusterError, ModelError
 from rayapp.pruning.evaluator.evaluator import Evaluator
@@ -23,6 +22,7 @@ from rayapp.pruning.measures.influence import measure_influence
 from rayapp.pruning.preparation import prepare
 from rayapp.pruning.scorer import Scorer
 from rayapp.pruning.search.run import SearchResult, run_search
+from rayapp.workflows.prune import prune
 from tests.told import Told
 
 pytestmark = pytest.mark.ray
@@ -193,7 +193,7 @@ def test_a_killed_driver_ends_with_the_same_plan(tmp_path, settings):
     whole = prune(*changed(settings, tmp_path / "whole", **sizes))
     killed = changed(settings, tmp_path / "killed", **sizes)
     script = (
-        "import sys; from rayapp.commands.prune import prune; "
+        "import sys; from rayapp.workflows.prune import prune; "
         "from tests.told import Told; "
         "prune(*Told.parse(sys.argv[1]))"
     )

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
+    ConfigDict,
     Field,
     PlainSerializer,
     ValidationError,
@@ -109,6 +110,8 @@ class ScalingSettings(Strict):
 
 class ServiceSettings(Strict):
     """Everything that ``rayapp serve`` needs to know; model and plan are read on every node."""
+
+    model_config = ConfigDict(title="What is served")
 
     model: ModelName
     revision: Revision = None

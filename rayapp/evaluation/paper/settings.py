@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from rayapp.evaluation.settings import EvaluationSettings
-from rayapp.models.dtype import DType
-from rayapp.pruning.settings.checked import Settings
 from rayapp.pruning.settings.compute import ComputeSettings
-from rayapp.pruning.settings.score import ScoreSettings
+from rayapp.pruning.settings.score import CalibrationFile, ScoreSettings
 from rayapp.pruning.settings.search import Heal, Method, SearchSettings
+from rayapp.settings import (
+    Address,
+    Device,
+    DTypeName,
+    ModelName,
+    Revision,
+    Settings,
+    Threads,
+    Workers,
+)
 
 SHARE = 0.125
 """Of all blocks, what every plan removes by default: the lightest compression of the peers'
@@ -26,63 +34,122 @@ _NOT_IDENTITY = {
 
 
 class ReproduceSettings(Settings):
-    """The settings of ``jobs/reproduce.py``.
+    """The settings of ``rayapp reproduce``."""
 
-    Attributes:
-        model: Model directory; every evaluator reads it from this path.
-        calibration: JSON lines that the searches score on.
-        data: Evaluation files by name, each of lines of one kind.
-        out: Local directory for plans, outcomes and tables.
-        heal_data: JSON lines to train survivors on; without, healed rows are left out.
-        heal: How healed rows are healed.
-        prefill_remove: Blocks that prefill removes; with ``decode_remove``, in place of ``share``.
-        decode_remove: Blocks that decode removes.
-        share: Of all blocks, what each stage removes; rounded, at least one.
-        rows: Names of the rows wanted; None is all. The dense row is always there.
-        method: Search method of our rows.
-        evaluations: Candidates scored at most by every search that has a budget.
-        target_reduction: Times fewer bytes of the row with KV selection; without, it is left out.
-        limit: Examples of every task at most.
-        split: Which split the data are, for the record.
-        num_window_tokens: Of texts; None: 2,048 or the model's context.
-        num_runs: Timed runs per batch size; 0 skips the timings.
-        link_gbps: Link that transfers are reckoned with, in gigabits per second.
-        allow_overlap: Whether prompts may stand in both calibration and evaluation data.
-        workers: Ray evaluators of the searches; 0 searches in this process, without Ray.
-        address: Ray cluster to use.
-        resume: Go on with what is in ``out``.
-        seed: Of searches, timings and resampling.
-        threads: Torch threads of every process.
-        dtype: Element type.
-        device: Of evaluators, and of the evaluation in this process.
-    """
+    model_config = ConfigDict(title="What the tables are of")
 
-    model: str
-    calibration: str
-    data: dict[str, str] = Field(min_length=1)
-    out: str
-    heal_data: str | None = None
-    heal: Heal = "pair"
-    prefill_remove: int | None = Field(default=None, ge=1)
-    decode_remove: int | None = Field(default=None, ge=1)
-    share: float | None = Field(default=None, gt=0, lt=1)
-    rows: tuple[str, ...] | None = None
-    method: Method = SearchSettings.model_fields["method"].default
-    evaluations: int | None = Field(default=None, ge=1)
-    target_reduction: float | None = Field(default=None, gt=1)
-    limit: int | None = Field(default=None, ge=1)
-    split: str = ""
-    num_window_tokens: int | None = Field(default=None, ge=2)
-    num_runs: int = Field(default=30, ge=0)
-    link_gbps: float = Field(default=LINK_GBPS, gt=0)
-    allow_overlap: bool = False
-    workers: int = Field(default=0, ge=0)
-    address: str | None = None
-    resume: bool = False
-    seed: int = Field(default=0, ge=0)
-    threads: int = Field(default=1, ge=1)
-    dtype: DType = "auto"
-    device: str = "cpu"
+    model: ModelName
+    revision: Revision = None
+    calibration: CalibrationFile
+    data: dict[str, str] = Field(
+        min_length=1,
+        description="Evaluation file, of lines of one kind, as NAME=FILE; may be given several "
+        "times.",
+        json_schema_extra={"as_texts": True},
+    )
+    out: str = Field(description="Local directory for plans, outcomes and tables.")
+    heal_data: str | None = Field(
+        default=None,
+        description="File of JSON lines that survivors are trained on; without it, healed rows are "
+        "left out.",
+    )
+    heal: Heal = Field(
+        default="pair",
+        description="Healing of the healed rows: blocks outside the pruning set (pair), or all.",
+    )
+    prefill_remove: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of blocks that prefill does without; given with --decode-remove, in "
+        "place of --share.",
+    )
+    decode_remove: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of blocks that decode does without; given with --prefill-remove, in "
+        "place of --share.",
+    )
+    share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description=f"Share of all blocks that each stage does without; {SHARE} without any size.",
+    )
+    rows: tuple[str, ...] | None = Field(
+        default=None,
+        description="Names of the rows that are wanted, such as greedy,kv_modes; all without it.",
+        json_schema_extra={"as_text": True, "option": "methods"},
+    )
+    method: Method = Field(
+        default=SearchSettings.model_fields["method"].default,
+        description="Search method of our own rows.",
+    )
+    evaluations: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of candidates that each search scores at most, where it has a budget.",
+    )
+    target_reduction: float | None = Field(
+        default=None,
+        gt=1,
+        description="Goal of the row with KV selection: so many times fewer bytes; without it, the "
+        "row is left out.",
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description=EvaluationSettings.model_fields["limit"].description
+    )
+    split: str = Field(default="", description=EvaluationSettings.model_fields["split"].description)
+    num_window_tokens: int | None = Field(
+        default=None,
+        ge=2,
+        description=EvaluationSettings.model_fields["num_window_tokens"].description,
+        json_schema_extra={"option": "window"},
+    )
+    num_runs: int = Field(
+        default=30,
+        ge=0,
+        description=EvaluationSettings.model_fields["num_runs"].description,
+        json_schema_extra={"option": "runs"},
+    )
+    link_gbps: float = Field(
+        default=LINK_GBPS,
+        gt=0,
+        description="Gigabits per second of the link that transfers are reckoned with.",
+    )
+    allow_overlap: bool = Field(
+        default=False,
+        description="Let prompts stand in both calibration and evaluation data; tables say so.",
+    )
+    workers: Workers = 0
+    address: Address = None
+    resume: bool = Field(
+        default=False, description="Resumption: go on with what is in the output directory."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of searches, timings and resampling.")
+    threads: Threads = 1
+    dtype: DTypeName = "auto"
+    device: Device = "cpu"
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        """``NAME=FILE`` texts as a mapping."""
+        if not isinstance(value, list):
+            return value
+        named: dict[str, str] = {}
+        for pair in map(str, value):
+            name, separator, path = pair.partition("=")
+            if not (separator and name and path):
+                raise ValueError(f"{pair} is not NAME=FILE, such as PIQA=piqa.jsonl")
+            if name in named:
+                raise ValueError(f"{name} is given twice; use another name for {path}")
+            named[name] = path
+        return named
+
+    @field_validator("rows", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        return tuple(value.split(",")) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one_size(self) -> ReproduceSettings:
@@ -106,11 +173,17 @@ class ReproduceSettings(Settings):
     @property
     def identity(self) -> dict[str, Any]:
         """What rows of one directory must agree on, but for files, which are hashed."""
-        return self.model_dump(mode="json", exclude=_NOT_IDENTITY)
+        unused = {"revision"} if self.revision is None else set()
+        return self.model_dump(mode="json", exclude=_NOT_IDENTITY | unused)
 
     def score(self) -> ScoreSettings:
         """What all searches score."""
-        return ScoreSettings(model=self.model, calibration=self.calibration, dtype=self.dtype)
+        return ScoreSettings(
+            model=self.model,
+            revision=self.revision,
+            calibration=self.calibration,
+            dtype=self.dtype,
+        )
 
     def compute(self) -> ComputeSettings:
         """Where all searches compute."""

@@ -32,10 +32,10 @@ from rayapp.evaluation.visual.result import (
 )
 from rayapp.models.blocks import text_config
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.dtype import DType
 from rayapp.models.loading import load_model, load_tokenizer
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan, VisualTokens
+from rayapp.settings import DType
 from rayapp.vision.images import decode_file
 from rayapp.vision.inputs import ImageIntake
 from rayapp.vision.llava import check_takes_images, load_image_processor

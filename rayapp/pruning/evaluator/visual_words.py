@@ -25,10 +25,10 @@ from rayapp.data.lines import ImageLine, TokenizedLine
 from rayapp.errors import DataError, IntegrityError, PlanError, RequestError
 from rayapp.models.blocks import find_decoder, sliding_windows, text_config
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.dtype import DType
 from rayapp.models.loading import load_model
 from rayapp.models.stack import BlockStack
 from rayapp.plan import Mode, PruningPlan, StagePlan, VisualTokens
+from rayapp.settings import DType
 from rayapp.vision.inputs import ImageInput, ImageIntake
 from rayapp.vision.llava import check_takes_images, load_image_processor
 from rayapp.vision.prompt import PromptEmbeddings

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from rayapp.errors import InputError
 from rayapp.plan import CountOrShare, Encoding
-from rayapp.pruning.settings.checked import Settings
 from rayapp.pruning.settings.score import ScoreSettings
+from rayapp.settings import Settings
 
 KVMethod = Literal["elimination", "mass"]
 
@@ -24,6 +24,8 @@ not public."""
 
 class KVSelectSettings(Settings):
     """Which plan, what goal, and which choices of transfer."""
+
+    model_config = ConfigDict(title="Which KV is chosen")
 
     plan: str = Field(description="Plan directory, or its plan.json, whose KV travels.")
     out: str | None = Field(
@@ -68,8 +70,8 @@ class KVSelectSettings(Settings):
         default=RECENT,
         min_length=1,
         description="Entries that a cut may keep at the end of a prompt: counts or shares, of "
-        "which the mass method uses the first.",
-        json_schema_extra={"as_text": True},
+        "which the mass method uses the first; may be given several times.",
+        json_schema_extra={"as_texts": True},
     )
     generation_size: int = Field(
         default=8,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from rayapp.pruning.settings.checked import Settings
+from rayapp.settings import Address, Device, Settings, Threads, Workers
 
 CACHE_BYTES = 1 << 30
 """Bound of an evaluator's cache (project default)."""
@@ -15,21 +15,12 @@ CACHE_BYTES = 1 << 30
 class ComputeSettings(Settings):
     """Where scores are computed: nothing here changes a score by more than rounding."""
 
-    workers: int = Field(
-        default=0,
-        ge=0,
-        description="Number of Ray evaluators that share the work; 0 works in this process, "
-        "without Ray.",
-    )
-    address: str | None = Field(
-        default=None,
-        description="Address of the Ray cluster; without it, the running one is used, or a local "
-        "one is started.",
-    )
-    device: str = Field(
-        default="cpu", description="Device that each evaluator computes on: cpu or cuda."
-    )
-    threads: int = Field(default=1, ge=1, description="Number of torch threads of each evaluator.")
+    model_config = ConfigDict(title="Where it is computed")
+
+    workers: Workers = 0
+    address: Address = None
+    device: Device = "cpu"
+    threads: Threads = 1
     cache_bytes: int = Field(
         default=CACHE_BYTES,
         ge=0,

@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
-from rayapp.models.dtype import DType
 from rayapp.plan import KVTransfer, PruningPlan, Stage, VisualTokens
-from rayapp.pruning.settings.checked import Settings
 from rayapp.pruning.settings.objective import Objective, ObjectiveKind, ScoreBy
+from rayapp.settings import DTypeName, ModelName, Revision, Settings
 
 CHUNK_TOKENS = 4096
 """Tokens of a chunk, padding included (project default: with half as many, what a block costs
 beside its products weighs on candidates that change decode alone)."""
 
 
+CalibrationFile = Annotated[
+    str,
+    Field(
+        description="File of JSON lines, a prompt and a completion each, that scores are taken on."
+    ),
+]
+
+
 class ScoreSettings(Settings):
     """What a score is of: everything here changes scores, but the paths."""
 
-    model: str = Field(
-        description="Model directory with safetensors weights; every evaluator reads it from here."
-    )
-    revision: str | None = Field(
-        default=None,
-        description="Revision of a model on the Hugging Face Hub: a branch, a tag or a commit.",
-    )
-    calibration: str = Field(
-        description="File of JSON lines, a prompt and a completion each, that scores are taken on."
-    )
-    dtype: DType = Field(
-        default="auto",
-        description="Element type that the model is loaded in; auto keeps the checkpoint's.",
-    )
+    model_config = ConfigDict(title="What is scored")
+
+    model: ModelName
+    revision: Revision = None
+    calibration: CalibrationFile
+    dtype: DTypeName = "auto"
     objective: ObjectiveKind = Field(
         default="kl",
         description="Objective that is minimised: the KL to the dense model (kl), or the negative "

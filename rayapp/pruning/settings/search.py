@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from rayapp.errors import InputError
 from rayapp.pruning.candidates.space import Space, Unit
-from rayapp.pruning.settings.checked import Settings
 from rayapp.pruning.settings.training import DEFAULT_TRAINING, Training
+from rayapp.settings import Settings
 
 Heal = Literal["none", "pair", "all"]
 Method = Literal[
@@ -31,6 +31,8 @@ _HEALING = {"heal", "heal_steps", "heal_learning_rate"}
 
 class SearchSettings(Settings):
     """How a search goes, and where its files go."""
+
+    model_config = ConfigDict(title="How it is searched")
 
     out: str = Field(
         description="Directory, or any URI that pyarrow can write, for plan, journal and trials."

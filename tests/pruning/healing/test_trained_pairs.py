@@ -8,7 +8,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from rayapp.commands.prune import prune, prune_front
 from rayapp.errors import DataError, InputError, PlanError
 from rayapp.evaluation.measures.likelihood import TwoStages, likelihoods
 from rayapp.models.loading import load_model
@@ -23,6 +22,7 @@ from rayapp.pruning.progress import SearchProgress
 from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.pruning.search.run import SearchResult, run_search
 from rayapp.pruning.storage import Storage
+from rayapp.workflows.prune import prune, prune_front
 from tests.told import Told
 
 

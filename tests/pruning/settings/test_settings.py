@@ -11,12 +11,12 @@ import pytest
 from rayapp.errors import InputError
 from rayapp.plan import KVTransfer, PruningPlan, VisualTokens
 from rayapp.pruning.kv_choice.settings import KVSelectSettings
-from rayapp.pruning.settings.checked import filled
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.objective import Objective
 from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.pruning.settings.search import SearchSettings
 from rayapp.pruning.settings.training import Training
+from rayapp.settings import filled
 from tests.told import Told
 
 ROOT = Path(__file__).parents[3]

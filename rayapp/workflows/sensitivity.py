@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rayapp.commands.scorer import opened_scorer
 from rayapp.evaluation.progress import ProgressCallback, silent
 from rayapp.plan import PruningPlan
 from rayapp.pruning.preparation import prepare_scoring
@@ -14,6 +13,7 @@ from rayapp.pruning.search.sensitivity import Sensitivity, measure_sensitivity
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.pruning.storage import Storage
+from rayapp.workflows.scorer import opened_scorer
 
 _OBJECTIVE = ("objective", "score_by", "kl_top_k")
 
@@ -29,7 +29,7 @@ def measure(
 
     Scores are of the objective that the plan was searched with, where it says so; its first token
     and its visual tokens are the plan's. What is there already is not measured again. Where scores
-    are computed, :func:`rayapp.commands.scorer.opened_scorer` says.
+    are computed, :func:`rayapp.workflows.scorer.opened_scorer` says.
 
     Raises:
         InputError: Plan, model or data cannot be used, or the plan is of another model.
