@@ -74,7 +74,7 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that is called, with its options."""
         name, listed, rest = super().resolve_command(ctx, args)
-        return name, listed and load(name), rest
+        return name, load(name) if name and listed else None, rest
 
 
 def load(name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,7 +44,7 @@ def evaluate(
     from rayapp.models.hub import locate
 
     where = locate(model.model, model.revision).directory
-    placed = {"dtype": model.dtype, "device": model.device}
+    placed: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
     with shown_progress() as progress:
         result = measure(where, plan, data, settings=settings, out=out, progress=progress, **placed)
     console = Console()

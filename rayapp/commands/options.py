@@ -158,11 +158,11 @@ def _on_the_command_line(annotation: Any) -> Any:
     if origin is Literal:
         return annotation
     if origin in (Union, UnionType):
-        inner = [_on_the_command_line(each) for each in arguments if each is not NoneType]
-        return inner[0] | None if len(inner) == 1 and inner[0] is not None else None
+        taken = [_on_the_command_line(each) for each in arguments if each is not NoneType]
+        return taken[0] | None if len(taken) == 1 and taken[0] is not None else None
     if origin in (list, tuple, frozenset) and arguments:
-        inner_type = _on_the_command_line(arguments[0])
-        return list[inner_type] if inner_type else None
+        inner: Any = _on_the_command_line(arguments[0])
+        return list[inner] if inner else None
     return None
 
 
