@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-plan_app = typer.Typer(help="Look at plans.", no_args_is_help=True)
+plan_app = typer.Typer(help="Look at plans, and renew them.", no_args_is_help=True)
 app.add_typer(plan_app, name="plan")
 
 Model = Annotated[Path, typer.Option("--model", help="Model directory (safetensors).")]
@@ -494,6 +494,20 @@ def plan_show(
     from rayapp.commands.tables import plan_tables
 
     Console().print(*plan_tables(_load_plan(path)), sep="\n")
+
+
+@plan_app.command("renew")
+def plan_renew(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Plan directory or plan.json.")],
+    model: Model,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for a renewed copy; default: in place.")
+    ] = None,
+) -> None:
+    """Renew a plan that names its model by an earlier release's fingerprint, which is checked."""
+    from rayapp.commands.plan import renew
+
+    typer.echo(renew(path, model=model, out=out).summary())
 
 
 if __name__ == "__main__":
