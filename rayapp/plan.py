@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from enum import StrEnum
 from pathlib import Path
@@ -31,6 +32,9 @@ from rayapp.errors import PlanError
 
 PLAN_FILE = "plan.json"
 HEALED_FILE = "weights.safetensors"
+
+FINGERPRINT_MARK = "v2:"
+"""What fingerprints begin with: the version of how they are made. Those of the first have none."""
 
 Stage = Literal["prefill", "decode"]
 STAGES: tuple[Stage, ...] = ("prefill", "decode")
@@ -155,7 +159,11 @@ class VisualTokens(_Strict):
 
 
 class ModelSignature(_Strict):
-    """What a plan must agree on with the model that it is applied to."""
+    """What a plan must agree on with the model that it is applied to.
+
+    ``weights_fingerprint`` stands for all weights and for every setting that changes KV
+    (:mod:`rayapp.models.fingerprint`); its mark says how it was made.
+    """
 
     model_type: str
     num_blocks: int = Field(ge=1)
@@ -164,6 +172,20 @@ class ModelSignature(_Strict):
     head_dim: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
     weights_fingerprint: str
+
+
+def is_outdated(found: str, wanted: str) -> bool:
+    """Whether a weights fingerprint bears no mark, as those of the first scheme, and ours does."""
+    return wanted.startswith(FINGERPRINT_MARK) and not re.match(r"v\d+:", found)
+
+
+def renewal_hint(directory: str | Path | None) -> str:
+    """What to do about a fingerprint of the first scheme in ``directory``, as a clause."""
+    return (
+        "names its model by a fingerprint of an earlier release, which saw samples of the weights "
+        f"only; `rayapp plan renew {directory or 'DIR'} --model MODEL` checks that it is of this "
+        "model, and renews it"
+    )
 
 
 class StagePlan(_Strict):
@@ -303,9 +325,11 @@ class PruningPlan(_Strict):
         if self.model is None:
             return
         ours, theirs = self.model.model_dump(), signature.model_dump()
-        differing = [
-            f"{k}: plan {ours[k]!r}, model {theirs[k]!r}" for k in ours if ours[k] != theirs[k]
-        ]
+        names = [name for name in ours if ours[name] != theirs[name]]
+        differing = [f"{k}: plan {ours[k]!r}, model {theirs[k]!r}" for k in names]
+        prints = ours["weights_fingerprint"], theirs["weights_fingerprint"]
+        if names == ["weights_fingerprint"] and is_outdated(*prints):
+            raise PlanError(f"the plan {renewal_hint(self._directory)} ({differing[0]})")
         if differing:
             raise PlanError(
                 "the plan was made for another model (" + "; ".join(differing) + "); "

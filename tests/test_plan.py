@@ -164,6 +164,20 @@ def test_check_model_names_what_differs():
     PruningPlan().check_model(ModelSignature(**SIGNATURE))
 
 
+def test_a_fingerprint_of_the_first_scheme_says_how_to_renew_it():
+    ours = {**SIGNATURE, "weights_fingerprint": "v2:4da7ee1a087caa0e41c1e"}
+    with pytest.raises(PlanError, match="`rayapp plan renew DIR --model MODEL`") as refused:
+        parse().check_model(ModelSignature(**ours))
+    assert "\n" not in str(refused.value)
+    assert "plan 'abc', model 'v2:4da7" in str(refused.value)
+    with pytest.raises(PlanError, match="num_blocks") as refused:
+        parse().check_model(ModelSignature(**{**ours, "num_blocks": 7}))
+    assert "renew" not in str(refused.value)
+    other = PruningPlan(model={**SIGNATURE, "weights_fingerprint": "v3:0"})
+    with pytest.raises(PlanError, match="another model"):
+        other.check_model(ModelSignature(**ours))
+
+
 @given(
     st.integers(0, 300),
     st.integers(0, 40) | st.floats(0.0, 1.0),

@@ -190,6 +190,7 @@ class InProcessService:
             slab_bytes=self._decode.slab_bytes if decoding else 0,
             plan_fingerprint=self._description.plan.fingerprint,
             weights_fingerprint=self._signature.weights_fingerprint,
+            dtype=str(self._decode.stack.dtype).removeprefix("torch."),
             num_running=self._decode.num_running if decoding else 0,
             num_waiting=0 if decoding else len(self._waiting),
             kv_usage=self._decode.usage if decoding else 0.0,

@@ -23,7 +23,11 @@ Pool = Literal["prefill", "decode", "unified"]
 
 
 class ReplicaHealth(BaseModel):
-    """One replica as it describes itself; ``image_cache`` where it prefills images."""
+    """One replica as it describes itself.
+
+    ``dtype`` is the element type that it computes in; ``image_cache`` is there where it prefills
+    images.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,6 +38,7 @@ class ReplicaHealth(BaseModel):
     slab_bytes: int = 0
     plan_fingerprint: str
     weights_fingerprint: str
+    dtype: str
     num_running: int = 0
     num_waiting: int = 0
     kv_usage: float = 0.0

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from rayapp.commands.options import command
+from rayapp.settings import ModelSource
+
 app = typer.Typer(
     help="Show a plan, or renew one whose fingerprint is of an older kind.",
     no_args_is_help=True,
@@ -26,3 +29,20 @@ def show(
     from rayapp.workflows.tables import plan_tables
 
     Console().print(*plan_tables(PruningPlan.load(path)), sep="\n")
+
+
+@app.command()
+@command()
+def renew(
+    source: ModelSource,
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Plan directory or plan.json.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for a renewed copy; in place without it.")
+    ] = None,
+) -> None:
+    """Renew a plan that names its model by an older fingerprint, which is checked first."""
+    from rayapp.models.hub import locate
+    from rayapp.workflows.renewal import renew as workflow
+
+    where = locate(source.model, source.revision).directory
+    typer.echo(workflow(path, model=where, out=out).summary())

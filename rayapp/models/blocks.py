@@ -15,8 +15,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rayapp.errors import ModelError, PlanError
-from rayapp.models.fingerprint import canonical_name, weights_fingerprint
+from rayapp.models.fingerprint import canonical_name, model_fingerprint, weights_digest
 from rayapp.models.healed import healed_parameters
+from rayapp.models.kv_settings import kv_settings
 from rayapp.plan import Mode, ModelSignature, PruningPlan, Stage
 
 SUPPORTED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -24,6 +25,9 @@ MULTIMODAL_TYPES = ("llava", "llava_next")
 # These recompute their frequencies from the longest sequence seen: keys of one prompt would depend
 # on its neighbours, and an entry could not travel without its context.
 _STATEFUL_ROPE = ("dynamic", "longrope")
+
+# Earlier releases of transformers wrote these into checkpoints.
+_BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 
 _ATTENTION_PARTS = ("input_layernorm", "self_attn")
 _MLP_PARTS = ("post_attention_layernorm", "mlp")
@@ -83,7 +87,7 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def signature(config: PreTrainedConfig, fingerprint: str) -> ModelSignature:
-    """What a plan must agree on, from a configuration and a weights fingerprint."""
+    """What a plan must agree on, from a configuration and the model's fingerprint."""
     text = text_config(config)
     return ModelSignature(
         model_type=config.model_type,
@@ -96,15 +100,20 @@ def signature(config: PreTrainedConfig, fingerprint: str) -> ModelSignature:
     )
 
 
+def signature_from(config: PreTrainedConfig, digest: str) -> ModelSignature:
+    """The signature of a configuration with weights of this digest."""
+    settings = kv_settings(config, text_config(config), sliding_windows(config))
+    return signature(config, model_fingerprint(settings, digest))
+
+
 def fingerprint_names(config: PreTrainedConfig, names: Iterable[str]) -> dict[str, str]:
     """Tensor name to its name in the fingerprint, the same in a checkpoint and in memory.
 
-    A tied head is left out: checkpoints may hold it or not.
+    A tied head is left out, and buffers that follow from the configuration: checkpoints may hold
+    them or not.
     """
-    tied = text_config(config).tie_word_embeddings
-    kept = [name for name in names if not (tied and name.endswith("lm_head.weight"))]
-    nested = config.model_type in MULTIMODAL_TYPES
-    return {name: canonical_name(name) if nested else name for name in kept}
+    left_out = (*_BUFFERS, *(["lm_head.weight"] if config.tie_word_embeddings else []))
+    return {name: canonical_name(name) for name in names if not name.endswith(left_out)}
 
 
 def signature_of(model: PreTrainedModel) -> ModelSignature:
@@ -113,13 +122,15 @@ def signature_of(model: PreTrainedModel) -> ModelSignature:
     A loaded model carries its checkpoint's fingerprint, also where only a stage of it was read.
     """
     check_supported(model.config)
-    fingerprint = getattr(model, "rayapp_fingerprint", None)
-    if fingerprint is None:
-        state = model.state_dict()
-        named = fingerprint_names(model.config, state)
-        fingerprint = weights_fingerprint((name, state[key]) for key, name in named.items())
-        model.rayapp_fingerprint = fingerprint
-    return signature(model.config, fingerprint)
+    known = getattr(model, "rayapp_fingerprint", None)
+    if known is not None:
+        return signature(model.config, known)
+    state = model.state_dict()
+    named = fingerprint_names(model.config, state)
+    digest = weights_digest((name, state[key]) for key, name in named.items())
+    found = signature_from(model.config, digest)
+    model.rayapp_fingerprint = found.weights_fingerprint
+    return found
 
 
 def apply_stage(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreTrainedModel:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from rayapp.errors import ModelError
-from rayapp.models.blocks import check_supported, fingerprint_names, signature
-from rayapp.models.fingerprint import weights_fingerprint
+from rayapp.models.blocks import check_supported, fingerprint_names, signature_from
+from rayapp.models.digest_cache import MIN_BYTES, WeightFiles
+from rayapp.models.fingerprint import weights_digest
 from rayapp.plan import ModelSignature
+
+logger = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -58,10 +62,34 @@ class Checkpoint:
                 yield name, opened[file].get_tensor(name)
 
     def signature(self) -> ModelSignature:
-        """The model's signature; reads samples of the weights only."""
+        """The model's signature; reads all weights, unless they were hashed before."""
+        return signature_from(self.config, self._digest())
+
+    def _digest(self) -> str:
+        """The digest of all weights, kept for the next time where the files are large."""
         named = fingerprint_names(self.config, self.names())
-        tensors = ((named[key], tensor) for key, tensor in self.read(named))
-        return signature(self.config, weights_fingerprint(tensors))
+        files = self._weight_files(named)
+        known = files.cached_digest() if files.num_bytes >= MIN_BYTES else None
+        if known is not None:
+            return known
+        if files.num_bytes >= MIN_BYTES:
+            logger.info("%s: hashing %.1f GB of weights", self.path, files.num_bytes / 1e9)
+        is_settled = files.is_settled
+        digest = weights_digest((named[key], tensor) for key, tensor in self.read(named))
+        unchanged = self._weight_files(named) == files
+        if files.num_bytes >= MIN_BYTES and is_settled and unchanged:
+            files.keep_digest(digest)
+        return digest
+
+    def _weight_files(self, named: Mapping[str, str]) -> WeightFiles:
+        """Where the tensors of the fingerprint lie, ``named`` as :func:`fingerprint_names` says."""
+        lines = [f"{name} is {key} of {self.files[key].name}" for key, name in named.items()]
+        try:
+            return WeightFiles.of(self.path, self.files.values(), lines)
+        except OSError as error:
+            raise ModelError(
+                f"{error.filename}: cannot be read ({error.strerror}); the checkpoint is incomplete"
+            ) from None
 
 
 def _read_config(path: Path) -> PreTrainedConfig:

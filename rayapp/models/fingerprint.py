@@ -1,17 +1,33 @@
-"""A short name for a set of weights, whatever the place and the float type they lie in."""
+"""A short name for what a model computes, whatever the place and the float type it lies in.
+
+It is made of two parts: a digest of every byte of the weights, and the settings that change KV
+(:mod:`rayapp.models.kv_settings`). It tells models apart; it is no defence against forgery. What is
+computed in bfloat16 and in float32 has one fingerprint: replicas compare their type beside it.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import json
+import os
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 
-# Enough to notice any training step, cheap enough for a checkpoint on a network disk: the sampled
-# chunks touch about 64 pages of a tensor, whatever its size (project default).
-_NUM_CHUNKS = 16
-_CHUNK_ELEMENTS = 256
+from rayapp.plan import FINGERPRINT_MARK
 
+# Part of the scheme: a tensor's digest is that of the digests of its chunks. 32 MiB each, so that
+# threads share out a large tensor, and no copy of it is ever whole in memory.
+_CHUNK_ELEMENTS = 1 << 24
+_MAX_THREADS = 8
+"""Threads that hash: beyond so many, memory and disks are the limit (project default)."""
+
+_LENGTH = 24
+"""Characters of a fingerprint, its mark included. As many as in the first scheme, so that headers
+of KV messages weigh what they weighed."""
 
 # A multimodal checkpoint calls its tensors `language_model.model.layers...`, the model in memory
 # `model.language_model.layers...`: containers that only group others are left out of the name.
@@ -23,24 +39,50 @@ def canonical_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _CONTAINERS)
 
 
-def weights_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Hash of names, shapes and evenly spaced samples of all tensors, in any order.
+def model_fingerprint(settings: Mapping[str, Any], weights: str) -> str:
+    """The fingerprint of a model, marked with the version of this scheme.
 
-    Small tensors count whole. Samples are rounded to bfloat16, so a checkpoint and its copy in
-    float32 or bfloat16 have one fingerprint. It tells checkpoints apart; it is no defence against
-    forgery.
+    Args:
+        settings: What beside the weights changes KV, as plain JSON.
+        weights: As :func:`weights_digest` gives it.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(_sample(tensor).to(torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:24]
+    content = json.dumps({"settings": settings, "weights": weights}, sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return f"{FINGERPRINT_MARK}{digest}"[:_LENGTH]
 
 
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.detach().reshape(-1)
-    if flat.numel() <= _NUM_CHUNKS * _CHUNK_ELEMENTS:
-        return flat.cpu().contiguous()
-    step = (flat.numel() - _CHUNK_ELEMENTS) // (_NUM_CHUNKS - 1)
-    starts = (i * step for i in range(_NUM_CHUNKS))
-    return torch.cat([flat[s : s + _CHUNK_ELEMENTS] for s in starts]).cpu()
+def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hash of names, shapes and all elements of all tensors, in any order.
+
+    Elements are rounded to bfloat16, so a checkpoint and its copy in float32 have one digest.
+    Memory holds a few chunks besides the tensors themselves, which are taken one by one.
+    """
+    chunks: dict[str, list[bytes]] = defaultdict(list)
+    for name, digest in _chunk_digests(tensors):
+        chunks[name].append(digest)
+    whole = hashlib.sha256()
+    for name in sorted(chunks):
+        whole.update(f"{name}:{len(chunks[name])}:".encode())
+        whole.update(b"".join(chunks[name]))
+    return whole.hexdigest()
+
+
+def _chunk_digests(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, bytes]]:
+    """Name with shape, and digest, of every chunk: those of a tensor in order."""
+    threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    pending: deque[tuple[str, Future[bytes]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="fingerprint") as pool:
+        for name, tensor in tensors:
+            named = f"{name}{tuple(tensor.shape)}"
+            for chunk in tensor.detach().reshape(-1).split(_CHUNK_ELEMENTS):
+                if len(pending) == 2 * threads:
+                    first, digest = pending.popleft()
+                    yield first, digest.result()
+                pending.append((named, pool.submit(_digest, chunk)))
+        for named, digest in pending:
+            yield named, digest.result()
+
+
+def _digest(chunk: torch.Tensor) -> bytes:
+    rounded = chunk.cpu().to(torch.bfloat16).contiguous()
+    return hashlib.sha256(rounded.view(torch.int16).numpy().data).digest()

@@ -123,15 +123,20 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def read_signature(path: str | Path) -> ModelSignature:
-    """The signature of a checkpoint; reads its configuration and samples of its weights."""
+    """The signature of a checkpoint; as :meth:`Checkpoint.signature`."""
     return Checkpoint(path).signature()
+
+
+def compute_dtype(config: PreTrainedConfig, dtype: str = "auto") -> torch.dtype:
+    """The element type that a model is loaded in; ``auto`` is the checkpoint's own."""
+    return DTYPES.get(dtype) or config.dtype or torch.float32
 
 
 def empty_model(config: PreTrainedConfig, dtype: DType = "auto") -> PreTrainedModel:
     """The model on the meta device; buffers that no checkpoint holds (rotary ones) are real."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}")
-    target = DTYPES.get(dtype) or config.dtype or torch.float32
+    target = compute_dtype(config, dtype)
     multimodal = config.model_type in MULTIMODAL_TYPES
     auto_class = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     with init_empty_weights(include_buffers=False):

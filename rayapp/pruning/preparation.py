@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rayapp.plan import ModelSignature
 from rayapp.pruning.evaluator.calibration import Calibration, load_calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.evaluator.visual_words import ImageWordReader, teach
+from rayapp.pruning.healing.trained_pairs import pair_context
 from rayapp.pruning.healing.training import BATCH_TOKENS, HELD_BACK_EVERY, Healer
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import ScoreSettings
@@ -170,10 +171,10 @@ def open_healer(
 def heal_context(score: ScoreSettings, training: Training, prepared: Prepared) -> dict[str, Any]:
     """All that trained tensors depend on, but the pair."""
     assert prepared.heal_data is not None, "only searches that heal ask"
-    return {
-        "weights": prepared.signature.weights_fingerprint,
-        "data": prepared.heal_data.fingerprint,
-        "first_token": score.first_token,
-        "dtype": score.dtype,
-        "training": asdict(training),
-    }
+    return pair_context(
+        weights=prepared.signature.weights_fingerprint,
+        data=prepared.heal_data.fingerprint,
+        first_token=score.first_token,
+        dtype=score.dtype,
+        training=training,
+    )

@@ -39,7 +39,7 @@ from rayapp.evaluation.sides import Sides
 from rayapp.models.blocks import text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.loading import LoadedModel, load_model, load_tokenizer
-from rayapp.plan import PLAN_FILE, PruningPlan
+from rayapp.plan import PLAN_FILE, PruningPlan, is_outdated, renewal_hint
 from rayapp.pruning.kv_choice.settings import KVSelectSettings
 from rayapp.pruning.preparation import prepare
 from rayapp.pruning.progress import ProgressCallback as SearchProgress
@@ -308,6 +308,8 @@ def _check_subject(file: Path, wanted: Mapping[str, Any]) -> None:
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{file}: is not what a reproduction writes; give another --out") from None
     differing = [f"{k}: was {old.get(k)!r}, now {new[k]!r}" for k in new if old.get(k) != new[k]]
+    if len(differing) == 1 and is_outdated(old["weights"], new["weights"]):
+        raise InputError(f"{file}: the reproduction {renewal_hint(file.parent)}")
     if differing:
         raise InputError(
             f"{file}: the rows here are of other settings ({'; '.join(differing)}); repeat them to "

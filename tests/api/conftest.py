@@ -93,6 +93,7 @@ class ScriptedService:
             slab_bytes=5678,
             plan_fingerprint="p",
             weights_fingerprint="w",
+            dtype="float32",
             num_running=self.active,
         )
         reason = "" if self.ready else "no decode replica answers"

@@ -18,10 +18,14 @@ from rayapp.evaluation.paper.outcome import RowOutcome, measure_data
 from rayapp.evaluation.paper.rows import PEERS, ROWS, search_settings
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.progress import shown_progress
+from rayapp.models.blocks import signature
+from rayapp.models.checkpoint import Checkpoint
+from rayapp.models.sampled_fingerprint import sampled_fingerprint
 from rayapp.plan import PruningPlan
 from rayapp.pruning.progress import ProgressReport
 from rayapp.testbed.tasks import generate, write_jsonl
 from rayapp.workflows import reproduce as module
+from rayapp.workflows.renewal import renew
 from rayapp.workflows.reproduce import Watch, reproduce
 
 JOB = Path(__file__).parents[2] / "jobs" / "reproduce.py"
@@ -206,6 +210,22 @@ def test_a_directory_of_other_settings_is_refused(settings):
         reproduce(settings, WATCH)
     with pytest.raises(InputError, match="seed: was 0, now 1"):
         reproduce(settings.model_copy(update={"resume": True, "seed": 1}), WATCH)
+
+
+def test_a_directory_of_an_earlier_release_is_renewed(settings, monkeypatch):
+    settings = settings.model_copy(update={"rows": ("similarity", "kv_selected")})
+    with monkeypatch.context() as earlier:
+        earlier.setattr(
+            Checkpoint, "signature", lambda self: signature(self.config, sampled_fingerprint(self))
+        )
+        whole = reproduce(settings, WATCH)
+    again = settings.model_copy(update={"resume": True})
+    with pytest.raises(InputError, match=r"the reproduction .*`rayapp plan renew"):
+        reproduce(again, WATCH)
+    renew(settings.out, model=settings.model)
+    for name in ("measure_data", "prune", "kv_select"):
+        monkeypatch.setattr(module, name, None)
+    assert reproduce(again, WATCH).numbers == whole.numbers
 
 
 def test_prompts_of_both_sides_are_refused_or_told(settings, files, tmp_path):

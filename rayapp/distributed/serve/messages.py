@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from rayapp.engine.request import GenerationRequest, TokenBatch
 from rayapp.errors import UnavailableError
 from rayapp.kv.wire import Envelope, MessageSizes
+from rayapp.plan import ModelSignature, PruningPlan
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,24 @@ ANY = Address()
 
 @dataclass(frozen=True)
 class Versions:
-    """What a replica computes with; stages are paired only where both are equal."""
+    """What a replica computes with; stages are paired only where all of it is equal.
+
+    ``dtype`` is the element type of the model. A plan says nothing of it, but KV of another type is
+    other KV.
+    """
 
     plan_fingerprint: str
     weights_fingerprint: str
+    dtype: str
+
+    @classmethod
+    def of(cls, plan: PruningPlan, model: ModelSignature, dtype: torch.dtype) -> Versions:
+        """Of a plan and the model that it is run on, computing in ``dtype``."""
+        name = str(dtype).removeprefix("torch.")
+        return cls(plan.fingerprint, model.weights_fingerprint, name)
+
+    def __str__(self) -> str:
+        return f"plan {self.plan_fingerprint} on weights {self.weights_fingerprint} in {self.dtype}"
 
     def envelope(self, request_id: str, attempt: int) -> Envelope:
         """The envelope of one attempt's KV."""
@@ -88,7 +105,7 @@ class MisdirectedError(UnavailableError):
 
 @dataclass(frozen=True)
 class Refusal:
-    """The replica runs another plan or other weights; no attempt was spent.
+    """The replica runs another plan, other weights or another type; no attempt was spent.
 
     While an update replaces replicas one by one, old and new ones meet; only equal ones may pair.
     """
@@ -103,9 +120,8 @@ def version_conflict(place: Place, ours: Versions, wanted: Versions) -> Refusal 
         return None
     return Refusal(
         place,
-        f"replica {place.replica_id} runs plan {ours.plan_fingerprint} on weights "
-        f"{ours.weights_fingerprint}, the request needs {wanted.plan_fingerprint} on "
-        f"{wanted.weights_fingerprint}; wait until the update is through",
+        f"replica {place.replica_id} runs {ours}, the request needs {wanted}; "
+        "wait until the update is through",
     )
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from rayapp.models.healed import HealedWeights
-from rayapp.plan import STAGES, Mode, PruningPlan
+from rayapp.plan import STAGES, Mode, PruningPlan, Stage
 from rayapp.pruning.candidates.healing import HealedPair, Pair
+from rayapp.pruning.healing.training import Training
 from rayapp.pruning.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -52,18 +53,39 @@ class _Known:
     record: Mapping[str, Any]
 
 
+def pair_context(
+    *, weights: str, data: str, first_token: Stage, dtype: str, training: Training
+) -> dict[str, Any]:
+    """All that trained tensors depend on, but the pair: model, lines, and how they are trained."""
+    return {
+        "version": VERSION,
+        "weights": weights,
+        "data": data,
+        "first_token": first_token,
+        "dtype": dtype,
+        "training": asdict(training),
+    }
+
+
+def pair_file(context: Mapping[str, Any], pair: Pair) -> str:
+    """The name of the file that keeps a pair trained in a :func:`pair_context`."""
+    content = {**context, "pair": str(pair)}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return f"{digest[:24]}.safetensors"
+
+
 class HealedPairs:
     """Finds, trains and keeps pairs.
 
     Args:
         storage: The output directory.
-        context: What all tensors depend on: weights, data, training.
+        context: What all tensors depend on, as :func:`pair_context` says.
         compute: Where pairs are trained and used.
     """
 
     def __init__(self, storage: Storage, context: Mapping[str, Any], compute: PairCompute) -> None:
         self._storage = Storage(f"{storage.location}/{DIRECTORY}")
-        self.context = {"version": VERSION, **context}
+        self.context = context
         self._compute = compute
         self._known: dict[Pair, _Known] = {}
 
@@ -111,9 +133,7 @@ class HealedPairs:
         self._known[healed.pair] = _Known(healed.weights.digest, healed.record())
 
     def _name(self, pair: Pair) -> str:
-        content = {**self.context, "pair": str(pair)}
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        return f"{digest[:24]}.safetensors"
+        return pair_file(self.context, pair)
 
     def _read(self, pair: Pair) -> HealedPair | None:
         name = self._name(pair)

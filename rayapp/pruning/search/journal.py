@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rayapp.errors import InputError, SearchError
+from rayapp.plan import is_outdated, renewal_hint
 from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.evaluator.objective import Score
 from rayapp.pruning.measures.gate_hessian import GateHessian
@@ -146,6 +147,9 @@ def _trial(line: Mapping[str, Any], record: Mapping[str, Any]) -> Trial:
 
 def _check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
     differing = _differences({k: v for k, v in found.items() if k != "environment"}, wanted)
+    prints = [each.get("model", {}).get("weights_fingerprint", "") for each in (found, wanted)]
+    if len(differing) == 1 and is_outdated(*prints):
+        raise InputError(f"{where}: the search {renewal_hint(where.rpartition('/')[0])}")
     if differing:
         raise InputError(
             f"{where}: belongs to another search ({'; '.join(differing)}); repeat its settings to "

@@ -59,7 +59,7 @@ def service_of(script, tokenizer, max_waiting=2):
         attempts=script,
         channel=ObjectStoreChannel(),
         ledger=Ledger(),
-        versions=Versions("p", "w"),
+        versions=Versions("p", "w", "float32"),
         limits=Limits(max_waiting=max_waiting, max_attempts=3),
     )
 

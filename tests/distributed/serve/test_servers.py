@@ -16,7 +16,6 @@ from rayapp.distributed.serve.messages import (
     MisdirectedError,
     Place,
     Refusal,
-    Versions,
 )
 from rayapp.distributed.serve.replicas.decode_server import DecodeServer
 from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
@@ -252,17 +251,20 @@ def test_kv_of_another_request_is_refused_and_its_slot_freed(stage):
     run(scenario())
 
 
-def test_another_version_refuses_without_touching_anything(stage):
+@pytest.mark.parametrize("change", [{"plan_fingerprint": "other"}, {"dtype": "bfloat16"}])
+def test_another_version_refuses_without_touching_anything(stage, change):
     async def scenario():
         pair = Pair(stage)
-        pair.versions = Versions("other", "weights")
+        ours = pair.versions
+        pair.versions = replace(ours, **change)
         items = pair.prefill.prefill(request_of("old"), pair.versions, 5.0)
         assert isinstance(await anext(items), Refusal)
         with pytest.raises(StopAsyncIteration):
             await anext(items)
         handover = Handover(request_of("old"), pair.versions, None, (), 5.0)
         refusal = await pair.decode.admit(handover, [None])
-        assert "needs other on weights" in refusal.reason
+        assert f"runs {ours}, the request needs {pair.versions}" in refusal.reason
+        assert "in float32" in str(ours)
         await pair.check_idle()
 
     run(scenario())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from fastapi import FastAPI
 from ray import serve
 
@@ -29,7 +28,7 @@ from rayapp.distributed.serve.settings import (
 from rayapp.kv.ledger import KVShape, Ledger
 from rayapp.models.blocks import head_dim, sliding_windows, text_config
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.loading import DTYPES, load_tokenizer
+from rayapp.models.loading import compute_dtype, load_tokenizer
 from rayapp.plan import PruningPlan
 from rayapp.vision.inputs import ImageIntake
 
@@ -81,7 +80,7 @@ def open_service(
     plan = PruningPlan.load(settings.plan) if settings.plan else PruningPlan()
     signature = checkpoint.signature()
     plan.check_model(signature)
-    versions = Versions(plan.fingerprint, signature.weights_fingerprint)
+    versions = Versions.of(plan, signature, compute_dtype(checkpoint.config, settings.dtype))
     channel = channel or ObjectStoreChannel(max_pinned_bytes=settings.max_kv_bytes)
     ledger = Ledger()
     return RayService(
@@ -137,11 +136,10 @@ def _attempts(
 def kv_shape(config: Any, dtype: str) -> KVShape:
     """The shape of a model's KV from its configuration alone."""
     text = text_config(config)
-    element_type: torch.dtype = DTYPES.get(dtype) or config.dtype or torch.float32
     return KVShape(
         num_blocks=text.num_hidden_layers,
         num_kv_heads=text.num_key_value_heads,
         head_dim=head_dim(config),
-        element_bytes=element_type.itemsize,
+        element_bytes=compute_dtype(config, dtype).itemsize,
         windows=tuple(sliding_windows(config)),
     )

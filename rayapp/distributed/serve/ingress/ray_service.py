@@ -169,8 +169,8 @@ class RayService:
         return await asyncio.gather(*(ask_all(h, "describe") for h in self._pools.values()))
 
     def _fits(self, replica: ReplicaHealth) -> bool:
-        found = Versions(replica.plan_fingerprint, replica.weights_fingerprint)
-        return found == self._versions
+        found = (replica.plan_fingerprint, replica.weights_fingerprint, replica.dtype)
+        return Versions(*found) == self._versions
 
     async def transfers(self) -> dict[str, Any]:
         """The ledgers of all ingress replicas, merged."""

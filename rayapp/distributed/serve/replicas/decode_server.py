@@ -244,6 +244,7 @@ class DecodeServer:
             slab_bytes=self._engine.slab_bytes,
             plan_fingerprint=self._versions.plan_fingerprint,
             weights_fingerprint=self._versions.weights_fingerprint,
+            dtype=self._versions.dtype,
             num_running=self._num_slots_held,
             num_waiting=self._num_waiting,
             kv_usage=self._engine.usage,

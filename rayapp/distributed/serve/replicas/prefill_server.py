@@ -155,6 +155,7 @@ class PrefillServer:
             parameter_bytes=self._stage.loaded.parameter_bytes,
             plan_fingerprint=self._versions.plan_fingerprint,
             weights_fingerprint=self._versions.weights_fingerprint,
+            dtype=self._versions.dtype,
             num_running=self._num_running,
             num_waiting=len(self._queued),
             image_cache=self._engine.image_cache,

@@ -46,7 +46,7 @@ class StageModel:
     @property
     def versions(self) -> Versions:
         """What requests must want."""
-        return Versions(self.plan.fingerprint, self.loaded.signature.weights_fingerprint)
+        return Versions.of(self.plan, self.loaded.signature, self.loaded.model.dtype)
 
 
 def load_stage(
