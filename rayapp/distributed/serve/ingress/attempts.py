@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rayapp.distributed.serve.channel import ObjectHandle, ObjectStoreChannel, ReplicaStream
+from rayapp.distributed.serve.channel import ObjectHandle, ReplicaStream
 from rayapp.distributed.serve.ingress.losses import DIED, replica_died
 from rayapp.distributed.serve.messages import (
     Address,
@@ -25,6 +25,7 @@ from rayapp.distributed.serve.messages import (
     Versions,
 )
 from rayapp.distributed.serve.settings import Deadlines
+from rayapp.engine.channel import KVChannel
 from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch
 from rayapp.errors import DeadlineError, UnavailableError
 from rayapp.kv.ledger import KVShape, Ledger, Route, TransferTimes, account
@@ -74,7 +75,7 @@ class DisaggregatedAttempts:
         prefill: Any,
         decode: Any,
         *,
-        channel: ObjectStoreChannel,
+        channel: KVChannel,
         ledger: Ledger,
         plan: PruningPlan,
         shape: KVShape,
@@ -130,11 +131,7 @@ class DisaggregatedAttempts:
                     answering.request, self._versions, limits.queue_s, address=Address(avoid=avoid)
                 )
                 stream = ReplicaStream(response)
-                try:
-                    answer: PrefillAnswer | Refusal = await stream.first()
-                except BaseException:
-                    stream.cancel()
-                    raise
+                answer: PrefillAnswer | Refusal = await stream.first()
                 if isinstance(answer, PrefillAnswer):
                     return stream, answer
                 avoid |= {answer.place.replica_id}
@@ -150,19 +147,12 @@ class DisaggregatedAttempts:
         """Own the KV until a decode replica has copied it; enter the transfer in the ledger."""
         request, limit_s = answering.request, self._deadlines.transfer_s
         began_s = time.monotonic()
-        try:
-            async with (
-                phase("transfer", limit_s),
-                self._channel.received(stream, answer.kv_bytes or 0) as handle,
-            ):
-                put_s = time.monotonic() - began_s
-                handover = Handover(
-                    request.without_image_data, self._versions, answer.first, replay, limit_s
-                )
-                admission = await self._admitted(handover, handle)
-        except BaseException:
-            stream.cancel()
-            raise
+        async with phase("transfer", limit_s), self._channel.received(stream) as handle:
+            put_s = time.monotonic() - began_s
+            handover = Handover(
+                request.without_image_data, self._versions, answer.first, replay, limit_s
+            )
+            admission = await self._admitted(handover, handle)
         record = account(
             self._shape,
             self._plan,

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rayapp.api.service import HealthReport, ReplicaHealth, ServiceDescription
-from rayapp.distributed.serve.channel import ObjectStoreChannel
 from rayapp.distributed.serve.ingress.attempts import Answering, Attempts
 from rayapp.distributed.serve.ingress.losses import explained, is_lost
 from rayapp.distributed.serve.messages import Versions
+from rayapp.engine.channel import KVChannel
 from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch, after
 from rayapp.errors import IntegrityError, OverloadedError, RayappError, UnavailableError
 from rayapp.kv.ledger import Ledger
@@ -84,7 +84,7 @@ class RayService:
         pools: Mapping[str, Any],
         siblings: Any,
         attempts: Attempts,
-        channel: ObjectStoreChannel,
+        channel: KVChannel,
         ledger: Ledger,
         versions: Versions,
         limits: Limits,
