@@ -1,7 +1,4 @@
-"""The token stream over a Ray cluster: admission, attempts, ledger; what the ingress serves.
-
-Twin of :class:`rayapp.api.in_process.InProcessService`.
-"""
+"""The token stream over a Ray cluster: admission, attempts, ledger; what the ingress serves."""
 
 from __future__ import annotations
 
