@@ -3,11 +3,10 @@
 Whoever conducts a request reserves room for its KV, opens a streaming call to a prefill stage, and
 owns the message at the end of that call until a decode stage has fetched it::
 
-    async with channel.reserved(num_bytes):
-        stream = ...                      # the call begins once there is room for what it leaves
+    async with channel.reserved(num_bytes), aclosing(...) as stream:
         answer = await stream.first()
         async with channel.received(stream) as handle:
-            ...                           # the decode stage: await Channel.fetch(handle)
+            ...  # in the decode stage: message = await channel.fetch(handle)
 
 A channel moves opaque bytes; what they mean is checked by :func:`rayapp.kv.wire.unpack`. The
 in-process channel is the twin of the one over Ray's object store; one contract test holds both.
@@ -29,7 +28,7 @@ from rayapp.errors import OverloadedError, TransferError
 class MessageStream(Protocol):
     """A streaming call that prefills: it yields one small item, then a KV message.
 
-    Where its caller stops waiting for an item, the call is cancelled.
+    Whoever leaves it before its end closes it.
     """
 
     async def first(self) -> Any:
@@ -43,6 +42,10 @@ class MessageStream(Protocol):
             TransferError: The producer died, or its call ended without a message. What the call
                 itself raises is raised as it was, here or by :meth:`KVChannel.fetch`.
         """
+        ...
+
+    async def aclose(self) -> None:
+        """Cancel the call, wherever it is; harmless where it has ended."""
         ...
 
 
@@ -161,9 +164,13 @@ class LocalStream:
             message: np.ndarray = (await anext(self._items)).view()
         except StopAsyncIteration:
             raise without_message() from None
-        await self._items.aclose()
+        await self.aclose()
         message.flags.writeable = False
         return message
+
+    async def aclose(self) -> None:
+        """Cancel the prefill; see :class:`MessageStream`."""
+        await self._items.aclose()
 
 
 class LocalChannel:

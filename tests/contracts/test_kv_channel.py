@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 import numpy as np
@@ -166,8 +166,10 @@ async def idle(seam: Any) -> None:
 
 async def fetched(seam: Any, *arguments: Any, **options: Any) -> np.ndarray:
     """What arrives of one call, as the ingress and a decode replica take it over."""
-    async with seam.channel.reserved(INLINE):
-        stream = seam.call(*arguments, **options)
+    async with (
+        seam.channel.reserved(INLINE),
+        aclosing(seam.call(*arguments, **options)) as stream,
+    ):
         assert await stream.first() == "small"
         async with seam.channel.received(stream) as handle:
             return await seam.channel.fetch(handle)
@@ -274,7 +276,7 @@ def test_what_the_producer_raises_is_raised_as_it_was(seam, fails):
 
 
 @pytest.mark.parametrize("waits", ["first", "message"])
-def test_whoever_stops_waiting_for_an_item_stops_the_call(seam, waits):
+def test_whoever_stops_waiting_for_an_item_and_closes_the_stream_stops_the_call(seam, waits):
     async def scenario():
         async def active() -> bool:
             return await seam.num_active() == 1
@@ -286,6 +288,16 @@ def test_whoever_stops_waiting_for_an_item_stops_the_call(seam, waits):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        await idle(seam)
+
+    run(scenario())
+
+
+def test_a_stream_that_is_left_between_its_items_and_closed_stops_the_call(seam):
+    async def scenario():
+        async with aclosing(seam.call(waits="message")) as stream:
+            await stream.first()
+        await stream.aclose()
         await idle(seam)
 
     run(scenario())

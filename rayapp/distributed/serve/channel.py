@@ -42,13 +42,9 @@ class ReplicaStream:
 
     async def first(self) -> Any:
         """The first item's value, which is small."""
-        try:
-            # The one use of Serve's private way from a response to references; tests hold it.
-            self._references = await self._response._to_object_ref_gen()
-            return await (await anext(self._references))
-        except BaseException:
-            self._response.cancel()
-            raise
+        # The one use of Serve's private way from a response to references; tests hold it.
+        self._references = await self._response._to_object_ref_gen()
+        return await (await anext(self._references))
 
     async def rest(self) -> ray.ObjectRef:
         """The second item's reference, once the call has ended; its value is not fetched.
@@ -60,9 +56,10 @@ class ReplicaStream:
             return await anext(self._references)
         except (StopAsyncIteration, RayError):
             raise without_message() from None
-        except BaseException:
-            self._response.cancel()
-            raise
+
+    async def aclose(self) -> None:
+        """Cancel the call, wherever it is."""
+        self._response.cancel()
 
 
 class ObjectStoreChannel:

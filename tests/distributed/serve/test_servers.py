@@ -63,8 +63,8 @@ class Pair:
 
     @asynccontextmanager
     async def prefilled(self, request):
-        async with aclosing(self.prefill.prefill(request, self.versions, 5.0)) as items:
-            stream = LocalStream(items)
+        items = self.prefill.prefill(request, self.versions, 5.0)
+        async with aclosing(LocalStream(items)) as stream:
             answer = await stream.first()
             async with self.channel.received(stream) as handle:
                 yield answer, handle

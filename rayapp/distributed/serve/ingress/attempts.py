@@ -131,7 +131,11 @@ class DisaggregatedAttempts:
                     answering.request, self._versions, limits.queue_s, address=Address(avoid=avoid)
                 )
                 stream = ReplicaStream(response)
-                answer: PrefillAnswer | Refusal = await stream.first()
+                try:
+                    answer: PrefillAnswer | Refusal = await stream.first()
+                except BaseException:
+                    await stream.aclose()
+                    raise
                 if isinstance(answer, PrefillAnswer):
                     return stream, answer
                 avoid |= {answer.place.replica_id}
@@ -147,12 +151,19 @@ class DisaggregatedAttempts:
         """Own the KV until a decode replica has copied it; enter the transfer in the ledger."""
         request, limit_s = answering.request, self._deadlines.transfer_s
         began_s = time.monotonic()
-        async with phase("transfer", limit_s), self._channel.received(stream) as handle:
-            put_s = time.monotonic() - began_s
-            handover = Handover(
-                request.without_image_data, self._versions, answer.first, replay, limit_s
-            )
-            admission = await self._admitted(handover, handle)
+        try:
+            async with (
+                phase("transfer", limit_s),
+                self._channel.received(stream) as handle,
+            ):
+                put_s = time.monotonic() - began_s
+                handover = Handover(
+                    request.without_image_data, self._versions, answer.first, replay, limit_s
+                )
+                admission = await self._admitted(handover, handle)
+        except BaseException:
+            await stream.aclose()
+            raise
         record = account(
             self._shape,
             self._plan,

@@ -71,10 +71,8 @@ class UnifiedServer:
         address: Address = ANY,
     ) -> AsyncGenerator[UnifiedItem, None]:
         """One :class:`PrefillAnswer`, one :class:`Admission`, then the tokens after the first."""
-        async with aclosing(
-            self._prefill.prefill(request, versions, self._deadlines.queue_s, address)
-        ) as items:
-            stream = LocalStream(items)
+        items = self._prefill.prefill(request, versions, self._deadlines.queue_s, address)
+        async with aclosing(LocalStream(items)) as stream:
             answer: PrefillAnswer | Refusal = await stream.first()
             yield answer
             if isinstance(answer, Refusal) or answer.kv_bytes is None:
