@@ -238,14 +238,10 @@ class DecodeServer:
 
     def health(self, pool: Pool) -> ReplicaHealth:
         """This replica as part of ``pool``."""
-        return ReplicaHealth(
-            pool=pool,
-            replica_id=self._place.replica_id,
-            node=self._place.node,
-            parameter_bytes=self._stage.loaded.parameter_bytes,
+        return self._stage.health(
+            pool,
+            self._place,
             slab_bytes=self._engine.slab_bytes,
-            plan_fingerprint=self._versions.plan_fingerprint,
-            weights_fingerprint=self._versions.weights_fingerprint,
             num_running=self._num_slots_held,
             num_waiting=self._num_waiting,
             kv_usage=self._engine.usage,
