@@ -1,7 +1,7 @@
 """The token-stream seam: what the HTTP layer asks of whatever generates tokens.
 
-Two implementations, held by one contract test: engines in this process
-(:class:`rayapp.api.in_process.InProcessService`) and replicas on a Ray cluster.
+The one that serves runs replicas on a Ray cluster; its twin, engines in one process, lives with
+the tests. One contract test holds both.
 """
 
 from __future__ import annotations

@@ -1,13 +1,22 @@
 """The KV channel: how a packed segment gets from the process that prefilled to that which decodes.
 
-A channel moves opaque bytes; what they mean is checked by :func:`rayapp.kv.wire.unpack`. It counts
-the bytes that it keeps alive and refuses beyond its budget. The in-process channel is the twin of
-the one over Ray's object store; one contract test holds both.
+Whoever conducts a request reserves room for its KV, opens a streaming call to a prefill stage, and
+owns the message at the end of that call until a decode stage has fetched it::
+
+    async with channel.reserved(num_bytes), aclosing(...) as stream:
+        answer = await stream.first()
+        async with channel.received(stream) as handle:
+            ...  # in the decode stage: message = await channel.fetch(handle)
+
+A channel moves opaque bytes; what they mean is checked by :func:`rayapp.kv.wire.unpack`. The
+in-process channel is the twin of the one over Ray's object store; one contract test holds both.
 """
 
 from __future__ import annotations
 
-import itertools
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,43 +25,70 @@ import numpy as np
 from rayapp.errors import OverloadedError, TransferError
 
 
+class MessageStream(Protocol):
+    """A streaming call that prefills: it yields one small item, then a KV message.
+
+    Whoever leaves it before its end closes it.
+    """
+
+    async def first(self) -> Any:
+        """The small item; raises whatever the call raises."""
+        ...
+
+    async def rest(self) -> Any:
+        """The message, in the form that this channel's handles hold, once the call has ended.
+
+        Raises:
+            TransferError: The producer died, or its call ended without a message. What the call
+                itself raises is raised as it was, here or by :meth:`KVChannel.fetch`.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Cancel the call, wherever it is; harmless where it has ended."""
+        ...
+
+
 class KVChannel(Protocol):
     """Moves messages between stages. A handle is opaque, and small enough to travel by itself."""
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes sent and not yet released: 0 when idle."""
+        """Bytes for which room is reserved: 0 when idle."""
         ...
 
-    async def send(self, message: np.ndarray) -> Any:
-        """Take over a 1-D uint8 message, to which nobody writes any more; returns its handle.
+    def reserved(self, num_bytes: int) -> AbstractAsyncContextManager[None]:
+        """Count ``num_bytes`` as pinned while the context lasts; first come, first served.
+
+        KV exists as soon as a prefill ends, so room for it is taken before one begins. Entering
+        waits until the bytes fit.
 
         Raises:
-            OverloadedError: The byte budget is used up.
-            TransferError: Not a 1-D uint8 array.
+            OverloadedError: They never fit.
         """
         ...
 
-    async def fetch(self, handle: Any) -> np.ndarray:
-        """The message, read-only, as often as needed until it is released.
+    def received(self, stream: Any) -> AbstractAsyncContextManager[Any]:
+        """Own the message at the end of a stream while the context lasts; gives its handle.
+
+        Args:
+            stream: A :class:`MessageStream` of this channel whose first item was read, and for
+                which room was reserved before it began.
 
         Raises:
-            TransferError: The message was released or lost.
+            TransferError: As of :meth:`MessageStream.rest`.
         """
         ...
 
-    async def release(self, handle: Any) -> None:
-        """Let the message go; harmless where that has already happened."""
+    @staticmethod
+    async def fetch(handle: Any) -> np.ndarray:
+        """The message behind a handle, read-only, as often as needed, in whichever process asks.
+
+        Raises:
+            TransferError: The message was released or lost. What the prefill raised in its place
+                is raised as it was.
+        """
         ...
-
-
-def check_message(message: np.ndarray) -> None:
-    """Raise :class:`TransferError` where ``message`` is not a 1-D uint8 array."""
-    if message.dtype != np.uint8 or message.ndim != 1:
-        raise TransferError(
-            f"a KV message is a 1-D uint8 array, got {message.ndim}-D {message.dtype}; "
-            "pack the segment first"
-        )
 
 
 class ByteBudget:
@@ -65,26 +101,76 @@ class ByteBudget:
     def __init__(self, max_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes
         self.pinned_bytes = 0
+        self._turn = asyncio.Lock()  # its waiters are served in the order of their arrival
+        self._given = asyncio.Event()
 
-    def take(self, num_bytes: int) -> None:
-        """Count ``num_bytes`` as pinned; raises :class:`OverloadedError` beyond the limit."""
-        if self.max_bytes is not None and self.pinned_bytes + num_bytes > self.max_bytes:
+    @asynccontextmanager
+    async def reserved(self, num_bytes: int) -> AsyncGenerator[None, None]:
+        """Count ``num_bytes`` as pinned while the context lasts; see :class:`KVChannel`."""
+        if self.max_bytes is not None and num_bytes > self.max_bytes:
             raise OverloadedError(
-                f"{self.pinned_bytes} bytes of KV are under way and {num_bytes} more would pass "
-                f"the limit of {self.max_bytes}; try again later"
+                f"this prompt's KV may weigh {num_bytes} bytes, and at most {self.max_bytes} may "
+                "be under way; shorten the prompt or raise max_kv_bytes"
             )
-        self.pinned_bytes += num_bytes
+        async with self._turn:
+            while not self._fits(num_bytes):
+                self._given.clear()
+                await self._given.wait()
+            self.pinned_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self.pinned_bytes -= num_bytes
+            self._given.set()
 
-    def give(self, num_bytes: int) -> None:
-        """Count ``num_bytes`` as freed."""
-        self.pinned_bytes -= num_bytes
+    def _fits(self, num_bytes: int) -> bool:
+        return self.max_bytes is None or self.pinned_bytes + num_bytes <= self.max_bytes
 
 
-@dataclass(frozen=True)
+def without_message() -> TransferError:
+    """The error of a call that ended, or whose producer died, before its message."""
+    return TransferError("a prefill ended without its KV message; prefill the prompt again")
+
+
+def after_release() -> TransferError:
+    """The error of a message that nobody owns any more."""
+    return TransferError("the KV message was released; prefill the prompt again")
+
+
+@dataclass(eq=False)
 class LocalHandle:
-    """Names a message of a :class:`LocalChannel`."""
+    """A message of this process, None once released."""
 
-    number: int
+    message: np.ndarray | None
+
+
+class LocalStream:
+    """The items of a prefill in this process.
+
+    Args:
+        items: One small item, then a 1-D uint8 message, to which nobody writes any more.
+    """
+
+    def __init__(self, items: AsyncGenerator[Any, None]) -> None:
+        self._items = items
+
+    async def first(self) -> Any:
+        """The small item; see :class:`MessageStream`."""
+        return await anext(self._items)
+
+    async def rest(self) -> np.ndarray:
+        """The message, read-only; see :class:`MessageStream`."""
+        try:
+            message: np.ndarray = (await anext(self._items)).view()
+        except StopAsyncIteration:
+            raise without_message() from None
+        await self.aclose()
+        message.flags.writeable = False
+        return message
+
+    async def aclose(self) -> None:
+        """Cancel the prefill; see :class:`MessageStream`."""
+        await self._items.aclose()
 
 
 class LocalChannel:
@@ -96,32 +182,28 @@ class LocalChannel:
 
     def __init__(self, *, max_pinned_bytes: int | None = None) -> None:
         self._budget = ByteBudget(max_pinned_bytes)
-        self._messages: dict[LocalHandle, np.ndarray] = {}
-        self._numbers = itertools.count()
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes sent and not yet released."""
+        """Bytes for which room is reserved."""
         return self._budget.pinned_bytes
 
-    async def send(self, message: np.ndarray) -> LocalHandle:
-        """Take over a message; see :class:`KVChannel`."""
-        check_message(message)
-        self._budget.take(message.nbytes)
-        handle = LocalHandle(next(self._numbers))
-        view = message.view()
-        view.flags.writeable = False
-        self._messages[handle] = view
-        return handle
+    def reserved(self, num_bytes: int) -> AbstractAsyncContextManager[None]:
+        """Count ``num_bytes`` as pinned while the context lasts; see :class:`KVChannel`."""
+        return self._budget.reserved(num_bytes)
 
-    async def fetch(self, handle: LocalHandle) -> np.ndarray:
+    @asynccontextmanager
+    async def received(self, stream: LocalStream) -> AsyncGenerator[LocalHandle, None]:
+        """Own the message at the end of a stream; see :class:`KVChannel`."""
+        handle = LocalHandle(await stream.rest())
+        try:
+            yield handle
+        finally:
+            handle.message = None
+
+    @staticmethod
+    async def fetch(handle: LocalHandle) -> np.ndarray:
         """The message, read-only; see :class:`KVChannel`."""
-        if handle not in self._messages:
-            raise TransferError(f"KV message {handle.number} is gone; prefill the prompt again")
-        return self._messages[handle]
-
-    async def release(self, handle: LocalHandle) -> None:
-        """Let the message go; see :class:`KVChannel`."""
-        message = self._messages.pop(handle, None)
-        if message is not None:
-            self._budget.give(message.nbytes)
+        if handle.message is None:
+            raise after_release()
+        return handle.message

@@ -22,6 +22,7 @@ from rayapp.engine.slab import Slab
 from rayapp.errors import IntegrityError, OverloadedError, RequestError, TransferError, WireError
 from rayapp.kv.segment import KVSegment
 from rayapp.kv.select import num_prefilled
+from rayapp.kv.wire import Envelope, Message, MessageSizes, message_sizes, unpack
 from rayapp.models.single_token import SingleTokenStack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
@@ -92,10 +93,6 @@ class DecodeEngine:
             return self.num_running / self.max_num_seqs
         return self._slab.num_used / self._slab.num_entries
 
-    def is_running(self, request_id: str) -> bool:
-        """Whether a request holds a slot."""
-        return request_id in self._slots
-
     def admit(
         self,
         request: GenerationRequest,
@@ -138,6 +135,30 @@ class DecodeEngine:
         self._sequences.append(sequence)
         self._slots[request.request_id] = slot
         return slot
+
+    def admit_message(
+        self,
+        request: GenerationRequest,
+        message: Message,
+        envelope: Envelope,
+        first: TokenBatch | None = None,
+        replay: Sequence[int] = (),
+    ) -> MessageSizes:
+        """:meth:`admit` the segment inside a message; what the message weighed.
+
+        Args:
+            request: What is being answered.
+            message: Its prompt's KV; free to be released when this returns.
+            envelope: Whose KV the message must hold.
+            first: As of :meth:`admit`.
+            replay: Likewise.
+
+        Raises:
+            WireError: The message is damaged, or holds other KV. Beside it, what :meth:`admit`
+                raises.
+        """
+        self.admit(request, unpack(message, envelope), first, replay)
+        return message_sizes(message)
 
     def _check_segment(self, request: GenerationRequest, segment: KVSegment) -> None:
         kept = request.num_prompt_tokens - segment.num_visual_tokens_removed

@@ -1,7 +1,6 @@
 """The whole path in one process: prefill, wire, decode with continuous batching. The reference.
 
-What is served over two nodes must equal this token for token; so KV is packed, unpacked and
-accounted for here too, and only the network is missing.
+What is served over two nodes must equal this token for token.
 Shapes: C = answer tokens, V = vocabulary.
 """
 
@@ -17,7 +16,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayapp.engine.decode import DecodeEngine
-from rayapp.engine.prefill import PrefillEngine
 from rayapp.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -26,19 +24,14 @@ from rayapp.engine.request import (
     TokenLogprobs,
 )
 from rayapp.engine.sampling_params import SamplingParams
+from rayapp.engine.stages import Stages
 from rayapp.engine.stopping import TextStream
 from rayapp.errors import RequestError
-from rayapp.kv.ledger import KVShape, Route, TransferRecord, TransferTimes, account
-from rayapp.kv.segment import KVSegment
-from rayapp.kv.wire import Envelope, Message, message_sizes, pack, unpack
-from rayapp.models.blocks import signature_of, text_config
-from rayapp.models.loading import eos_token_ids
-from rayapp.models.stack import BlockStack
+from rayapp.kv.ledger import TransferRecord
 from rayapp.plan import PruningPlan, VisualTokens
 from rayapp.vision.inputs import ImageSource
-from rayapp.vision.reader import ImageReader, ImageSupport
+from rayapp.vision.reader import ImageSupport
 
-NODE = "local"
 _NO_IMAGES = (
     "images were given, but this model is text-only or came without its image processor or "
     "tokenizer; use one that takes images"
@@ -143,29 +136,13 @@ class LocalPipeline:
         max_model_len: int | None = None,
         image_processor: Any = None,
     ) -> None:
-        self.plan = plan or PruningPlan()
-        self.signature = signature_of(model)
-        self.plan.check_model(self.signature)
-        self.max_num_seqs = max_num_seqs
-        self.max_model_len = max_model_len or text_config(model.config).max_position_embeddings
+        images = ImageSupport(image_processor) if image_processor else None
+        self._stages = Stages(model, tokenizer, plan, max_model_len=max_model_len, images=images)
         self._tokenizer = tokenizer
-        self._eos_token_ids = eos_token_ids(model)
-        self._decode_stack = BlockStack(model, self.plan, "decode")
-        prefill_stack = BlockStack(model, self.plan, "prefill")
-        self.images = (
-            ImageReader(model, prefill_stack, ImageSupport(image_processor))
-            if image_processor
-            else None
-        )
-        self.prefill = PrefillEngine(
-            prefill_stack,
-            self.plan,
-            max_model_len=self.max_model_len,
-            eos_token_ids=self._eos_token_ids,
-            tokenizer=tokenizer,
-            images=self.images,
-        )
-        self._kv_shape = KVShape.of(self._decode_stack)
+        self.max_num_seqs = max_num_seqs
+        self.plan = self._stages.plan
+        self.images = self._stages.images
+        self.prefill = self._stages.prefill
 
     @property
     def placeholder(self) -> str:
@@ -190,7 +167,8 @@ class LocalPipeline:
         waiting = deque(runs)
         while waiting or decode.num_running:
             while waiting and decode.num_free:
-                self._hand_over(waiting.popleft(), decode)
+                run = waiting.popleft()
+                run.transfer = self._stages.start(run.request, decode, run.timeline, run.add)
             for batch in decode.step():
                 by_id[batch.request_id].add(batch)
         decode.check_integrity()
@@ -210,7 +188,7 @@ class LocalPipeline:
         rows = [] if first_V is None else [first_V]
         if len(rows) <= len(fed):
             decode = self._decode_engine([request])
-            decode.admit(request, self._over_the_wire(request, segment)[1], replay=fed)
+            self._stages.hand_over(request, segment, decode, replay=fed)
             rows += [decode.advance()[0] for _ in range(len(fed) + 1 - len(rows))]
         return torch.stack(rows)
 
@@ -232,8 +210,8 @@ class LocalPipeline:
         ]
         for request in requests:
             request.check_limits(
-                max_model_len=self.max_model_len,
-                vocab_size=self._decode_stack.vocab_size,
+                max_model_len=self._stages.max_model_len,
+                vocab_size=self._stages.vocab_size,
                 image_token_id=self.images.intake.image_token_id if self.images else None,
             )
         return requests
@@ -264,52 +242,10 @@ class LocalPipeline:
     def _decode_engine(self, requests: Sequence[GenerationRequest]) -> DecodeEngine:
         """An engine with room for the longest of the requests."""
         needs = [r.num_prompt_tokens + r.sampling.max_tokens for r in requests]
-        return DecodeEngine(
-            self._decode_stack,
-            self.plan,
+        return self._stages.decode_engine(
             max_num_seqs=max(1, min(self.max_num_seqs, len(requests))),
             max_model_len=max(needs, default=1),
-            eos_token_ids=self._eos_token_ids,
-            tokenizer=self._tokenizer,
         )
-
-    def _hand_over(self, run: _Run, decode: DecodeEngine) -> None:
-        """Prefill one request and admit it, unless its first token ended it."""
-        marks, request = run.timeline, run.request
-        marks.prefill_started_s = time.monotonic()
-        output = self.prefill.run(request)
-        marks.prefill_finished_s = time.monotonic()
-        if output.first is not None:
-            run.add(output.first)
-        if output.segment is None:
-            return
-        message, segment = self._over_the_wire(request, output.segment)
-        packed_s = time.monotonic()
-        decode.admit(request, segment, output.first)
-        marks.admitted_s = time.monotonic()
-        run.transfer = account(
-            self._kv_shape,
-            self.plan,
-            message_sizes(message),
-            Route(request.request_id, request.attempt, NODE, NODE),
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_visual_tokens_removed=segment.num_visual_tokens_removed,
-            times=TransferTimes(
-                put_s=packed_s - marks.prefill_finished_s, fetch_s=marks.admitted_s - packed_s
-            ),
-        )
-
-    def _over_the_wire(
-        self, request: GenerationRequest, segment: KVSegment
-    ) -> tuple[Message, KVSegment]:
-        envelope = Envelope(
-            request_id=request.request_id,
-            attempt=request.attempt,
-            plan_fingerprint=self.plan.fingerprint,
-            weights_fingerprint=self.signature.weights_fingerprint,
-        )
-        message = pack(segment, envelope)
-        return message, unpack(message, envelope)
 
     def _completion(self, run: _Run) -> Completion:
         text = ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rayapp.engine.sampling_params import SamplingParams
@@ -13,7 +13,6 @@ from rayapp.vision.inputs import ImageInput
 from rayapp.vision.prompt import check_places
 
 FinishReason = Literal["stop", "length"]
-Phase = Literal["queued", "prefilling", "transferring", "decoding", "done"]
 
 
 @dataclass(frozen=True)
@@ -132,10 +131,6 @@ class Timeline:
             for name, (begin, end) in spans.items()
             if begin is not None and end is not None
         }
-
-    def as_dict(self) -> dict[str, float | None]:
-        """The raw marks."""
-        return asdict(self)
 
 
 def merged(batches: list[TokenBatch]) -> TokenBatch:

@@ -20,11 +20,13 @@ CLAIM_PROMPT_TOKENS = 128
 CLAIM_RUNS = 30
 
 
-class _Strict(BaseModel):
+class Recorded(BaseModel):
+    """A result as its file holds it: constant, and without fields that nobody knows."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class MeasuredRow(_Strict):
+class MeasuredRow(Recorded):
     """A task, or the mean over tasks (``mean``): its examples, and their KV's bytes in all.
 
     Prompt tokens are those of the unpruned prompt, all tokens of its images counted.
@@ -107,7 +109,7 @@ class TextResult(MeasuredRow):
         return math.exp(self.plan_nll)
 
 
-class StageTimes(_Strict):
+class StageTimes(Recorded):
     """Medians over runs: one prompt's prefill, one decode step, and a whole answer of N tokens."""
 
     prefill_ms: float
@@ -115,7 +117,7 @@ class StageTimes(_Strict):
     answer_ms: float
 
 
-class LatencyResult(_Strict):
+class LatencyResult(Recorded):
     """Interleaved timings without any transfer; speed-ups are dense over plan.
 
     ``speedup_at_least`` is the one-sided 95 % lower bound of ``speedup``. ``num_image_tokens`` of
@@ -148,7 +150,7 @@ class LatencyResult(_Strict):
         return self.dense.tpot_ms / self.plan.tpot_ms
 
 
-class PlanSummary(_Strict):
+class PlanSummary(Recorded):
     """The plan that was evaluated."""
 
     fingerprint: str
@@ -157,7 +159,7 @@ class PlanSummary(_Strict):
     decode_removed: float
 
 
-class DataFile(_Strict):
+class DataFile(Recorded):
     """One evaluation file; ``sha256`` of its bytes."""
 
     name: str
@@ -165,7 +167,7 @@ class DataFile(_Strict):
     num_examples: int
 
 
-class EvaluationResult(_Strict):
+class EvaluationResult(Recorded):
     """Everything that ``rayapp evaluate`` measured; everything but ``latency`` is reproducible.
 
     ``complete`` is false in a file that was written while later tasks or timings were still open.

@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 
 from rayapp.errors import IntegrityError
-from rayapp.kv.segment import KVSegment
 
 
 class StackShape(Protocol):
@@ -158,26 +157,6 @@ class PrefixCache:
     def __init__(self, prefixes: Mapping[int, Prefix], windows: Sequence[int | None]) -> None:
         self.prefixes = dict(prefixes)
         self.windows = tuple(windows)
-
-    @classmethod
-    def from_segments(
-        cls, segments: Sequence[KVSegment], windows: Sequence[int | None]
-    ) -> PrefixCache:
-        """One batch row per segment; all must hold the same blocks with equally many entries."""
-        shapes = {tuple((e.block, e.num_entries) for e in s.blocks) for s in segments}
-        if len(shapes) != 1:
-            raise IntegrityError(
-                f"{len(segments)} segments have {len(shapes)} shapes (block, entries), a batch "
-                f"takes one; batch prompts of equal length"
-            )
-        prefixes = {}
-        for rows in zip(*(segment.blocks for segment in segments), strict=True):
-            prefixes[rows[0].block] = Prefix(
-                torch.stack([row.keys_HND for row in rows]),
-                torch.stack([row.values_HND for row in rows]),
-                torch.stack([row.positions_N for row in rows]),
-            )
-        return cls(prefixes, windows)
 
     def update(
         self, keys_BHCD: torch.Tensor, values_BHCD: torch.Tensor, block: int

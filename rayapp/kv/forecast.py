@@ -28,6 +28,12 @@ class RunPrompt:
     positions: tuple[int, ...] | None = None
 
 
+def forecast_envelope(plan: PruningPlan) -> Envelope:
+    """The envelope of a request that the service has not got yet; its id is as long as they are."""
+    weights = plan.model.weights_fingerprint if plan.model else ""
+    return Envelope("0" * 32, 0, plan.fingerprint, weights)
+
+
 def forecast_sizes(
     shape: KVShape,
     dtype: torch.dtype,

@@ -18,9 +18,6 @@ from torch.nn import functional
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Weights that Muon trains, each stacked over the blocks as ``(L, out, in)``."""
 
-VECTORS = ("embed_tokens", "input_layernorm", "post_attention_layernorm", "norm")
-"""Weights that AdamW trains."""
-
 
 @dataclass(frozen=True, slots=True)
 class Shape:

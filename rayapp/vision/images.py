@@ -13,7 +13,6 @@ import binascii
 import hashlib
 import io
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,14 +105,6 @@ def decode_image(
     if found == "image/jpeg" and data.count(b"\xff\xda") > _MAX_SCANS:
         raise RequestError(f"the JPEG has more than {_MAX_SCANS} scans; save it as a baseline JPEG")
     return DecodedImage(_decode(data, FORMATS[found], limits), hashlib.sha256(data).hexdigest())
-
-
-def decode_images(
-    images: Sequence[tuple[bytes, str | None]], limits: ImageLimits
-) -> list[DecodedImage]:
-    """Decode a request's images, ``(bytes, media type)`` each; raises :class:`RequestError`."""
-    check_number(len(images), limits)
-    return [decode_image(data, media_type, limits=limits) for data, media_type in images]
 
 
 def _check_bytes(num_bytes: int, limits: ImageLimits) -> None:

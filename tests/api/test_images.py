@@ -13,7 +13,6 @@ import openai
 import pytest
 from PIL import Image
 
-from rayapp.api.in_process import InProcessService
 from rayapp.api.routes import build_app
 from rayapp.engine.local import ImagePrompt, LocalPipeline
 from rayapp.engine.sampling_params import SamplingParams
@@ -23,6 +22,7 @@ from rayapp.plan import KVTransfer, PruningPlan, VisualTokens
 from rayapp.vision.limits import ImageLimits
 from rayapp.vision.llava import load_image_processor
 from rayapp.vision.reader import ImageSupport
+from tests.api.in_process import InProcessService
 
 Make = Callable[..., Any]
 CHAT = "/v1/chat/completions"

@@ -10,12 +10,12 @@ import httpx
 import openai
 import pytest
 
-from rayapp.api.in_process import InProcessService, Patience
 from rayapp.api.routes import build_app
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.request import GenerationRequest
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import DeadlineError, OverloadedError, UnavailableError
+from tests.api.in_process import InProcessService, Patience
 
 PROMPTS = ["hello", "a", "the quick brown fox", "0123456789" * 3]
 
@@ -97,8 +97,9 @@ def stuck(model, byte_tokenizer, monkeypatch):
         max_model_len=64,
         patience=Patience(max_waiting=1, deadline_s=0.5),
     )
-    gate, run = threading.Event(), service._prefill.run
-    monkeypatch.setattr(service._prefill, "run", lambda request: gate.wait(10) and run(request))
+    gate, prefill = threading.Event(), service._stages.prefill
+    run = prefill.run
+    monkeypatch.setattr(prefill, "run", lambda request: gate.wait(10) and run(request))
     service.gate = gate
     yield service
     gate.set()

@@ -1,145 +1,324 @@
-"""What every KV channel promises; the in-process twin here, others join through the fixture."""
+"""What every KV channel promises, over the calls that the ingress and the replicas make.
+
+Both twins run the same prefill: a call of one small item and one message, which waits or fails
+where a test asks for it. In process it is a generator; over the object store it runs in an actor.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack, aclosing
+from typing import Any
 
 import numpy as np
 import pytest
 
-from rayapp.engine.channel import KVChannel, LocalChannel
-from rayapp.errors import OverloadedError, TransferError
+from rayapp.engine.channel import KVChannel, LocalChannel, LocalStream
+from rayapp.errors import DeadlineError, TransferError
 
 BUDGET = 1000
+INLINE, STORED = 100, 300_000  # bytes; Ray sends small values inside its own messages
 
 
-def local_channel() -> Iterator[KVChannel]:
-    yield LocalChannel(max_pinned_bytes=BUDGET)
-
-
-def object_store_channel() -> Iterator[KVChannel]:
-    import ray
-
-    from rayapp.distributed.serve.channel import ObjectStoreChannel
-
-    if not ray.is_initialized():
-        ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error")
-    yield ObjectStoreChannel(max_pinned_bytes=BUDGET)
-
-
-# Each entry yields one channel with a budget of BUDGET bytes and cleans up after itself.
-CHANNELS: dict[str, Callable[[], Iterator[KVChannel]]] = {
-    "local": local_channel,
-    "object_store": object_store_channel,
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _leave_ray() -> Iterator[None]:
-    yield
-    if "ray" in sys.modules:
-        sys.modules["ray"].shutdown()
-
-
-@pytest.fixture(params=["local", pytest.param("object_store", marks=pytest.mark.ray)])
-def channel(request: pytest.FixtureRequest) -> Iterator[KVChannel]:
-    yield from CHANNELS[request.param]()
-
-
-def message(length: int = 100, seed: int = 0) -> np.ndarray:
+def message(length: int = INLINE, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, length).astype(np.uint8)
 
 
-def run(coroutine):
-    return asyncio.run(coroutine)
+class Prefill:
+    """A prefill as a channel sees it. ``waits`` and ``fails`` name the item before which it does.
+
+    It fails by an exception; with ``fails="silently"`` it ends before its message.
+    """
+
+    def __init__(self) -> None:
+        self._active = 0
+        self._gate = asyncio.Event()
+        self._dead = False
+
+    async def items(
+        self, seed: int = 0, length: int = INLINE, waits: str = "", fails: str = ""
+    ) -> AsyncGenerator[Any, None]:
+        self._active += 1
+        try:
+            for name, item in (("first", "small"), ("message", message(length, seed))):
+                if waits == name:
+                    await self._gate.wait()
+                if fails == name:
+                    raise DeadlineError(f"no {name} today")
+                if self._dead or (fails == "silently" and name == "message"):
+                    return
+                yield item
+        finally:
+            self._active -= 1
+
+    async def num_active(self) -> int:
+        return self._active
+
+    async def go_on(self) -> None:
+        self._gate.set()
+
+    async def die(self) -> None:
+        """As far as a process can that lives on: nothing comes any more."""
+        self._dead = True
+        self._gate.set()
 
 
-def test_a_message_arrives_as_it_was_sent_as_often_as_asked(channel):
+class InProcess:
+    """The twin within one process."""
+
+    def __init__(self) -> None:
+        self.channel: KVChannel = LocalChannel(max_pinned_bytes=BUDGET)
+        self._prefill = Prefill()
+        self.num_active = self._prefill.num_active
+        self.go_on = self._prefill.go_on
+        self.die = self._prefill.die
+
+    def call(self, *arguments: Any, **options: Any) -> LocalStream:
+        return LocalStream(self._prefill.items(*arguments, **options))
+
+
+class ActorResponse:
+    """A streaming call of an actor, with those of Serve's methods that a stream uses."""
+
+    def __init__(self, references: Any) -> None:
+        self._references = references
+
+    async def _to_object_ref_gen(self) -> Any:
+        return self._references
+
+    def cancel(self) -> None:
+        import ray
+
+        ray.cancel(self._references)
+
+
+class OverTheStore:
+    """The channel over Ray, with a prefill in a process of its own."""
+
+    def __init__(self, actor: Any) -> None:
+        from rayapp.distributed.serve.channel import ObjectStoreChannel
+
+        self.channel: KVChannel = ObjectStoreChannel(max_pinned_bytes=BUDGET)
+        self._actor = actor
+
+    def call(self, *arguments: Any, **options: Any) -> Any:
+        from rayapp.distributed.serve.channel import ReplicaStream
+
+        call = self._actor.items.options(num_returns="streaming")
+        return ReplicaStream(ActorResponse(call.remote(*arguments, **options)))
+
+    async def num_active(self) -> int:
+        return await self._actor.num_active.remote()
+
+    async def go_on(self) -> None:
+        await self._actor.go_on.remote()
+
+    async def die(self) -> None:
+        import ray
+
+        ray.kill(self._actor)
+
+
+@pytest.fixture(scope="module")
+def actors() -> Iterator[Any]:
+    """``actors()`` starts a prefill in a process of its own."""
+    import ray
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error")
+    yield ray.remote(num_cpus=0)(Prefill).remote
+    ray.shutdown()
+
+
+@pytest.fixture(params=["local", pytest.param("object_store", marks=pytest.mark.ray)])
+def seam(request: pytest.FixtureRequest) -> Any:
+    if request.param == "local":
+        return InProcess()
+    return OverTheStore(request.getfixturevalue("actors")())
+
+
+@pytest.fixture
+def channel(seam: Any) -> KVChannel:
+    return seam.channel
+
+
+def run(scenario: Any) -> Any:
+    return asyncio.run(asyncio.wait_for(scenario, 60))
+
+
+async def soon(condition: Any) -> None:
+    deadline = time.monotonic() + 10
+    while not await condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def idle(seam: Any) -> None:
+    """Nothing is pinned, and no call runs any more."""
+    assert seam.channel.pinned_bytes == 0
+
+    async def ended() -> bool:
+        return await seam.num_active() == 0
+
+    await soon(ended)
+
+
+async def fetched(seam: Any, *arguments: Any, **options: Any) -> np.ndarray:
+    """What arrives of one call, as the ingress and a decode replica take it over."""
+    async with (
+        seam.channel.reserved(INLINE),
+        aclosing(seam.call(*arguments, **options)) as stream,
+    ):
+        assert await stream.first() == "small"
+        async with seam.channel.received(stream) as handle:
+            return await seam.channel.fetch(handle)
+
+
+@pytest.mark.parametrize("length", [0, INLINE, STORED])
+def test_a_message_arrives_as_it_was_sent_and_cannot_be_written_to(seam, length):
     async def scenario():
-        handle = await channel.send(message())
-        return [await channel.fetch(handle) for _ in range(2)]
+        arrived = await fetched(seam, 1, length)
+        await idle(seam)
+        return arrived
 
-    for arrived in run(scenario()):
-        assert arrived.dtype == np.uint8
-        assert np.array_equal(arrived, message())
-
-
-def test_what_arrives_cannot_be_written_to(channel):
-    async def scenario():
-        return await channel.fetch(await channel.send(message()))
-
+    arrived = run(scenario())
+    assert arrived.dtype == np.uint8
+    assert np.array_equal(arrived, message(length, 1))
     with pytest.raises(ValueError, match="read-only"):
-        run(scenario())[0] = 1
+        arrived[:] = 1
 
 
-def test_messages_do_not_mix(channel):
+def test_a_message_is_there_as_often_as_it_is_asked_for_until_it_is_released(seam, channel):
     async def scenario():
-        handles = [await channel.send(message(seed=seed)) for seed in range(5)]
-        return await asyncio.gather(*(channel.fetch(handle) for handle in handles))
+        stream = seam.call(2)
+        await stream.first()
+        async with channel.received(stream) as handle:
+            for _ in range(2):
+                assert np.array_equal(await channel.fetch(handle), message(seed=2))
+        with pytest.raises(TransferError, match="was released"):
+            await channel.fetch(handle)
+        await idle(seam)
+
+    run(scenario())
+
+
+def test_messages_do_not_mix(seam):
+    async def scenario():
+        arrived = await asyncio.gather(*(fetched(seam, seed, STORED) for seed in range(5)))
+        await idle(seam)
+        return arrived
 
     for seed, arrived in enumerate(run(scenario())):
-        assert np.array_equal(arrived, message(seed=seed))
+        assert np.array_equal(arrived, message(STORED, seed))
 
 
-def test_idle_means_zero_pinned_bytes(channel):
+def test_the_first_item_does_not_wait_for_the_message(seam, channel):
     async def scenario():
-        seen = [channel.pinned_bytes]
-        handles = [await channel.send(message(length)) for length in (100, 300)]
-        seen.append(channel.pinned_bytes)
-        for handle in handles:
-            await channel.release(handle)
-            seen.append(channel.pinned_bytes)
-        return seen
+        stream = seam.call(3, waits="message")
+        assert await stream.first() == "small"
+        assert await seam.num_active() == 1
+        await seam.go_on()
+        async with channel.received(stream) as handle:
+            assert np.array_equal(await channel.fetch(handle), message(seed=3))
+        await idle(seam)
 
-    assert run(scenario()) == [0, 400, 300, 0]
+    run(scenario())
 
 
-def test_releasing_twice_is_harmless(channel):
+def test_a_producer_that_dies_after_its_message_loses_nothing(seam, channel):
     async def scenario():
-        handle, other = await channel.send(message()), await channel.send(message(50))
-        await channel.release(handle)
-        await channel.release(handle)
-        assert len(await channel.fetch(other)) == 50
-        return channel.pinned_bytes
+        stream = seam.call(4, STORED)
+        await stream.first()
+        async with channel.received(stream) as handle:
+            await seam.die()
+            await asyncio.sleep(0.2)
+            arrived = await channel.fetch(handle)
+        assert channel.pinned_bytes == 0
+        return arrived
 
-    assert run(scenario()) == 50
+    assert np.array_equal(run(scenario()), message(STORED, 4))
 
 
-def test_a_released_message_is_gone(channel):
+def test_a_producer_that_dies_before_its_message_is_a_lost_transfer(seam, channel):
     async def scenario():
-        handle = await channel.send(message())
-        await channel.release(handle)
-        await channel.fetch(handle)
+        async with AsyncExitStack() as held:
+            await held.enter_async_context(channel.reserved(INLINE))
+            stream = seam.call(waits="message")
+            await stream.first()
+            waiting = asyncio.ensure_future(held.enter_async_context(channel.received(stream)))
+            await asyncio.sleep(0.05)
+            await seam.die()
+            with pytest.raises(TransferError, match="prefill the prompt again"):
+                await waiting
+        assert channel.pinned_bytes == 0
 
-    with pytest.raises(TransferError):
-        run(scenario())
+    run(scenario())
 
 
-def test_the_budget_bounds_what_is_under_way(channel):
+def test_a_call_without_a_message_is_a_lost_transfer(seam):
     async def scenario():
-        first = await channel.send(message(700))
-        with pytest.raises(OverloadedError, match="700 bytes of KV are under way"):
-            await channel.send(message(301))
-        assert channel.pinned_bytes == 700
-        await channel.send(message(300))
-        await channel.release(first)
-        await channel.send(message(700))
-        return channel.pinned_bytes
+        with pytest.raises(TransferError, match="without its KV message"):
+            await fetched(seam, fails="silently")
+        await idle(seam)
 
-    assert run(scenario()) == BUDGET
+    run(scenario())
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((2, 3), np.uint8), np.zeros(4, np.float32)])
-def test_only_rows_of_bytes_are_taken(channel, wrong):
-    with pytest.raises(TransferError, match="1-D uint8"):
-        run(channel.send(wrong))
-    assert channel.pinned_bytes == 0
-
-
-def test_an_empty_message_travels_too(channel):
+@pytest.mark.parametrize("fails", ["first", "message"])
+def test_what_the_producer_raises_is_raised_as_it_was(seam, fails):
     async def scenario():
-        return await channel.fetch(await channel.send(message(0)))
+        with pytest.raises(DeadlineError, match=f"no {fails} today"):
+            await fetched(seam, fails=fails)
+        await idle(seam)
 
-    assert len(run(scenario())) == 0
+    run(scenario())
+
+
+@pytest.mark.parametrize("waits", ["first", "message"])
+def test_whoever_stops_waiting_for_an_item_and_closes_the_stream_stops_the_call(seam, waits):
+    async def scenario():
+        async def active() -> bool:
+            return await seam.num_active() == 1
+
+        task = asyncio.ensure_future(fetched(seam, waits=waits))
+        await soon(active)
+        await asyncio.sleep(0.1)
+        assert seam.channel.pinned_bytes == INLINE
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await idle(seam)
+
+    run(scenario())
+
+
+def test_a_stream_that_is_left_between_its_items_and_closed_stops_the_call(seam):
+    async def scenario():
+        async with aclosing(seam.call(waits="message")) as stream:
+            await stream.first()
+        await stream.aclose()
+        await idle(seam)
+
+    run(scenario())
+
+
+def test_what_fails_while_it_owns_a_message_gives_all_of_it_back(seam, channel):
+    async def scenario():
+        handles = []
+
+        async def fail():
+            async with channel.reserved(700):
+                stream = seam.call()
+                await stream.first()
+                async with channel.received(stream) as handle:
+                    handles.append(handle)
+                    raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await fail()
+        with pytest.raises(TransferError):
+            await channel.fetch(handles[0])
+        await idle(seam)
+
+    run(scenario())

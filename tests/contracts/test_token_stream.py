@@ -1,5 +1,7 @@
 """The token stream: what every implementation of ``rayapp.api.service.Service`` keeps to.
 
+The calls are those of the routes: ``generate``, ``health``, ``transfers`` and ``description``.
+
 An implementation joins by a parameter of the fixture ``stream``: an object with ``service``, the
 ``reference`` pipeline of the same model and plan, ``run(coroutine)`` on the service's event loop,
 and ``check_idle()``, which raises where anything is still held.
@@ -16,20 +18,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from rayapp.api.in_process import InProcessService
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.request import GenerationRequest, Timeline
 from rayapp.engine.sampling_params import SamplingParams
-from rayapp.errors import RequestError
+from rayapp.errors import OverloadedError, RequestError
+from tests.api.in_process import InProcessService, Patience
 
-MAX_MODEL_LEN, MAX_NUM_SEQS = 96, 3
+MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_WAITING = 96, 3, 8
 PROMPTS = [tuple(range(3, 3 + length)) for length in (1, 7, 20, 31, 5)]
 
 
 def _in_process(tiny_model, tokenizer):
     model = tiny_model("llama")
     limits = {"max_num_seqs": MAX_NUM_SEQS, "max_model_len": MAX_MODEL_LEN}
-    service = InProcessService(model, tokenizer, **limits)
+    service = InProcessService(model, tokenizer, patience=Patience(MAX_WAITING), **limits)
     return SimpleNamespace(
         service=service,
         reference=LocalPipeline(model, tokenizer, **limits),
@@ -58,7 +60,14 @@ def _over_ray(tiny_model, tokenizer):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = ServiceSettings.parse(
-        {"model": path, "served_model_name": "m", "dtype": "float32", "port": port, **limits}
+        {
+            "model": path,
+            "served_model_name": "m",
+            "dtype": "float32",
+            "port": port,
+            "max_waiting": MAX_WAITING,
+            **limits,
+        }
     )
     cluster = stack.enter_context(local_cluster())
     stack.enter_context(running_service(settings, address=cluster.address))
@@ -201,6 +210,21 @@ def test_cancelling_a_request_that_waits(stream):
         assert all(r[-1].finish_reason == "length" for r in results[:-1])
 
     stream.run(scenario())
+
+
+def test_more_than_may_wait_are_refused_and_the_others_answered(stream):
+    async def crowd():
+        requests = [
+            request_of(f"crowd-{i}", PROMPTS[1], max_tokens=9, ignore_eos=True)
+            for i in range(MAX_NUM_SEQS + MAX_WAITING + 5)
+        ]
+        answers = (batches_of(stream.service, request) for request in requests)
+        return await asyncio.gather(*answers, return_exceptions=True)
+
+    results = stream.run(crowd())
+    answered = [result for result in results if not isinstance(result, OverloadedError)]
+    assert MAX_WAITING <= len(answered) < len(results)
+    assert all(batches[-1].finish_reason == "length" for batches in answered)
 
 
 def test_stop_strings_end_an_answer(stream):

@@ -56,20 +56,20 @@ class FlippingChannel(ObjectStoreChannel):
     num_received = 0
 
     @asynccontextmanager
-    async def received(self, stream, num_bytes):
-        async with super().received(stream, num_bytes) as handle:
+    async def received(self, stream):
+        async with super().received(stream) as handle:
             self.num_received += 1
             if self.num_damaged:
                 self.num_damaged -= 1
                 message = (await self.fetch(handle)).copy()
                 message[len(message) // 2] ^= 4
-                yield ObjectHandle(ray.put(message), num_bytes)
+                yield ObjectHandle(ray.put(message))
             else:
                 yield handle
 
 
-def opened(service, **deadlines):
-    channel = FlippingChannel()
+def opened(service, *, max_kv_bytes=None, **deadlines):
+    channel = FlippingChannel(max_pinned_bytes=max_kv_bytes)
     pools = {name: service.handle(name) for name in ("prefill", "decode")}
     changed = service.settings.deadlines.model_copy(update=deadlines)
     settings = service.settings.model_copy(update={"deadlines": changed})
@@ -156,8 +156,7 @@ def test_a_frozen_answer_ends_in_a_deadline_that_frees_everything(service):
 
 def test_kv_under_way_is_bounded(service, expected):
     """Room for one prompt's KV: the others wait for it, and all are answered."""
-    stage, channel = opened(service)
-    channel._budget.max_bytes = 300_000
+    stage, channel = opened(service, max_kv_bytes=300_000)
     seen = []
 
     async def watch(num_tokens):

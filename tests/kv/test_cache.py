@@ -10,7 +10,6 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from rayapp.errors import IntegrityError
 from rayapp.kv.cache import CaptureCache, Prefix, PrefixCache, held_entries
-from rayapp.kv.segment import BlockKV, KVSegment
 from rayapp.kv.select import select_prefix
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
@@ -100,18 +99,6 @@ def test_new_entries_are_returned_and_not_kept(capture) -> None:  # type: ignore
         assert torch.equal(values, torch.cat([source.entries(1)[1], new_values], 2))
     with pytest.raises(IntegrityError, match="block 7 attends"):
         cache.update(new_keys, new_values, 7)
-
-
-def test_segments_of_one_shape_make_a_batch() -> None:
-    def segment(fill: float, positions: list[int]) -> KVSegment:
-        keys = torch.full((2, len(positions), 4), fill)
-        return KVSegment((BlockKV(1, keys, -keys, torch.tensor(positions)),), 9, 9)
-
-    cache = PrefixCache.from_segments([segment(1.0, [0, 5]), segment(2.0, [3, 4])], [None, None])
-    assert cache.prefixes[1].keys_BHND[:, 0, 0, 0].tolist() == [1.0, 2.0]
-    assert cache.prefixes[1].positions.tolist() == [[0, 5], [3, 4]]
-    with pytest.raises(IntegrityError, match="equal length"):
-        PrefixCache.from_segments([segment(1.0, [0, 5]), segment(1.0, [0])], [None, None])
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

@@ -22,7 +22,6 @@ from rayapp.vision.images import (
     ImageLimits,
     decode_file,
     decode_image,
-    decode_images,
     parse_data_url,
 )
 
@@ -252,13 +251,6 @@ def test_a_thread_is_no_image() -> None:
         with pytest.raises(RequestError, match="crop it"):
             decode_image(encode(Image.new("RGB", size)))
     assert decode_image(encode(Image.new("RGB", (3, 300))))
-
-
-def test_too_many_images_are_refused_before_any_is_decoded() -> None:
-    with pytest.raises(RequestError, match="9 images, but at most 8"):
-        decode_images([(b"never looked at", None)] * 9, LIMITS)
-    good = (encode(quadrants()), "image/png")
-    assert len(decode_images([good] * 8, LIMITS)) == 8
 
 
 def data_url(data: bytes, kind: str = "image/png") -> str:

@@ -24,7 +24,6 @@ from rayapp.distributed.serve.settings import (
     ServiceSettings,
 )
 
-IMPORT_PATH = "rayapp.distributed.serve.app:build"
 _POLICIES = "rayapp.distributed.serve.autoscaling:"
 _SPARE_REQUESTS = 1000
 _SERVERS = {PREFILL: PrefillReplica, DECODE: DecodeReplica, UNIFIED: UnifiedReplica}

@@ -9,18 +9,17 @@ pinned until that stream ends, so messages are handed over in unary calls.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
-from rayapp.engine.channel import ByteBudget, check_message
-from rayapp.errors import OverloadedError, TransferError
+from rayapp.engine.channel import ByteBudget, after_release, without_message
+from rayapp.errors import TransferError
 
 
 @dataclass(eq=False)
@@ -28,11 +27,10 @@ class ObjectHandle:
     """A message by reference, None once released. Boxed, it travels without the data."""
 
     reference: ray.ObjectRef | None
-    num_bytes: int
 
 
 class ReplicaStream:
-    """The items of one streaming call to a replica, by reference.
+    """The items of one streaming call to a replica; the message by reference.
 
     Args:
         response: Serve's response generator.
@@ -49,12 +47,18 @@ class ReplicaStream:
         return await (await anext(self._references))
 
     async def rest(self) -> ray.ObjectRef:
-        """The second item's reference, once the call has ended; its value is not fetched."""
-        await self._references.completed()
-        return await anext(self._references)
+        """The second item's reference, once the call has ended; its value is not fetched.
 
-    def cancel(self) -> None:
-        """Stop the call, wherever it is."""
+        What the call raises instead of its second item is that item's value.
+        """
+        try:
+            await self._references.completed()
+            return await anext(self._references)
+        except (StopAsyncIteration, RayError):
+            raise without_message() from None
+
+    async def aclose(self) -> None:
+        """Cancel the call, wherever it is."""
         self._response.cancel()
 
 
@@ -68,90 +72,35 @@ class ObjectStoreChannel:
 
     def __init__(self, *, max_pinned_bytes: int | None = None) -> None:
         self._budget = ByteBudget(max_pinned_bytes)
-        self._held: set[ObjectHandle] = set()
-        self._given = asyncio.Event()
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes sent and not yet released."""
+        """Bytes for which room is reserved."""
         return self._budget.pinned_bytes
 
-    async def send(self, message: np.ndarray) -> ObjectHandle:
-        """Put a message of this process into the store; see :class:`KVChannel`."""
-        check_message(message)
-        self._budget.take(message.nbytes)
-        handle = ObjectHandle(ray.put(message), message.nbytes)
-        self._held.add(handle)
-        return handle
+    def reserved(self, num_bytes: int) -> AbstractAsyncContextManager[None]:
+        """Count ``num_bytes`` as pinned while the context lasts."""
+        return self._budget.reserved(num_bytes)
 
     @asynccontextmanager
-    async def reserved(self, num_bytes: int) -> AsyncGenerator[None, None]:
-        """Count ``num_bytes`` as pinned while the context lasts; waits until they fit.
-
-        KV is in the store as soon as a prefill ends, so room for it is taken before one begins.
-
-        Raises:
-            OverloadedError: They never fit.
-        """
-        limit = self._budget.max_bytes
-        if limit is not None and num_bytes > limit:
-            raise OverloadedError(
-                f"this prompt's KV may weigh {num_bytes} bytes, and at most {limit} may be under "
-                "way; shorten the prompt or raise max_kv_bytes"
-            )
-        while limit is not None and self.pinned_bytes + num_bytes > limit:
-            self._given.clear()
-            await self._given.wait()
-        self._budget.take(num_bytes)
-        try:
-            yield
-        finally:
-            self._give(num_bytes)
-
-    @asynccontextmanager
-    async def received(
-        self, stream: ReplicaStream, num_bytes: int
-    ) -> AsyncGenerator[ObjectHandle, None]:
-        """Own the message at the end of a replica's stream while the context lasts.
-
-        Args:
-            stream: Its first item was read, and room was reserved before it began.
-            num_bytes: What the message weighs, about.
-        """
-        handle = ObjectHandle(await stream.rest(), num_bytes)
+    async def received(self, stream: ReplicaStream) -> AsyncGenerator[ObjectHandle, None]:
+        """Own the message at the end of a replica's stream while the context lasts."""
+        handle = ObjectHandle(await stream.rest())
         try:
             yield handle
         finally:
             handle.reference = None
 
-    async def fetch(self, handle: ObjectHandle) -> np.ndarray:
-        """The message, read-only; see :class:`KVChannel`."""
-        return await fetch(handle)
-
-    async def release(self, handle: ObjectHandle) -> None:
-        """Let the message go; see :class:`KVChannel`. The object ends with the last handle."""
-        if handle in self._held:
-            self._held.discard(handle)
-            self._give(handle.num_bytes)
-            handle.reference = None
-
-    def _give(self, num_bytes: int) -> None:
-        self._budget.give(num_bytes)
-        self._given.set()
-
-
-async def fetch(handle: ObjectHandle) -> np.ndarray:
-    """The message behind a handle, zero-copy and read-only, in whichever process asks.
-
-    Raises:
-        TransferError: The message was released or lost.
-    """
-    if handle.reference is None:
-        raise TransferError("the KV message was released; prefill the prompt again")
-    try:
-        return cast("np.ndarray", await handle.reference)
-    except RayError as error:
-        raise TransferError(
-            f"a KV message of {handle.num_bytes} bytes is lost ({type(error).__name__}); "
-            "prefill the prompt again"
-        ) from None
+    @staticmethod
+    async def fetch(handle: ObjectHandle) -> np.ndarray:
+        """The message behind a handle, zero-copy and read-only, in whichever process asks."""
+        if handle.reference is None:
+            raise after_release()
+        try:
+            return cast("np.ndarray", await handle.reference)
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayError as error:
+            raise TransferError(
+                f"a KV message is lost ({type(error).__name__}); prefill the prompt again"
+            ) from None

@@ -7,11 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass
 
 from rayapp.evaluation.measures.likelihood import TwoStages
-from rayapp.kv.forecast import RunPrompt, forecast_sizes
+from rayapp.kv.forecast import RunPrompt, forecast_envelope, forecast_sizes
 from rayapp.kv.ledger import KVShape
-from rayapp.kv.wire import Envelope
-
-_REQUEST_ID = "0" * 32  # as long as the service's: lengths count by the header's padding only
 
 
 @dataclass(frozen=True)
@@ -27,8 +24,7 @@ class PromptBytes:
     def of(cls, side: TwoStages, prompt_lengths: Iterable[int]) -> PromptBytes:
         """The KV messages of text prompts of these lengths, in the model's element type."""
         shape, plan = KVShape.of(side.decode), side.plan
-        weights = plan.model.weights_fingerprint if plan.model else ""
-        envelope = Envelope(_REQUEST_ID, 0, plan.fingerprint, weights)
+        envelope = forecast_envelope(plan)
         return cls.total(
             cls(
                 count * shape.dense_bytes(length),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from rayapp.errors import InputError
 from rayapp.evaluation.bootstrap import Bound, upper_bound
@@ -16,7 +16,7 @@ from rayapp.evaluation.measures.choices import AnsweredQuestions
 from rayapp.evaluation.measures.completions import JudgedCompletions
 from rayapp.evaluation.measures.perplexity import ScoredWindows
 from rayapp.evaluation.measures.prompt_bytes import PromptBytes
-from rayapp.evaluation.result import LatencyResult
+from rayapp.evaluation.result import LatencyResult, Recorded
 from rayapp.evaluation.sides import Sides
 
 MetricName = Literal["acc", "acc_norm", "exact match", "perplexity"]
@@ -25,11 +25,7 @@ NUM_RESAMPLES = 2_000
 """Of every interval in the tables: they are written anew after each row."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Metric(_Strict):
+class Metric(Recorded):
     """One metric of a data set, per example; all its tasks together, examples counting alike.
 
     Accuracies are 100 or 0. Perplexity is kept as nats per token, with tokens as ``weights``
@@ -73,7 +69,7 @@ class Metric(_Strict):
         return mean if self.is_accuracy else math.exp(mean)
 
 
-class DataOutcome(_Strict):
+class DataOutcome(Recorded):
     """A plan on one data set; ``sha256`` is the file's.
 
     ``num_prompts`` is how many prompts the bytes are the sum of.
@@ -94,7 +90,7 @@ class DataOutcome(_Strict):
         return self.metrics[0]
 
 
-class SearchCost(_Strict):
+class SearchCost(Recorded):
     """What finding a plan took."""
 
     evaluations: int
@@ -102,7 +98,7 @@ class SearchCost(_Strict):
     score: float
 
 
-class WeightBytes(_Strict):
+class WeightBytes(Recorded):
     """Parameters that a replica holds, tied ones once; unified holds what either stage runs."""
 
     prefill: int
@@ -110,7 +106,7 @@ class WeightBytes(_Strict):
     unified: int
 
 
-class RowOutcome(_Strict):
+class RowOutcome(Recorded):
     """Everything that was measured of one row.
 
     ``timed_bytes`` are what the dense model and the plan send of a prompt of the timed length.

@@ -18,7 +18,7 @@ MODE_LABELS: dict[Mode, str] = {
 
 
 @dataclass(frozen=True)
-class HealedPair:
+class HealingRecord:
     """A removed block and the trained neighbour that does its work, as the provenance says.
 
     The errors are relative mean squared ones of the pair's output, before and after training.
@@ -31,7 +31,7 @@ class HealedPair:
     after: float
 
 
-def healed_pairs(plan: PruningPlan) -> tuple[HealedPair, ...]:
+def healing_records(plan: PruningPlan) -> tuple[HealingRecord, ...]:
     """The pairs of a healed plan; those whose record is not whole are left out."""
     found = []
     for record in plan.provenance.get("healed", ()) if plan.healed else ():
@@ -41,7 +41,7 @@ def healed_pairs(plan: PruningPlan) -> tuple[HealedPair, ...]:
         except (KeyError, TypeError, ValueError):
             continue
         if stage in STAGES:
-            found.append(HealedPair(stage, *blocks, *errors))
+            found.append(HealingRecord(stage, *blocks, *errors))
     return tuple(found)
 
 
@@ -67,7 +67,7 @@ class BlockCell:
 
 
 def removal_map(
-    plan: PruningPlan, num_blocks: int, healed: Sequence[HealedPair] = ()
+    plan: PruningPlan, num_blocks: int, healed: Sequence[HealingRecord] = ()
 ) -> dict[Stage, list[BlockCell]]:
     """Every block's mode, per stage, and its part in a healed pair."""
     attended = [plan.mode("decode", block).attends for block in range(num_blocks)]

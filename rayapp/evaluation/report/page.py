@@ -13,7 +13,7 @@ from rayapp.errors import InputError
 from rayapp.evaluation.report.charts import (
     Share,
     byte_shares,
-    healed_pairs,
+    healing_records,
     removal_map,
     transfer_strips,
 )
@@ -93,7 +93,7 @@ def render_report(findings: Findings) -> str:
 
 
 def _removal(findings: Findings) -> dict[str, Any]:
-    healed = healed_pairs(findings.plan)
+    healed = healing_records(findings.plan)
     cells = removal_map(findings.plan, _num_blocks(findings), healed)
     return {"healed": healed, "removal": cells}
 

@@ -8,13 +8,9 @@ from typing import Any
 
 import torch
 
-from rayapp.kv.forecast import RunPrompt, forecast_sizes
+from rayapp.kv.forecast import RunPrompt, forecast_envelope, forecast_sizes
 from rayapp.kv.ledger import KVShape, Route, account
-from rayapp.kv.wire import Envelope
 from rayapp.plan import PruningPlan
-
-_REQUEST_ID = "0" * 32
-"""As long as the service's; only its length matters, by the header's padding."""
 
 
 def forecast_transfer(
@@ -44,13 +40,13 @@ def forecast_transfer(
         element_bytes=dtype.itemsize,
         windows=(None,) * model.num_blocks,
     )
-    envelope = Envelope(_REQUEST_ID, 0, plan.fingerprint, model.weights_fingerprint)
+    envelope = forecast_envelope(plan)
     num_left = num_prompt_tokens - num_visual_tokens_removed
     record = account(
         shape,
         plan,
         forecast_sizes(shape, dtype, plan, envelope, RunPrompt(num_left)),
-        Route(_REQUEST_ID, 0, "", ""),
+        Route(envelope.request_id, envelope.attempt, "", ""),
         num_prompt_tokens=num_prompt_tokens,
         num_visual_tokens_removed=num_visual_tokens_removed,
     )

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Base64Bytes, Field, ValidationError, model_validator
 
 from rayapp.errors import DataError
 from rayapp.evaluation.bootstrap import Bound, upper_bound
 from rayapp.evaluation.machine import Machine
-from rayapp.evaluation.result import CLAIM_EXAMPLES, DataFile
+from rayapp.evaluation.result import CLAIM_EXAMPLES, DataFile, Recorded
 from rayapp.evaluation.visual.matches import Matches
 from rayapp.plan import ModelSignature, PruningPlan, VisualTokens
 
@@ -23,11 +23,7 @@ Groups = Mapping[str, Sequence[int]]
 """Line numbers by task."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class VisualRow(_Strict):
+class VisualRow(Recorded):
     """One rule beside the dense model: exact match by task, shares.
 
     ``lost`` is in percentage points, dense minus rule; ``mean_lost`` is that of the mean over
@@ -79,7 +75,7 @@ def points_lost(better: Matches, worse: Matches, groups: Groups) -> list[list[fl
     return [points_L[list(group)].tolist() for group in groups.values()]
 
 
-class StageGain(_Strict):
+class StageGain(Recorded):
     """What TrimTokenator's two stages gain over one of them alone, mean over tasks, in points.
 
     ``at_least`` is the one-sided 95 % lower bound of a paired bootstrap.
@@ -99,7 +95,7 @@ class StageGain(_Strict):
         return cls(num_keep=num_keep, alone=alone, gain=0.0 - lost.mean, at_least=0.0 - lost.upper)
 
 
-class View(_Strict):
+class View(Recorded):
     """One grid of tokens over a picture of what it shows, and which of them methods keep.
 
     ``photo`` is a PNG. ``kept`` holds indices in reading order, by method.
@@ -121,7 +117,7 @@ class View(_Strict):
         return self
 
 
-class VisualSample(_Strict):
+class VisualSample(Recorded):
     """A question, the right answer, and per method whether it gave that; views of its images."""
 
     task: str
@@ -132,7 +128,7 @@ class VisualSample(_Strict):
     views: tuple[View, ...]
 
 
-class VisualQuality(_Strict):
+class VisualQuality(Recorded):
     """Every rule on the same questions; ``dense`` is the dense model's exact match by task.
 
     ``num_visual_tokens`` are the fewest and the most tokens of a question's images before pruning.

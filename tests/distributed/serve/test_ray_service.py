@@ -9,9 +9,9 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from rayapp.api.service import ServiceDescription
-from rayapp.distributed.serve.channel import ObjectStoreChannel
 from rayapp.distributed.serve.ingress.ray_service import Limits, RayService
 from rayapp.distributed.serve.messages import Versions
+from rayapp.engine.channel import LocalChannel
 from rayapp.engine.request import GenerationRequest, TokenBatch
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import (
@@ -57,7 +57,7 @@ def service_of(script, tokenizer, max_waiting=2):
         pools={},
         siblings=None,
         attempts=script,
-        channel=ObjectStoreChannel(),
+        channel=LocalChannel(),
         ledger=Ledger(),
         versions=Versions("p", "w", "float32"),
         limits=Limits(max_waiting=max_waiting, max_attempts=3),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
 from rayapp.distributed.serve.replicas.stage import StageModel
 from rayapp.distributed.serve.replicas.unified_server import UnifiedServer
 from rayapp.distributed.serve.settings import Deadlines
-from rayapp.engine.channel import LocalChannel
+from rayapp.engine.channel import LocalChannel, LocalStream
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.request import GenerationRequest
 from rayapp.engine.sampling_params import SamplingParams
@@ -61,16 +61,18 @@ class Pair:
             deadlines=Deadlines(**deadlines),
         )
 
+    @asynccontextmanager
     async def prefilled(self, request):
         items = self.prefill.prefill(request, self.versions, 5.0)
-        async with aclosing(items):
-            answer = await anext(items)
-            return answer, await self.channel.send(await anext(items))
+        async with aclosing(LocalStream(items)) as stream:
+            answer = await stream.first()
+            async with self.channel.received(stream) as handle:
+                yield answer, handle
 
     async def admitted(self, request, wait_s=5.0, replay=()):
-        answer, handle = await self.prefilled(request)
-        handover = Handover(request, self.versions, answer.first, replay, wait_s)
-        return answer, await self.decode.admit(handover, [handle])
+        async with self.prefilled(request) as (answer, handle):
+            handover = Handover(request, self.versions, answer.first, replay, wait_s)
+            return answer, await self.decode.admit(handover, [handle])
 
     async def rest(self, request):
         tokens = []
@@ -220,11 +222,16 @@ def test_a_cancelled_prompt_leaves_the_queue_at_once(stage):
         pair = Pair(stage, max_waiting=2)
         release = threading.Event()
         blocking = pair.prefill._thread.submit(release.wait)
-        waiting = [asyncio.ensure_future(pair.prefilled(request_of(f"q{n}"))) for n in range(2)]
+
+        async def prefilled(name):
+            async with pair.prefilled(request_of(name)) as (answer, _):
+                return answer
+
+        waiting = [asyncio.ensure_future(prefilled(f"q{n}")) for n in range(2)]
         await asyncio.sleep(0.01)
         assert pair.prefill.queued_tokens == 2 * len(PROMPT)
         with pytest.raises(OverloadedError, match="the limit is 2"):
-            await pair.prefilled(request_of("third"))
+            await prefilled("third")
         waiting[0].cancel()
         await asyncio.gather(waiting[0], return_exceptions=True)
         assert pair.prefill.record_autoscaling_stats() == {"queued_tokens": len(PROMPT)}
@@ -232,8 +239,7 @@ def test_a_cancelled_prompt_leaves_the_queue_at_once(stage):
             await anext(pair.prefill.prefill(request_of("late"), pair.versions, 0.05))
         release.set()
         await blocking
-        _, handle = await waiting[1]
-        await pair.channel.release(handle)
+        await waiting[1]
         await pair.check_idle()
 
     run(scenario())
@@ -242,10 +248,10 @@ def test_a_cancelled_prompt_leaves_the_queue_at_once(stage):
 def test_kv_of_another_request_is_refused_and_its_slot_freed(stage):
     async def scenario():
         pair = Pair(stage)
-        answer, handle = await pair.prefilled(request_of("mine"))
-        handover = Handover(request_of("other"), pair.versions, answer.first, (), 5.0)
-        with pytest.raises(WireError, match="request_id"):
-            await pair.decode.admit(handover, [handle])
+        async with pair.prefilled(request_of("mine")) as (answer, handle):
+            handover = Handover(request_of("other"), pair.versions, answer.first, (), 5.0)
+            with pytest.raises(WireError, match="request_id"):
+                await pair.decode.admit(handover, [handle])
         await pair.check_idle()
 
     run(scenario())

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rayapp.distributed.serve.channel import ObjectHandle, ObjectStoreChannel, ReplicaStream
+from rayapp.distributed.serve.channel import ObjectHandle, ReplicaStream
 from rayapp.distributed.serve.ingress.losses import DIED, replica_died
 from rayapp.distributed.serve.messages import (
     Address,
@@ -25,6 +25,7 @@ from rayapp.distributed.serve.messages import (
     Versions,
 )
 from rayapp.distributed.serve.settings import Deadlines
+from rayapp.engine.channel import KVChannel
 from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch
 from rayapp.errors import DeadlineError, UnavailableError
 from rayapp.kv.ledger import KVShape, Ledger, Route, TransferTimes, account
@@ -74,7 +75,7 @@ class DisaggregatedAttempts:
         prefill: Any,
         decode: Any,
         *,
-        channel: ObjectStoreChannel,
+        channel: KVChannel,
         ledger: Ledger,
         plan: PruningPlan,
         shape: KVShape,
@@ -133,7 +134,7 @@ class DisaggregatedAttempts:
                 try:
                     answer: PrefillAnswer | Refusal = await stream.first()
                 except BaseException:
-                    stream.cancel()
+                    await stream.aclose()
                     raise
                 if isinstance(answer, PrefillAnswer):
                     return stream, answer
@@ -153,7 +154,7 @@ class DisaggregatedAttempts:
         try:
             async with (
                 phase("transfer", limit_s),
-                self._channel.received(stream, answer.kv_bytes or 0) as handle,
+                self._channel.received(stream) as handle,
             ):
                 put_s = time.monotonic() - began_s
                 handover = Handover(
@@ -161,7 +162,7 @@ class DisaggregatedAttempts:
                 )
                 admission = await self._admitted(handover, handle)
         except BaseException:
-            stream.cancel()
+            await stream.aclose()
             raise
         record = account(
             self._shape,

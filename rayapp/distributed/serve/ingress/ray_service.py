@@ -1,7 +1,4 @@
-"""The token stream over a Ray cluster: admission, attempts, ledger; what the ingress serves.
-
-Twin of :class:`rayapp.api.in_process.InProcessService`.
-"""
+"""The token stream over a Ray cluster: admission, attempts, ledger; what the ingress serves."""
 
 from __future__ import annotations
 
@@ -14,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rayapp.api.service import HealthReport, ReplicaHealth, ServiceDescription
-from rayapp.distributed.serve.channel import ObjectStoreChannel
 from rayapp.distributed.serve.ingress.attempts import Answering, Attempts
 from rayapp.distributed.serve.ingress.losses import explained, is_lost
 from rayapp.distributed.serve.messages import Versions
+from rayapp.engine.channel import KVChannel
 from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch, after
 from rayapp.errors import IntegrityError, OverloadedError, RayappError, UnavailableError
 from rayapp.kv.ledger import Ledger
@@ -84,7 +81,7 @@ class RayService:
         pools: Mapping[str, Any],
         siblings: Any,
         attempts: Attempts,
-        channel: ObjectStoreChannel,
+        channel: KVChannel,
         ledger: Ledger,
         versions: Versions,
         limits: Limits,

@@ -29,7 +29,7 @@ from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.decode import DecodeEngine
 from rayapp.engine.request import GenerationRequest, TokenBatch
 from rayapp.errors import DeadlineError, IntegrityError, RayappError, UnavailableError
-from rayapp.kv.wire import Message, MessageSizes, message_sizes, unpack
+from rayapp.kv.wire import Message, MessageSizes
 from rayapp.models.stack import BlockStack
 
 logger = logging.getLogger(__name__)
@@ -181,10 +181,12 @@ class DecodeServer:
     def _copy_in(self, handover: Handover, message: Message) -> MessageSizes:
         """On the engine thread: the message's sizes, once its KV is in a slot."""
         request = handover.request
-        segment = unpack(message, self._versions.envelope(request.request_id, request.attempt))
-        self._engine.admit(request, segment, handover.first, handover.replay)
+        envelope = self._versions.envelope(request.request_id, request.attempt)
+        sizes = self._engine.admit_message(
+            request, message, envelope, handover.first, handover.replay
+        )
         self._attempts[request.request_id] = request.attempt
-        return message_sizes(message)
+        return sizes
 
     def _copy_out(self, request: GenerationRequest) -> None:
         """On the engine thread: free the slot of this attempt, not of a later one."""
@@ -236,15 +238,10 @@ class DecodeServer:
 
     def health(self, pool: Pool) -> ReplicaHealth:
         """This replica as part of ``pool``."""
-        return ReplicaHealth(
-            pool=pool,
-            replica_id=self._place.replica_id,
-            node=self._place.node,
-            parameter_bytes=self._stage.loaded.parameter_bytes,
+        return self._stage.health(
+            pool,
+            self._place,
             slab_bytes=self._engine.slab_bytes,
-            plan_fingerprint=self._versions.plan_fingerprint,
-            weights_fingerprint=self._versions.weights_fingerprint,
-            dtype=self._versions.dtype,
             num_running=self._num_slots_held,
             num_waiting=self._num_waiting,
             kv_usage=self._engine.usage,

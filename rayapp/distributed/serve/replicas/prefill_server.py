@@ -148,14 +148,9 @@ class PrefillServer:
 
     def health(self, pool: Pool) -> ReplicaHealth:
         """This replica as part of ``pool``."""
-        return ReplicaHealth(
-            pool=pool,
-            replica_id=self._place.replica_id,
-            node=self._place.node,
-            parameter_bytes=self._stage.loaded.parameter_bytes,
-            plan_fingerprint=self._versions.plan_fingerprint,
-            weights_fingerprint=self._versions.weights_fingerprint,
-            dtype=self._versions.dtype,
+        return self._stage.health(
+            pool,
+            self._place,
             num_running=self._num_running,
             num_waiting=len(self._queued),
             image_cache=self._engine.image_cache,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rayapp.distributed.serve.channel import fetch
+from rayapp.distributed.serve.channel import ObjectStoreChannel
 from rayapp.distributed.serve.replicas.decode_server import DecodeServer
 from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
 from rayapp.distributed.serve.replicas.stage import load_stage, this_place
@@ -26,7 +26,7 @@ class DecodeReplica(DecodeServer):
         super().__init__(
             load_stage(settings, "decode"),
             this_place(),
-            fetch=fetch,
+            fetch=ObjectStoreChannel.fetch,
             max_num_seqs=settings.max_num_seqs,
             deadlines=settings.deadlines,
         )

@@ -19,6 +19,7 @@ import ray
 import torch
 from ray import serve
 
+from rayapp.api.service import Pool, ReplicaHealth
 from rayapp.distributed.serve.messages import Place, Versions
 from rayapp.distributed.serve.settings import ServiceSettings
 from rayapp.models.blocks import text_config
@@ -47,6 +48,25 @@ class StageModel:
     def versions(self) -> Versions:
         """What requests must want."""
         return Versions.of(self.plan, self.loaded.signature, self.loaded.model.dtype)
+
+    def health(self, pool: Pool, place: Place, **numbers: Any) -> ReplicaHealth:
+        """How a replica of this stage describes itself.
+
+        Args:
+            pool: What it serves in.
+            place: Where it runs.
+            numbers: The other fields of :class:`ReplicaHealth`, as its engine tells them.
+        """
+        return ReplicaHealth(
+            pool=pool,
+            replica_id=place.replica_id,
+            node=place.node,
+            parameter_bytes=self.loaded.parameter_bytes,
+            plan_fingerprint=self.versions.plan_fingerprint,
+            weights_fingerprint=self.versions.weights_fingerprint,
+            dtype=self.versions.dtype,
+            **numbers,
+        )
 
 
 def load_stage(

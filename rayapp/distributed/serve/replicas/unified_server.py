@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import cast
 
 from rayapp.api.service import ReplicaHealth
 from rayapp.distributed.serve.messages import (
@@ -25,9 +24,8 @@ from rayapp.distributed.serve.replicas.decode_server import DecodeServer
 from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
 from rayapp.distributed.serve.replicas.stage import EngineThread, StageModel
 from rayapp.distributed.serve.settings import Deadlines
-from rayapp.engine.channel import LocalChannel
+from rayapp.engine.channel import KVChannel, LocalChannel, LocalStream
 from rayapp.engine.request import GenerationRequest, TokenBatch
-from rayapp.kv.wire import Message
 
 UnifiedItem = PrefillAnswer | Refusal | Admission | TokenBatch
 
@@ -54,7 +52,7 @@ class UnifiedServer:
     ) -> None:
         thread = EngineThread()
         self._deadlines = deadlines
-        self._channel = LocalChannel()
+        self._channel: KVChannel = LocalChannel()
         self._prefill = PrefillServer(stage, place, max_waiting=max_waiting, thread=thread)
         self._decode = DecodeServer(
             stage,
@@ -73,21 +71,24 @@ class UnifiedServer:
         address: Address = ANY,
     ) -> AsyncGenerator[UnifiedItem, None]:
         """One :class:`PrefillAnswer`, one :class:`Admission`, then the tokens after the first."""
-        async with aclosing(
-            self._prefill.prefill(request, versions, self._deadlines.queue_s, address)
-        ) as items:
-            answer = cast("PrefillAnswer | Refusal", await anext(items))
+        items = self._prefill.prefill(request, versions, self._deadlines.queue_s, address)
+        async with aclosing(LocalStream(items)) as stream:
+            answer: PrefillAnswer | Refusal = await stream.first()
             yield answer
             if isinstance(answer, Refusal) or answer.kv_bytes is None:
                 return
-            handle = await self._channel.send(cast("Message", await anext(items)))
-        handover = Handover(
-            request.without_image_data, versions, answer.first, replay, self._deadlines.transfer_s
-        )
-        try:
-            admission = await self._decode.admit(handover, [handle])
-        finally:
-            await self._channel.release(handle)
+            handover = Handover(
+                request.without_image_data,
+                versions,
+                answer.first,
+                replay,
+                self._deadlines.transfer_s,
+            )
+            async with (
+                self._channel.reserved(answer.kv_bytes),
+                self._channel.received(stream) as handle,
+            ):
+                admission = await self._decode.admit(handover, [handle])
         try:
             yield admission
             async with aclosing(

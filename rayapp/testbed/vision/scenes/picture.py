@@ -25,7 +25,6 @@ _PAINTS = {
 }
 _NUM_STROKES = (5, 10)
 _SAMPLES = 4
-_GRID = 9
 
 OUTLINES: dict[str, Callable[[_Floats, _Floats], NDArray[np.bool_]]] = {
     "circle": lambda u, v: u * u + v * v <= 1,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
@@ -18,19 +17,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayapp.api.service import HealthReport, Pool, ReplicaHealth, ServiceDescription
-from rayapp.engine.decode import DecodeEngine
-from rayapp.engine.prefill import PrefillEngine, PrefillOutput
 from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch
+from rayapp.engine.stages import NODE, Stages
 from rayapp.errors import DeadlineError, IntegrityError, OverloadedError, UnavailableError
-from rayapp.kv.ledger import KVShape, Ledger, Route, TransferTimes, account
-from rayapp.kv.wire import Envelope, message_sizes, pack, unpack
-from rayapp.models.blocks import signature_of, text_config
-from rayapp.models.loading import eos_token_ids
-from rayapp.models.stack import BlockStack
+from rayapp.kv.ledger import Ledger
 from rayapp.plan import PruningPlan
-from rayapp.vision.reader import ImageReader, ImageSupport
+from rayapp.vision.reader import ImageSupport
 
-NODE = "local"
 _IDLE_WAIT_S = 0.5
 
 
@@ -82,24 +75,19 @@ class InProcessService:
         patience: Patience = Patience(),
         images: ImageSupport | None = None,
     ) -> None:
-        plan = plan or PruningPlan()
-        self._signature = signature_of(model)
-        plan.check_model(self._signature)
-        limit = max_model_len or text_config(model.config).max_position_embeddings
+        stages = Stages(model, tokenizer, plan, max_model_len=max_model_len, images=images)
+        self._stages = stages
+        self._decode = stages.decode_engine(max_num_seqs=max_num_seqs)
         self._patience = patience
         self._parameter_bytes = sum(p.nbytes for p in model.parameters())
-        stacks = (BlockStack(model, plan, "prefill"), BlockStack(model, plan, "decode"))
-        reader = ImageReader(model, stacks[0], images) if images else None
-        self._prefill, self._decode = _engines(stacks, plan, tokenizer, reader, limit, max_num_seqs)
         self._description = ServiceDescription(
             model_name=model_name,
-            max_model_len=limit,
-            vocab_size=self._prefill.stack.vocab_size,
+            max_model_len=stages.max_model_len,
+            vocab_size=stages.vocab_size,
             tokenizer=tokenizer,
-            plan=plan,
-            images=reader.intake if reader else None,
+            plan=stages.plan,
+            images=stages.images.intake if stages.images else None,
         )
-        self._kv_shape = KVShape.of(self._decode.stack)
         self._ledger = Ledger()
         self._tickets: dict[str, _Ticket] = {}
         self._waiting: deque[_Ticket] = deque()
@@ -189,12 +177,12 @@ class InProcessService:
             parameter_bytes=self._parameter_bytes,
             slab_bytes=self._decode.slab_bytes if decoding else 0,
             plan_fingerprint=self._description.plan.fingerprint,
-            weights_fingerprint=self._signature.weights_fingerprint,
+            weights_fingerprint=self._stages.signature.weights_fingerprint,
             dtype=str(self._decode.stack.dtype).removeprefix("torch."),
             num_running=self._decode.num_running if decoding else 0,
             num_waiting=0 if decoding else len(self._waiting),
             kv_usage=self._decode.usage if decoding else 0.0,
-            image_cache=None if decoding else self._prefill.image_cache,
+            image_cache=None if decoding else self._stages.prefill.image_cache,
         )
 
     # From here on: the worker thread.
@@ -256,45 +244,12 @@ class InProcessService:
     def _begin(self, ticket: _Ticket) -> None:
         """Prefill, hand over, admit; an error of one request never ends the thread."""
         try:
-            self._run_prefill(ticket)
+            record = self._stages.start(ticket.request, self._decode, ticket.timeline, self._send)
+            if record is not None:
+                self._ledger.add(record)
         except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
             self._drop(ticket)
             ticket.deliver(error)
-
-    def _run_prefill(self, ticket: _Ticket) -> None:
-        ticket.timeline.prefill_started_s = time.monotonic()
-        output = self._prefill.run(ticket.request)
-        ticket.timeline.prefill_finished_s = time.monotonic()
-        if output.first is not None:
-            self._send(output.first)
-        if not output.finished:
-            self._hand_over(ticket, output)
-            ticket.timeline.admitted_s = time.monotonic()
-
-    def _hand_over(self, ticket: _Ticket, output: PrefillOutput) -> None:
-        request, begun_s = ticket.request, time.monotonic()
-        if output.segment is None:
-            raise IntegrityError(f"request {request.request_id}: unfinished, but without its KV")
-        envelope = Envelope(
-            request_id=request.request_id,
-            attempt=request.attempt,
-            plan_fingerprint=self._description.plan.fingerprint,
-            weights_fingerprint=self._signature.weights_fingerprint,
-        )
-        message = pack(output.segment, envelope)
-        packed_s = time.monotonic()
-        self._decode.admit(request, unpack(message, envelope), output.first)
-        times = TransferTimes(put_s=packed_s - begun_s, fetch_s=time.monotonic() - packed_s)
-        record = account(
-            self._kv_shape,
-            self._description.plan,
-            message_sizes(message),
-            Route(request.request_id, request.attempt, NODE, NODE),
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_visual_tokens_removed=output.segment.num_visual_tokens_removed,
-            times=times,
-        )
-        self._ledger.add(record)
 
     def _send(self, batch: TokenBatch) -> None:
         ticket = self._tickets.get(batch.request_id)
@@ -303,32 +258,3 @@ class InProcessService:
         if batch.finish_reason:
             del self._tickets[batch.request_id]
         ticket.deliver(batch)
-
-
-def _engines(
-    stacks: tuple[BlockStack, BlockStack],
-    plan: PruningPlan,
-    tokenizer: PreTrainedTokenizerBase,
-    images: ImageReader | None,
-    max_model_len: int,
-    max_num_seqs: int,
-) -> tuple[PrefillEngine, DecodeEngine]:
-    """Both engines over one model."""
-    ends = eos_token_ids(stacks[0].model)
-    prefill = PrefillEngine(
-        stacks[0],
-        plan,
-        max_model_len=max_model_len,
-        eos_token_ids=ends,
-        tokenizer=tokenizer,
-        images=images,
-    )
-    decode = DecodeEngine(
-        stacks[1],
-        plan,
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
-        eos_token_ids=ends,
-        tokenizer=tokenizer,
-    )
-    return prefill, decode

@@ -1,0 +1,161 @@
+"""Both stages of a plan over one model in one process, and the handoff between them.
+
+Prefill, wire, decode and the ledger's record are put together here for whoever has no network in
+between. KV is packed, checked and unpacked as if it travelled: what is served over two nodes must
+equal this token for token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rayapp.engine.decode import DecodeEngine
+from rayapp.engine.prefill import PrefillEngine
+from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch
+from rayapp.kv.ledger import KVShape, Route, TransferRecord, TransferTimes, account
+from rayapp.kv.segment import KVSegment
+from rayapp.kv.wire import Envelope, pack
+from rayapp.models.blocks import signature_of, text_config
+from rayapp.models.loading import eos_token_ids
+from rayapp.models.stack import BlockStack
+from rayapp.plan import PruningPlan
+from rayapp.vision.reader import ImageReader, ImageSupport
+
+NODE = "local"
+
+
+class Stages:
+    """The prefill engine of a model, decode engines for it, and what passes between them.
+
+    Args:
+        model: A dense model, whose weights both stages share.
+        tokenizer: Needed for stop strings.
+        plan: None is the dense model.
+        max_model_len: Most tokens of prompt and answer; None is the model's own limit.
+        images: Needed for prompts with images.
+
+    Raises:
+        ModelError: The architecture is not supported.
+        PlanError: The plan was made for another model, or prunes visual tokens that it has not.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        plan: PruningPlan | None = None,
+        *,
+        max_model_len: int | None = None,
+        images: ImageSupport | None = None,
+    ) -> None:
+        self.plan = plan or PruningPlan()
+        self.signature = signature_of(model)
+        self.plan.check_model(self.signature)
+        self.max_model_len = max_model_len or text_config(model.config).max_position_embeddings
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids(model)
+        self._decode_stack = BlockStack(model, self.plan, "decode")
+        prefill_stack = BlockStack(model, self.plan, "prefill")
+        self.images = ImageReader(model, prefill_stack, images) if images else None
+        self.prefill = PrefillEngine(
+            prefill_stack,
+            self.plan,
+            max_model_len=self.max_model_len,
+            eos_token_ids=self._eos_token_ids,
+            tokenizer=tokenizer,
+            images=self.images,
+        )
+        self._kv_shape = KVShape.of(self._decode_stack)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids lie in ``0..vocab_size - 1``."""
+        return self._decode_stack.vocab_size
+
+    def decode_engine(self, *, max_num_seqs: int, max_model_len: int | None = None) -> DecodeEngine:
+        """An idle engine of the decode stage.
+
+        Args:
+            max_num_seqs: Sequences that decode at once.
+            max_model_len: Most tokens of prompt and answer; None is the limit of both stages.
+        """
+        return DecodeEngine(
+            self._decode_stack,
+            self.plan,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len or self.max_model_len,
+            eos_token_ids=self._eos_token_ids,
+            tokenizer=self._tokenizer,
+        )
+
+    def start(
+        self,
+        request: GenerationRequest,
+        decode: DecodeEngine,
+        timeline: Timeline,
+        deliver: Callable[[TokenBatch], None],
+    ) -> TransferRecord | None:
+        """Prefill a request and hand its KV over to a decode engine.
+
+        Args:
+            request: What to answer.
+            decode: One of :meth:`decode_engine` with a free slot.
+            timeline: Gets the marks of prefill and handoff.
+            deliver: Called with the first answer token, where prefill samples it, as soon as it is
+                there.
+
+        Returns:
+            The transfer's record; None where nothing was sent, because the first token was the
+            last.
+        """
+        timeline.prefill_started_s = time.monotonic()
+        output = self.prefill.run(request)
+        timeline.prefill_finished_s = time.monotonic()
+        if output.first is not None:
+            deliver(output.first)
+        if output.segment is None:
+            return None
+        record = self.hand_over(request, output.segment, decode, first=output.first)
+        timeline.admitted_s = time.monotonic()
+        return record
+
+    def hand_over(
+        self,
+        request: GenerationRequest,
+        segment: KVSegment,
+        decode: DecodeEngine,
+        *,
+        first: TokenBatch | None = None,
+        replay: Sequence[int] = (),
+    ) -> TransferRecord:
+        """Send a prompt's KV as a message into a slot of a decode engine; the transfer's record.
+
+        Args:
+            request: What is being answered.
+            segment: Its prompt's KV.
+            decode: Has a free slot.
+            first: As of :meth:`rayapp.engine.decode.DecodeEngine.admit`.
+            replay: Likewise.
+        """
+        envelope = Envelope(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            plan_fingerprint=self.plan.fingerprint,
+            weights_fingerprint=self.signature.weights_fingerprint,
+        )
+        begun_s = time.monotonic()
+        message = pack(segment, envelope)
+        packed_s = time.monotonic()
+        sizes = decode.admit_message(request, message, envelope, first, replay)
+        return account(
+            self._kv_shape,
+            self.plan,
+            sizes,
+            Route(request.request_id, request.attempt, NODE, NODE),
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_visual_tokens_removed=segment.num_visual_tokens_removed,
+            times=TransferTimes(put_s=packed_s - begun_s, fetch_s=time.monotonic() - packed_s),
+        )
