@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rayapp.distributed.serve.channel import ObjectHandle, ObjectStoreChannel, ReplicaStream
+from rayapp.distributed.serve.ingress.calls import call
 from rayapp.distributed.serve.ingress.losses import DIED, replica_died
 from rayapp.distributed.serve.messages import (
     Address,
@@ -109,7 +110,7 @@ class DisaggregatedAttempts:
             admission = await handover
         mark_admission(answering)
         request, address = answering.request, Address(admission.place.replica_id)
-        response = self._tokens.tokens.remote(request.request_id, request.attempt, address=address)
+        response = call(self._tokens.tokens, request.request_id, request.attempt, address=address)
         async with aclosing(streamed(response, self._deadlines.decode_s)) as batches:
             async for batch in batches:
                 yield batch
@@ -126,8 +127,12 @@ class DisaggregatedAttempts:
         avoid: frozenset[str] = frozenset()
         async with phase("prefill", limits.queue_s + limits.prefill_s):
             while True:
-                response = self._prefill.prefill.remote(
-                    answering.request, self._versions, limits.queue_s, address=Address(avoid=avoid)
+                response = call(
+                    self._prefill.prefill,
+                    answering.request,
+                    self._versions,
+                    limits.queue_s,
+                    address=Address(avoid=avoid),
                 )
                 stream = ReplicaStream(response)
                 try:
@@ -180,7 +185,7 @@ class DisaggregatedAttempts:
         avoid: frozenset[str] = frozenset()
         num_lost = 0
         while True:
-            response = self._admit.admit.remote(handover, [handle], address=Address(avoid=avoid))
+            response = call(self._admit.admit, handover, [handle], address=Address(avoid=avoid))
             try:
                 answer: Admission | Refusal = await response
             except asyncio.CancelledError:
@@ -213,26 +218,36 @@ class UnifiedAttempts:
 
     async def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
         """Prefill and decode in one stream."""
+        response, answer = await self._prefilled(answering)
+        try:
+            async with aclosing(self._rest(answering, answer, response)) as batches:
+                async for batch in batches:
+                    yield batch
+        finally:
+            response.cancel()
+
+    async def _prefilled(self, answering: Answering) -> tuple[Any, PrefillAnswer]:
+        """An open stream whose first item said that the prompt is prefilled."""
         limits = self._deadlines
         avoid: frozenset[str] = frozenset()
-        while True:
-            response = self._unified.generate.remote(
-                answering.request,
-                self._versions,
-                tuple(answering.sent),
-                address=Address(avoid=avoid),
-            )
-            try:
-                answer = await next_item(response, "prefill", limits.queue_s + limits.prefill_s)
-                if not isinstance(answer, Refusal):
-                    async with aclosing(self._rest(answering, answer, response)) as batches:
-                        async for batch in batches:
-                            yield batch
-                    return
-            finally:
-                response.cancel()
-            avoid |= {answer.place.replica_id}
-            await asyncio.sleep(_UPDATE_PAUSE_S)
+        async with phase("prefill", limits.queue_s + limits.prefill_s):
+            while True:
+                response = call(
+                    self._unified.generate,
+                    answering.request,
+                    self._versions,
+                    tuple(answering.sent),
+                    address=Address(avoid=avoid),
+                )
+                try:
+                    answer: PrefillAnswer | Refusal = await item_of(response, "prefill")
+                except BaseException:
+                    response.cancel()
+                    raise
+                if isinstance(answer, PrefillAnswer):
+                    return response, answer
+                avoid |= {answer.place.replica_id}
+                await asyncio.sleep(_UPDATE_PAUSE_S)
 
     async def _rest(
         self, answering: Answering, answer: PrefillAnswer, response: Any
@@ -284,9 +299,14 @@ async def streamed(response: Any, limit_s: float) -> AsyncGenerator[TokenBatch, 
 
 async def next_item(response: Any, name: str, within_s: float, limit_s: float | None = None) -> Any:
     """The next item of a streaming response, within the phase's deadline."""
+    async with phase(name, within_s, limit_s):
+        return await item_of(response, name)
+
+
+async def item_of(response: Any, name: str) -> Any:
+    """The next item of a streaming response; the caller's phase bounds the wait."""
     try:
-        async with phase(name, within_s, limit_s):
-            return await anext(response)
+        return await anext(response)
     except StopAsyncIteration:
         raise UnavailableError(f"the {name} stream ended too early; prefill again") from None
 
