@@ -6,6 +6,8 @@ import asyncio
 import concurrent.futures
 import time
 from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -21,7 +23,14 @@ from rayapp.api.service import ServiceDescription
 from rayapp.distributed.serve.channel import ObjectStoreChannel
 from rayapp.distributed.serve.ingress.attempts import DisaggregatedAttempts, UnifiedAttempts
 from rayapp.distributed.serve.ingress.ray_service import Limits, RayService
-from rayapp.distributed.serve.messages import Admission, Place, PrefillAnswer, Refusal, Versions
+from rayapp.distributed.serve.messages import (
+    Address,
+    Admission,
+    Place,
+    PrefillAnswer,
+    Refusal,
+    Versions,
+)
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.request import GenerationRequest, SamplingParams, TokenBatch
 from rayapp.errors import DeadlineError
@@ -77,6 +86,19 @@ class References:
         pass
 
 
+class Call(NamedTuple):
+    """One call as Serve's router gets it; ``found`` is its replica, once there is one."""
+
+    metadata: Any
+    arguments: tuple[Any, ...]
+    address: Address
+    found: concurrent.futures.Future[Any]
+
+    @property
+    def name(self):
+        return self.metadata.call_method
+
+
 class Router:
     """Where Serve's own would stand: routes the calls that have a script, and no other ever."""
 
@@ -86,17 +108,19 @@ class Router:
             "prefill": lambda request, *_: [PREFILLED, kv],
             "admit": lambda *_: [ADMITTED],
             "tokens": lambda request_id, _: [last_batch(request_id)],
+            "cancel": lambda *_: [None],
             "generate": lambda request, *_: [PREFILLED, ADMITTED, last_batch(request.request_id)],
         }
         self.calls = []
 
-    def assign_request(self, metadata, *arguments, **_):
-        routed = concurrent.futures.Future()
-        self.calls.append((metadata, routed))
+    def assign_request(self, metadata, *arguments, address):
+        found = concurrent.futures.Future()
+        self.calls.append(Call(metadata, arguments, address, found))
         script = self.scripts.get(metadata.call_method)
         if script is not None:
-            routed.set_result(Routed(script(*arguments)))
-        return routed
+            result = script(*arguments)
+            found.set_result(Routed(result) if isinstance(result, list) else result)
+        return found
 
     def handle(self, pool):
         return DeploymentHandle(pool, "rayapp", _create_router=lambda **_: self)
@@ -149,14 +173,14 @@ def test_every_call_of_one_http_request_has_an_id_of_its_own(byte_tokenizer):
 
     router = Router()
     assert asyncio.run(scenario()) == context
-    calls = [metadata for metadata, _ in router.calls]
-    assert sorted(c.call_method for c in calls) == sorted(
+    assert sorted(call.name for call in router.calls) == sorted(
         ["prefill", "admit", "tokens", "generate"] * 3
     )
-    internal_ids = {c.internal_request_id for c in calls}
-    assert len(internal_ids) == len(calls)
+    found = [call.metadata for call in router.calls]
+    internal_ids = {metadata.internal_request_id for metadata in found}
+    assert len(internal_ids) == len(found)
     assert "http" not in internal_ids
-    assert {(c.request_id, c.app_name) for c in calls} == {("http", "rayapp")}
+    assert {(metadata.request_id, metadata.app_name) for metadata in found} == {("http", "rayapp")}
 
 
 @pytest.mark.parametrize(
@@ -180,9 +204,7 @@ def test_a_call_that_is_never_routed_ends_in_its_phases_deadline(
             await tokens_of(service)
         assert time.monotonic() - begun < 2
         assert not any(service.counts().values())
-        metadata, routed = router.calls[-1]
-        assert metadata.call_method == method
-        assert routed.cancelled()
+        assert [c.found.cancelled() for c in router.calls if c.name == method] == [True]
 
     asyncio.run(scenario())
 
@@ -200,7 +222,7 @@ def test_a_client_is_told_that_nothing_was_routed(byte_tokenizer):
                 assert reply.status_code == 504
                 assert "prefill did not end within" in reply.json()["error"]["message"]
         assert len(router.calls) == 8
-        assert all(routed.cancelled() for _, routed in router.calls)
+        assert all(call.found.cancelled() for call in router.calls)
         assert not any(service.counts().values())
 
     asyncio.run(scenario())
@@ -225,5 +247,48 @@ def test_refusals_do_not_go_on_for_ever(byte_tokenizer, mode, method, phase):
         with pytest.raises(DeadlineError, match=rf"^{phase} did not end within 0\.[56] s"):
             await asyncio.wait_for(tokens_of(service), 5)
         assert not any(service.counts().values())
+
+    asyncio.run(scenario())
+
+
+class Admitting:
+    """An admission that is routed, and answered when ``answer`` is called."""
+
+    def __init__(self):
+        self.answered = asyncio.get_running_loop().create_future()
+
+    async def get_async(self):
+        return await asyncio.shield(self.answered)
+
+    def cancel(self):
+        """The replica was faster: what it answers is under way."""
+        self.answered.set_result(ADMITTED)
+
+
+@pytest.mark.parametrize(
+    "left", ["while_it_is_admitted", "once_it_is_admitted", "while_it_is_read"]
+)
+def test_leaving_ends_what_decode_has_admitted(byte_tokenizer, left):
+    async def scenario():
+        router = Router()
+        first = TokenBatch("r", 0, 0, (7,))
+        router.scripts["prefill"] = lambda *_: [replace(PREFILLED, first=first), b"the message"]
+        if left == "while_it_is_admitted":
+            admitting = Admitting()
+            router.scripts["admit"] = lambda *_: admitting
+        if left == "while_it_is_read":
+            router.scripts["tokens"] = lambda *_: [TokenBatch("r", 0, 1, (8,))]
+        service = service_over(router, byte_tokenizer)
+        request = GenerationRequest("r", PROMPT, SamplingParams(max_tokens=4))
+        async with aclosing(service.generate(request)) as batches:
+            await anext(batches)
+            await asyncio.sleep(0.05)
+            if left == "while_it_is_read":
+                await anext(batches)
+        assert not any(service.counts().values())
+        reading = ["tokens"] if left == "while_it_is_read" else []
+        assert [call.name for call in router.calls] == ["prefill", "admit", *reading, "cancel"]
+        last = router.calls[-1]
+        assert (last.arguments, last.address) == (("r", 0), Address(PLACE.replica_id))
 
     asyncio.run(scenario())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from rayapp.distributed.serve.messages import (
     Address,
     Admission,
     Handover,
+    Place,
     PrefillAnswer,
     Refusal,
     Versions,
@@ -33,6 +34,8 @@ from rayapp.plan import PruningPlan
 
 _UPDATE_PAUSE_S = 0.2
 _MAX_LOST_REPLICAS = 3
+# Beyond it, a replica that does not answer frees by its own deadlines.
+_FREEING_S = 1.0
 
 
 @dataclass
@@ -83,7 +86,7 @@ class DisaggregatedAttempts:
         deadlines: Deadlines,
     ) -> None:
         self._prefill = prefill.options(stream=True)
-        self._admit = decode
+        self._decode = decode
         self._tokens = decode.options(stream=True)
         self._channel = channel
         self._ledger = ledger
@@ -102,16 +105,12 @@ class DisaggregatedAttempts:
                 if answer.first is not None:
                     yield answer.first
                 return
-            replay = tuple(answering.sent)
-            handover = asyncio.ensure_future(self._hand_over(answering, stream, answer, replay))
-            held.push_async_callback(ended, handover)
+            handover = await held.enter_async_context(self._handing_over(answering, stream, answer))
             if answer.first is not None:
                 yield answer.first
             admission = await handover
         mark_admission(answering)
-        request, address = answering.request, Address(admission.place.replica_id)
-        response = call(self._tokens.tokens, request.request_id, request.attempt, address=address)
-        async with aclosing(streamed(response, self._deadlines.decode_s)) as batches:
+        async with aclosing(self._decoded(answering.request, admission.place)) as batches:
             async for batch in batches:
                 yield batch
 
@@ -145,6 +144,23 @@ class DisaggregatedAttempts:
                 avoid |= {answer.place.replica_id}
                 await asyncio.sleep(_UPDATE_PAUSE_S)
 
+    @asynccontextmanager
+    async def _handing_over(
+        self, answering: Answering, stream: ReplicaStream, answer: PrefillAnswer
+    ) -> AsyncGenerator[asyncio.Future[Admission], None]:
+        """The admission to come; where the body is left early, nothing is held anywhere."""
+        work = self._hand_over(answering, stream, answer, tuple(answering.sent))
+        handover = asyncio.ensure_future(work)
+        try:
+            yield handover
+        except BaseException:
+            handover.cancel()
+            (outcome,) = await asyncio.gather(handover, return_exceptions=True)
+            stream.cancel()
+            if isinstance(outcome, Admission):
+                await self._free(answering.request, outcome.place)
+            raise
+
     async def _hand_over(
         self,
         answering: Answering,
@@ -155,19 +171,15 @@ class DisaggregatedAttempts:
         """Own the KV until a decode replica has copied it; enter the transfer in the ledger."""
         request, limit_s = answering.request, self._deadlines.transfer_s
         began_s = time.monotonic()
-        try:
-            async with (
-                phase("transfer", limit_s),
-                self._channel.received(stream, answer.kv_bytes or 0) as handle,
-            ):
-                put_s = time.monotonic() - began_s
-                handover = Handover(
-                    request.without_image_data, self._versions, answer.first, replay, limit_s
-                )
-                admission = await self._admitted(handover, handle)
-        except BaseException:
-            stream.cancel()
-            raise
+        async with (
+            phase("transfer", limit_s),
+            self._channel.received(stream, answer.kv_bytes or 0) as handle,
+        ):
+            put_s = time.monotonic() - began_s
+            handover = Handover(
+                request.without_image_data, self._versions, answer.first, replay, limit_s
+            )
+            admission = await self._admitted(handover, handle)
         record = account(
             self._shape,
             self._plan,
@@ -185,11 +197,11 @@ class DisaggregatedAttempts:
         avoid: frozenset[str] = frozenset()
         num_lost = 0
         while True:
-            response = call(self._admit.admit, handover, [handle], address=Address(avoid=avoid))
+            response = call(self._decode.admit, handover, [handle], address=Address(avoid=avoid))
             try:
                 answer: Admission | Refusal = await response
             except asyncio.CancelledError:
-                response.cancel()
+                await self._withdraw(handover.request, response)
                 raise
             except DIED as error:
                 num_lost += 1
@@ -200,6 +212,50 @@ class DisaggregatedAttempts:
                 return answer
             avoid |= {answer.place.replica_id}
             await asyncio.sleep(_UPDATE_PAUSE_S)
+
+    async def _withdraw(self, request: GenerationRequest, response: Any) -> None:
+        """Cancel an admission, and end it where the replica was faster than the cancellation."""
+        with suppress(*DIED, TimeoutError):
+            response.cancel()
+            async with asyncio.timeout(_FREEING_S):
+                answer: Admission | Refusal = await response
+            if isinstance(answer, Admission):
+                await self._free(request, answer.place)
+
+    async def _decoded(
+        self, request: GenerationRequest, place: Place
+    ) -> AsyncGenerator[TokenBatch, None]:
+        """The tokens of an admitted request; decode is told where they are left early."""
+        response = call(
+            self._tokens.tokens,
+            request.request_id,
+            request.attempt,
+            address=Address(place.replica_id),
+        )
+        is_final = False
+        try:
+            async with aclosing(streamed(response, self._deadlines.decode_s)) as batches:
+                async for batch in batches:
+                    is_final = batch.finish_reason is not None
+                    yield batch
+        finally:
+            if not is_final:
+                await self._free(request, place)
+
+    async def _free(self, request: GenerationRequest, place: Place) -> None:
+        """Tell a decode replica that nobody reads; unheard, it frees the slot after ``lease_s``.
+
+        A stream that is cancelled before it reaches the replica would tell it nothing.
+        """
+        response = call(
+            self._decode.cancel,
+            request.request_id,
+            request.attempt,
+            address=Address(place.replica_id),
+        )
+        with suppress(*DIED, TimeoutError):
+            async with asyncio.timeout(_FREEING_S):
+                await response
 
 
 class UnifiedAttempts:
@@ -275,12 +331,6 @@ def mark_admission(answering: Answering) -> None:
     """Mark when decode first took over, and give the waiting place back."""
     answering.timeline.admitted_s = answering.timeline.admitted_s or time.monotonic()
     answering.admitted()
-
-
-async def ended(task: asyncio.Future[Any]) -> None:
-    """Cancel a task unless it is done, and wait until it has let go of everything."""
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
 async def streamed(response: Any, limit_s: float) -> AsyncGenerator[TokenBatch, None]:
