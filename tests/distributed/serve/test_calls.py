@@ -43,6 +43,7 @@ SHAPE = KVShape(num_blocks=1, num_kv_heads=1, head_dim=1, element_bytes=4, windo
 NUM_BYTES = SHAPE.dense_bytes(len(PROMPT))
 PREFILLED = PrefillAnswer(PLACE, None, NUM_BYTES, queue_s=0.0, prefill_s=0.0)
 ADMITTED = Admission(PLACE, MessageSizes(NUM_BYTES, 0), wait_s=0.0, fetch_s=0.0)
+EVERYBODY = Address("every replica")
 SHORT = Deadlines(queue_s=0.1, prefill_s=0.1, transfer_s=0.2, decode_s=0.2)
 
 
@@ -121,6 +122,16 @@ class Router:
             result = script(*arguments)
             found.set_result(Routed(result) if isinstance(result, list) else result)
         return found
+
+    async def broadcast(self, metadata, *arguments):
+        found = concurrent.futures.Future()
+        found.set_result(None)
+        self.calls.append(Call(metadata, arguments, EVERYBODY, found))
+        return []
+
+    @property
+    def event_loop(self):
+        return asyncio.get_running_loop()
 
     def handle(self, pool):
         return DeploymentHandle(pool, "rayapp", _create_router=lambda **_: self)
@@ -252,17 +263,13 @@ def test_refusals_do_not_go_on_for_ever(byte_tokenizer, mode, method, phase):
 
 
 class Admitting:
-    """An admission that is routed, and answered when ``answer`` is called."""
-
-    def __init__(self):
-        self.answered = asyncio.get_running_loop().create_future()
+    """An admission that is routed; what the replica answers stays on its way."""
 
     async def get_async(self):
-        return await asyncio.shield(self.answered)
+        await asyncio.sleep(60)
 
     def cancel(self):
-        """The replica was faster: what it answers is under way."""
-        self.answered.set_result(ADMITTED)
+        pass
 
 
 @pytest.mark.parametrize(
@@ -274,21 +281,25 @@ def test_leaving_ends_what_decode_has_admitted(byte_tokenizer, left):
         first = TokenBatch("r", 0, 0, (7,))
         router.scripts["prefill"] = lambda *_: [replace(PREFILLED, first=first), b"the message"]
         if left == "while_it_is_admitted":
-            admitting = Admitting()
-            router.scripts["admit"] = lambda *_: admitting
+            router.scripts["admit"] = lambda *_: Admitting()
         if left == "while_it_is_read":
             router.scripts["tokens"] = lambda *_: [TokenBatch("r", 0, 1, (8,))]
         service = service_over(router, byte_tokenizer)
         request = GenerationRequest("r", PROMPT, SamplingParams(max_tokens=4))
-        async with aclosing(service.generate(request)) as batches:
-            await anext(batches)
-            await asyncio.sleep(0.05)
-            if left == "while_it_is_read":
-                await anext(batches)
+
+        async def leave(num_batches):
+            batches = service.generate(request)
+            async with aclosing(batches):
+                for _ in range(num_batches):
+                    await anext(batches)
+                await asyncio.sleep(0.05)
+
+        await leave(2 if left == "while_it_is_read" else 1)
         assert not any(service.counts().values())
         reading = ["tokens"] if left == "while_it_is_read" else []
         assert [call.name for call in router.calls] == ["prefill", "admit", *reading, "cancel"]
         last = router.calls[-1]
-        assert (last.arguments, last.address) == (("r", 0), Address(PLACE.replica_id))
+        place = EVERYBODY if left == "while_it_is_admitted" else Address(PLACE.replica_id)
+        assert (last.arguments, last.address) == (("r", 0), place)
 
     asyncio.run(scenario())

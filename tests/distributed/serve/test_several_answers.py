@@ -11,17 +11,17 @@ import itertools
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import httpx
 import pytest
+from ray.serve.request_router import RequestRouter
 
 from rayapp.api.openai.schema import CompletionRequest
 from rayapp.distributed.serve.ingress.ingress import open_service
-from rayapp.distributed.serve.ingress.router import AddressedRouter
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.request import GenerationRequest, SamplingParams
 from rayapp.errors import DeadlineError
@@ -256,10 +256,10 @@ def numbers_of(service) -> dict[str, float]:
 
 
 def test_calls_that_are_never_routed_end_in_a_deadline(service, monkeypatch):
-    """Serve's router in this process is offered no replica, which it takes for a reason to wait."""
+    """Serve's router in this process finds no replica with a place free, and tries for ever."""
 
     async def nobody(*_, **__):
-        return []
+        return None
 
     async def scenario():
         requests = [GenerationRequest(f"never-{number}", (1, 2, 3)) for number in range(3)]
@@ -274,11 +274,23 @@ def test_calls_that_are_never_routed_end_in_a_deadline(service, monkeypatch):
     pools = {name: service.handle(name) for name in settings.pools}
     stage = open_service(settings, pools, service.handle("ingress"))
     assert all(isinstance(answer, list) for answer in asyncio.run(scenario()))
-    monkeypatch.setattr(AddressedRouter, "choose_replicas", nobody)
+    monkeypatch.setattr(RequestRouter, "_select_from_candidate_replicas", nobody)
     for error in asyncio.run(scenario()):
         assert isinstance(error, DeadlineError)
         assert "prefill did not end within 0.6 s" in str(error)
     assert not any(stage.counts().values())
+
+
+@pytest.mark.slow
+def test_clients_that_leave_at_any_time(service):
+    """In every phase of some answer: the lease of an admitted one would last 15 s unread."""
+    body = {"prompt": PROMPTS[:3], "n": 2, "max_tokens": 100, "ignore_eos": True, **GREEDY}
+    for number in range(100):
+        patience_s = 0.01 + 0.004 * number
+        with suppress(httpx.ReadTimeout):
+            service.client.post("/v1/completions", json=body, timeout=patience_s)
+        if number % 10 == 9:
+            service.check_idle(within_s=6)
 
 
 @pytest.mark.slow

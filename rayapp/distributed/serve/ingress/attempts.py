@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rayapp.distributed.serve.channel import ObjectHandle, ObjectStoreChannel, ReplicaStream
-from rayapp.distributed.serve.ingress.calls import call
+from rayapp.distributed.serve.ingress.calls import ask_all, call
 from rayapp.distributed.serve.ingress.losses import DIED, replica_died
 from rayapp.distributed.serve.messages import (
     Address,
@@ -94,6 +94,7 @@ class DisaggregatedAttempts:
         self._shape = shape
         self._versions = versions
         self._deadlines = deadlines
+        self._freeing: set[asyncio.Future[None]] = set()
 
     async def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
         """Prefill, then hand over while the first token leaves, then stream."""
@@ -154,12 +155,18 @@ class DisaggregatedAttempts:
         try:
             yield handover
         except BaseException:
-            handover.cancel()
-            (outcome,) = await asyncio.gather(handover, return_exceptions=True)
-            stream.cancel()
-            if isinstance(outcome, Admission):
-                await self._free(answering.request, outcome.place)
+            await self._to_the_end(self._abandon(answering.request, stream, handover))
             raise
+
+    async def _abandon(
+        self, request: GenerationRequest, stream: ReplicaStream, handover: asyncio.Future[Admission]
+    ) -> None:
+        """End a handover, or what it has led to."""
+        handover.cancel()
+        (outcome,) = await asyncio.gather(handover, return_exceptions=True)
+        stream.cancel()
+        if isinstance(outcome, Admission):
+            await self._free(request, outcome.place)
 
     async def _hand_over(
         self,
@@ -214,13 +221,12 @@ class DisaggregatedAttempts:
             await asyncio.sleep(_UPDATE_PAUSE_S)
 
     async def _withdraw(self, request: GenerationRequest, response: Any) -> None:
-        """Cancel an admission, and end it where the replica was faster than the cancellation."""
-        with suppress(*DIED, TimeoutError):
+        """Cancel an admission, which may be through already: then some replica has a lease."""
+        with suppress(*DIED):
             response.cancel()
-            async with asyncio.timeout(_FREEING_S):
-                answer: Admission | Refusal = await response
-            if isinstance(answer, Admission):
-                await self._free(request, answer.place)
+        await ask_all(
+            self._decode, "cancel", request.request_id, request.attempt, within_s=_FREEING_S
+        )
 
     async def _decoded(
         self, request: GenerationRequest, place: Place
@@ -240,7 +246,7 @@ class DisaggregatedAttempts:
                     yield batch
         finally:
             if not is_final:
-                await self._free(request, place)
+                await self._to_the_end(self._free(request, place))
 
     async def _free(self, request: GenerationRequest, place: Place) -> None:
         """Tell a decode replica that nobody reads; unheard, it frees the slot after ``lease_s``.
@@ -256,6 +262,16 @@ class DisaggregatedAttempts:
         with suppress(*DIED, TimeoutError):
             async with asyncio.timeout(_FREEING_S):
                 await response
+
+    async def _to_the_end(self, freeing: Coroutine[Any, Any, None]) -> None:
+        """Free something, even where the caller is cancelled meanwhile once more.
+
+        A client that leaves cancels twice: our own watch does, and so does Serve.
+        """
+        task = asyncio.ensure_future(freeing)
+        self._freeing.add(task)
+        task.add_done_callback(self._freeing.discard)
+        await asyncio.shield(task)
 
 
 class UnifiedAttempts:

@@ -46,14 +46,16 @@ def call(method: Any, *arguments: Any, address: Address = ANY) -> Any:
         _serve_request_context.reset(outside)
 
 
-async def ask_all(handle: Any, method: str) -> list[Any]:
+async def ask_all(
+    handle: Any, method: str, *arguments: Any, within_s: float = _BROADCAST_S
+) -> list[Any]:
     """What every replica of a deployment answers in time; those that do not are left out.
 
     No router chooses here: Serve sends one call to each replica, each under an id of its own.
     """
     try:
-        response = handle.broadcast(method)
-        answers = await response.results_async(timeout_s=_BROADCAST_S, return_exceptions=True)
+        response = handle.broadcast(method, *arguments)
+        answers = await response.results_async(timeout_s=within_s, return_exceptions=True)
     except Exception as error:  # noqa: BLE001 - a pool that cannot be asked has no replicas
         logger.debug("%s of %s: %s", method, handle, error)
         return []
