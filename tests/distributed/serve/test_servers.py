@@ -217,6 +217,39 @@ def test_cancelling_at_any_moment_frees_everything(stage):
     run(scenario())
 
 
+@pytest.mark.parametrize("copying", [False, True])
+def test_an_attempt_cancelled_while_its_kv_is_loaded_is_not_admitted(stage, copying):
+    """The caller left, and its word comes before the answer that it waited for."""
+
+    async def scenario():
+        pair = Pair(stage, max_num_seqs=1)
+        request = request_of("left", max_tokens=100, ignore_eos=True)
+        release = threading.Event()
+        blocking = pair.decode._thread.submit(release.wait)
+        fetched = asyncio.Event()
+        fetch = pair.decode._fetch
+
+        async def slowly(handle):
+            await (asyncio.sleep(0) if copying else fetched.wait())
+            return await fetch(handle)
+
+        pair.decode._fetch = slowly
+        admission = asyncio.ensure_future(pair.admitted(request))
+        while not pair.decode._num_slots_held:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+        await pair.decode.cancel("left", 0)
+        fetched.set()
+        await asyncio.sleep(0.01)
+        release.set()
+        await blocking
+        with pytest.raises(UnavailableError, match="was cancelled"):
+            await admission
+        await pair.check_idle()
+
+    run(scenario())
+
+
 def test_a_cancelled_prompt_leaves_the_queue_at_once(stage):
     async def scenario():
         pair = Pair(stage, max_waiting=2)

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rayapp.distributed.serve.channel import ObjectHandle, ReplicaStream
+from rayapp.distributed.serve.ingress.calls import ask_all, call
 from rayapp.distributed.serve.ingress.losses import DIED, replica_died
 from rayapp.distributed.serve.messages import (
     Address,
     Admission,
     Handover,
+    Place,
     PrefillAnswer,
     Refusal,
     Versions,
@@ -33,6 +35,8 @@ from rayapp.plan import PruningPlan
 
 _UPDATE_PAUSE_S = 0.2
 _MAX_LOST_REPLICAS = 3
+# Beyond it, a replica that does not answer frees by its own deadlines.
+_FREEING_S = 1.0
 
 
 @dataclass
@@ -83,7 +87,7 @@ class DisaggregatedAttempts:
         deadlines: Deadlines,
     ) -> None:
         self._prefill = prefill.options(stream=True)
-        self._admit = decode
+        self._decode = decode
         self._tokens = decode.options(stream=True)
         self._channel = channel
         self._ledger = ledger
@@ -91,6 +95,7 @@ class DisaggregatedAttempts:
         self._shape = shape
         self._versions = versions
         self._deadlines = deadlines
+        self._freeing: set[asyncio.Future[None]] = set()
 
     async def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
         """Prefill, then hand over while the first token leaves, then stream."""
@@ -102,16 +107,12 @@ class DisaggregatedAttempts:
                 if answer.first is not None:
                     yield answer.first
                 return
-            replay = tuple(answering.sent)
-            handover = asyncio.ensure_future(self._hand_over(answering, stream, answer, replay))
-            held.push_async_callback(ended, handover)
+            handover = await held.enter_async_context(self._handing_over(answering, stream, answer))
             if answer.first is not None:
                 yield answer.first
             admission = await handover
         mark_admission(answering)
-        request, address = answering.request, Address(admission.place.replica_id)
-        response = self._tokens.tokens.remote(request.request_id, request.attempt, address=address)
-        async with aclosing(streamed(response, self._deadlines.decode_s)) as batches:
+        async with aclosing(self._decoded(answering.request, admission.place)) as batches:
             async for batch in batches:
                 yield batch
 
@@ -127,8 +128,12 @@ class DisaggregatedAttempts:
         avoid: frozenset[str] = frozenset()
         async with phase("prefill", limits.queue_s + limits.prefill_s):
             while True:
-                response = self._prefill.prefill.remote(
-                    answering.request, self._versions, limits.queue_s, address=Address(avoid=avoid)
+                response = call(
+                    self._prefill.prefill,
+                    answering.request,
+                    self._versions,
+                    limits.queue_s,
+                    address=Address(avoid=avoid),
                 )
                 stream = ReplicaStream(response)
                 try:
@@ -141,6 +146,29 @@ class DisaggregatedAttempts:
                 avoid |= {answer.place.replica_id}
                 await asyncio.sleep(_UPDATE_PAUSE_S)
 
+    @asynccontextmanager
+    async def _handing_over(
+        self, answering: Answering, stream: ReplicaStream, answer: PrefillAnswer
+    ) -> AsyncGenerator[asyncio.Future[Admission], None]:
+        """The admission to come; where the body is left early, nothing is held anywhere."""
+        work = self._hand_over(answering, stream, answer, tuple(answering.sent))
+        handover = asyncio.ensure_future(work)
+        try:
+            yield handover
+        except BaseException:
+            await self._to_the_end(self._abandon(answering.request, stream, handover))
+            raise
+
+    async def _abandon(
+        self, request: GenerationRequest, stream: ReplicaStream, handover: asyncio.Future[Admission]
+    ) -> None:
+        """End a handover, or what it has led to."""
+        handover.cancel()
+        (outcome,) = await asyncio.gather(handover, return_exceptions=True)
+        await stream.aclose()
+        if isinstance(outcome, Admission):
+            await self._free(request, outcome.place)
+
     async def _hand_over(
         self,
         answering: Answering,
@@ -151,19 +179,15 @@ class DisaggregatedAttempts:
         """Own the KV until a decode replica has copied it; enter the transfer in the ledger."""
         request, limit_s = answering.request, self._deadlines.transfer_s
         began_s = time.monotonic()
-        try:
-            async with (
-                phase("transfer", limit_s),
-                self._channel.received(stream) as handle,
-            ):
-                put_s = time.monotonic() - began_s
-                handover = Handover(
-                    request.without_image_data, self._versions, answer.first, replay, limit_s
-                )
-                admission = await self._admitted(handover, handle)
-        except BaseException:
-            await stream.aclose()
-            raise
+        async with (
+            phase("transfer", limit_s),
+            self._channel.received(stream) as handle,
+        ):
+            put_s = time.monotonic() - began_s
+            handover = Handover(
+                request.without_image_data, self._versions, answer.first, replay, limit_s
+            )
+            admission = await self._admitted(handover, handle)
         record = account(
             self._shape,
             self._plan,
@@ -181,11 +205,11 @@ class DisaggregatedAttempts:
         avoid: frozenset[str] = frozenset()
         num_lost = 0
         while True:
-            response = self._admit.admit.remote(handover, [handle], address=Address(avoid=avoid))
+            response = call(self._decode.admit, handover, [handle], address=Address(avoid=avoid))
             try:
                 answer: Admission | Refusal = await response
             except asyncio.CancelledError:
-                response.cancel()
+                await self._withdraw(handover.request, response)
                 raise
             except DIED as error:
                 num_lost += 1
@@ -196,6 +220,59 @@ class DisaggregatedAttempts:
                 return answer
             avoid |= {answer.place.replica_id}
             await asyncio.sleep(_UPDATE_PAUSE_S)
+
+    async def _withdraw(self, request: GenerationRequest, response: Any) -> None:
+        """Cancel an admission, which may be through already: then some replica has a lease."""
+        with suppress(*DIED):
+            response.cancel()
+        await ask_all(
+            self._decode, "cancel", request.request_id, request.attempt, within_s=_FREEING_S
+        )
+
+    async def _decoded(
+        self, request: GenerationRequest, place: Place
+    ) -> AsyncGenerator[TokenBatch, None]:
+        """The tokens of an admitted request; decode is told where they are left early."""
+        response = call(
+            self._tokens.tokens,
+            request.request_id,
+            request.attempt,
+            address=Address(place.replica_id),
+        )
+        is_final = False
+        try:
+            async with aclosing(streamed(response, self._deadlines.decode_s)) as batches:
+                async for batch in batches:
+                    is_final = batch.finish_reason is not None
+                    yield batch
+        finally:
+            if not is_final:
+                await self._to_the_end(self._free(request, place))
+
+    async def _free(self, request: GenerationRequest, place: Place) -> None:
+        """Tell a decode replica that nobody reads; unheard, it frees the slot after ``lease_s``.
+
+        A stream that is cancelled before it reaches the replica would tell it nothing.
+        """
+        response = call(
+            self._decode.cancel,
+            request.request_id,
+            request.attempt,
+            address=Address(place.replica_id),
+        )
+        with suppress(*DIED, TimeoutError):
+            async with asyncio.timeout(_FREEING_S):
+                await response
+
+    async def _to_the_end(self, freeing: Coroutine[Any, Any, None]) -> None:
+        """Free something, even where the caller is cancelled meanwhile once more.
+
+        A client that leaves cancels twice: our own watch does, and so does Serve.
+        """
+        task = asyncio.ensure_future(freeing)
+        self._freeing.add(task)
+        task.add_done_callback(self._freeing.discard)
+        await asyncio.shield(task)
 
 
 class UnifiedAttempts:
@@ -214,26 +291,36 @@ class UnifiedAttempts:
 
     async def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
         """Prefill and decode in one stream."""
+        response, answer = await self._prefilled(answering)
+        try:
+            async with aclosing(self._rest(answering, answer, response)) as batches:
+                async for batch in batches:
+                    yield batch
+        finally:
+            response.cancel()
+
+    async def _prefilled(self, answering: Answering) -> tuple[Any, PrefillAnswer]:
+        """An open stream whose first item said that the prompt is prefilled."""
         limits = self._deadlines
         avoid: frozenset[str] = frozenset()
-        while True:
-            response = self._unified.generate.remote(
-                answering.request,
-                self._versions,
-                tuple(answering.sent),
-                address=Address(avoid=avoid),
-            )
-            try:
-                answer = await next_item(response, "prefill", limits.queue_s + limits.prefill_s)
-                if not isinstance(answer, Refusal):
-                    async with aclosing(self._rest(answering, answer, response)) as batches:
-                        async for batch in batches:
-                            yield batch
-                    return
-            finally:
-                response.cancel()
-            avoid |= {answer.place.replica_id}
-            await asyncio.sleep(_UPDATE_PAUSE_S)
+        async with phase("prefill", limits.queue_s + limits.prefill_s):
+            while True:
+                response = call(
+                    self._unified.generate,
+                    answering.request,
+                    self._versions,
+                    tuple(answering.sent),
+                    address=Address(avoid=avoid),
+                )
+                try:
+                    answer: PrefillAnswer | Refusal = await item_of(response, "prefill")
+                except BaseException:
+                    response.cancel()
+                    raise
+                if isinstance(answer, PrefillAnswer):
+                    return response, answer
+                avoid |= {answer.place.replica_id}
+                await asyncio.sleep(_UPDATE_PAUSE_S)
 
     async def _rest(
         self, answering: Answering, answer: PrefillAnswer, response: Any
@@ -263,12 +350,6 @@ def mark_admission(answering: Answering) -> None:
     answering.admitted()
 
 
-async def ended(task: asyncio.Future[Any]) -> None:
-    """Cancel a task unless it is done, and wait until it has let go of everything."""
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-
-
 async def streamed(response: Any, limit_s: float) -> AsyncGenerator[TokenBatch, None]:
     """The token batches of a response until one is final; cancels it where it is left early."""
     until_s = time.monotonic() + limit_s
@@ -285,9 +366,14 @@ async def streamed(response: Any, limit_s: float) -> AsyncGenerator[TokenBatch, 
 
 async def next_item(response: Any, name: str, within_s: float, limit_s: float | None = None) -> Any:
     """The next item of a streaming response, within the phase's deadline."""
+    async with phase(name, within_s, limit_s):
+        return await item_of(response, name)
+
+
+async def item_of(response: Any, name: str) -> Any:
+    """The next item of a streaming response; the caller's phase bounds the wait."""
     try:
-        async with phase(name, within_s, limit_s):
-            return await anext(response)
+        return await anext(response)
     except StopAsyncIteration:
         raise UnavailableError(f"the {name} stream ended too early; prefill again") from None
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from rayapp.api.service import HealthReport, ReplicaHealth, ServiceDescription
 from rayapp.distributed.serve.ingress.attempts import Answering, Attempts
+from rayapp.distributed.serve.ingress.calls import ask_all
 from rayapp.distributed.serve.ingress.losses import explained, is_lost
 from rayapp.distributed.serve.messages import Versions
 from rayapp.engine.channel import KVChannel
@@ -20,7 +21,6 @@ from rayapp.errors import IntegrityError, OverloadedError, RayappError, Unavaila
 from rayapp.kv.ledger import Ledger
 
 logger = logging.getLogger(__name__)
-_HEALTH_TIMEOUT_S = 3.0
 _RETRY_PAUSE_S = 0.1
 
 
@@ -51,7 +51,8 @@ class WaitingRoom:
         """Take a place; raises :class:`OverloadedError` where there is none."""
         if len(self._waiting) >= self._max_waiting:
             raise OverloadedError(
-                f"{len(self._waiting)} requests are waiting and no more may; try again later"
+                f"{len(self._waiting)} requests are waiting and no more may; try again later, or "
+                "ask for fewer answers at once"
             )
         self._waiting.add(request_id)
 
@@ -184,14 +185,3 @@ class RayService:
         if min(counts.values()) < 0 or counts["waiting"] > counts["answering"]:
             raise IntegrityError(f"the ingress holds {counts}")
         return counts
-
-
-async def ask_all(handle: Any, method: str) -> list[Any]:
-    """What every replica of a deployment answers in time; those that do not are left out."""
-    try:
-        response = handle.broadcast(method)
-        answers = await response.results_async(timeout_s=_HEALTH_TIMEOUT_S, return_exceptions=True)
-    except Exception as error:  # noqa: BLE001 - a pool that cannot be asked has no replicas
-        logger.debug("%s of %s: %s", method, handle, error)
-        return []
-    return [answer for answer in answers if not isinstance(answer, BaseException)]

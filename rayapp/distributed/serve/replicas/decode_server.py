@@ -96,6 +96,7 @@ class DecodeServer:
             DeadlineError: No slot in time.
             WireError: The message is not this request's KV, or is damaged.
             TransferError: The message is lost.
+            UnavailableError: The attempt was cancelled, or replaced by a later one.
         """
         check_address(self._place, address)
         refusal = version_conflict(self._place, self._versions, handover.versions)
@@ -105,7 +106,7 @@ class DecodeServer:
         lease = await self._take_lease(handover)
         wait_s = time.monotonic() - began_s
         try:
-            sizes, fetch_s = await self._load(handover, handles[0])
+            sizes, fetch_s = await self._load(handover, handles[0], lease)
         except BaseException:
             self._leases.end(lease)
             raise
@@ -170,12 +171,20 @@ class DecodeServer:
         self._num_slots_held -= 1
         self._slots.release()
 
-    async def _load(self, handover: Handover, handle: object) -> tuple[MessageSizes, float]:
-        """Fetch, check and copy; nothing of the message is referenced when this returns."""
+    async def _load(
+        self, handover: Handover, handle: object, lease: Lease
+    ) -> tuple[MessageSizes, float]:
+        """Fetch, check and copy; nothing of the message is referenced when this returns.
+
+        A lease that ends before the copy begins stops it. One that ends later frees the slot on
+        the engine's thread, which is after the copy.
+        """
         began_s = time.monotonic()
         message = await self._fetch(handle)
         fetch_s = time.monotonic() - began_s
+        lease.check()
         sizes = await self._thread.finish(self._copy_in, handover, message)
+        lease.check()
         return sizes, fetch_s
 
     def _copy_in(self, handover: Handover, message: Message) -> MessageSizes:

@@ -40,11 +40,15 @@ class Lease:
         self.error = error
         self.changed.set()
 
+    def check(self) -> None:
+        """Raise why there will be no more tokens, where that is so."""
+        if self.error is not None:
+            raise self.error
+
     async def take(self) -> TokenBatch:
         """All tokens since the last call, as one batch."""
         while not self.unread:
-            if self.error is not None:
-                raise self.error
+            self.check()
             self.changed.clear()
             await self.changed.wait()
         batches, self.unread = self.unread, []

@@ -1,0 +1,62 @@
+"""Calls from the ingress to replicas: the only place where it uses Serve's handles.
+
+Serve takes a call's internal id from the context of the HTTP request that is being served, so all
+calls of one HTTP request share it. A router without Serve's FIFO mixin finds pending calls by that
+id alone: of two that are pending at once it knows the first only. The second is never routed and
+never fails, and the first may get the replica that was chosen for the second. A request with
+several answers makes such calls all the time, so each call gets an internal id of its own here.
+
+Two other ways were rejected. A router with books of its own would override private methods, which
+changed between Ray 2.55 and 2.60; the context did not. A call from an empty context would get new
+ids without a private name, but would lose the public request id, by which the logs and traces of
+one HTTP request are found together.
+
+One thing is given up: Serve cancels the pending calls of a cancelled HTTP request by this id.
+Whoever awaits a call here cancels it, whatever ends the wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from dataclasses import replace
+from typing import Any
+
+from ray.serve.context import _get_serve_request_context, _serve_request_context
+
+from rayapp.distributed.serve.messages import ANY, Address
+
+logger = logging.getLogger(__name__)
+_BROADCAST_S = 3.0
+
+
+def call(method: Any, *arguments: Any, address: Address = ANY) -> Any:
+    """Serve's response to one call of a replica's method; the call is on its way when this returns.
+
+    Args:
+        method: Serve's handle of the method, such as ``handle.admit``.
+        arguments: What the method gets beside the address.
+        address: Which replica the call is for.
+    """
+    context = replace(_get_serve_request_context(), _internal_request_id=uuid.uuid4().hex)
+    outside = _serve_request_context.set(context)
+    try:
+        return method.remote(*arguments, address=address)
+    finally:
+        _serve_request_context.reset(outside)
+
+
+async def ask_all(
+    handle: Any, method: str, *arguments: Any, within_s: float = _BROADCAST_S
+) -> list[Any]:
+    """What every replica of a deployment answers in time; those that do not are left out.
+
+    No router chooses here: Serve sends one call to each replica, each under an id of its own.
+    """
+    try:
+        response = handle.broadcast(method, *arguments)
+        answers = await response.results_async(timeout_s=within_s, return_exceptions=True)
+    except Exception as error:  # noqa: BLE001 - a pool that cannot be asked has no replicas
+        logger.debug("%s of %s: %s", method, handle, error)
+        return []
+    return [answer for answer in answers if not isinstance(answer, BaseException)]

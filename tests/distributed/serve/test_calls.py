@@ -1,0 +1,305 @@
+"""Calls to replicas through Serve's own handles, with a router that answers on cue; no cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import time
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+from ray.serve.context import (
+    _get_serve_request_context,
+    _RequestContext,
+    _serve_request_context,
+)
+from ray.serve.handle import DeploymentHandle
+
+from rayapp.api.routes import build_app
+from rayapp.api.service import ServiceDescription
+from rayapp.distributed.serve.channel import ObjectStoreChannel
+from rayapp.distributed.serve.ingress.attempts import DisaggregatedAttempts, UnifiedAttempts
+from rayapp.distributed.serve.ingress.ray_service import Limits, RayService
+from rayapp.distributed.serve.messages import (
+    Address,
+    Admission,
+    Place,
+    PrefillAnswer,
+    Refusal,
+    Versions,
+)
+from rayapp.distributed.serve.settings import Deadlines
+from rayapp.engine.request import GenerationRequest, SamplingParams, TokenBatch
+from rayapp.errors import DeadlineError
+from rayapp.kv.ledger import KVShape, Ledger
+from rayapp.kv.wire import MessageSizes
+from rayapp.plan import PruningPlan
+
+PROMPT, VERSIONS, PLACE = (1, 2), Versions("p", "w"), Place("replica", "node")
+SHAPE = KVShape(num_blocks=1, num_kv_heads=1, head_dim=1, element_bytes=4, windows=(None,))
+NUM_BYTES = SHAPE.dense_bytes(len(PROMPT))
+PREFILLED = PrefillAnswer(PLACE, None, NUM_BYTES, queue_s=0.0, prefill_s=0.0)
+ADMITTED = Admission(PLACE, MessageSizes(NUM_BYTES, 0), wait_s=0.0, fetch_s=0.0)
+EVERYBODY = Address("every replica")
+SHORT = Deadlines(queue_s=0.1, prefill_s=0.1, transfer_s=0.2, decode_s=0.2)
+
+
+def last_batch(request_id):
+    return TokenBatch(request_id, 0, 0, (7,), "length")
+
+
+class Routed:
+    """The items of a call that a replica has answered."""
+
+    def __init__(self, items):
+        self.items = list(items)
+
+    async def __anext__(self):
+        if not self.items:
+            raise StopAsyncIteration
+        return self.items.pop(0)
+
+    async def get_async(self):
+        return self.items[0]
+
+    def to_object_ref_gen(self):
+        return References(self.items)
+
+    def cancel(self):
+        pass
+
+
+class References:
+    """The same items by reference."""
+
+    def __init__(self, items):
+        self.items = items
+
+    async def __anext__(self):
+        reference = asyncio.get_running_loop().create_future()
+        reference.set_result(self.items.pop(0))
+        return reference
+
+    async def completed(self):
+        pass
+
+
+class Call(NamedTuple):
+    """One call as Serve's router gets it; ``found`` is its replica, once there is one."""
+
+    metadata: Any
+    arguments: tuple[Any, ...]
+    address: Address
+    found: concurrent.futures.Future[Any]
+
+    @property
+    def name(self):
+        return self.metadata.call_method
+
+
+class Router:
+    """Where Serve's own would stand: routes the calls that have a script, and no other ever."""
+
+    def __init__(self):
+        kv = b"the message"
+        self.scripts = {
+            "prefill": lambda request, *_: [PREFILLED, kv],
+            "admit": lambda *_: [ADMITTED],
+            "tokens": lambda request_id, _: [last_batch(request_id)],
+            "cancel": lambda *_: [None],
+            "generate": lambda request, *_: [PREFILLED, ADMITTED, last_batch(request.request_id)],
+        }
+        self.calls = []
+
+    def assign_request(self, metadata, *arguments, address):
+        found = concurrent.futures.Future()
+        self.calls.append(Call(metadata, arguments, address, found))
+        script = self.scripts.get(metadata.call_method)
+        if script is not None:
+            result = script(*arguments)
+            found.set_result(Routed(result) if isinstance(result, list) else result)
+        return found
+
+    async def broadcast(self, metadata, *arguments):
+        found = concurrent.futures.Future()
+        found.set_result(None)
+        self.calls.append(Call(metadata, arguments, EVERYBODY, found))
+        return []
+
+    @property
+    def event_loop(self):
+        return asyncio.get_running_loop()
+
+    def handle(self, pool):
+        return DeploymentHandle(pool, "rayapp", _create_router=lambda **_: self)
+
+
+def service_over(router, tokenizer, *, mode="disaggregated", deadlines=SHORT):
+    channel, ledger = ObjectStoreChannel(), Ledger()
+    if mode == "unified":
+        attempts = UnifiedAttempts(router.handle("unified"), versions=VERSIONS, deadlines=deadlines)
+    else:
+        attempts = DisaggregatedAttempts(
+            router.handle("prefill"),
+            router.handle("decode"),
+            channel=channel,
+            ledger=ledger,
+            plan=PruningPlan(),
+            shape=SHAPE,
+            versions=VERSIONS,
+            deadlines=deadlines,
+        )
+    return RayService(
+        ServiceDescription("m", 64, 300, tokenizer),
+        pools={},
+        siblings=None,
+        attempts=attempts,
+        channel=channel,
+        ledger=ledger,
+        versions=VERSIONS,
+        limits=Limits(max_waiting=8, max_attempts=3),
+    )
+
+
+async def tokens_of(service, name="r"):
+    request = GenerationRequest(name, PROMPT, SamplingParams(max_tokens=1))
+    async with aclosing(service.generate(request)) as batches:
+        return [token async for batch in batches for token in batch.token_ids]
+
+
+def test_every_call_of_one_http_request_has_an_id_of_its_own(byte_tokenizer):
+    """Two calls under one id: Serve's router finds the first only, and the second waits forever."""
+    context = _RequestContext(request_id="http", _internal_request_id="http", app_name="rayapp")
+
+    async def scenario():
+        _serve_request_context.set(context)
+        for mode in ("disaggregated", "unified"):
+            service = service_over(router, byte_tokenizer, mode=mode)
+            answers = await asyncio.gather(*(tokens_of(service, f"{mode}-{n}") for n in range(3)))
+            assert answers == [[7]] * 3
+        return _get_serve_request_context()
+
+    router = Router()
+    assert asyncio.run(scenario()) == context
+    assert sorted(call.name for call in router.calls) == sorted(
+        ["prefill", "admit", "tokens", "generate"] * 3
+    )
+    found = [call.metadata for call in router.calls]
+    internal_ids = {metadata.internal_request_id for metadata in found}
+    assert len(internal_ids) == len(found)
+    assert "http" not in internal_ids
+    assert {(metadata.request_id, metadata.app_name) for metadata in found} == {("http", "rayapp")}
+
+
+@pytest.mark.parametrize(
+    ("mode", "method", "phase"),
+    [
+        ("disaggregated", "prefill", "prefill"),
+        ("disaggregated", "admit", "transfer"),
+        ("disaggregated", "tokens", "decode"),
+        ("unified", "generate", "prefill"),
+    ],
+)
+def test_a_call_that_is_never_routed_ends_in_its_phases_deadline(
+    byte_tokenizer, mode, method, phase
+):
+    async def scenario():
+        router = Router()
+        del router.scripts[method]
+        service = service_over(router, byte_tokenizer, mode=mode)
+        begun = time.monotonic()
+        with pytest.raises(DeadlineError, match=rf"^{phase} did not end within 0\.2 s"):
+            await tokens_of(service)
+        assert time.monotonic() - begun < 2
+        assert not any(service.counts().values())
+        assert [c.found.cancelled() for c in router.calls if c.name == method] == [True]
+
+    asyncio.run(scenario())
+
+
+def test_a_client_is_told_that_nothing_was_routed(byte_tokenizer):
+    async def scenario():
+        router = Router()
+        router.scripts.clear()
+        service = service_over(router, byte_tokenizer)
+        transport = httpx.ASGITransport(build_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://it") as client:
+            for stream in (False, True):
+                body = {"prompt": ["a", "b"], "n": 2, "stream": stream}
+                reply = await client.post("/v1/completions", json=body)
+                assert reply.status_code == 504
+                assert "prefill did not end within" in reply.json()["error"]["message"]
+        assert len(router.calls) == 8
+        assert all(call.found.cancelled() for call in router.calls)
+        assert not any(service.counts().values())
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("mode", "method", "phase"),
+    [
+        ("disaggregated", "prefill", "prefill"),
+        ("disaggregated", "admit", "transfer"),
+        ("unified", "generate", "prefill"),
+    ],
+)
+def test_refusals_do_not_go_on_for_ever(byte_tokenizer, mode, method, phase):
+    """Every replica is of another version, and stays it."""
+
+    async def scenario():
+        router = Router()
+        router.scripts[method] = lambda *_: [Refusal(PLACE, "another plan")]
+        deadlines = SHORT.model_copy(update={"queue_s": 0.5, "transfer_s": 0.5})
+        service = service_over(router, byte_tokenizer, mode=mode, deadlines=deadlines)
+        with pytest.raises(DeadlineError, match=rf"^{phase} did not end within 0\.[56] s"):
+            await asyncio.wait_for(tokens_of(service), 5)
+        assert not any(service.counts().values())
+
+    asyncio.run(scenario())
+
+
+class Admitting:
+    """An admission that is routed; what the replica answers stays on its way."""
+
+    async def get_async(self):
+        await asyncio.sleep(60)
+
+    def cancel(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    "left", ["while_it_is_admitted", "once_it_is_admitted", "while_it_is_read"]
+)
+def test_leaving_ends_what_decode_has_admitted(byte_tokenizer, left):
+    async def scenario():
+        router = Router()
+        first = TokenBatch("r", 0, 0, (7,))
+        router.scripts["prefill"] = lambda *_: [replace(PREFILLED, first=first), b"the message"]
+        if left == "while_it_is_admitted":
+            router.scripts["admit"] = lambda *_: Admitting()
+        if left == "while_it_is_read":
+            router.scripts["tokens"] = lambda *_: [TokenBatch("r", 0, 1, (8,))]
+        service = service_over(router, byte_tokenizer)
+        request = GenerationRequest("r", PROMPT, SamplingParams(max_tokens=4))
+
+        async def leave(num_batches):
+            batches = service.generate(request)
+            async with aclosing(batches):
+                for _ in range(num_batches):
+                    await anext(batches)
+                await asyncio.sleep(0.05)
+
+        await leave(2 if left == "while_it_is_read" else 1)
+        assert not any(service.counts().values())
+        reading = ["tokens"] if left == "while_it_is_read" else []
+        assert [call.name for call in router.calls] == ["prefill", "admit", *reading, "cancel"]
+        last = router.calls[-1]
+        place = EVERYBODY if left == "while_it_is_admitted" else Address(PLACE.replica_id)
+        assert (last.arguments, last.address) == (("r", 0), place)
+
+    asyncio.run(scenario())

@@ -1,0 +1,308 @@
+"""Requests with several answers, over HTTP on a real cluster: all answers come, and are right.
+
+Serve gives everything that one HTTP request calls the same internal id, which no test in one
+process can see. Every request here has a timeout, so that an answer that never comes is a failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import httpx
+import pytest
+from ray.serve.request_router import RequestRouter
+
+from rayapp.api.openai.schema import CompletionRequest
+from rayapp.distributed.serve.ingress.ingress import open_service
+from rayapp.engine.local import LocalPipeline
+from rayapp.engine.request import GenerationRequest, SamplingParams
+from rayapp.errors import DeadlineError
+
+pytestmark = pytest.mark.ray
+
+MAX_TOKENS, MAX_NUM_SEQS, MAX_WAITING = 5, 4, 64
+ANSWERED_WITHIN_S = 30.0
+PROMPTS = ["What a day!", "a", "seven", "Of other answers", "x y", "(1, 2)", "no", "the eighth"]
+GREEDY, SEEDED = {"temperature": 0}, {"temperature": 0.8, "seed": 11}
+MODES = {
+    "one_of_each": {},
+    "two_of_each": {
+        "prefill": {"replicas": 2, "labels": {"role": "prefill"}},
+        "decode": {"replicas": 2, "labels": {"role": "decode"}},
+    },
+    "unified": {"mode": "unified", "unified": {"replicas": 2}},
+}
+
+
+@dataclass
+class Choices:
+    """What a client got: texts and finish reasons by index, and the counts."""
+
+    texts: dict[int, str] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+    usage: Any = None
+
+    def add(self, body: dict[str, Any], text_of: Callable[[dict[str, Any]], str | None]) -> None:
+        self.usage = body.get("usage") or self.usage
+        for choice in body["choices"]:
+            index = choice["index"]
+            self.texts[index] = self.texts.get(index, "") + (text_of(choice) or "")
+            if choice["finish_reason"]:
+                assert index not in self.reasons
+                self.reasons[index] = choice["finish_reason"]
+
+
+@dataclass
+class Asked:
+    """One request: ``prompts`` of the list above, ``n`` answers to each."""
+
+    num_prompts: int
+    n: int
+    chat: bool = False
+    stream: bool = False
+    options: dict[str, Any] = field(default_factory=lambda: GREEDY)
+
+    @property
+    def prompts(self) -> list[str]:
+        return PROMPTS[: self.num_prompts]
+
+    @property
+    def path(self) -> str:
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
+
+    @property
+    def body(self) -> dict[str, Any]:
+        what: dict[str, Any] = {"prompt": self.prompts}
+        if self.chat:
+            what = {"messages": [{"role": "user", "content": self.prompts[0]}]}
+        usage = {"stream_options": {"include_usage": True}} if self.stream else {}
+        limits = {"n": self.n, "max_tokens": MAX_TOKENS, "stream": self.stream}
+        return {**what, **limits, **usage, **self.options}
+
+    def choices(self, client: httpx.Client) -> Choices:
+        found = Choices()
+        reply = client.post(self.path, json=self.body)
+        assert reply.status_code == 200, reply.text
+        if not self.stream:
+            found.add(reply.json(), self._whole_text)
+            return found
+        events = [event.removeprefix("data: ") for event in reply.text.split("\n\n") if event]
+        assert events.pop() == "[DONE]"
+        for event in events:
+            found.add(json.loads(event), self._piece_text)
+        return found
+
+    def _whole_text(self, choice: dict[str, Any]) -> str:
+        return choice["message"]["content"] if self.chat else choice["text"]
+
+    def _piece_text(self, choice: dict[str, Any]) -> str | None:
+        return choice["delta"].get("content") if self.chat else choice["text"]
+
+
+COMPLETIONS = [
+    *((1, n) for n in range(1, 9)),
+    *((count, 1) for count in range(2, 9)),
+    *((2, 2), (3, 3), (8, 8)),
+]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("one_of_each", marks=pytest.mark.slow), "two_of_each", "unified"],
+)
+def service(request, deploy, save_tiny, tmp_path_factory):
+    path = save_tiny(tmp_path_factory.mktemp("several"), "llama")
+    limits = {"max_num_seqs": MAX_NUM_SEQS, "max_waiting": MAX_WAITING}
+    with deploy(model=str(path), **limits, **MODES[request.param]) as deployed:
+        deployed.client.timeout = ANSWERED_WITHIN_S
+        yield deployed
+
+
+@pytest.fixture(autouse=True)
+def _idle_afterwards(service):
+    yield
+    service.check_idle()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model, byte_tokenizer):
+    """``reference(prompt, sampling)``: the answer to one prompt alone, in this process."""
+    pipeline = LocalPipeline(tiny_model("llama"), byte_tokenizer)
+
+    @cache
+    def answer(prompt, sampling):
+        (completion,) = pipeline.generate([prompt], SamplingParams.model_validate_json(sampling))
+        return completion
+
+    return lambda prompt, sampling: answer(prompt, sampling.model_dump_json())
+
+
+def check(asked: Asked, client: httpx.Client, reference: Any) -> None:
+    """Every choice is what its prompt and its seed give alone; none is missing, none comes twice.
+
+    The choices of a prompt follow each other, and the first of them has the client's own seed.
+    """
+    seeds = CompletionRequest(prompt="", n=asked.n, **asked.options).sampling(MAX_TOKENS)
+    if "seed" in asked.options:
+        assert seeds[0].seed == asked.options["seed"]
+    alone = [reference(prompt, sampling) for prompt in asked.prompts for sampling in seeds]
+    found = asked.choices(client)
+    assert found.texts == {index: answer.text for index, answer in enumerate(alone)}
+    assert found.reasons == {index: answer.finish_reason for index, answer in enumerate(alone)}
+    num_prompt_tokens = sum(len(prompt.encode()) for prompt in asked.prompts)
+    num_answer_tokens = sum(len(answer.token_ids) for answer in alone)
+    assert found.usage == {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_answer_tokens,
+        "total_tokens": num_prompt_tokens + num_answer_tokens,
+    }
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("options", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_completions(service, reference, stream, options):
+    for num_prompts, n in COMPLETIONS:
+        asked = Asked(num_prompts, n, stream=stream, options=options)
+        check(asked, service.client, reference)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_chat(service, reference, stream):
+    for n, options in zip(range(1, 9), itertools.cycle([SEEDED, GREEDY])):
+        check(Asked(1, n, chat=True, stream=stream, options=options), service.client, reference)
+
+
+def test_several_clients_at_once(service, reference):
+    asked = [Asked(2, 2, stream=bool(number % 2), options=SEEDED) for number in range(8)]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        list(pool.map(lambda one: check(one, service.client, reference), asked))
+
+
+def test_a_client_that_leaves_cancels_all_its_answers(service):
+    body = {"prompt": PROMPTS[:3], "n": 2, "max_tokens": 400, "ignore_eos": True, **GREEDY}
+    for num_lines in (0, 1, 9):
+        streamed = {**body, "stream": True}
+        with service.client.stream("POST", "/v1/completions", json=streamed) as answer:
+            lines = answer.iter_lines()
+            for _ in range(num_lines):
+                next(lines)
+        service.check_idle(within_s=6)
+    for patience_s in (0.02, 0.3):
+        with pytest.raises(httpx.ReadTimeout):
+            service.client.post("/v1/completions", json=body, timeout=patience_s)
+        service.check_idle(within_s=6)
+
+
+def test_more_answers_than_waiting_places_are_refused_together(service):
+    body = {"prompt": PROMPTS, "n": 1 + MAX_WAITING // len(PROMPTS), "max_tokens": 2}
+    for stream in (False, True):
+        refused = service.client.post("/v1/completions", json={**body, "stream": stream})
+        assert refused.status_code == 429
+        assert "fewer answers" in refused.json()["error"]["message"]
+        service.check_idle(within_s=6)
+
+
+def test_a_prompt_that_cannot_be_answered_refuses_the_others_before_they_begin(service):
+    before = numbers_of(service)
+    body = {"prompt": ["fine", "x" * 600, "fine"], "n": 2, "max_tokens": 2}
+    refused = service.client.post("/v1/completions", json=body)
+    assert refused.status_code == 400
+    assert "600" in refused.json()["error"]["message"]
+    assert numbers_of(service) == before
+
+
+def test_every_answer_is_counted_and_every_prompt_once(service):
+    before = numbers_of(service)
+    asked = Asked(3, 2, options={**GREEDY, "ignore_eos": True})
+    asked.choices(service.client)
+    grown = {name: value - before[name] for name, value in numbers_of(service).items()}
+    assert grown == {
+        "rayapp_request_success_total": 6,
+        "rayapp_generation_tokens_total": 6 * MAX_TOKENS,
+        "rayapp_prompt_tokens_total": sum(map(len, asked.prompts)),
+        "transfers": 0 if service.settings.mode == "unified" else 6,
+        "transferred_requests": 0 if service.settings.mode == "unified" else 6,
+    }
+
+
+def numbers_of(service) -> dict[str, float]:
+    """Counters of the service, and what its ledger holds."""
+    transfers = service.client.get("/v1/transfers").json()
+    counted = dict.fromkeys(
+        (
+            "rayapp_request_success_total",
+            "rayapp_generation_tokens_total",
+            "rayapp_prompt_tokens_total",
+        ),
+        0.0,
+    )
+    for line in service.client.get("/metrics").text.splitlines():
+        name = line.partition("{")[0].partition(" ")[0]
+        if name in counted:
+            counted[name] += float(line.rpartition(" ")[2])
+    return {
+        **counted,
+        "transfers": transfers["totals"]["num_transfers"],
+        "transferred_requests": len({record["request_id"] for record in transfers["recent"]}),
+    }
+
+
+def test_calls_that_are_never_routed_end_in_a_deadline(service, monkeypatch):
+    """Serve's router in this process finds no replica with a place free, and tries for ever."""
+
+    async def nobody(*_, **__):
+        return None
+
+    async def scenario():
+        requests = [GenerationRequest(f"never-{number}", (1, 2, 3)) for number in range(3)]
+        return await asyncio.gather(*(ask(request) for request in requests), return_exceptions=True)
+
+    async def ask(request):
+        async with aclosing(stage.generate(request)) as batches:
+            return [batch async for batch in batches]
+
+    short = service.settings.deadlines.model_copy(update={"queue_s": 0.3, "prefill_s": 0.3})
+    settings = service.settings.model_copy(update={"deadlines": short})
+    pools = {name: service.handle(name) for name in settings.pools}
+    stage = open_service(settings, pools, service.handle("ingress"))
+    assert all(isinstance(answer, list) for answer in asyncio.run(scenario()))
+    monkeypatch.setattr(RequestRouter, "_select_from_candidate_replicas", nobody)
+    for error in asyncio.run(scenario()):
+        assert isinstance(error, DeadlineError)
+        assert "prefill did not end within 0.6 s" in str(error)
+    assert not any(stage.counts().values())
+
+
+@pytest.mark.slow
+def test_clients_that_leave_at_any_time(service):
+    """In every phase of some answer: the lease of an admitted one would last 15 s unread."""
+    body = {"prompt": PROMPTS[:3], "n": 2, "max_tokens": 100, "ignore_eos": True, **GREEDY}
+    for number in range(100):
+        patience_s = 0.01 + 0.004 * number
+        with suppress(httpx.ReadTimeout):
+            service.client.post("/v1/completions", json=body, timeout=patience_s)
+        if number % 10 == 9:
+            service.check_idle(within_s=6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["n", "prompts", "both", "chat"])
+def test_a_hundred_of_each(service, reference, kind, stream):
+    for number in range(100):
+        count = 1 + number % 8
+        asked = {
+            "n": Asked(1, count, stream=stream),
+            "prompts": Asked(count, 1, stream=stream),
+            "both": Asked(count, 9 - count, stream=stream),
+            "chat": Asked(1, count, chat=True, stream=stream),
+        }[kind]
+        check(asked, service.client, reference)
