@@ -26,8 +26,8 @@ from rayapp.plan import PLAN_FILE, STAGES, ModelSignature, PruningPlan
 from rayapp.pruning.candidates.healing import Pair
 from rayapp.pruning.healing.trained_pairs import DIRECTORY as PAIRS_DIRECTORY
 from rayapp.pruning.healing.trained_pairs import pair_context, pair_file
-from rayapp.pruning.healing.training import Training
 from rayapp.pruning.search.journal import JOURNAL_FILE
+from rayapp.pruning.settings.training import Training
 
 _RECORDS = ("*.json", "*.jsonl")
 

@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from rayapp.models.healed import HealedWeights
 from rayapp.plan import STAGES, Mode, PruningPlan, Stage
 from rayapp.pruning.candidates.healing import HealedPair, Pair
-from rayapp.pruning.healing.training import Training
+from rayapp.pruning.settings.training import Training
 from rayapp.pruning.storage import Storage
 
 logger = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ from rayapp.kv.ledger import KVShape, Ledger
 from rayapp.kv.wire import MessageSizes
 from rayapp.plan import PruningPlan
 
-PROMPT, VERSIONS, PLACE = (1, 2), Versions("p", "w"), Place("replica", "node")
+PROMPT, VERSIONS, PLACE = (1, 2), Versions("p", "w", "float32"), Place("replica", "node")
 SHAPE = KVShape(num_blocks=1, num_kv_heads=1, head_dim=1, element_bytes=4, windows=(None,))
 NUM_BYTES = SHAPE.dense_bytes(len(PROMPT))
 PREFILLED = PrefillAnswer(PLACE, None, NUM_BYTES, queue_s=0.0, prefill_s=0.0)
