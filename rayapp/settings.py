@@ -25,9 +25,8 @@ ModelName = Annotated[
         description="Directory of the model (safetensors), or its Hub id such as owner/name.",
     ),
 ]
-Revision = Annotated[
-    str | None, Field(description="Branch, tag or commit of a Hub id; its main branch without.")
-]
+REVISION_HELP = "Branch, tag or commit of a Hub id; its main branch without."
+Revision = Annotated[str | None, Field(description=REVISION_HELP)]
 DTYPE_HELP = "Element type that the model computes in; auto keeps its own."
 DTypeName = Annotated[DType, Field(description=DTYPE_HELP)]
 Device = Annotated[
@@ -108,16 +107,19 @@ def filled(values: Mapping[str, Any], *kinds: type[Settings]) -> list[Any]:
     """One settings object of every kind, each from the values that it has a field for.
 
     Raises:
-        InputError: Values are bad, or no kind has a field for them.
+        InputError: Values are bad, or no kind has a field for them; all of them are named.
     """
     known = {name for kind in kinds for name in kind.model_fields}
-    unknown = [f"{n}={values[n]!r}: there is no such setting" for n in values.keys() - known]
-    if unknown:
-        raise InputError("; ".join(unknown))
-    return [
-        checked(kind, {name: v for name, v in values.items() if name in kind.model_fields})
-        for kind in kinds
-    ]
+    faults = [f"{n}={values[n]!r}: there is no such setting" for n in values.keys() - known]
+    made = []
+    for kind in kinds:
+        try:
+            made.append(checked(kind, {n: v for n, v in values.items() if n in kind.model_fields}))
+        except InputError as error:
+            faults.append(str(error))
+    if faults:
+        raise InputError("; ".join(faults))
+    return made
 
 
 def _explain(error: Any, name: Callable[[str], str]) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rayapp.errors import RequestError
+from rayapp.settings import REVISION_HELP
 
 
 def doctor(
@@ -15,7 +16,7 @@ def doctor(
         str | None, typer.Option(help="Model directory or Hub id that is to be looked at, too.")
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub id; its main branch without.")
+        str | None, typer.Option(help=REVISION_HELP)
     ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="Plan that is to fit the model: its directory or plan.json.")

@@ -21,6 +21,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from rayapp.errors import InputError
 from rayapp.settings import checked
 
 _PLAIN = (str, int, float, bool)
@@ -84,7 +85,14 @@ def _command(
             parameters[name] = own
 
     def run(**given: Any) -> None:
-        settings = {name: _filled(kind, given) for name, kind in models.items()}
+        settings, faults = {}, []
+        for name, kind in models.items():
+            try:
+                settings[name] = _filled(kind, given)
+            except InputError as error:
+                faults.append(str(error))
+        if faults:
+            raise InputError("; ".join(faults))
         own = {name: value for name, value in given.items() if name in hints}
         function(**settings, **own)
 

@@ -10,7 +10,7 @@ import typer
 from rayapp.commands.options import command
 from rayapp.errors import InputError
 from rayapp.pruning.settings.compute import ComputeSettings
-from rayapp.settings import DTYPE_HELP, DType
+from rayapp.settings import DTYPE_HELP, REVISION_HELP, DType
 
 
 @command()
@@ -38,7 +38,7 @@ def report(
         typer.Option(help="Directory of the model, or its Hub id, for --sensitivity."),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub id, for --sensitivity.")
+        str | None, typer.Option(help=REVISION_HELP)
     ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="File of JSON lines to score on, for --sensitivity.")

