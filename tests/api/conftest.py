@@ -36,6 +36,7 @@ class ScriptedService:
         self.batch_size = 1
         self.gap_s = 0.0
         self.errors: dict[int, Exception] = {}
+        self.fails: Callable[[GenerationRequest], bool] = lambda request: True
         self.ready = True
         self.ledger: Any = {"totals": {"num_transfers": 0}, "links": [], "recent": []}
         self.requests: list[GenerationRequest] = []
@@ -57,7 +58,7 @@ class ScriptedService:
         try:
             for batch in self._batches(request):
                 await asyncio.sleep(self.gap_s)
-                if batch.first_index in self.errors:
+                if batch.first_index in self.errors and self.fails(request):
                     raise self.errors[batch.first_index]
                 finished = batch.finish_reason is not None
                 yield batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import openai
 import pytest
 
@@ -235,8 +237,19 @@ def test_an_error_in_a_stream_is_its_last_event(client, http, service, error):
     service.wait_idle()
 
 
-def test_one_failing_answer_ends_its_siblings(http, service):
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_failing_answer_ends_its_siblings(http, service, stream):
+    """One error for the client, and the last thing it hears; nobody works on for it."""
     service.errors, service.gap_s = {2: UnavailableError("gone")}, 0.005
-    refused(http.post(COMPLETIONS, json={"prompt": ["a"] * 8}), 503)
+    service.fails = lambda request: request.prompt_token_ids == (98,)
+    reply = http.post(COMPLETIONS, json={"prompt": ["a", "b", "c", "d"], "stream": stream})
+    if stream:
+        events = [event.removeprefix("data: ") for event in reply.text.split("\n\n") if event]
+        assert ["error" in json.loads(event) for event in events] == [False] * (len(events) - 1) + [
+            True
+        ]
+        assert json.loads(events[-1])["error"]["message"] == "gone"
+    else:
+        refused(reply, 503)
     service.wait_idle()
-    assert service.cancelled == 8
+    assert service.cancelled == 4

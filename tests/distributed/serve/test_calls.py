@@ -303,3 +303,22 @@ def test_leaving_ends_what_decode_has_admitted(byte_tokenizer, left):
         assert (last.arguments, last.address) == (("r", 0), place)
 
     asyncio.run(scenario())
+
+
+def test_a_second_cancellation_does_not_stop_the_word_to_decode(byte_tokenizer):
+    """A client that leaves cancels twice: our own watch does, and so does Serve."""
+
+    async def scenario():
+        router = Router()
+        del router.scripts["tokens"], router.scripts["cancel"]
+        service = service_over(router, byte_tokenizer)
+        answer = asyncio.ensure_future(tokens_of(service))
+        await asyncio.sleep(0.05)
+        for _ in range(2):
+            answer.cancel()
+            await asyncio.sleep(0.01)
+        assert answer.cancelled()
+        assert [c.found.done() for c in router.calls if c.name == "cancel"] == [False]
+        assert not any(service.counts().values())
+
+    asyncio.run(scenario())

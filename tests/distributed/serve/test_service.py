@@ -66,6 +66,18 @@ def test_sixteen_concurrent_answers_equal_generate(service, model, byte_tokenize
         assert choice["text"] == dense_text(model, byte_tokenizer, prompt, 20)
 
 
+def test_several_answers_of_one_request(service, model, byte_tokenizer):
+    """More than there are slots; see ``test_several_answers`` for larger pools and all shapes."""
+    asked = prompts(3)
+    body = {"model": "tested", "prompt": asked, "n": 2, "max_tokens": 9, "temperature": 0}
+    for _ in range(5):
+        answer = service.client.post("/v1/completions", json=body, timeout=30)
+        texts = [choice["text"] for choice in answer.json()["choices"]]
+        assert texts == [
+            dense_text(model, byte_tokenizer, prompt, 9) for prompt in asked for _ in range(2)
+        ]
+
+
 def test_streaming_equals_not_streaming(service):
     client = OpenAI(base_url=f"{service.settings.url}/v1", api_key="secret")
     asked = {"model": "tested", "prompt": "What a day!", "max_tokens": 24, "seed": 5}
