@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rayapp.models.hub import from_directory
 from rayapp.plan import PLAN_FILE, STAGES, ModelSignature
 from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.evaluator.objective import Score
@@ -169,6 +170,7 @@ def _write(
             kv_transfer=settings.kv_transfer,
             visual_tokens=settings.visual_tokens,
             provenance={
+                **from_directory(settings.model).provenance,
                 "settings": settings.identity,
                 "score": point.score,
                 "score_by_task": scores[point.candidate].tasks,
