@@ -15,9 +15,7 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(help="Model directory or Hub id that is to be looked at, too.")
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help=REVISION_HELP)
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
     plan: Annotated[
         Path | None, typer.Option(help="Plan that is to fit the model: its directory or plan.json.")
     ] = None,

@@ -37,9 +37,7 @@ def report(
         str | None,
         typer.Option(help="Directory of the model, or its Hub id, for --sensitivity."),
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help=REVISION_HELP)
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
     calibration: Annotated[
         str | None, typer.Option(help="File of JSON lines to score on, for --sensitivity.")
     ] = None,

@@ -21,7 +21,7 @@ from rayapp.pruning.candidates.healing import HealedPair, Pair
 from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.healing.training import Healer
-from rayapp.pruning.preparation import open_evaluator, open_healer
+from rayapp.pruning.preparation import located, open_evaluator, open_healer
 from rayapp.pruning.scorer import Done, Measured, Work, compute_one
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import ScoreSettings
@@ -53,6 +53,7 @@ class EvaluatorServer:
         heal_data: Calibration | None,
     ) -> None:
         """Load the model; returns when work can be done."""
+        score = located(score)  # a model of the Hub is read, or fetched, on this node
         self._evaluator = open_evaluator(score, compute, calibration)
         self._healer = open_healer(score, compute, training, self._evaluator, heal_data)
 

@@ -15,6 +15,7 @@ from rayapp.data.lines import ImageLine, read_lines
 from rayapp.errors import DataError, InputError
 from rayapp.models.blocks import MULTIMODAL_TYPES, text_config
 from rayapp.models.checkpoint import Checkpoint
+from rayapp.models.hub import locate
 from rayapp.models.loading import load_model, load_tokenizer
 from rayapp.plan import ModelSignature
 from rayapp.pruning.evaluator.calibration import Calibration, load_calibration
@@ -35,6 +36,16 @@ class Prepared:
     calibration: Calibration
     signature: ModelSignature
     heal_data: Calibration | None = None
+
+
+def located(score: ScoreSettings) -> ScoreSettings:
+    """The settings with the directory of their model in place of its Hub id.
+
+    Raises:
+        ModelError: There is no such directory, or no such model on the Hub or in its cache.
+    """
+    directory = locate(score.model, score.revision).directory
+    return score.model_copy(update={"model": str(directory), "revision": None})
 
 
 def prepare(score: ScoreSettings, compute: ComputeSettings, search: SearchSettings) -> Prepared:

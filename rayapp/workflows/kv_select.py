@@ -7,7 +7,7 @@ from rayapp.plan import PruningPlan
 from rayapp.pruning.kv_choice.result import KVSelection
 from rayapp.pruning.kv_choice.selection import check_out, select_kv
 from rayapp.pruning.kv_choice.settings import KVSelectSettings
-from rayapp.pruning.preparation import prepare_scoring
+from rayapp.pruning.preparation import located, prepare_scoring
 from rayapp.pruning.progress import ProgressCallback
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import ScoreSettings
@@ -36,7 +36,7 @@ def kv_select(
     """
     settings.check(score)
     plan = PruningPlan.load(settings.plan)
-    score = score.following(plan)
+    score = located(score).following(plan)
     prepared = prepare_scoring(score, compute)
     plan.check_model(prepared.signature)
     out = check_out(settings, plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from rayapp.plan import PLAN_FILE, PruningPlan
-from rayapp.pruning.preparation import prepare
+from rayapp.pruning.preparation import located, prepare
 from rayapp.pruning.progress import ProgressCallback
 from rayapp.pruning.search.front import FRONT_FILE, FrontResult, search_front
 from rayapp.pruning.search.run import SearchResult, run_search
@@ -37,6 +37,7 @@ def prune(
         ClusterError: The cluster cannot be reached, or cannot place an evaluator.
         SearchError: The search cannot go on; the journal keeps what was scored.
     """
+    score = located(score)
     prepared = prepare(score, compute, search)
     signature = prepared.signature
     with opened_scorer(score, compute, prepared, search) as scorer:
@@ -68,6 +69,7 @@ def prune_front(
         ClusterError: As there.
         SearchError: As there.
     """
+    score = located(score)
     prepared = prepare(score, compute, search)
     signature = prepared.signature
     with opened_scorer(score, compute, prepared, search) as scorer:

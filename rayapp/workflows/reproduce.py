@@ -38,6 +38,7 @@ from rayapp.evaluation.result import LatencyResult
 from rayapp.evaluation.sides import Sides
 from rayapp.models.blocks import text_config
 from rayapp.models.checkpoint import Checkpoint
+from rayapp.models.hub import locate
 from rayapp.models.loading import LoadedModel, load_model, load_tokenizer
 from rayapp.plan import PLAN_FILE, PruningPlan, is_outdated, renewal_hint
 from rayapp.pruning.kv_choice.settings import KVSelectSettings
@@ -72,7 +73,9 @@ def reproduce(settings: ReproduceSettings, watch: Watch) -> Paper:
         ClusterError: The cluster of the searches cannot be used.
         SearchError: A search cannot go on; what was done is kept.
     """
-    return _Reproduction(settings, watch).run()
+    directory = locate(settings.model, settings.revision).directory
+    there = settings.model_copy(update={"model": str(directory), "revision": None})
+    return _Reproduction(there, watch).run()
 
 
 @dataclass

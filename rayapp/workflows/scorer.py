@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
+from rayapp.models.hub import from_directory
 from rayapp.pruning.healing.trained_pairs import HealedPairs
 from rayapp.pruning.preparation import Prepared, heal_context, open_evaluator, open_healer
 from rayapp.pruning.scorer import Compute, LocalCompute, Scorer
@@ -31,7 +31,7 @@ def opened_scorer(
     that is started for the scorer and ended after it.
 
     Args:
-        score: What is scored.
+        score: What is scored; its model is a directory.
         compute: Where it is computed.
         prepared: The lines and the model's signature, as they were checked.
         search: How pairs are trained and where they are kept, for searches that heal.
@@ -51,7 +51,7 @@ def opened_scorer(
     from rayapp.distributed.evaluator_pool import EvaluatorPool
 
     # Evaluators run elsewhere: a path relative to this process means nothing to them.
-    there = score.model_copy(update={"model": str(Path(score.model).absolute())})
+    there = score.model_copy(update={"model": from_directory(score.model).pinned})
     data = (prepared.calibration, prepared.heal_data)
     without = "leave out --workers and --address to search in this process"
     with (

@@ -8,7 +8,7 @@ from typing import Any
 
 from rayapp.evaluation.progress import ProgressCallback, silent
 from rayapp.plan import PruningPlan
-from rayapp.pruning.preparation import prepare_scoring
+from rayapp.pruning.preparation import located, prepare_scoring
 from rayapp.pruning.search.sensitivity import Sensitivity, measure_sensitivity
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import ScoreSettings
@@ -37,7 +37,7 @@ def measure(
         SearchError: A score is not finite, or writing failed.
     """
     found = PruningPlan.load(plan)
-    score = _as_searched(score, found)
+    score = _as_searched(located(score), found)
     prepared = prepare_scoring(score, compute)
     signature = prepared.signature
     found.check_model(signature)

@@ -43,7 +43,7 @@ def test_a_dead_address_is_refused_at_once(dead_address):
 def test_one_broken_check_does_not_hide_the_others(dead_address, save_tiny, tmp_path):
     model = save_tiny(tmp_path, "llama")
     signature = read_signature(model)
-    other = signature.model_copy(update={"weights_fingerprint": "0" * 24})
+    other = signature.model_copy(update={"weights_fingerprint": "v2:" + "0" * 21})
     plan = PruningPlan.model_validate({"model": other, "decode": {"blocks": {1: "removed"}}})
     found = by_name(doctor.examine(model, plan.save(tmp_path / "plan"), dead_address))
     assert found["packages"].status == "ok"

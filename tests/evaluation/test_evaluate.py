@@ -167,7 +167,7 @@ def test_lines_without_a_task_and_a_second_file(checkpoint, tmp_path, data):
 
 
 def test_a_plan_of_another_model_is_refused(checkpoint, data, plan):
-    other = plan.model.model_copy(update={"weights_fingerprint": "0" * 24})
+    other = plan.model.model_copy(update={"weights_fingerprint": "v2:" + "0" * 21})
     with pytest.raises(PlanError, match="made for another model"):
         evaluate(checkpoint, plan.model_copy(update={"model": other}), [data], settings=QUALITY)
 

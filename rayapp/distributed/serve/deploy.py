@@ -28,6 +28,7 @@ from rayapp.engine.prefill import check_prunable
 from rayapp.errors import ClusterError
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.healed import HealedWeights
+from rayapp.models.hub import locate
 from rayapp.models.loading import load_tokenizer
 from rayapp.plan import PruningPlan
 from rayapp.vision.selection import check_rule
@@ -70,10 +71,11 @@ def resolved(settings: ServiceSettings) -> ServiceSettings:
         ModelError: The model cannot be used.
         PlanError: The plan cannot, or was made for another model.
     """
-    checkpoint = Checkpoint(settings.model)
+    where = locate(settings.model, settings.revision)
+    checkpoint = Checkpoint(where.directory)
     signature = checkpoint.signature()
-    load_tokenizer(settings.model)
-    takes_images = image_support(settings, checkpoint.config) is not None
+    load_tokenizer(where.directory)
+    takes_images = image_support(settings, where.directory, checkpoint.config) is not None
     if settings.plan is not None:
         plan = PruningPlan.load(settings.plan)
         plan.check_model(signature)
@@ -83,7 +85,8 @@ def resolved(settings: ServiceSettings) -> ServiceSettings:
         if plan.healed:
             HealedWeights.load(plan, ())
     paths = {
-        "model": str(Path(settings.model).absolute()),
+        "model": where.pinned,
+        "revision": None,
         "plan": None if settings.plan is None else str(Path(settings.plan).absolute()),
         "served_model_name": settings.model_name,
     }

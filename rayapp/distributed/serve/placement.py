@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -99,7 +100,9 @@ def check_readable(settings: ServiceSettings, *, within_s: float = 25.0) -> None
 def _probe(node: FreeNode, settings: ServiceSettings) -> Any:
     strategy = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
     probe = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(unreadable)
-    return probe.remote(settings.model, settings.plan)
+    # A model of the Hub is read, or fetched, by the replicas themselves, which takes its time.
+    model = settings.model if Path(settings.model).is_absolute() else None
+    return probe.remote(model, settings.plan)
 
 
 def _results(calls: Iterable[Any]) -> Iterable[tuple[Any, str | None]]:

@@ -6,25 +6,29 @@ import json
 from pathlib import Path
 
 
-def unreadable(model: str, plan: str | None) -> str | None:
+def unreadable(model: str | None, plan: str | None) -> str | None:
     """Why this node cannot serve ``model`` with ``plan``; None where it can.
 
     Args:
-        model: Model directory.
+        model: Model directory; None where it is no directory of the user's.
         plan: Plan directory or file.
     """
     try:
-        directory = Path(model)
-        json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        weights = sorted(directory.glob("*.safetensors"))
-        if not weights:
+        if model is not None and not _has_weights(Path(model)):
             return f"{model}: holds no *.safetensors"
-        for file in weights:
-            with file.open("rb") as opened:
-                opened.read(1)
         if plan is not None:
             path = Path(plan)
             json.loads((path / "plan.json" if path.is_dir() else path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"{getattr(error, 'filename', None) or model}: {error}"
     return None
+
+
+def _has_weights(directory: Path) -> bool:
+    """Whether a model directory holds weights; raises where a file of it cannot be read."""
+    json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    weights = sorted(directory.glob("*.safetensors"))
+    for file in weights:
+        with file.open("rb") as opened:
+            opened.read(1)
+    return bool(weights)

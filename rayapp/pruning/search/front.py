@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rayapp.models.hub import from_directory
 from rayapp.plan import PLAN_FILE, STAGES, ModelSignature
 from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.evaluator.objective import Score
@@ -174,6 +175,7 @@ def _write(
             kv_transfer=score.kv_transfer,
             visual_tokens=score.visual_tokens,
             provenance={
+                **from_directory(score.model).provenance,
                 "settings": {**search.identity, **score.identity},
                 "score": point.score,
                 "score_by_task": scores[point.candidate].tasks,

@@ -14,6 +14,7 @@ import transformers
 
 from rayapp import __version__
 from rayapp.errors import SearchError
+from rayapp.models.hub import from_directory
 from rayapp.plan import HEALED_FILE, PLAN_FILE, STAGES, ModelSignature, PruningPlan
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.candidates.healing import Healing
@@ -298,6 +299,7 @@ class _Search:
         assert self._best is not None, "only called with a plan at hand"
         best, dense = self._told[self._best[1]], self._told[DENSE]
         return {
+            **from_directory(self._score_settings.model).provenance,
             **{key: value for key, value in self._header().items() if key != "model"},
             "environment": self._environment,
             "num_lines": len(self._scorer.calibration.lines),

@@ -26,8 +26,9 @@ from rayapp.distributed.serve.settings import (
     ServiceSettings,
 )
 from rayapp.kv.ledger import KVShape, Ledger
-from rayapp.models.blocks import head_dim, sliding_windows, text_config
+from rayapp.models.blocks import text_config
 from rayapp.models.checkpoint import Checkpoint
+from rayapp.models.hub import locate
 from rayapp.models.loading import compute_dtype, load_tokenizer
 from rayapp.plan import PruningPlan
 from rayapp.vision.inputs import ImageIntake
@@ -76,7 +77,7 @@ def open_service(
         ModelError: The model cannot be read here.
         PlanError: The plan cannot, or was made for another model.
     """
-    checkpoint = Checkpoint(settings.model)
+    checkpoint = Checkpoint(locate(settings.model, settings.revision).directory)
     plan = PruningPlan.load(settings.plan) if settings.plan else PruningPlan()
     signature = checkpoint.signature()
     plan.check_model(signature)
@@ -103,7 +104,7 @@ def _description(
         model_name=settings.model_name,
         max_model_len=settings.max_model_len or text.max_position_embeddings,
         vocab_size=text.vocab_size,
-        tokenizer=load_tokenizer(settings.model),
+        tokenizer=load_tokenizer(checkpoint.path),
         plan=plan,
         mode=settings.mode,
         images=ImageIntake.of(checkpoint.config, settings.images),
@@ -127,19 +128,9 @@ def _attempts(
         channel=channel,
         ledger=ledger,
         plan=plan,
-        shape=kv_shape(checkpoint.config, settings.dtype),
+        shape=KVShape.of_config(
+            checkpoint.config, compute_dtype(checkpoint.config, settings.dtype)
+        ),
         versions=versions,
         deadlines=settings.deadlines,
-    )
-
-
-def kv_shape(config: Any, dtype: str) -> KVShape:
-    """The shape of a model's KV from its configuration alone."""
-    text = text_config(config)
-    return KVShape(
-        num_blocks=text.num_hidden_layers,
-        num_kv_heads=text.num_key_value_heads,
-        head_dim=head_dim(config),
-        element_bytes=compute_dtype(config, dtype).itemsize,
-        windows=tuple(sliding_windows(config)),
     )

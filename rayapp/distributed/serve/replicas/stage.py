@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import ray
@@ -23,6 +24,7 @@ from rayapp.api.service import Pool, ReplicaHealth
 from rayapp.distributed.serve.messages import Place, Versions
 from rayapp.distributed.serve.settings import ServiceSettings
 from rayapp.models.blocks import text_config
+from rayapp.models.hub import locate
 from rayapp.models.loading import LoadedModel, load_model
 from rayapp.plan import PruningPlan
 from rayapp.vision.llava import image_processor_of
@@ -76,20 +78,21 @@ def load_stage(
     torch.set_num_threads(1)
     plan = PruningPlan.load(settings.plan) if settings.plan else PruningPlan()
     device = settings.pools[stage].device
-    loaded = load_model(settings.model, plan=plan, stage=stage, dtype=settings.dtype, device=device)
+    path = locate(settings.model, settings.revision).directory
+    loaded = load_model(path, plan=plan, stage=stage, dtype=settings.dtype, device=device)
     limit = settings.max_model_len or text_config(loaded.model.config).max_position_embeddings
     logger.info("%s: %d parameter bytes of %s", stage, loaded.parameter_bytes, settings.model)
-    images = None if stage == "decode" else image_support(settings, loaded.model.config)
+    images = None if stage == "decode" else image_support(settings, path, loaded.model.config)
     return StageModel(loaded, plan, limit, images)
 
 
-def image_support(settings: ServiceSettings, config: Any) -> ImageSupport | None:
+def image_support(settings: ServiceSettings, path: Path, config: Any) -> ImageSupport | None:
     """What prefill reads images with; None where the model is text-only.
 
     Raises:
         ModelError: The model takes images and has no usable image processor.
     """
-    processor = image_processor_of(settings.model, config)
+    processor = image_processor_of(path, config)
     if processor is None:
         return None
     return ImageSupport(processor, settings.images, settings.image_cache_bytes)
