@@ -15,11 +15,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from transformers import PreTrainedConfig
 
 from rayapp.errors import IntegrityError
 from rayapp.kv.cache import StackShape, held_entries
 from rayapp.kv.quantize import buffer_sizes
 from rayapp.kv.wire import MessageSizes
+from rayapp.models.blocks import head_dim, sliding_windows, text_config
 from rayapp.plan import PruningPlan
 
 RECENT_RECORDS = 1000
@@ -48,6 +51,18 @@ class KVShape:
             head_dim=stack.head_dim,
             element_bytes=stack.dtype.itemsize,
             windows=tuple(stack.windows),
+        )
+
+    @classmethod
+    def of_config(cls, config: PreTrainedConfig, dtype: torch.dtype) -> KVShape:
+        """The shape of a model's cache from its configuration alone, in an element type."""
+        text = text_config(config)
+        return cls(
+            num_blocks=text.num_hidden_layers,
+            num_kv_heads=text.num_key_value_heads,
+            head_dim=head_dim(config),
+            element_bytes=dtype.itemsize,
+            windows=sliding_windows(config),
         )
 
     @property

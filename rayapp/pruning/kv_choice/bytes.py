@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-import torch
 from transformers import PreTrainedConfig
 
-from rayapp.kv.forecast import RunPrompt, forecast_sizes
+from rayapp.kv.forecast import RunPrompt, forecast_envelope, forecast_sizes
 from rayapp.kv.ledger import KVShape
-from rayapp.kv.wire import Envelope
-from rayapp.models.blocks import head_dim, sliding_windows, text_config
+from rayapp.models.loading import compute_dtype
 from rayapp.plan import KVTransfer, PruningPlan
-
-_REQUEST_ID = "0" * 32  # as long as the service's; lengths only matter by the header's padding
 
 
 class KVBytes:
@@ -32,18 +28,10 @@ class KVBytes:
     def __init__(
         self, config: PreTrainedConfig, plan: PruningPlan, prompts: Iterable[int | RunPrompt]
     ) -> None:
-        self._dtype = config.dtype or torch.float32
-        text = text_config(config)
-        self._shape = KVShape(
-            num_blocks=text.num_hidden_layers,
-            num_kv_heads=text.num_key_value_heads,
-            head_dim=head_dim(config),
-            element_bytes=self._dtype.itemsize,
-            windows=sliding_windows(config),
-        )
+        self._dtype = compute_dtype(config)
+        self._shape = KVShape.of_config(config, self._dtype)
         self._plan = plan
-        weights = plan.model.weights_fingerprint if plan.model else ""
-        self._envelope = Envelope(_REQUEST_ID, 0, plan.fingerprint, weights)
+        self._envelope = forecast_envelope(plan)
         self._prompts = Counter(map(_run_prompt, prompts))
         self._sent: dict[tuple[tuple[int, str], ...], int] = {}
         self.full = sum(count * self.dense(p.num_tokens) for p, count in self._prompts.items())

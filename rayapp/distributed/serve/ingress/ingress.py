@@ -26,7 +26,7 @@ from rayapp.distributed.serve.settings import (
     ServiceSettings,
 )
 from rayapp.kv.ledger import KVShape, Ledger
-from rayapp.models.blocks import head_dim, sliding_windows, text_config
+from rayapp.models.blocks import text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.loading import compute_dtype, load_tokenizer
 from rayapp.plan import PruningPlan
@@ -121,25 +121,14 @@ def _attempts(
 ) -> Attempts:
     if settings.mode == "unified":
         return UnifiedAttempts(pools[UNIFIED], versions=versions, deadlines=settings.deadlines)
+    config = checkpoint.config
     return DisaggregatedAttempts(
         pools[PREFILL],
         pools[DECODE],
         channel=channel,
         ledger=ledger,
         plan=plan,
-        shape=kv_shape(checkpoint.config, settings.dtype),
+        shape=KVShape.of_config(config, compute_dtype(config, settings.dtype)),
         versions=versions,
         deadlines=settings.deadlines,
-    )
-
-
-def kv_shape(config: Any, dtype: str) -> KVShape:
-    """The shape of a model's KV from its configuration alone."""
-    text = text_config(config)
-    return KVShape(
-        num_blocks=text.num_hidden_layers,
-        num_kv_heads=text.num_key_value_heads,
-        head_dim=head_dim(config),
-        element_bytes=compute_dtype(config, dtype).itemsize,
-        windows=tuple(sliding_windows(config)),
     )
