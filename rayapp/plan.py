@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     StrictFloat,
@@ -29,6 +27,7 @@ from pydantic import (
 )
 
 from rayapp.errors import PlanError
+from rayapp.settings import Strict
 
 PLAN_FILE = "plan.json"
 HEALED_FILE = "weights.safetensors"
@@ -79,10 +78,6 @@ STAGE_MODES: dict[Stage, frozenset[Mode]] = {
 }
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 def _count_or_share(value: object) -> object:
     """A JSON integer is a count of entries (>= 0), a JSON float a share in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -104,7 +99,7 @@ def resolve(amount: int | float, num_entries: int) -> int:
     return min(math.ceil(amount * num_entries - 1e-9), num_entries)
 
 
-class KVTransfer(_Strict):
+class KVTransfer(Strict):
     """Which entries of one block travel from prefill to decode, and how they are encoded.
 
     Without ``first`` and ``last``, all entries travel. Counts or shares refer to the entries left
@@ -137,7 +132,7 @@ class KVTransfer(_Strict):
 SEND_ALL = KVTransfer()
 
 
-class VisualTokens(_Strict):
+class VisualTokens(Strict):
     """Which visual tokens the prefill stage keeps (TrimTokenator, arXiv:2509.00320, and others).
 
     ``num_keep`` is per image. ``sharing`` is how several images of a prompt share what they keep
@@ -158,7 +153,7 @@ class VisualTokens(_Strict):
         return self
 
 
-class ModelSignature(_Strict):
+class ModelSignature(Strict):
     """What a plan must agree on with the model that it is applied to.
 
     ``weights_fingerprint`` stands for all weights and for every setting that changes KV
@@ -188,7 +183,7 @@ def renewal_hint(directory: str | Path | None) -> str:
     )
 
 
-class StagePlan(_Strict):
+class StagePlan(Strict):
     """The blocks of one stage that are not computed in full, by block number."""
 
     blocks: dict[int, Mode] = Field(default_factory=dict)
@@ -198,7 +193,7 @@ class StagePlan(_Strict):
         return self.blocks.get(block, Mode.FULL)
 
 
-class PruningPlan(_Strict):
+class PruningPlan(Strict):
     """What each stage computes, which KV travels, and for which model this was found.
 
     ``healed`` is the digest of the tensors in ``weights.safetensors`` beside the plan

@@ -55,14 +55,14 @@ class KVShape:
 
     @classmethod
     def of_config(cls, config: PreTrainedConfig, dtype: torch.dtype) -> KVShape:
-        """The shape of a model's KV from its configuration alone, computed in ``dtype``."""
+        """The shape of a model's cache from its configuration alone, in an element type."""
         text = text_config(config)
         return cls(
             num_blocks=text.num_hidden_layers,
             num_kv_heads=text.num_key_value_heads,
             head_dim=head_dim(config),
             element_bytes=dtype.itemsize,
-            windows=tuple(sliding_windows(config)),
+            windows=sliding_windows(config),
         )
 
     @property

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-import torch
 from transformers import PreTrainedConfig
 
 from rayapp.kv.forecast import RunPrompt, forecast_envelope, forecast_sizes
 from rayapp.kv.ledger import KVShape
+from rayapp.models.loading import compute_dtype
 from rayapp.plan import KVTransfer, PruningPlan
 
 
@@ -28,7 +28,7 @@ class KVBytes:
     def __init__(
         self, config: PreTrainedConfig, plan: PruningPlan, prompts: Iterable[int | RunPrompt]
     ) -> None:
-        self._dtype = config.dtype or torch.float32
+        self._dtype = compute_dtype(config)
         self._shape = KVShape.of_config(config, self._dtype)
         self._plan = plan
         self._envelope = forecast_envelope(plan)

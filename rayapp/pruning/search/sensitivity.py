@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from rayapp.plan import Stage
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
@@ -22,17 +22,14 @@ from rayapp.pruning.scorer import Scorer
 from rayapp.pruning.search.journal import JOURNAL_FILE, journal_influence
 from rayapp.pruning.settings.objective import ObjectiveKind, ScoreBy
 from rayapp.pruning.storage import Storage
+from rayapp.settings import Strict
 
 logger = logging.getLogger(__name__)
 
 SENSITIVITY_FILE = "sensitivity.json"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Singles(_Strict):
+class Singles(Strict):
     """Scores with one block removed from one stage, the other one dense; by block.
 
     ``dense`` is the score with nothing removed.
@@ -49,7 +46,7 @@ class Singles(_Strict):
         return self.prefill if stage == "prefill" else self.decode
 
 
-class Sensitivity(_Strict):
+class Sensitivity(Strict):
     """What was measured of the dense model on one calibration set, without any transfer rules."""
 
     version: Literal[1] = 1

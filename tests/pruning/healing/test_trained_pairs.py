@@ -143,10 +143,10 @@ def test_killed_while_healing_and_resumed_ends_with_the_same_plan(
     cut = elsewhere(settings, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         search(cut, limit)
-    resumed, compute = search(cut.model_copy(update={"resume": True}))
+    resumed, compute = search(cut.but(resume=True))
     assert same(resumed) == same(undisturbed[0])
     assert len(compute.trained) == len(undisturbed[1].trained) - limit
-    again, compute = search(cut.model_copy(update={"resume": True}))
+    again, compute = search(cut.but(resume=True))
     assert same(again) == same(resumed)
     assert not compute.trained
     assert (tmp_path / HEALED_FILE).read_bytes() == Path(settings.out, HEALED_FILE).read_bytes()

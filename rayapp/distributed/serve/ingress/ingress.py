@@ -122,15 +122,14 @@ def _attempts(
 ) -> Attempts:
     if settings.mode == "unified":
         return UnifiedAttempts(pools[UNIFIED], versions=versions, deadlines=settings.deadlines)
+    config = checkpoint.config
     return DisaggregatedAttempts(
         pools[PREFILL],
         pools[DECODE],
         channel=channel,
         ledger=ledger,
         plan=plan,
-        shape=KVShape.of_config(
-            checkpoint.config, compute_dtype(checkpoint.config, settings.dtype)
-        ),
+        shape=KVShape.of_config(config, compute_dtype(config, settings.dtype)),
         versions=versions,
         deadlines=settings.deadlines,
     )
