@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import io
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,6 +233,21 @@ def testbed_path() -> Path:
     from rayapp.testbed import text_model_path
 
     return text_model_path()
+
+
+@pytest.fixture(scope="session")
+def run_job() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``run_job(name, *words)`` runs a file of ``jobs`` as a cluster would: in a new process."""
+    jobs = Path(__file__).parents[1] / "jobs"
+
+    def run(name: str, *words: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(jobs / f"{name}.py"), *map(str, words)]
+        wide = {**os.environ, "COLUMNS": "160"}
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=600, check=False, env=wide
+        )
+
+    return run
 
 
 @pytest.fixture(autouse=True, scope="module")

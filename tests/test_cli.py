@@ -15,7 +15,7 @@ from rayapp.plan import PruningPlan
 
 COMMANDS = {
     "demo", "prune", "kv-select", "evaluate", "report", "export", "serve", "generate", "transfers",
-    "plan", "doctor",
+    "plan", "doctor", "reproduce", "train-testbed", "train-vision-testbed",
 }  # fmt: skip
 
 

@@ -88,12 +88,12 @@ def _command(
         settings, faults = {}, []
         for name, kind in models.items():
             try:
-                settings[name] = _filled(kind, given)
+                settings[name] = _filled(kind, given, without)
             except InputError as error:
                 faults.append(str(error))
         if faults:
             raise InputError("; ".join(faults))
-        own = {name: value for name, value in given.items() if name in hints}
+        own = {name: value for name, value in given.items() if name in hints and name not in models}
         function(**settings, **own)
 
     run.__name__, run.__doc__, run.__module__ = (
@@ -174,10 +174,11 @@ def _on_the_command_line(annotation: Any) -> Any:
     return None
 
 
-def _filled(kind: type[BaseModel], given: dict[str, Any]) -> BaseModel:
+def _filled(kind: type[BaseModel], given: Mapping[str, Any], without: frozenset[str]) -> BaseModel:
     """A settings model from the values of its options."""
     names = {option.field: option.name for option in options_of(kind)}
-    values = {field: given[name] for field, name in names.items() if given.get(name) is not None}
+    taken = {field: name for field, name in names.items() if name not in without}
+    values = {field: given[name] for field, name in taken.items() if given[name] is not None}
 
     def written(field: str) -> str:
         return option_name(names.get(field, field))

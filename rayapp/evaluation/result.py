@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from rayapp.errors import DataError
 from rayapp.evaluation.bootstrap import Bound
 from rayapp.evaluation.machine import Machine
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.plan import ModelSignature
+from rayapp.settings import Strict
 
 MEAN = "mean"
 CLAIM_EXAMPLES = 2_000
@@ -20,13 +21,7 @@ CLAIM_PROMPT_TOKENS = 128
 CLAIM_RUNS = 30
 
 
-class Recorded(BaseModel):
-    """A result as its file holds it: constant, and without fields that nobody knows."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class MeasuredRow(Recorded):
+class MeasuredRow(Strict):
     """A task, or the mean over tasks (``mean``): its examples, and their KV's bytes in all.
 
     Prompt tokens are those of the unpruned prompt, all tokens of its images counted.
@@ -109,7 +104,7 @@ class TextResult(MeasuredRow):
         return math.exp(self.plan_nll)
 
 
-class StageTimes(Recorded):
+class StageTimes(Strict):
     """Medians over runs: one prompt's prefill, one decode step, and a whole answer of N tokens."""
 
     prefill_ms: float
@@ -117,7 +112,7 @@ class StageTimes(Recorded):
     answer_ms: float
 
 
-class LatencyResult(Recorded):
+class LatencyResult(Strict):
     """Interleaved timings without any transfer; speed-ups are dense over plan.
 
     ``speedup_at_least`` is the one-sided 95 % lower bound of ``speedup``. ``num_image_tokens`` of
@@ -150,7 +145,7 @@ class LatencyResult(Recorded):
         return self.dense.tpot_ms / self.plan.tpot_ms
 
 
-class PlanSummary(Recorded):
+class PlanSummary(Strict):
     """The plan that was evaluated."""
 
     fingerprint: str
@@ -159,7 +154,7 @@ class PlanSummary(Recorded):
     decode_removed: float
 
 
-class DataFile(Recorded):
+class DataFile(Strict):
     """One evaluation file; ``sha256`` of its bytes."""
 
     name: str
@@ -167,7 +162,7 @@ class DataFile(Recorded):
     num_examples: int
 
 
-class EvaluationResult(Recorded):
+class EvaluationResult(Strict):
     """Everything that ``rayapp evaluate`` measured; everything but ``latency`` is reproducible.
 
     ``complete`` is false in a file that was written while later tasks or timings were still open.

@@ -5,12 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import random
-import runpy
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from rayapp.errors import DataError, InputError, RayappError
 from rayapp.evaluation.paper.numbers import ACCURACY, ALL_DATA, BYTES
@@ -28,7 +25,6 @@ from rayapp.workflows import reproduce as module
 from rayapp.workflows.renewal import renew
 from rayapp.workflows.reproduce import Watch, reproduce
 
-JOB = Path(__file__).parents[2] / "jobs" / "reproduce.py"
 WATCH = Watch(search=ProgressReport, evaluation=shown_progress)
 QUICK = ("similarity", "kv_modes", "kv_selected", "unified")
 
@@ -95,7 +91,7 @@ def numbers_of(out: Path) -> dict[str, dict[tuple[str, str], dict]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_job_makes_every_row(checkpoint, files, tmp_path):
+def test_the_job_makes_every_row(checkpoint, files, tmp_path, run_job):
     out = tmp_path / "out"
     options = {
         "model": checkpoint, "calibration": files["calibration"], "heal-data": files["heal_data"],
@@ -105,10 +101,8 @@ def test_the_job_makes_every_row(checkpoint, files, tmp_path):
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     for name in ("GSM", "MMLU", "wiki"):
         words += ["--data", f"{name}={files[name]}"]
-    app = typer.Typer()
-    app.command()(runpy.run_path(str(JOB))["main"])
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 0, result.output
+    result = run_job("reproduce", *words)
+    assert result.returncode == 0, result.stderr
     numbers = numbers_of(out)
     assert list(numbers) == [row.name for row in ROWS]
     for row in ROWS:
@@ -118,7 +112,7 @@ def test_the_job_makes_every_row(checkpoint, files, tmp_path):
         assert (plan.healed is not None) == (
             row.healed or row.name in ("kv_selected", "unified")
         ), row.name
-        assert row.title in result.output
+        assert row.title in result.stdout
         if row.name in PEERS:
             assert plan.prefill.blocks.keys() == plan.decode.blocks.keys()
     dense, unified, selected = (numbers[name] for name in ("dense", "unified", "kv_selected"))
@@ -296,10 +290,9 @@ def test_a_data_set_has_one_kind(settings, files, tmp_path):
         reproduce(settings, WATCH)
 
 
-def test_a_nameless_data_set_is_refused(checkpoint, files, tmp_path):
-    app = typer.Typer()
-    app.command()(runpy.run_path(str(JOB))["main"])
+def test_a_nameless_data_set_is_refused(checkpoint, files, run_job):
     words = ["--model", str(checkpoint), "--calibration", files["calibration"], "--out", "x"]
-    result = CliRunner().invoke(app, [*words, "--data", files["GSM"]])
-    assert result.exit_code == 2
-    assert "is not NAME=FILE" in result.output
+    result = run_job("reproduce", *words, "--data", files["GSM"])
+    assert result.returncode == 2
+    assert "is not NAME=FILE" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

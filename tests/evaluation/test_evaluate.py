@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-import runpy
-from pathlib import Path
+import re
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from rayapp.errors import DataError, PlanError, RayappError
 from rayapp.evaluation import evaluate as module
@@ -21,7 +18,6 @@ from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.models.loading import load_model, read_signature
 from rayapp.plan import KVTransfer, Mode, PruningPlan, StagePlan
 
-JOB = Path(__file__).parents[2] / "jobs" / "evaluate.py"
 QUALITY = EvaluationSettings(num_runs=0, num_resamples=200, split="test")
 
 
@@ -211,19 +207,17 @@ def test_the_weights_are_loaded_in_the_type_that_was_asked_for(checkpoint, data)
     assert abs(result.mean.kl.mean) < 1e-9
 
 
-def test_the_job(checkpoint, data, tmp_path):
-    app = typer.Typer()
-    app.command()(runpy.run_path(str(JOB))["main"])
+def test_the_job(checkpoint, data, tmp_path, run_job):
     common = ["--model", str(checkpoint), "--runs", "0", "--data"]
     bad = tmp_path / "bad.jsonl"
     bad.write_text("nonsense\n")
-    refused = CliRunner().invoke(app, [*common, str(bad)])
-    assert refused.exit_code == 2
+    refused = run_job("evaluate", *common, bad)
+    assert refused.returncode == 2
     assert "line 1: not JSON" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
     out = tmp_path / "result.json"
-    done = CliRunner().invoke(app, [*common, str(data), "--limit", "2", "--out", str(out)])
-    assert done.exit_code == 0, done.output
-    assert "| copy | 2 |" in done.stdout
+    done = run_job("evaluate", *common, data, "--limit", 2, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"copy +│ +2 ", done.stdout), done.stdout
     assert "copy: likelihood: 2/2" in done.stderr
     assert EvaluationResult.load(out).complete

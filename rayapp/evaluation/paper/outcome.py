@@ -16,8 +16,9 @@ from rayapp.evaluation.measures.choices import AnsweredQuestions
 from rayapp.evaluation.measures.completions import JudgedCompletions
 from rayapp.evaluation.measures.perplexity import ScoredWindows
 from rayapp.evaluation.measures.prompt_bytes import PromptBytes
-from rayapp.evaluation.result import LatencyResult, Recorded
+from rayapp.evaluation.result import LatencyResult
 from rayapp.evaluation.sides import Sides
+from rayapp.settings import Strict
 
 MetricName = Literal["acc", "acc_norm", "exact match", "perplexity"]
 ROW_FILE = "row.json"
@@ -25,7 +26,7 @@ NUM_RESAMPLES = 2_000
 """Of every interval in the tables: they are written anew after each row."""
 
 
-class Metric(Recorded):
+class Metric(Strict):
     """One metric of a data set, per example; all its tasks together, examples counting alike.
 
     Accuracies are 100 or 0. Perplexity is kept as nats per token, with tokens as ``weights``
@@ -69,7 +70,7 @@ class Metric(Recorded):
         return mean if self.is_accuracy else math.exp(mean)
 
 
-class DataOutcome(Recorded):
+class DataOutcome(Strict):
     """A plan on one data set; ``sha256`` is the file's.
 
     ``num_prompts`` is how many prompts the bytes are the sum of.
@@ -90,7 +91,7 @@ class DataOutcome(Recorded):
         return self.metrics[0]
 
 
-class SearchCost(Recorded):
+class SearchCost(Strict):
     """What finding a plan took."""
 
     evaluations: int
@@ -98,7 +99,7 @@ class SearchCost(Recorded):
     score: float
 
 
-class WeightBytes(Recorded):
+class WeightBytes(Strict):
     """Parameters that a replica holds, tied ones once; unified holds what either stage runs."""
 
     prefill: int
@@ -106,7 +107,7 @@ class WeightBytes(Recorded):
     unified: int
 
 
-class RowOutcome(Recorded):
+class RowOutcome(Strict):
     """Everything that was measured of one row.
 
     ``timed_bytes`` are what the dense model and the plan send of a prompt of the timed length.

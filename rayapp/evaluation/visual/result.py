@@ -12,9 +12,10 @@ from pydantic import Base64Bytes, Field, ValidationError, model_validator
 from rayapp.errors import DataError
 from rayapp.evaluation.bootstrap import Bound, upper_bound
 from rayapp.evaluation.machine import Machine
-from rayapp.evaluation.result import CLAIM_EXAMPLES, DataFile, Recorded
+from rayapp.evaluation.result import CLAIM_EXAMPLES, DataFile
 from rayapp.evaluation.visual.matches import Matches
 from rayapp.plan import ModelSignature, PruningPlan, VisualTokens
+from rayapp.settings import Strict
 
 VISUAL_FILE = "visual_quality.json"
 """Beside a plan, where ``rayapp report`` looks for it."""
@@ -23,7 +24,7 @@ Groups = Mapping[str, Sequence[int]]
 """Line numbers by task."""
 
 
-class VisualRow(Recorded):
+class VisualRow(Strict):
     """One rule beside the dense model: exact match by task, shares.
 
     ``lost`` is in percentage points, dense minus rule; ``mean_lost`` is that of the mean over
@@ -75,7 +76,7 @@ def points_lost(better: Matches, worse: Matches, groups: Groups) -> list[list[fl
     return [points_L[list(group)].tolist() for group in groups.values()]
 
 
-class StageGain(Recorded):
+class StageGain(Strict):
     """What TrimTokenator's two stages gain over one of them alone, mean over tasks, in points.
 
     ``at_least`` is the one-sided 95 % lower bound of a paired bootstrap.
@@ -95,7 +96,7 @@ class StageGain(Recorded):
         return cls(num_keep=num_keep, alone=alone, gain=0.0 - lost.mean, at_least=0.0 - lost.upper)
 
 
-class View(Recorded):
+class View(Strict):
     """One grid of tokens over a picture of what it shows, and which of them methods keep.
 
     ``photo`` is a PNG. ``kept`` holds indices in reading order, by method.
@@ -117,7 +118,7 @@ class View(Recorded):
         return self
 
 
-class VisualSample(Recorded):
+class VisualSample(Strict):
     """A question, the right answer, and per method whether it gave that; views of its images."""
 
     task: str
@@ -128,7 +129,7 @@ class VisualSample(Recorded):
     views: tuple[View, ...]
 
 
-class VisualQuality(Recorded):
+class VisualQuality(Strict):
     """Every rule on the same questions; ``dense`` is the dense model's exact match by task.
 
     ``num_visual_tokens`` are the fewest and the most tokens of a question's images before pruning.

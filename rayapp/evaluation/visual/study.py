@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from rayapp.data.image_lines import TokenizedImageLine
 from rayapp.errors import DataError, InputError, PlanError
@@ -35,7 +35,7 @@ from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.loading import load_model, load_tokenizer
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan, VisualTokens
-from rayapp.settings import DType
+from rayapp.settings import DType, Settings
 from rayapp.vision.images import decode_file
 from rayapp.vision.inputs import ImageIntake
 from rayapp.vision.llava import check_takes_images, load_image_processor
@@ -45,7 +45,7 @@ from rayapp.vision.selection import METHODS
 BOTH, STAGES = "trimtokenator", ("alignment", "diversity")
 
 
-class StudySettings(BaseModel):
+class StudySettings(Settings):
     """What is compared.
 
     ``budgets`` are visual tokens kept per image. ``methods`` None takes every one that the model
@@ -53,8 +53,6 @@ class StudySettings(BaseModel):
     first stage. ``samples`` questions are pictured, with ``sample_budget`` tokens kept (None: 64,
     or the largest budget where 64 is none).
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     budgets: tuple[int, ...] = Field(min_length=1)
     methods: tuple[str, ...] | None = None
