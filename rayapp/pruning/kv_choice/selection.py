@@ -150,9 +150,9 @@ class _Selection:
             raise InputError(
                 f"--target-reduction {wanted:g} cannot be met: with every block cut to "
                 f"{self._settings.first:g} first and {self._settings.last[0]:g} last entries in "
-                f"--dtype {self._settings.encoding}, these prompts reach "
-                f"{self._bytes.full / least:.3g}x; lower it, allow a smaller --dtype or --last, or "
-                "remove more blocks from decode"
+                f"--encoding {self._settings.encoding}, these prompts reach "
+                f"{self._bytes.full / least:.3g}x; lower it, allow a smaller --encoding or --last, "
+                "or remove more blocks from decode"
             )
         return goal
 

@@ -104,10 +104,6 @@ class Costs:
         """Seconds from prompt to the last token, transfer left out."""
         return self.prefill_s(candidate) + (self.answer_tokens - 1) * self.decode_s(candidate)
 
-    def speed_up(self, candidate: Candidate) -> float:
-        """How many times faster than dense, by these costs."""
-        return self.total_s(DENSE) / self.total_s(candidate)
-
     def expected_s(self, prefill_remove: float, decode_remove: float, *, kv_modes: bool) -> float:
         """``total_s`` of sizes: parts cost their mean; with kv modes prefill writes all KV."""
         prefill = sum(self.prefill_parts) / self.num_blocks

@@ -35,8 +35,7 @@ def test_costs_add_up_by_part_and_stage():
     assert COSTS.prefill_s(candidate) == 26 - 4 - 6 + 1  # decode needs the KV of block 1, not 0
     assert COSTS.decode_s(candidate) == 6.25 - 0.5 - 1.0
     assert COSTS.bytes_sent(candidate) == 40 + 80 + 80
-    assert COSTS.speed_up(DENSE) == 1.0
-    assert COSTS.speed_up(candidate) == 51 / (17 + 4 * 4.75)
+    assert COSTS.total_s(candidate) == 17 + 4 * 4.75
 
 
 def test_expected_seconds_are_those_of_blocks_whose_kv_is_needed():
