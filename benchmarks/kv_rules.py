@@ -20,7 +20,6 @@ over answer tokens. Exact match is teacher-forced.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
@@ -209,7 +208,7 @@ def measure(recorder: Recorder) -> None:
         judged = kv_quality(loaded.model, bench.plan, choosers, fresh, progress=progress)
     lengths = [len(line.prompt) for line in fresh]
     recorder.write(
-        plan=json.loads(bench.plan.dumps()),
+        plan=bench.plan.model_dump(mode="json", exclude_none=True),
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         prompt_tokens={"min": min(lengths), "max": max(lengths)},
         results=[row_of(entry, judged.get(entry.name)) for entry in entries],

@@ -217,8 +217,8 @@ def report(record: Record) -> list[Block]:
         f"Search on {asked['shape']} shapes, random weights, {asked['dtype']}, "
         f"{asked['lines']} lines of {asked['prompt_tokens']} + {asked['continuation_tokens']} "
         f"tokens, KL over the {asked['kl_top_k']} likeliest tokens, cache {asked['cache_gb']:g} "
-        f"GB; {record['product_flops_per_s'] / 1e12:.3g} TFLOP/s and "
-        f"{record['copy_gb_per_s']:.0f} GB/s measured. Peak memory is the device's"
+        f"GB. The device reaches {record['product_flops_per_s'] / 1e12:.3g} TFLOP/s and "
+        f"{record['copy_gb_per_s']:.0f} GB/s. Peak memory is the device's"
         f"{' (here: of the process)' if device == 'cpu' else ''}, weights included.",
         Table(columns, rows),
     ]

@@ -75,6 +75,11 @@ def model_name(path: Path) -> str:
     return names.get(path.resolve(), path.name)
 
 
+def model_label(arguments: Namespace) -> str:
+    """The model that was measured, for names of files; nothing where no model is asked for."""
+    return model_name(arguments.model) if hasattr(arguments, "model") else ""
+
+
 def speed_label(arguments: Namespace) -> str:
     """What a speed depends on, for names of files: model or shape, element type, and a GPU."""
     name = arguments.shape or model_name(arguments.model)

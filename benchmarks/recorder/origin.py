@@ -48,8 +48,8 @@ class Start:
 def measured_on(origin: Mapping[str, Any]) -> str:
     """What the numbers were measured on, as one sentence for a page.
 
-    Older records lack a date, a load, or seconds. Where rows were kept from earlier runs, the load
-    and the seconds of the last run say nothing about them, and their commits are told.
+    Older records lack a date, a load, or seconds. Where rows were kept from earlier runs, those of
+    the last run say nothing about them; their commits are told.
     """
     machine = origin["machine"]
     words = [machine["processor"]]
@@ -62,7 +62,7 @@ def measured_on(origin: Mapping[str, Any]) -> str:
     if "cpu_s" in origin and not kept:
         words.append(f"{origin['cpu_s']:,.0f} s of CPU")
     words += [f"{name} {machine['versions'][name]}" for name in ("torch", "transformers")]
-    if "date" in origin:
+    if "date" in origin and not kept:
         words.append(origin["date"][:10])
     commits = kept or [str(machine["commit"])]
     words.append(f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}")

@@ -12,7 +12,7 @@ import torch
 
 from rayapp.errors import InputError
 from recorder.files import write_json
-from recorder.options import model_name
+from recorder.options import model_label
 from recorder.origin import Start
 from recorder.page import Block, write_page
 from recorder.record import Record, read_record
@@ -66,7 +66,7 @@ def run(
     measure: Callable[[Recorder], None],
     report: Report,
     *,
-    label: Callable[[Namespace], str] = lambda arguments: model_name(arguments.model),
+    label: Callable[[Namespace], str] = model_label,
 ) -> None:
     """Run a benchmark as its options say.
 

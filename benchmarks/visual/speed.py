@@ -37,8 +37,8 @@ def _heading(record: Record) -> str:
         "service prefills one prompt after another); scaling images on the CPU and copying KV "
         f"into slots are apart. Medians of interleaved runs in {asked['clock']} time, "
         "95 % bootstrap intervals over pairs of runs. "
-        f"{record['flops_per_s'] / 1e12:.3g} TFLOP/s and {record['bytes_per_s'] / 1e9:.0f} GB/s "
-        "measured."
+        f"The device reaches {record['flops_per_s'] / 1e12:.3g} TFLOP/s and "
+        f"{record['bytes_per_s'] / 1e9:.0f} GB/s."
     )
 
 
