@@ -13,23 +13,25 @@ interleaved runs; bytes are the engine's in bf16, every prompt at least 128 toke
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from ablations.bench import Bench, Sizes, plan_words
 from ablations.studies import METHOD
+from recorder.options import add_model, benchmark_parser, model_name
+from recorder.origin import threads
+from recorder.page import Block
+from recorder.record import Record
+from recorder.rows import Row, Rows
+from recorder.run import Recorder, run
+from recorder.table import Table
 
-from rayapp.evaluation.machine import this_machine
 from rayapp.plan import PruningPlan
 from rayapp.pruning.kv_choice.settings import KVSelectSettings
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import ScoreSettings
-from rayapp.testbed import text_model_path
 from rayapp.workflows.kv_select import kv_select
 
 GOALS = ("3.5:model", "4.95:model", "4.95:int8", "9:int4")
@@ -45,38 +47,55 @@ VALIDATION = (
     "Validation examples only; plans that met the test examples have a table of their own, with "
     "their speed."
 )
-Row = dict[str, Any]
+TOLD = ("worst_lost", "worst_lost_upper", "reduction", "speedup")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=text_model_path())
-    parser.add_argument("--prefill-remove", type=float, nargs="+", default=[1])
-    parser.add_argument(
+def parser() -> ArgumentParser:
+    found = benchmark_parser(__doc__)
+    add_model(found)
+    found.add_argument("--prefill-remove", type=float, nargs="+", default=[1])
+    found.add_argument(
         "--decode-remove", type=float, nargs="*", default=[2, 3, 4, 5], help="none: no new row"
     )
-    parser.add_argument("--heal", nargs="+", default=["none", "all"])
-    parser.add_argument("--unit", nargs="+", choices=["block", "part"], default=["block"])
-    parser.add_argument("--goals", nargs="+", default=GOALS, help="reduction:smallest encoding")
-    parser.add_argument("--calibration-per-task", type=int, default=64)
-    parser.add_argument("--validation-per-task", type=int, default=200)
-    parser.add_argument("--test-per-task", type=int, default=2000, help="0: no look at test")
-    parser.add_argument("--runs", type=int, default=30)
-    parser.add_argument("--work", type=Path, default=Path("out") / "headline")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    return parser.parse_args()
+    found.add_argument("--heal", nargs="+", default=["none", "all"])
+    found.add_argument("--unit", nargs="+", choices=["block", "part"], default=["block"])
+    found.add_argument("--goals", nargs="+", default=GOALS, help="reduction:smallest encoding")
+    found.add_argument("--calibration-per-task", type=int, default=64)
+    found.add_argument("--validation-per-task", type=int, default=200)
+    found.add_argument("--test-per-task", type=int, default=2000, help="0: no look at test")
+    found.add_argument("--runs", type=int, default=30, help="timed; 0: no speed-ups")
+    found.add_argument("--work", type=Path, default=Path("out") / "headline")
+    return found
 
 
-def main() -> None:
-    arguments = parse()
-    torch.set_num_threads(1)
-    name = "testbed-text" if arguments.model == text_model_path() else arguments.model.name
+def measure(recorder: Recorder) -> None:
+    arguments = recorder.arguments
     sizes = Sizes(
         calibration_per_task=arguments.calibration_per_task,
         fresh_per_task=arguments.validation_per_task,
         runs=arguments.runs,
     )
-    bench = Bench(arguments.model.absolute(), (arguments.work / name).absolute(), sizes)
+    work = (arguments.work / model_name(arguments.model)).absolute()
+    bench = Bench(arguments.model.absolute(), work, sizes)
+    rows = Rows(work / "rows", recorder.commit, TOLD)
+    validate_all(bench, rows, arguments)
+    # Rows of earlier runs count: the front may be measured piece by piece.
+    validation = [row for _, row in sorted(rows.all("validation").items())]
+    asked = [r for r in validation if r["goal"] in arguments.goals and r["heal"] in arguments.heal]
+    chosen = choose(asked) if arguments.test_per_task else []
+    tested = {
+        name: tested_row(bench, rows, name, arguments)
+        for name in sorted({row["plan_name"] for _, row in chosen})
+    }
+    recorder.write(
+        validation=validation,
+        chosen={goal: row["plan_name"] for goal, row in chosen},
+        test=tested,
+    )
+
+
+def validate_all(bench: Bench, rows: Rows, arguments: Namespace) -> None:
+    """A row for every combination that was asked for."""
     for heal, unit, decode, prefill, goal in itertools.product(
         arguments.heal,
         arguments.unit,
@@ -89,32 +108,19 @@ def main() -> None:
             searched = {
                 "heal": heal, "unit": unit, "prefill_remove": prefill, "decode_remove": decode,
             }  # fmt: skip
-            kept(bench, f"validation/{blocks}-{goal}", validate, blocks, searched, goal)
-    # Rows of earlier runs count: the front may be measured piece by piece.
-    files = sorted((bench.work / "rows" / "validation").glob("*.json"))
-    rows: list[Row] = [json.loads(file.read_text()) for file in files]
-    asked = [r for r in rows if r["goal"] in arguments.goals and r["heal"] in arguments.heal]
-    chosen = choose(asked) if arguments.test_per_task else []
-    tested = {}
-    for plan in sorted({row["plan_name"] for _, row in chosen}):
-        tested[plan] = kept(bench, f"test/{plan}", test, plan, arguments.test_per_task)
-        if arguments.runs:
-            tested[plan] |= {"speed": kept(bench, f"speed/{plan}", speed, plan)}
-    write(arguments, name, rows, chosen, tested)
+            rows.kept(
+                "validation",
+                f"{blocks}-{goal}",
+                partial(validate, bench, blocks, searched, goal),
+            )
 
 
-def kept(bench: Bench, name: str, measure: Callable[..., Row], *given: Any) -> Row:
-    """A row that was measured before, or now."""
-    file = bench.work / "rows" / f"{name}.json"
-    if not file.is_file():
-        row = measure(bench, *given) | {"commit": this_machine(device="cpu", num_threads=1).commit}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(row, indent=2))
-        numbers = ("worst_lost", "worst_lost_upper", "reduction", "speedup")
-        told = ", ".join(f"{n} {row[n]:.2f}" for n in numbers if n in row)
-        print(f"{name}: {told}", flush=True)
-    found: Row = json.loads(file.read_text())
-    return found
+def tested_row(bench: Bench, rows: Rows, name: str, arguments: Namespace) -> Row:
+    """The row of a plan on the test examples; its speed may be measured on another day."""
+    row = rows.kept("test", name, partial(test, bench, name, arguments.test_per_task))
+    if arguments.runs:
+        row["speed"] = rows.kept("speed", name, partial(speed, bench, name))
+    return row
 
 
 def validate(bench: Bench, blocks: str, searched: Row, goal: str) -> Row:
@@ -180,69 +186,62 @@ def speed(bench: Bench, name: str) -> Row:
     return bench.speedups(side) | {"speedup_batch8": bench.speed(side, 8).speedup}
 
 
-def write(
-    arguments: argparse.Namespace,
-    name: str,
-    rows: list[Row],
-    chosen: list[tuple[str, Row]],
-    tested: dict[str, Row],
-) -> None:
-    machine = this_machine(device="cpu", num_threads=1)
-    record = {
-        "machine": machine.model_dump(),
-        "model": name,
-        "validation": rows,
-        "chosen": {goal: row["plan_name"] for goal, row in chosen},
-        "test": tested,
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    stem = f"headline-{name}" if chosen else f"headline-{name}-validation"
-    (arguments.out / f"{stem}.json").write_text(json.dumps(record, indent=2) + "\n")
-    told = [heading(arguments, name, machine), tests(chosen, tested)] if chosen else [VALIDATION]
-    text = "\n\n".join([*told, front(rows)])
-    (arguments.out / f"{stem}.md").write_text(text + "\n")
-    print(text)
-
-
-def heading(arguments: argparse.Namespace, name: str, machine: Any) -> str:
-    return (
-        f"{name}, float32 (bytes: bf16), one thread; test: {arguments.test_per_task} examples per "
-        f"task with prompts of 128 to 400 tokens, seed {TEST_SEED}, looked at once; speed: 128 "
-        f"tokens in, 64 out, {arguments.runs} interleaved runs. {machine.processor}, torch "
-        f"{machine.versions['torch']}, commit {machine.commit}."
-    )
-
-
-def tests(chosen: list[tuple[str, Row]], tested: dict[str, Row]) -> str:
-    lines = [
-        "| asked on validation | plan | worst task | points lost there | upper bound | mean of "
-        "tasks | speed-up, batch 1 | batch 8 | prefill | decode | fewer bytes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+def report(record: Record) -> list[Block]:
+    asked = record["configuration"]
+    if not record["chosen"]:
+        return [VALIDATION, *front(record["validation"])]
+    num_threads = threads(record["machine"]["num_threads"])
+    return [
+        f"{asked['model']}, float32 (bytes: bf16), {num_threads}; test: {asked['test_per_task']} "
+        f"examples per task with prompts of 128 to 400 tokens, seed {TEST_SEED}, looked at once; "
+        f"speed: 128 tokens in, 64 out, {asked['runs']} interleaved runs.",
+        *tests(record["chosen"], record["test"]),
+        *front(record["validation"]),
     ]
-    for goal, row in chosen:
-        r = tested[row["plan_name"]]
+
+
+def tests(chosen: dict[str, str], tested: dict[str, Row]) -> list[Block]:
+    columns = (
+        *("asked on validation", "plan", "worst task", "points lost there", "upper bound"),
+        *("mean of tasks", "speed-up, batch 1", "batch 8", "prefill", "decode", "fewer bytes"),
+    )
+    cells = []
+    for goal, plan_name in chosen.items():
+        r = tested[plan_name]
         speeds = ("speedup", "speedup_batch8", "ttft_speedup", "tpot_speedup")
         timed = [f"{r['speed'][s]:.3f}x" if "speed" in r else "not timed" for s in speeds]
-        lines.append(
-            f"| {goal} | {row['plan_name']} | {r['worst_task']} | {r['worst_lost']:.2f} | "
-            f"{r['worst_lost_upper']:.2f} | {r['mean_lost']:.2f} | {' | '.join(timed)} | "
-            f"{r['reduction']:.2f}x |"
+        cells.append(
+            (
+                *(goal, plan_name, *lost_cells(r), f"{r['mean_lost']:.2f}", *timed),
+                f"{r['reduction']:.2f}x",
+            )
         )
-    return "## On the test examples\n\n" + "\n".join(lines)
+    return ["## On the test examples", Table(columns, cells)]
 
 
-def front(rows: list[Row]) -> str:
-    lines = [
-        "| plan | blocks | worst task | points lost there | upper bound | KL | fewer bytes |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['plan_name']} | {r['plan']} | {r['worst_task']} | {r['worst_lost']:.2f} | "
-        f"{r['worst_lost_upper']:.2f} | {r['kl']:.4f} | {r['reduction']:.2f}x |"
+def front(rows: list[Row]) -> list[Block]:
+    columns = (
+        *("plan", "blocks", "worst task", "points lost there", "upper bound", "KL"),
+        "fewer bytes",
+    )
+    cells = [
+        (
+            *(r["plan_name"], r["plan"], *lost_cells(r), f"{r['kl']:.4f}"),
+            f"{r['reduction']:.2f}x",
+        )
         for r in sorted(rows, key=lambda row: row["worst_lost_upper"])
     ]
-    return "## All plans on validation\n\n" + "\n".join(lines)
+    return ["## All plans on validation", Table(columns, cells)]
+
+
+def lost_cells(row: Row) -> tuple[str, str, str]:
+    return row["worst_task"], f"{row['worst_lost']:.2f}", f"{row['worst_lost_upper']:.2f}"
+
+
+def label(arguments: Namespace) -> str:
+    name = model_name(arguments.model)
+    return name if arguments.test_per_task else f"{name}-validation"
 
 
 if __name__ == "__main__":
-    main()
+    run(parser(), measure, report, label=label)

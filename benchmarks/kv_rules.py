@@ -20,17 +20,15 @@ over answer tokens. Exact match is teacher-forced.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from kv.attention import PromptAttention
 from kv.choosers import (
     FixedRules,
@@ -40,13 +38,18 @@ from kv.choosers import (
     in_all_blocks,
 )
 from kv.quality import KVQuality, attentions, kv_quality, tuned
+from lines.drawn import drawn_lines
+from recorder.options import add_dtype, add_model, add_seed, benchmark_parser, model_name
+from recorder.page import Block
+from recorder.record import Record
+from recorder.run import Recorder, run
+from recorder.table import Table
 
 from rayapp.errors import InputError
-from rayapp.evaluation.machine import this_machine
 from rayapp.evaluation.progress import shown_progress
 from rayapp.models.loading import LoadedModel, load_model
 from rayapp.plan import Encoding, KVTransfer, PruningPlan
-from rayapp.pruning.evaluator.calibration import Calibration, load_calibration
+from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.kv_choice.bytes import KVBytes
 from rayapp.pruning.kv_choice.selection import select_kv
@@ -54,7 +57,7 @@ from rayapp.pruning.kv_choice.settings import FIRST, RECENT, KVMethod, KVSelectS
 from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.pruning.settings.objective import Objective
 from rayapp.pruning.settings.score import ScoreSettings
-from rayapp.testbed import tasks, text_model_path
+from rayapp.testbed import tasks
 
 CALIBRATION_SEED, FRESH_SEED = 0, 1_000_003
 
@@ -98,7 +101,8 @@ class Bench:
             plan=self._home.name, target_reduction=target, encoding=encoding, method=method,
             last=self.recent,
         )  # fmt: skip
-        plan, score = PruningPlan.load(self._plan_file), ScoreSettings(model="", calibration="")
+        plan = PruningPlan.load(self._plan_file)
+        score = ScoreSettings(model=str(self.loaded.path), calibration="drawn lines")
         try:
             found = select_kv(score, settings, plan, self._scorer, self.loaded.model.config)
         except InputError as error:
@@ -153,25 +157,6 @@ def sinks_and_recent(blocks: range, encoding: Encoding, share: float) -> KVChoos
     return in_all_blocks(KVTransfer(first=FIRST, last=share, encoding=encoding), blocks)
 
 
-def lines_of(loaded: LoadedModel, arguments: argparse.Namespace, fresh: bool) -> Calibration:
-    split, count, seed = (
-        (arguments.split, arguments.fresh_per_task, FRESH_SEED)
-        if fresh
-        else ("calibration", arguments.calibration_per_task, CALIBRATION_SEED)
-    )
-    examples = [
-        example
-        for task in arguments.tasks
-        for example in tasks.generate(
-            task, split, count, seed + arguments.seed, length=arguments.length
-        )
-    ]
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "lines.jsonl"
-        tasks.write_jsonl(file, examples)
-        return load_calibration(file, loaded.tokenizer)
-
-
 def row_of(entry: Entry, quality: KVQuality | None) -> dict[str, Any]:
     row: dict[str, Any] = {"way": entry.way, "target": entry.target, "encoding": entry.encoding}
     if quality is None:
@@ -189,105 +174,83 @@ def row_of(entry: Entry, quality: KVQuality | None) -> dict[str, Any]:
     }
 
 
-def table_of(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    lines = [
-        "| encoding | target | way | reduction | KL (at most, 95 %) | exact match | "
-        + " | ".join(names) + " |",
-        "|---" * 2 + "|---" + "|---:" * (3 + len(names)) + "|",
-    ]  # fmt: skip
-    for row in rows:
-        target = "" if row["target"] is None else f"{row['target']:g}x"
-        cells = [row["encoding"], target, row["way"]]
-        if row["reached"]:
-            by_task = row["exact_match_by_task"]
-            cells += [
-                f"{row['reduction']:.2f}x",
-                f"{row['kl']:.4f} ({row['kl_upper_95']:.4f})",
-                f"{row['exact_match']:.1%}",
-                *(f"{by_task[name]:.1%}" for name in names),
-            ]
-        else:
-            cells += ["out of reach", *["-"] * (2 + len(names))]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="model directory; default: the test-bed model")
-    parser.add_argument("--plan", type=Path, help="plan directory; default: nothing removed")
-    parser.add_argument("--reductions", type=float, nargs="+", default=[2, 3, 4.95, 8])
-    parser.add_argument(
+def parser() -> ArgumentParser:
+    found = benchmark_parser(__doc__)
+    add_model(found)
+    add_dtype(found, "auto", auto=True)
+    add_seed(found, "the prompts")
+    found.add_argument("--plan", type=Path, help="plan directory; default: nothing removed")
+    found.add_argument("--reductions", type=float, nargs="+", default=[2, 3, 4.95, 8])
+    found.add_argument(
         "--encodings", nargs="+", choices=("model", "int8", "int4"), default=["model", "int8"]
     )
-    parser.add_argument("--recent", type=float, nargs="+", default=list(RECENT))
-    parser.add_argument("--calibration-per-task", type=int, default=32)
-    parser.add_argument("--fresh-per-task", type=int, default=500)
-    parser.add_argument("--tasks", nargs="+", choices=tasks.TASKS, default=list(tasks.TASKS))
-    parser.add_argument("--split", choices=tasks.SPLITS, default="validation")
-    parser.add_argument("--length", choices=("long", "mixed"), default="long")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    return parser.parse_args()
+    found.add_argument("--recent", type=float, nargs="+", default=list(RECENT))
+    found.add_argument("--calibration-per-task", type=int, default=32)
+    found.add_argument("--fresh-per-task", type=int, default=500)
+    found.add_argument("--tasks", nargs="+", choices=tasks.TASKS, default=list(tasks.TASKS))
+    found.add_argument("--split", choices=tasks.SPLITS, default="validation")
+    found.add_argument("--length", choices=("long", "mixed"), default="long")
+    return found
 
 
-def main() -> None:
-    arguments = parse()
-    torch.set_num_threads(arguments.threads)
-    started = time.perf_counter(), time.process_time()
-    loaded = load_model(arguments.model or text_model_path(), dtype=arguments.dtype)
+def measure(recorder: Recorder) -> None:
+    arguments = recorder.arguments
+    loaded = load_model(arguments.model, dtype=arguments.dtype)
     plan = PruningPlan.load(arguments.plan) if arguments.plan else PruningPlan()
     plan.check_model(loaded.signature)
-    bench = Bench(loaded, plan, lines_of(loaded, arguments, fresh=False), arguments.recent)
+    draw = partial(drawn_lines, loaded.tokenizer, length=arguments.length, names=arguments.tasks)
+    seeds = CALIBRATION_SEED + arguments.seed, FRESH_SEED + arguments.seed
+    lines = draw("calibration", arguments.calibration_per_task, seeds[0])
+    bench = Bench(loaded, plan, lines, arguments.recent)
     entries = bench.entries(arguments.reductions, arguments.encodings)
-    fresh = lines_of(loaded, arguments, fresh=True).lines
+    fresh = draw(arguments.split, arguments.fresh_per_task, seeds[1]).lines
     choosers = {entry.name: entry.chooser for entry in entries if entry.chooser is not None}
     with shown_progress() as progress:
         judged = kv_quality(loaded.model, bench.plan, choosers, fresh, progress=progress)
-    rows = [row_of(entry, judged.get(entry.name)) for entry in entries]
-    seconds = time.perf_counter() - started[0], time.process_time() - started[1]
-    write(arguments, bench, rows, [len(line.prompt) for line in fresh], seconds)
-
-
-def write(
-    arguments: argparse.Namespace,
-    bench: Bench,
-    rows: list[dict[str, Any]],
-    lengths: Sequence[int],
-    seconds: tuple[float, float],
-) -> None:
-    machine = this_machine(device="cpu", num_threads=arguments.threads)
-    model = arguments.model.name if arguments.model else "testbed-text"
-    name = f"{model}-{arguments.plan.name}" if arguments.plan else model
-    dtype = str(bench.loaded.model.dtype).removeprefix("torch.")
-    hidden = ("out", "model", "plan", "threads")
-    record = {
-        "configuration": {k: v for k, v in vars(arguments).items() if k not in hidden}
-        | {"model": model, "plan": json.loads(bench.plan.dumps()), "dtype": dtype},
-        "machine": machine.model_dump(),
-        "wall_s": seconds[0],
-        "cpu_s": seconds[1],
-        "prompt_tokens": {"min": min(lengths), "max": max(lengths)},
-        "results": rows,
-        "selections": bench.selections,
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    stem = f"kv_rules-{name}"
-    (arguments.out / f"{stem}.json").write_text(json.dumps(record, indent=2) + "\n")
-    heading = (
-        f"What travels, chosen in different ways: {name}, {dtype}; tuned on "
-        f"{arguments.calibration_per_task} calibration prompts per task, judged on "
-        f"{arguments.fresh_per_task} fresh ones of the {arguments.split} split "
-        f"({min(lengths)} to {max(lengths)} tokens, evidence at uniform depth). `encoding` is the "
-        "smallest one allowed; rules other than elimination send everything in it. "
-        f"{machine.processor}, torch {machine.versions['torch']}, commit {machine.commit}.\n\n"
+    lengths = [len(line.prompt) for line in fresh]
+    recorder.write(
+        plan=bench.plan.model_dump(mode="json", exclude_none=True),
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        prompt_tokens={"min": min(lengths), "max": max(lengths)},
+        results=[row_of(entry, judged.get(entry.name)) for entry in entries],
+        selections=bench.selections,
     )
-    text = heading + table_of(rows, arguments.tasks) + "\n"
-    (arguments.out / f"{stem}.md").write_text(text)
-    print(table_of(rows, arguments.tasks))
+
+
+def report(record: Record) -> list[Block]:
+    asked, lengths = record["configuration"], record["prompt_tokens"]
+    name = asked["model"] + (f"-{asked['plan']}" if asked["plan"] else "")
+    return [
+        f"What travels, chosen in different ways: {name}, {record['dtype']}; tuned on "
+        f"{asked['calibration_per_task']} calibration prompts per task, judged on "
+        f"{asked['fresh_per_task']} fresh ones of the {asked['split']} split "
+        f"({lengths['min']} to {lengths['max']} tokens, evidence at uniform depth). `encoding` is "
+        "the smallest one allowed; rules other than elimination send everything in it.",
+        table_of(record["results"], asked["tasks"]),
+    ]
+
+
+def table_of(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
+    cells = []
+    for row in rows:
+        target = "" if row["target"] is None else f"{row['target']:g}x"
+        judged = ["out of reach", *["-"] * (2 + len(names))]
+        if row["reached"]:
+            judged = [
+                f"{row['reduction']:.2f}x",
+                f"{row['kl']:.4f} ({row['kl_upper_95']:.4f})",
+                f"{row['exact_match']:.1%}",
+                *(f"{row['exact_match_by_task'][name]:.1%}" for name in names),
+            ]
+        cells.append((row["encoding"], target, row["way"], *judged))
+    columns = ("encoding", "target", "way", "reduction", "KL (at most, 95 %)", "exact match")
+    return Table((*columns, *names), cells)
+
+
+def label(arguments: Namespace) -> str:
+    name = model_name(arguments.model)
+    return f"{name}-{arguments.plan.name}" if arguments.plan else name
 
 
 if __name__ == "__main__":
-    main()
+    run(parser(), measure, report, label=label)

@@ -20,38 +20,26 @@ passes counted threefold.
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import statistics
 import time
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from search_quality import (
-    GENERATION_SIZE,
-    LIMIT,
-    SIZES,
-    Found,
-    Table,
-    budget_of,
-    replay,
-    scorer_for,
-    told_errors,
-    told_to,
-    trial_interval,
-    trials_of,
-)
+from exhaustive.errors import ERROR_COLUMNS, error_cells, told_errors, trial_interval
+from exhaustive.ranking import Array, Ranking, Truth
+from exhaustive.replay import GENERATION_SIZE, Found, replay, told_to
+from exhaustive.scores import ScoreTable, scorer_of, trial_evaluator
+from exhaustive.spaces import budget_of, spaces_in_trial, spaces_of, trials_parser
+from recorder.page import Block
+from recorder.record import Record
+from recorder.run import Recorder, run
+from recorder.table import Table, interval
 
-from rayapp.evaluation.machine import this_machine
-from rayapp.models.blocks import signature_of
 from rayapp.models.loading import load_model
-from rayapp.pruning.candidates.candidate import DENSE, Candidate
+from rayapp.pruning.candidates.candidate import DENSE
 from rayapp.pruning.candidates.space import Space
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.measures.gate_hessian import GateHessian, measure_gate_hessian, measuring_cost
@@ -60,77 +48,63 @@ from rayapp.pruning.methods.cbo import quadratic_model
 from rayapp.pruning.methods.method import Setup
 from rayapp.pruning.methods.quadratic import Quadratic, features, root_losses, singles
 from rayapp.pruning.methods.surrogate import Surrogate
-from rayapp.testbed import tasks, text_model_path
 
-Array = NDArray[np.float64]
 GRADIENTS, FITTED = "gradients", "fitted to real scores"
 METHODS = ("cbo", "surrogate", "one_shot")
 SPACES = ["decode2", "decode3", "prefill2", "coupled2"]
 
-
-@dataclass(frozen=True)
-class Ranking:
-    """How one model ranks a space: its cost, and that until its order meets a set within 1 %."""
-
-    correlation: float
-    unseen_correlation: float
-    favourite_error: float
-    cost: int
-    cost_to_limit: int
-
-
-@dataclass(frozen=True)
-class Truth:
-    """A space with all its scores."""
-
-    space: Space
-    candidates: list[Candidate]
-    features_NM: Array
-    scores_N: Array
-
-    def ranking(
-        self,
-        model: Quadratic,
-        unseen_N: NDArray[np.bool_],
-        cost: int,
-        told: Sequence[Candidate] = (),
-    ) -> Ranking:
-        """Of a model that cost so many evaluations, those of ``told`` among them."""
-        predicted_N = model.predict(self.features_NM)
-        order_N = predicted_N.argsort(kind="stable")
-        errors_N = self.scores_N / self.scores_N.min() - 1
-        error_of = dict(zip(self.candidates, errors_N, strict=True))
-        verified = dict.fromkeys([*told, *(self.candidates[index] for index in order_N)])
-        met = next(n for n, c in enumerate(verified, 1) if error_of.get(c, math.inf) <= LIMIT)
-        return Ranking(
-            spearman(predicted_N, self.scores_N),
-            spearman(predicted_N[unseen_N], self.scores_N[unseen_N]),
-            float(errors_N[order_N[0]]),
-            cost,
-            cost - len(told) + met,
-        )
-
-
-def spearman(left_N: Array, right_N: Array) -> float:
-    ranks = [values.argsort().argsort() for values in (left_N, right_N)]
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
-def truth_of(table: Table, space: Space) -> Truth:
-    candidates = list(space)
-    return Truth(space, candidates, features(space, candidates), np.array(table.lookup(candidates)))
-
-
-def angled(lengths_M: Array, hessian: Quadratic) -> Quadratic:
-    """Changes of measured squared lengths, at the angles that a Hessian sees between them."""
-    roots_M = np.sqrt(2 * hessian.linear_M)
-    cosines_MM = hessian.pairs_MM / np.maximum(np.outer(roots_M, roots_M), 1e-30)
-    sizes_M = np.sqrt(np.maximum(lengths_M, 0.0))
-    return Quadratic(lengths_M, 2 * cosines_MM * np.outer(sizes_M, sizes_M))
-
-
 Hessians = dict[str, tuple[GateHessian, int]]
 """By name, with what measuring it costs."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one calibration set says of one space."""
+
+    rankings: dict[str, Ranking]
+    found: dict[str, Found]
+
+
+def parser() -> ArgumentParser:
+    found = trials_parser(__doc__, spaces=SPACES, trials=5, coupled_trials=2, lines=32)
+    found.add_argument("--draws", type=int, default=16, help="of the Hessian with less noise")
+    return found
+
+
+def measure(recorder: Recorder) -> None:
+    arguments = recorder.arguments
+    loaded = load_model(arguments.model, dtype=arguments.dtype)
+    spaces = spaces_of(arguments, loaded.signature.num_blocks)
+    trials: dict[str, list[Trial]] = {name: [] for name in spaces}
+    started_s = time.process_time()
+    for number in range(arguments.trials):
+        used = spaces_in_trial(spaces, number, arguments)
+        evaluator = trial_evaluator(loaded, number, arguments)
+        hessians = measured_hessians(evaluator, arguments.draws)
+        table = ScoreTable(
+            scorer_of(evaluator), measure_influence(evaluator), hessians[GRADIENTS][0]
+        )
+        for name, space in used.items():
+            trials[name].append(trial_of(table, space, hessians, arguments.seed + number))
+        cpu_s = time.process_time() - started_s
+        print(f"trial {number}: {len(table.scores)} scores, {cpu_s:.0f} s of CPU", flush=True)
+    recorder.write(
+        generation_size=GENERATION_SIZE,
+        models=[
+            r for n, found in trials.items() for r in model_rows(n, found, arguments.resamples)
+        ],
+        methods=[
+            row
+            for name, found in trials.items()
+            for row in method_rows(name, spaces[name], found, arguments.resamples)
+        ],
+    )
+
+
+def trial_of(table: ScoreTable, space: Space, hessians: Hessians, seed: int) -> Trial:
+    rankings = rank_models(Truth.of(table, space), table, hessians, seed)
+    found = {m: replay(table, space, m, budget_of(space), seed) for m in METHODS}
+    return Trial(rankings, found)
 
 
 def measured_hessians(evaluator: Evaluator, draws: int) -> Hessians:
@@ -147,7 +121,17 @@ def measured_hessians(evaluator: Evaluator, draws: int) -> Hessians:
     }
 
 
-def rank_models(truth: Truth, table: Table, hessians: Hessians, seed: int) -> dict[str, Ranking]:
+def angled(lengths_M: Array, hessian: Quadratic) -> Quadratic:
+    """Changes of measured squared lengths, at the angles that a Hessian sees between them."""
+    roots_M = np.sqrt(2 * hessian.linear_M)
+    cosines_MM = hessian.pairs_MM / np.maximum(np.outer(roots_M, roots_M), 1e-30)
+    sizes_M = np.sqrt(np.maximum(lengths_M, 0.0))
+    return Quadratic(lengths_M, 2 * cosines_MM * np.outer(sizes_M, sizes_M))
+
+
+def rank_models(
+    truth: Truth, table: ScoreTable, hessians: Hessians, seed: int
+) -> dict[str, Ranking]:
     space, probes = truth.space, singles(truth.space)
     [dense_score] = table.lookup([DENSE])
     models = {
@@ -165,25 +149,6 @@ def rank_models(truth: Truth, table: Table, hessians: Hessians, seed: int) -> di
     unseen_N = np.array([candidate not in told for candidate in truth.candidates])
     ranked = {name: truth.ranking(model, unseen_N, cost) for name, (model, cost) in models.items()}
     return ranked | {FITTED: truth.ranking(fitted, unseen_N, len(told), list(told))}
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What one calibration set says of one space."""
-
-    rankings: dict[str, Ranking]
-    found: dict[str, Found]
-
-
-def run_trial(
-    table: Table, spaces: dict[str, Space], hessians: Hessians, seed: int
-) -> dict[str, Trial]:
-    trials = {}
-    for name, space in spaces.items():
-        rankings = rank_models(truth_of(table, space), table, hessians, seed)
-        found = {m: replay(table, space, m, budget_of(space), seed) for m in METHODS}
-        trials[name] = Trial(rankings, found)
-    return trials
 
 
 def model_rows(name: str, trials: Sequence[Trial], resamples: int) -> list[dict[str, Any]]:
@@ -230,128 +195,51 @@ def method_rows(name: str, space: Space, trials: Sequence[Trial], resamples: int
     return rows
 
 
-def models_table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "| space | model | cost | rank correlation (95 %) | on unseen ones (95 %) | favourite's "
-        "error, median | cost to 1 %, median |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        low, high = r["correlation_interval"]
-        bottom, top = r["unseen_correlation_interval"]
-        lines.append(
-            f"| {r['space']} | {r['model']} | {r['cost']} "
-            f"| {r['correlation']:.2f} ({low:.2f} to {high:.2f}) "
-            f"| {r['unseen_correlation']:.2f} ({bottom:.2f} to {top:.2f}) "
-            f"| {r['favourite_error_median']:.3g} | {r['cost_to_1_percent_median']:g} |"
-        )
-    return "\n".join(lines)
-
-
-def methods_table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "| space | method | cost | of exhaustive | within 1 % | search error, mean (95 %) "
-        "| median |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        low, high = r["search_error_interval"]
-        lines.append(
-            f"| {r['space']} | {r['method']} | {r['evaluations']:.0f} "
-            f"| {r['evaluations'] / r['size']:.1%} | {r['within_1_percent']} of {r['trials']} "
-            f"| {r['search_error_mean']:.3g} ({low:.3g} to {high:.3g}) "
-            f"| {r['search_error_median']:.3g} |"
-        )
-    return "\n".join(lines)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="model directory; default: the test-bed model")
-    parser.add_argument("--spaces", nargs="+", choices=sorted(SIZES), default=SPACES)
-    parser.add_argument("--trials", type=int, default=5)
-    parser.add_argument("--coupled-trials", type=int, default=2)
-    parser.add_argument("--lines-per-task", type=int, default=32)
-    parser.add_argument("--draws", type=int, default=16, help="of the Hessian with less noise")
-    parser.add_argument("--length", choices=sorted(tasks.LENGTHS), default="short")
-    parser.add_argument("--seed", type=int, default=0, help="of the first trial")
-    parser.add_argument("--resamples", type=int, default=2000)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse()
-    torch.set_num_threads(arguments.threads)
-    started = time.process_time()
-    loaded = load_model(arguments.model or text_model_path(), dtype="float32")
-    blocks = signature_of(loaded.model).num_blocks
-    spaces = {name: Space(blocks, *SIZES[name]) for name in arguments.spaces}
-    trials: dict[str, list[Trial]] = {name: [] for name in spaces}
-    for trial in range(arguments.trials):
-        used = {n: s for n, s in spaces.items() if trial < trials_of(n, arguments)}
-        seed = arguments.seed + trial
-        scorer, evaluator = scorer_for(
-            loaded.model,
-            loaded.tokenizer,
-            "calibration",
-            arguments.lines_per_task,
-            seed,
-            arguments.length,
-        )
-        hessians = measured_hessians(evaluator, arguments.draws)
-        table = Table(scorer, measure_influence(evaluator), hessians[GRADIENTS][0], {})
-        for name, found in run_trial(table, used, hessians, seed).items():
-            trials[name].append(found)
-        cpu_s = time.process_time() - started
-        print(f"trial {trial}: {len(table.scores)} scores, {cpu_s:.0f} s of CPU", flush=True)
-    ranked = [r for n, found in trials.items() for r in model_rows(n, found, arguments.resamples)]
-    searched = [
-        row
-        for name, found in trials.items()
-        for row in method_rows(name, spaces[name], found, arguments.resamples)
-    ]
-    write(arguments, ranked, searched, time.process_time() - started)
-
-
-def write(
-    arguments: argparse.Namespace,
-    ranked: list[dict[str, Any]],
-    searched: list[dict[str, Any]],
-    cpu_s: float,
-) -> None:
-    machine = this_machine(device="cpu", num_threads=arguments.threads)
-    name = arguments.model.name if arguments.model else "testbed-text"
-    configuration = {
-        key: value
-        for key, value in vars(arguments).items()
-        if key not in ("out", "model", "threads")
-    } | {"model": name, "generation_size": GENERATION_SIZE, "dtype": "float32"}
-    record = {
-        "configuration": configuration,
-        "machine": machine.model_dump(),
-        "cpu_s": cpu_s,
-        "models": ranked,
-        "methods": searched,
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    stem = f"surrogate_gradients-{name}"
-    (arguments.out / f"{stem}.json").write_text(json.dumps(record, indent=2) + "\n")
-    text = (
-        f"Models of block interactions against exhaustively scored spaces: {name}, float32, "
-        f"{arguments.trials} trials ({arguments.coupled_trials} in coupled spaces) with fresh "
-        f"calibration sets of {arguments.lines_per_task} lines per task ({arguments.length}). "
-        "Costs are candidate scores on the whole set, gradient passes threefold; unseen ones are "
-        f"those that the fitted model was not told. {machine.processor}, torch "
-        f"{machine.versions['torch']}, commit {machine.commit}.\n\n{models_table(ranked)}\n\n"
+def report(record: Record) -> list[Block]:
+    asked = record["configuration"]
+    return [
+        f"Models of block interactions against exhaustively scored spaces: {asked['model']}, "
+        f"{asked['dtype']}, {asked['trials']} trials ({asked['coupled_trials']} in coupled "
+        f"spaces) with fresh calibration sets of {asked['calibration_per_task']} lines per task "
+        f"({asked['length']}). Costs are candidate scores on the whole set, gradient passes "
+        "threefold; unseen ones are those that the fitted model was not told.",
+        models_table(record["models"]),
         "Search methods at the cost that the claim of `search_quality.py` allows (40 % of the "
         "exhaustive cost for 2 blocks, 20 % for 3, 5 % in the coupled space); `one_shot` stops by "
-        f"itself.\n\n{methods_table(searched)}\n"
+        "itself.",
+        methods_table(record["methods"]),
+    ]
+
+
+def models_table(rows: Sequence[dict[str, Any]]) -> Table:
+    columns = (
+        *("space", "model", "cost", "rank correlation (95 %)", "on unseen ones (95 %)"),
+        *("favourite's error, median", "cost to 1 %, median"),
     )
-    (arguments.out / f"{stem}.md").write_text(text)
-    print(text)
+    cells = [
+        (
+            *(r["space"], r["model"], str(r["cost"])),
+            interval(r["correlation"], r["correlation_interval"], ".2f"),
+            interval(r["unseen_correlation"], r["unseen_correlation_interval"], ".2f"),
+            f"{r['favourite_error_median']:.3g}",
+            f"{r['cost_to_1_percent_median']:g}",
+        )
+        for r in rows
+    ]
+    return Table(columns, cells)
+
+
+def methods_table(rows: Sequence[dict[str, Any]]) -> Table:
+    cells = [
+        (
+            *(r["space"], r["method"], f"{r['evaluations']:.0f}"),
+            f"{r['evaluations'] / r['size']:.1%}",
+            *error_cells(r),
+        )
+        for r in rows
+    ]
+    return Table(("space", "method", "cost", "of exhaustive", *ERROR_COLUMNS), cells)
 
 
 if __name__ == "__main__":
-    main()
+    run(parser(), measure, report)

@@ -21,61 +21,63 @@ it.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from visual.tables import draw, markdown
+from recorder.options import add_dtype, add_model, add_seed, benchmark_parser
+from recorder.run import Recorder, run
+from visual.quality import report
 
 from rayapp.evaluation.progress import shown_progress
 from rayapp.evaluation.settings import EvaluationSettings
+from rayapp.evaluation.visual.result import VisualQuality
 from rayapp.evaluation.visual.study import StudySettings, compare
 from rayapp.testbed import vision_model_path
 from rayapp.testbed.vision.files import write_questions
 from rayapp.testbed.vision.score import draw_asked_scenes
 from rayapp.vision.selection import METHODS
 
-SPLIT, SEED = "test", 1
+SPLIT = "test"
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="model directory; default: the shipped one")
-    parser.add_argument("--data", type=Path, nargs="+", help="JSON lines; default: fresh scenes")
-    parser.add_argument("--scenes", type=int, default=250, help="scenes drawn without --data")
-    parser.add_argument("--split", default="", help="which split the data are, for the record")
-    parser.add_argument("--name", help="of the result files; default: the model directory's")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--budgets", type=int, nargs="+", default=[192, 128, 64, 32, 16, 8])
-    parser.add_argument("--sweep-budgets", type=int, nargs="*", default=[64, 16])
-    parser.add_argument(
+def parser() -> ArgumentParser:
+    found = benchmark_parser(__doc__)
+    add_model(found, vision_model_path())
+    add_dtype(found, "float32", auto=True)
+    add_seed(found, "the scenes", default=1)
+    found.add_argument("--data", type=Path, nargs="+", help="JSON lines; default: fresh scenes")
+    found.add_argument("--scenes", type=int, default=250, help="scenes drawn without --data")
+    found.add_argument("--split", default="", help="which split the data are, for the record")
+    found.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    found.add_argument("--budgets", type=int, nargs="+", default=[192, 128, 64, 32, 16, 8])
+    found.add_argument("--sweep-budgets", type=int, nargs="*", default=[64, 16])
+    found.add_argument(
         "--shares", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     )
-    parser.add_argument("--limit", type=int, help="questions per task")
-    parser.add_argument("--samples", type=int, default=3, help="questions that are pictured")
-    parser.add_argument("--sample-budget", type=int, help="tokens kept in pictures; default: 64")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="float32")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--beside", type=Path, help="a plan directory that gets a copy")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    return parser.parse_args()
+    found.add_argument("--limit", type=int, help="questions per task")
+    found.add_argument("--samples", type=int, default=3, help="questions that are pictured")
+    found.add_argument("--sample-budget", type=int, help="tokens kept in pictures; default: 64")
+    found.add_argument("--beside", type=Path, help="a plan directory that gets a copy")
+    return found
 
 
-def complete(arguments: argparse.Namespace, folder: Path) -> None:
-    """Set what was left to the test-bed: its model, and questions of its own in ``folder``."""
-    if arguments.model is None:
-        arguments.model = vision_model_path()
-        arguments.name = arguments.name or "testbed-vision"
-    if arguments.data is None:
-        arguments.data, arguments.split = [folder / f"{SPLIT}.jsonl"], SPLIT
-        write_questions(arguments.data[0], draw_asked_scenes(SPLIT, arguments.scenes, SEED))
+def measure(recorder: Recorder) -> None:
+    arguments = recorder.arguments
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.data is None:
+            arguments.data, arguments.split = [Path(folder) / f"{SPLIT}.jsonl"], SPLIT
+            scenes = draw_asked_scenes(SPLIT, arguments.scenes, arguments.seed)
+            write_questions(arguments.data[0], scenes)
+        found = compared(arguments)
+    if arguments.beside:
+        found.save_beside(arguments.beside)
+    recorder.write(comparison=found.model_dump(mode="json"))
 
 
-def main() -> None:
-    arguments = parse()
-    with tempfile.TemporaryDirectory() as folder, shown_progress() as progress:
-        complete(arguments, Path(folder))
-        found = compare(
+def compared(arguments: Namespace) -> VisualQuality:
+    with shown_progress() as progress:
+        return compare(
             arguments.model,
             arguments.data,
             StudySettings(
@@ -92,16 +94,7 @@ def main() -> None:
             dtype=arguments.dtype,
             progress=progress,
         )
-    name = arguments.name or arguments.model.name
-    stem = f"visual_quality-{name}"
-    found.save(arguments.out / f"{stem}.json")
-    if arguments.beside:
-        found.save_beside(arguments.beside)
-    text = markdown(found, name, f"{stem}.svg")
-    (arguments.out / f"{stem}.md").write_text(text)
-    draw(found, arguments.out / f"{stem}.svg")
-    print(text)
 
 
 if __name__ == "__main__":
-    main()
+    run(parser(), measure, report)

@@ -5,27 +5,36 @@ tower included, dense against TrimTokenator's selection, through our own engines
 every figure stands the device's bound. On a CPU the same code runs scaled down.
 
     python benchmarks/visual_speed.py                                      # needs a GPU
-    python benchmarks/visual_speed.py --scale small --device cpu --dtype float32 \\
+    python benchmarks/visual_speed.py --shape small --device cpu --dtype float32 \\
         --clock cpu --batch 1 8 --runs 30 6
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from visual.bounds import Rates, Work, measured_rates, work_of
+from hardware.rates import Rates, measured_rates
+from hardware.turns import in_turns
+from recorder.options import (
+    add_device,
+    add_dtype,
+    add_seed,
+    add_shape,
+    benchmark_parser,
+    speed_label,
+)
+from recorder.run import Recorder, run
+from shapes.llava import IMAGE_TOKENS, IMAGES, SHAPES, random_llava
+from visual.bounds import Work, work_of
 from visual.runs import Bench, Times
-from visual.scales import IMAGE_TOKENS, IMAGES, SCALES, random_llava
+from visual.speed import report
 from visual.summary import summarise
-from visual.table import markdown
 
-from rayapp.evaluation.machine import this_machine
+from rayapp.errors import InputError
 from rayapp.models.loading import DTYPES
 from rayapp.plan import VisualTokens
 
@@ -33,15 +42,80 @@ ENOUGH_RUNS = 30
 METHODS = ("trimtokenator", "diversity", "divprune", "cdpruner", "dart", "random", "grid")
 
 
-def measure(bench: Bench, rates: Rates, batch: int, num_runs: int) -> dict[str, Any]:
+def parser() -> ArgumentParser:
+    found = benchmark_parser(__doc__)
+    add_shape(found, SHAPES, "llava-7b")
+    add_device(found, "cuda")
+    add_dtype(found, "bfloat16")
+    add_seed(found, "the weights")
+    found.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    found.add_argument("--runs", type=int, nargs="+", default=[30], help="timed: one, or per batch")
+    found.add_argument("--keep", type=int, default=64, help="of 576 visual tokens")
+    found.add_argument(
+        "--method", choices=METHODS, default=METHODS[0], help="bounds count the first one's work"
+    )
+    found.add_argument("--text-tokens", type=int, default=48)
+    found.add_argument("--answer-tokens", type=int, default=32)
+    found.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    return found
+
+
+def measure(recorder: Recorder) -> None:
+    arguments = recorder.arguments
+    runs = runs_of(arguments)
+    model = random_llava(arguments.shape, DTYPES[arguments.dtype], arguments.device)
+    best = measured_rates(model.device, model.dtype, arguments.clock)
+    bench = Bench(
+        model,
+        VisualTokens(method=arguments.method, num_keep=arguments.keep),
+        text_tokens=arguments.text_tokens,
+        num_answer=arguments.answer_tokens,
+        clock=arguments.clock,
+    )
+    rows: list[dict[str, Any]] = []
+    for batch, num_runs in zip(arguments.batch, runs, strict=True):
+        rows.append(measured_or_skipped(bench, best, batch, num_runs))
+        print(f"batch {batch}: {rows[-1].get('speedups', rows[-1])}", flush=True)
+    (request,) = bench.requests(1)
+    transfers: dict[str, Any] = {
+        side: asdict(bench.transfer(side, request)) for side in bench.plans
+    }
+    heavy = [bench.requests(1, images)[0] for images in IMAGES]
+    transfers["by_images"] = [asdict(bench.transfer("pruned", each)) for each in heavy]
+    recorder.write(
+        image_tokens=IMAGE_TOKENS,
+        shapes=asdict(SHAPES[arguments.shape]),
+        **asdict(best),
+        caveats=caveats(arguments, runs),
+        transfers=transfers,
+        results=rows,
+    )
+
+
+def runs_of(arguments: Namespace) -> list[int]:
+    """The number of runs for every batch size."""
+    asked: list[int] = arguments.runs
+    runs = asked * len(arguments.batch) if len(asked) == 1 else asked
+    if len(runs) != len(arguments.batch):
+        raise InputError(
+            f"--runs {asked} does not fit --batch {arguments.batch}; give one number, or one each"
+        )
+    if arguments.clock == "cpu" and (arguments.device != "cpu" or arguments.threads != 1):
+        raise InputError(
+            f"--clock cpu cannot time --device {arguments.device} with {arguments.threads} "
+            "threads; give --device cpu --threads 1, or --clock wall"
+        )
+    return runs
+
+
+def measured_batch(bench: Bench, rates: Rates, batch: int, num_runs: int) -> dict[str, Any]:
     """One batch size; a warm-up run of each side, then both in turns, either first."""
     requests, decode = bench.requests(batch), bench.decode_engine(batch)
     runs: dict[str, list[Times]] = {"dense": [], "pruned": []}
-    for repeat in range(num_runs + 1):
-        for side in list(runs) if repeat % 2 else list(reversed(runs)):
-            times = bench.run(side, requests, decode)
-            if repeat:
-                runs[side].append(times)
+    for side, counts in in_turns(list(runs), num_runs):
+        times = bench.run(side, requests, decode)
+        if counts:
+            runs[side].append(times)
     works = {side: work(bench, batch, rule) for side, rule in bench.rules.items()}
     return {
         "batch": batch,
@@ -65,18 +139,18 @@ def work(bench: Bench, batch: int, rule: VisualTokens | None) -> Work:
 
 def measured_or_skipped(bench: Bench, rates: Rates, batch: int, num_runs: int) -> dict[str, Any]:
     try:
-        return measure(bench, rates, batch, num_runs)
+        return measured_batch(bench, rates, batch, num_runs)
     except torch.OutOfMemoryError:
         pass  # what the failed run held is let go of with the exception
     torch.cuda.empty_cache()
     return {"batch": batch, "skipped": "it does not fit into the device's memory"}
 
 
-def caveats(arguments: argparse.Namespace) -> list[str]:
+def caveats(arguments: Namespace, runs: Sequence[int]) -> list[str]:
     found = []
-    if arguments.scale != "llava-7b":
-        found.append(f"the model is scaled down ({arguments.scale}), so shares of stages differ")
-    few = [n for n in arguments.runs if n < ENOUGH_RUNS]
+    if arguments.shape != "llava-7b":
+        found.append(f"the model is scaled down ({arguments.shape}), so shares of stages differ")
+    few = [n for n in runs if n < ENOUGH_RUNS]
     if few:
         found.append(f"runs are {few} where {ENOUGH_RUNS} are asked for")
     if arguments.clock == "cpu":
@@ -84,93 +158,5 @@ def caveats(arguments: argparse.Namespace) -> list[str]:
     return found
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--scale", choices=sorted(SCALES), default="llava-7b")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--runs", type=int, nargs="+", default=[30], help="one, or per batch")
-    parser.add_argument("--keep", type=int, default=64, help="of 576 visual tokens")
-    parser.add_argument(
-        "--method", choices=METHODS, default=METHODS[0], help="bounds count the first one's work"
-    )
-    parser.add_argument("--text-tokens", type=int, default=48)
-    parser.add_argument("--answer-tokens", type=int, default=32)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    arguments = parser.parse_args()
-    if len(arguments.runs) == 1:
-        arguments.runs *= len(arguments.batch)
-    if len(arguments.runs) != len(arguments.batch):
-        parser.error("--runs takes one number, or one for each of --batch")
-    if arguments.clock == "cpu" and (arguments.device != "cpu" or arguments.threads != 1):
-        parser.error("--clock cpu needs --device cpu and one thread")
-    return arguments
-
-
-def main() -> None:
-    arguments = parse()
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        print("skipped: torch sees no CUDA device here; --scale small --device cpu runs it small")
-        return
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(arguments.seed)
-    load = os.getloadavg()[0]
-    model = random_llava(arguments.scale, DTYPES[arguments.dtype], arguments.device)
-    rates = measured_rates(model.device, model.dtype, arguments.clock)
-    bench = Bench(
-        model,
-        VisualTokens(method=arguments.method, num_keep=arguments.keep),
-        text_tokens=arguments.text_tokens,
-        num_answer=arguments.answer_tokens,
-        clock=arguments.clock,
-    )
-    results = []
-    for batch, num_runs in zip(arguments.batch, arguments.runs, strict=True):
-        results.append(measured_or_skipped(bench, rates, batch, num_runs))
-        print(f"batch {batch}: {results[-1].get('speedups', results[-1])}", flush=True)
-    (request,) = bench.requests(1)
-    transfers: dict[str, Any] = {
-        side: asdict(bench.transfer(side, request)) for side in bench.plans
-    }
-    heavy = [bench.requests(1, images)[0] for images in IMAGES]
-    transfers["by_images"] = [asdict(bench.transfer("pruned", each)) for each in heavy]
-    write(arguments, rates, results, transfers, (load, os.getloadavg()[0]))
-
-
-def write(
-    arguments: argparse.Namespace,
-    rates: Rates,
-    results: list[dict[str, Any]],
-    transfers: dict[str, dict[str, Any]],
-    load: tuple[float, float],
-) -> None:
-    on_gpu = arguments.device != "cpu"
-    hardware = torch.cuda.get_device_name() if on_gpu else "cpu"
-    machine = this_machine(device=hardware, num_threads=arguments.threads)
-    given = {key: value for key, value in vars(arguments).items() if key != "out"}
-    record = {
-        "arguments": {**given, "image_tokens": IMAGE_TOKENS},
-        "shapes": asdict(SCALES[arguments.scale]),
-        "machine": machine.model_dump(),
-        "load_average": load,
-        **asdict(rates),
-        "caveats": caveats(arguments),
-        "transfers": transfers,
-        "results": results,
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    stem = f"visual_speed-{arguments.scale}-{arguments.dtype}" + ("-gpu" if on_gpu else "")
-    (arguments.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = markdown(record)
-    (arguments.out / f"{stem}.md").write_text(text)
-    print(text)
-
-
 if __name__ == "__main__":
-    main()
+    run(parser(), measure, report, label=speed_label)

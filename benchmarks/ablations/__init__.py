@@ -1,1 +1,1 @@
-"""The studies of ``benchmarks/ablation.py``."""
+"""Parts of ``ablation.py``; ``headline.py`` measures plans on the same bench."""

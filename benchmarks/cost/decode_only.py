@@ -7,7 +7,8 @@ import math
 import statistics
 from typing import Any
 
-from cost.lines import equal_lines
+from lines.equal import equal_lines
+
 from cost.meter import Cost, Meter
 from cost.trial import naive
 from rayapp.models.loading import LoadedModel
@@ -33,7 +34,7 @@ def decode_only(arguments: argparse.Namespace, model: LoadedModel) -> dict[str, 
         arguments.seed,
         chunk_tokens=count * tokens,
     )
-    repeats = [_once(model, lines) for _ in range(arguments.decode_repeats)]
+    repeats = [_once(model, lines) for _ in range(arguments.decode_runs)]
     rows = [
         _row(arguments, block, [repeat[block] for repeat in repeats], len(repeats[0]))
         for block in range(len(repeats[0]))

@@ -2,7 +2,7 @@
 
 One set of fresh lines for all seeds. A resample draws seeds, and lines within every task, so the
 bound holds for other seeds *and* other lines. Shapes: P = plans, S = seeds, R = resamples, L =
-lines, N = lines of a task.
+lines.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from lines.resampled import ResampledScores
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
@@ -49,17 +50,12 @@ def relative_loss(
 ) -> tuple[float, float]:
     """Mean score of the second plans over that of the first, minus one; and its upper bound."""
     rng = np.random.default_rng(0)
-    tokens_L = np.array([len(line.continuation) for line in lines.lines], float)
-    drawn_RP = np.zeros((RESAMPLES, len(sums_PL)))
-    mean_P = np.zeros(len(sums_PL))
-    for task in lines.tasks:
-        group = np.array([i for i, line in enumerate(lines.lines) if line.task == task])
-        counts_RN = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), RESAMPLES)
-        tokens_R1 = (counts_RN @ tokens_L[group])[:, None]
-        drawn_RP += counts_RN @ sums_PL[:, group].T / tokens_R1 / len(lines.tasks)
-        mean_P += sums_PL[:, group].sum(axis=1) / tokens_L[group].sum() / len(lines.tasks)
+    scores = ResampledScores(lines, sums_PL, rng, RESAMPLES)
     seeds_RS = rng.integers(len(indices_S2), size=(RESAMPLES, len(indices_S2)))
     rows = np.arange(RESAMPLES)[:, None]
-    whole_R, raced_R = (drawn_RP[rows, indices_S2[seeds_RS, k]].sum(axis=1) for k in (0, 1))
-    loss = mean_P[indices_S2[:, 1]].sum() / mean_P[indices_S2[:, 0]].sum() - 1
-    return float(loss), float(np.quantile(raced_R / whole_R - 1, CONFIDENCE, method="higher"))
+    whole_R, raced_R = (
+        scores.resampled_RP[rows, indices_S2[seeds_RS, k]].sum(axis=1) for k in (0, 1)
+    )
+    whole, raced = (scores.value_P[indices_S2[:, k]].sum() for k in (0, 1))
+    upper = np.quantile(raced_R / whole_R - 1, CONFIDENCE, method="higher")
+    return float(raced / whole - 1), float(upper)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from lines.equal import equal_lines
 from transformers import PreTrainedModel
 
-from cost.lines import equal_lines
 from cost.meter import Cost, Meter, Recording
 from rayapp.models.loading import LoadedModel
 from rayapp.pruning.candidates.candidate import Candidate

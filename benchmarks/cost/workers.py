@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from cost.lines import equal_lines
+from lines.equal import equal_lines
+
 from cost.trial import score_of, search
 from rayapp.models.loading import LoadedModel
 from rayapp.pruning.candidates.candidate import Candidate
@@ -47,7 +48,7 @@ def two_workers(arguments: argparse.Namespace, model: LoadedModel) -> dict[str, 
         ray.wait(list(pool._starting), num_returns=len(pool._starting))
     space = Space(model.signature.num_blocks, arguments.remove, arguments.remove)
     seconds: dict[int, list[float]] = {count: [] for count in pools}
-    for repeat in range(-1, arguments.repeats):  # the first, uncounted, warms both up
+    for repeat in range(-1, arguments.runs):  # the first, uncounted, warms both up
         rng = random.Random(repeat)
         drawn = sorted({space.draw(rng) for _ in range(arguments.worker_candidates)})
         for count in sorted(pools, reverse=repeat % 2 == 1):

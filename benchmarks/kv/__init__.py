@@ -1,1 +1,1 @@
-"""Rules that choose KV, ours and the peers', judged as a plan would be."""
+"""Parts of ``kv_rules.py``: ways to choose which KV travels, ours and others, and their judge."""

@@ -15,7 +15,7 @@ from rayapp.kv.cache import held_entries
 from rayapp.models.attention import attention_weights, observed_attention
 
 WINDOW = 32
-"""Last prompt tokens whose attention votes, as SnapKV's observation window."""
+"""How many last prompt tokens vote by their attention: SnapKV's observation window."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class PromptAttention:
     """Attention of one batch on the entries that each block holds after prefill.
 
     Attributes:
-        num_prompt_tokens: Of every prompt.
+        num_prompt_tokens: The length of every prompt of the batch.
         num_prompts: B.
         num_kv_heads: H.
-        held: By block where decode attends, N.
-        last: By block, weights ``(B, N)`` of the last prompt token, averaged over heads. Blocks
+        held: N, by block where decode attends.
+        last: Attention ``(B, N)`` of the last prompt token by block, averaged over heads. Blocks
             where prefill does not attend are missing.
-        votes: By block, weights ``(B, H, N)`` of the last ``WINDOW`` prompt tokens, summed over
+        votes: Attention ``(B, H, N)`` of the last ``WINDOW`` prompt tokens by block, summed over
             them and averaged over the query heads of a KV head. Missing as in ``last``.
     """
 
@@ -77,7 +77,7 @@ def watched_hand_over(
 def _window_weights(
     query_BQTD: torch.Tensor, keys_BHTD: torch.Tensor, scaling: float, window: int | None
 ) -> torch.Tensor:
-    """Weights ``(B, Q, W, T)`` of the last tokens over the prompt."""
+    """Attention ``(B, Q, W, T)`` of the window's tokens on all tokens of the prompt."""
     num_tokens = keys_BHTD.shape[2]
     first = max(0, num_tokens - WINDOW)
     distance_WT = torch.arange(first, num_tokens)[:, None] - torch.arange(num_tokens)

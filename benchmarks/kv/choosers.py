@@ -22,12 +22,12 @@ from rayapp.pruning.kv_choice.bytes import KVBytes
 
 @dataclass(frozen=True)
 class Choice:
-    """What some prompts send.
+    """What the prompts of one batch send.
 
     Attributes:
-        kept: By block where decode attends, which entries travel, bool ``(B, H, N)``.
-        encodings: By block.
-        bytes_sent: Per prompt, header, scales and indices included.
+        kept: Which entries travel, bool ``(B, H, N)``, by block where decode attends.
+        encodings: How the entries of a block are encoded, by block.
+        bytes_sent: The bytes of every prompt; header, scales and indices count.
     """
 
     kept: Mapping[int, torch.Tensor]
@@ -36,10 +36,10 @@ class Choice:
 
 
 class KVChooser(Protocol):
-    """A way to choose."""
+    """A way to choose which KV travels."""
 
     def choose(self, attention: PromptAttention, num_bytes: KVBytes) -> Choice:
-        """What the prompts of one batch send."""
+        """Choose for the prompts of one batch."""
         ...
 
 
@@ -50,7 +50,7 @@ class FixedRules:
     rules: Mapping[int, KVTransfer]
 
     def choose(self, attention: PromptAttention, num_bytes: KVBytes) -> Choice:
-        """Entries by number alone."""
+        """Keep entries by their place in the prompt; attention does not count."""
         rules = {block: self.rules.get(block, SEND_ALL) for block in attention.held}
         sent = num_bytes.message(rules, attention.num_prompt_tokens)
         return Choice(
@@ -84,7 +84,7 @@ class LazyBlocks:
     cut: KVTransfer
 
     def choose(self, attention: PromptAttention, num_bytes: KVBytes) -> Choice:
-        """Per prompt and block, all entries or those of the cut."""
+        """Keep all entries of a block, or those of the cut, prompt by prompt."""
         uncut = KVTransfer(encoding=self.cut.encoding)
         lazy = {block: self._is_lazy(attention, block) for block in attention.held}
         rows = range(attention.num_prompts)
@@ -102,7 +102,7 @@ class LazyBlocks:
         return Choice(kept, dict.fromkeys(lazy, self.cut.encoding), tuple(sent))
 
     def _is_lazy(self, attention: PromptAttention, block: int) -> torch.Tensor:
-        """Bool ``(B,)``."""
+        """Whether a block is lazy, bool ``(B,)``: one answer per prompt."""
         if block not in attention.last:
             return torch.zeros(attention.num_prompts, dtype=torch.bool)
         mass_BN = attention.last[block] * _entries(self.cut, attention.held[block])
@@ -124,7 +124,7 @@ class ScoredTokens:
     pool: int = 7
 
     def choose(self, attention: PromptAttention, num_bytes: KVBytes) -> Choice:
-        """The best-scored entries of every block and head."""
+        """Keep the best-scored entries of every block and head."""
         kept, rules, index_bytes = {}, {}, 0
         for block, held in attention.held.items():
             count = max(1, math.ceil(self.keep_ratio * held - 1e-9))
@@ -144,7 +144,7 @@ class ScoredTokens:
                 attention.votes[block], self.pool, stride=1, padding=self.pool // 2
             )
             recent = torch.arange(held) >= held - WINDOW
-            # Later ones first, where even the window has no room.
+            # If even the window does not fit, its newest entries are kept.
             scores_BHN = scores_BHN + recent * (2.0 * WINDOW + torch.arange(held))
         best_BHK = scores_BHN.topk(min(count, held), dim=-1).indices
         return torch.zeros(scores_BHN.shape, dtype=torch.bool).scatter(-1, best_BHK, True)

@@ -29,7 +29,10 @@ from rayapp.plan import Encoding, PruningPlan
 from rayapp.pruning.kv_choice.bytes import KVBytes
 
 MIN_TOKENS = 3
-"""Continuation tokens that masks by head need: the kernel for one query has another shape."""
+"""Length that a mask by head needs; shorter continuations are padded up to it.
+
+The attention kernel for a single query expects a mask of another shape.
+"""
 
 
 @dataclass
@@ -47,7 +50,7 @@ class KVQuality:
 
     @property
     def reduction(self) -> float:
-        """``bytes_full / bytes_sent``."""
+        """How many times fewer bytes than all KV are sent."""
         return self.bytes_full / self.bytes_sent
 
     def groups(self) -> dict[str, list[int]]:
@@ -58,7 +61,7 @@ class KVQuality:
         }
 
     def exact_match(self) -> dict[str, float]:
-        """By task."""
+        """The share of lines that are answered exactly, by task."""
         return {
             task: sum(self.is_match[i] for i in group) / len(group)
             for task, group in self.groups().items()
@@ -151,7 +154,7 @@ class ChosenPrefix(PrefixCache):
         }
 
     def masks(self, positions: torch.Tensor) -> dict[int, torch.Tensor]:
-        """As those of all KV, without what did not travel: ``(B, query heads, C, N + C)``."""
+        """The masks of all KV without what did not travel, ``(B, query heads, C, N + C)``."""
         count = positions.shape[-1]
         return {
             block: mask
@@ -161,7 +164,10 @@ class ChosenPrefix(PrefixCache):
 
 
 def _arrived(full: Prefix, kept_BHN: torch.Tensor, encoding: Encoding) -> Prefix:
-    """Zeros never raise the largest magnitude, so scales are those of what is sent."""
+    """A block's KV after its round trip, with zeros for entries that did not travel.
+
+    Zeros never raise the largest magnitude, so scales are those of what is sent.
+    """
     if encoding == "model":
         return full
     there_BHN1 = kept_BHN[..., None].to(full.keys_BHND.device)
@@ -172,7 +178,7 @@ def _arrived(full: Prefix, kept_BHN: torch.Tensor, encoding: Encoding) -> Prefix
 def attentions(
     model: PreTrainedModel, plan: PruningPlan, lines: Sequence[TokenizedLine]
 ) -> list[PromptAttention]:
-    """What rules per prompt can go by, batch by batch: to tune them."""
+    """The attention that rules per prompt are tuned on, batch by batch."""
     stages = TwoStages(model, plan.model_copy(update={"kv_transfer": {}}))
     return [watched_hand_over(stages, padded(lines, batch)[0])[1] for batch in equal_batches(lines)]
 

@@ -1,1 +1,1 @@
-"""How the comparison of visual pruning is shown."""
+"""Parts of ``visual_speed.py`` and ``visual_quality.py``; each page has the name of its script."""

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from hardware.rates import Rates
+from shapes.llava import IMAGE_TOKENS
 from torch import nn
 from transformers import PreTrainedModel
 
 from rayapp.models.blocks import find_decoder
 from rayapp.models.stack import BlockStack
-from visual.clock import Clock
-from visual.scales import IMAGE_TOKENS
 
 FORMULAS = """\
 Bounds, with P weights of the products in L blocks of width E, T tokens run per prompt, B prompts, \
@@ -25,34 +24,6 @@ weight of blocks and head once, and the KV of B (T + N / 2) entries in every blo
 4 (T + N / 2) E L operations per sequence. Each stage takes at least the longer of operations / \
 rate and bytes / bandwidth, both rates measured here; a speed-up's bound is the ratio of the sums.\
 """
-
-
-@dataclass(frozen=True)
-class Rates:
-    """The best that one big product and one big copy reach."""
-
-    flops_per_s: float
-    bytes_per_s: float
-
-    def seconds(self, flops: float, num_bytes: float) -> float:
-        return max(flops / self.flops_per_s, num_bytes / self.bytes_per_s)
-
-
-def measured_rates(device: torch.device, dtype: torch.dtype, clock: str) -> Rates:
-    """On the clock that the runs are timed by."""
-    on_gpu = device.type == "cuda"
-    side, length = (8192, 1 << 28) if on_gpu else (1024, 1 << 24)
-    left = torch.randn(side, side, device=device, dtype=dtype)
-    source = torch.ones(length, device=device)
-    target = torch.empty_like(source)
-    products, copies = [], []
-    for _ in range(10):
-        timer = Clock(device, clock)
-        left @ left
-        products.append(timer.lap())
-        target.copy_(source)
-        copies.append(timer.lap())
-    return Rates(2 * side**3 / min(products), 2 * source.nbytes / min(copies))
 
 
 @dataclass(frozen=True)

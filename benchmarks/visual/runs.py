@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from hardware.clock import Clock
 from PIL import Image
+from shapes.llava import IMAGE_TOKENS, IMAGES, SIDE, image_processor
 from transformers import PreTrainedModel
 
 from rayapp.engine.decode import DecodeEngine
@@ -29,8 +31,6 @@ from rayapp.plan import PruningPlan, VisualTokens
 from rayapp.vision.llava import LlavaAdapter
 from rayapp.vision.reader import ImageReader, ImageSupport
 from rayapp.vision.selection import keep_places_of_prompts
-from visual.clock import Clock
-from visual.scales import IMAGE_TOKENS, IMAGES, SIDE, image_processor
 
 PHASES = ("prepare", "tower", "embed", "prefill", "admit", "decode")
 _WORDS = 16  # of a prompt's text, that images are aligned with

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from hardware.rates import Rates
 
-from visual.bounds import Rates, Work
+from visual.bounds import Work
 from visual.runs import PHASES, Times
 
 RESAMPLES = 10_000

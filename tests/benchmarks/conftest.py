@@ -15,10 +15,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture
 def run_script(monkeypatch, tmp_path) -> Callable[..., Path]:
     """``run_script(name, *arguments)`` runs a benchmark; returns where its results are."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
-    def run(name: str, *arguments: object) -> Path:
-        script = BENCHMARKS / f"{name}.py"
+    def run(name: str, *arguments: object, script: Path | None = None) -> Path:
+        script = script or BENCHMARKS / f"{name}.py"
         words = [str(script), *map(str, arguments), "--out", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", words)
         runpy.run_path(str(script), run_name="__main__")

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import statistics
+
+import pytest
 
 
 def test_studies_are_measured_once(run_script, save_tiny, tmp_path, capsys):
@@ -13,17 +16,25 @@ def test_studies_are_measured_once(run_script, save_tiny, tmp_path, capsys):
     out = run_script(*arguments)
     record = json.loads((out / "ablation.json").read_text())
     studies = record["models"][model.name]
-    assert [row["name"] for row in studies["spaces"]][:2] == [
-        "one shared set", "subset rule (PDTrim)"
+    assert [row["name"] for row in studies["spaces"]] == [
+        "one shared set", "subset rule (PDTrim)", "kv modes", "kv modes, parts"
     ]  # fmt: skip
     methods = {row["name"]: row for row in studies["methods"]}
-    assert methods["one_shot"]["seeds"] == 2
-    assert methods["one_shot"]["search_s"] > 0
-    for row in methods.values():
-        assert row["kl_lowest"] <= row["kl"] <= row["kl_highest"]
+    plans = tmp_path / "work" / model.name / "plans"
+    for name, row in methods.items():
+        took = [
+            json.loads((plans / f"method-{name}-{s}" / "took.json").read_text()) for s in (0, 1)
+        ]
+        assert row["seeds"] == 2
+        for key in ("evaluations", "search_s"):
+            assert row[key] == pytest.approx(statistics.mean(each[key] for each in took))
+        assert row["kl"] == pytest.approx((row["kl_lowest"] + row["kl_highest"]) / 2)
     [held] = studies["memory"]
     assert held["prefill"] < held["dense"] > held["decode"]
-    assert "| one_shot |" in (out / "ablation.md").read_text()
-    capsys.readouterr()
+    commits = {row["commit"] for rows in studies.values() for row in rows}
+    assert commits == {record["machine"]["commit"]}
+    page = (out / "ablation.md").read_text()
+    assert f"| {model.name} | one_shot |" in page
+    assert "mean over calibration sets and seeds" in capsys.readouterr().out
     run_script(*arguments)
-    assert " s\n" not in capsys.readouterr().out.split("Two of twelve")[0]  # no row anew
+    assert capsys.readouterr().out == page  # no row anew

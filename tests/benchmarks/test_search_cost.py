@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cost.held_out import relative_loss
 
 from rayapp.data.lines import TokenizedLine
 from rayapp.pruning.evaluator.calibration import cut
@@ -14,8 +15,8 @@ from rayapp.pruning.evaluator.calibration import cut
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = (
     "--lines", 8, "--held-out", 8, "--prompt-tokens", 24, "--continuation-tokens", 6,
-    "--chunk-tokens", 60, "--evaluations", 12, "--seeds", 2, "--decode-repeats", 1,
-    "--repeats", 1, "--worker-candidates", 2,
+    "--chunk-tokens", 60, "--evaluations", 12, "--seeds", 2, "--decode-runs", 1,
+    "--runs", 1, "--worker-candidates", 2,
 )  # fmt: skip
 
 
@@ -37,6 +38,7 @@ def test_the_parts_that_need_no_ray(run_script, save_tiny, tmp_path, capsys):
     run_script("search_cost", *arguments, "--only", "simulation")
     again = json.loads((out / "search_cost-llama-surrogate.json").read_text())["parts"]
     assert again["search"] == parts["search"]
+    assert set(again) == {"search", "decode_only", "simulation"}
     speed_ups = [row["speed_up"] for row in again["simulation"]["result"]]
     assert speed_ups[0] == 1 < speed_ups[1] <= 2
     text = (out / "search_cost-llama-surrogate.md").read_text()
@@ -57,10 +59,7 @@ def test_two_workers(save_tiny, tmp_path):
     assert "Two Ray evaluators against one" in done.stdout
 
 
-def test_the_loss_is_paired_over_seeds_and_lines(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from cost.held_out import relative_loss
-
+def test_the_loss_is_paired_over_seeds_and_lines():
     rng = np.random.default_rng(3)
     lines = cut([TokenizedLine((1, 2), (3,) * (1 + i % 3), "ab"[i % 2]) for i in range(40)])
     first_L = rng.exponential(size=40)

@@ -68,10 +68,11 @@ def test_visual_quality(run_script, model, data, tmp_path) -> None:
     home = PruningPlan(model=load_model(model).signature).save(tmp_path / "plan").parent
     out = run_script(
         "visual_quality", "--model", model, "--data", data, *SMALL, "--beside", home,
-        "--name", "tiny", "--samples", 2, "--split", "test",
+        "--name", "named", "--samples", 2, "--split", "test",
     )  # fmt: skip
-    stem = out / "visual_quality-tiny"
-    found = VisualQuality.parse(stem.with_suffix(".json").read_bytes(), "x")
+    stem = out / "visual_quality-named"
+    record = json.loads(stem.with_suffix(".json").read_text())
+    found = VisualQuality.model_validate(record["comparison"])
     assert [(row.method, row.num_keep) for row in found.rows] == [
         (method, keep) for method in METHODS for keep in (8, 4)
     ]
@@ -96,7 +97,7 @@ def test_visual_quality(run_script, model, data, tmp_path) -> None:
     ):
         assert words in text
     assert "<svg" in stem.with_suffix(".svg").read_text()
-    assert (home / VISUAL_FILE).read_bytes() == stem.with_suffix(".json").read_bytes()
+    assert VisualQuality.parse((home / VISUAL_FILE).read_bytes(), "x") == found
     page = render_report(gather(home))
     assert "Which tokens are kept" in page
     assert [sample.task for sample in found.samples] == ["a", "b"]
@@ -159,8 +160,8 @@ def test_a_text_model_has_no_visual_tokens_to_compare(testbed_path, tmp_path) ->
 def test_the_shipped_model_brings_its_own_questions(run_script) -> None:
     few = ["--methods", "diversity", "--budgets", 64, "--sweep-budgets", "--samples", 1]
     out = run_script("visual_quality", "--scenes", 3, *few)
-    stored = (out / "visual_quality-testbed-vision.json").read_bytes()
-    found = VisualQuality.parse(stored, "x")
+    record = json.loads((out / "visual_quality-testbed-vision.json").read_text())
+    found = VisualQuality.model_validate(record["comparison"])
     assert found.split == "test"
     assert found.num_examples == dict.fromkeys(sorted(TYPES), 3)
     assert sum(found.dense.values()) / len(TYPES) >= 0.9

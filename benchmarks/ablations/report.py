@@ -1,13 +1,18 @@
-"""The rows of all models as Markdown, and in how many of them a piece helps."""
+"""The page of ``ablation.py``: rows of all models, and what helps in every one of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rayapp.evaluation.machine import Machine
+from recorder.origin import threads
+from recorder.page import Block
+from recorder.record import Record
+from recorder.table import Table
 
 Row = Mapping[str, Any]
+SIZES = ("calibration_per_task", "heal_per_task", "fresh_per_task", "runs", "seeds")
+"""Options that say how much was measured."""
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "kl": ("KL", "{:.4f}"),
@@ -48,50 +53,40 @@ TITLES = {
 }
 
 
-def markdown(
-    models: Mapping[str, Mapping[str, Sequence[Row]]],
-    configuration: Mapping[str, Any],
-    machine: Machine,
-) -> str:
+def report(record: Record) -> list[Block]:
     """Study by study, the models below each other."""
-    commits = {row["commit"] for each in models.values() for rows in each.values() for row in rows}
-    told = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in configuration.items())
-    parts = [
+    models, asked = record["models"], record["configuration"]
+    sizes = ", ".join(f"{key.replace('_', ' ')} {asked[key]}" for key in SIZES)
+    num_threads = threads(record["machine"]["num_threads"])
+    blocks: list[Block] = [
         f"Two of twelve blocks removed from each stage, {len(models)} models "
-        f"({', '.join(models)}); {told}. float32 (bytes: bf16), one thread, {machine.processor}, "
-        f"torch {machine.versions['torch']}, rows measured at {', '.join(sorted(commits))}. "
-        "KL in nats per token and points of exact match lost are on fresh examples, tasks weighing "
-        "alike; speed-ups are 128 tokens in, 64 out, batch 1 where nothing else is said."
+        f"({', '.join(models)}); {sizes}. float32 (bytes: bf16), {num_threads}. KL in nats per "
+        "token and points of exact match lost are on fresh examples, tasks weighing alike; "
+        "speed-ups are 128 tokens in, 64 out, batch 1 where nothing else is said."
     ]
     for study, title in TITLES.items():
         present = {model: studies[study] for model, studies in models.items() if study in studies}
         if present:
-            parts.append(f"## {title}\n\n{table(present)}")
-            order = ordering(present)
-            if order:
-                parts.append(order)
-    return "\n\n".join(parts) + "\n"
+            blocks += [f"## {title}", table(present), *ordering(present)]
+    return blocks
 
 
-def table(present: Mapping[str, Sequence[Row]]) -> str:
+def table(present: Mapping[str, Sequence[Row]]) -> Table:
     """One table for all models of a study."""
     used = [c for c in COLUMNS if any(c in row for rows in present.values() for row in rows)]
-    lines = [
-        "| model | | " + " | ".join(COLUMNS[c][0] for c in used) + " |",
-        "|---|---|" + "---|" * len(used),
+    rows = [
+        (model, row["name"], *(COLUMNS[c][1].format(row[c]) if c in row else "" for c in used))
+        for model, rows in present.items()
+        for row in rows
     ]
-    for model, rows in present.items():
-        for row in rows:
-            cells = [COLUMNS[c][1].format(row[c]) if c in row else "" for c in used]
-            lines.append(f"| {model} | {row['name']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return Table(("model", "", *(COLUMNS[c][0] for c in used)), rows)
 
 
-def ordering(present: Mapping[str, Sequence[Row]]) -> str:
+def ordering(present: Mapping[str, Sequence[Row]]) -> list[str]:
     """Which rows rank alike by KL in every model: what may be said of all of them."""
     named = [{row["name"]: row["kl"] for row in rows if "kl" in row} for rows in present.values()]
     if len(named) < 2 or not all(named):
-        return ""
+        return []
     common = [name for name in named[0] if all(name in each for each in named)]
     facts = [
         f"`{a}` below `{b}`"
@@ -99,4 +94,5 @@ def ordering(present: Mapping[str, Sequence[Row]]) -> str:
         for b in common
         if a != b and all(each[a] < each[b] * 0.99 for each in named)
     ]
-    return f"KL lower by more than 1 % in all {len(named)}: " + ("; ".join(facts) or "none") + "."
+    found = "; ".join(facts) or "none"
+    return [f"KL lower by more than 1 % in all {len(named)}: {found}."]

@@ -1,6 +1,6 @@
-"""LLaVA models with random weights: LLaVA-1.5-7B's shapes, and the same at smaller scales.
+"""LLaVAs with random weights: LLaVA-1.5-7B's shapes, and smaller ones.
 
-Every scale sees an image of 336 x 336 pixels as 576 tokens; the tower's penultimate block is read,
+Every shape sees an image of 336 x 336 pixels as 576 tokens; the tower's penultimate block is read,
 as LLaVA-1.5 does, and all its blocks run.
 """
 
@@ -25,7 +25,7 @@ IMAGES = (1, 2, 4, 6)
 
 
 @dataclass(frozen=True)
-class Shape:
+class StackShape:
     """Width, blocks, heads and MLP width of a stack of blocks."""
 
     hidden: int
@@ -35,41 +35,44 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Scale:
+class LlavaShape:
     """The language model, its vocabulary, and the vision tower."""
 
-    text: Shape
+    text: StackShape
     vocab: int
-    vision: Shape
+    vision: StackShape
 
 
-SCALES = {
-    "llava-7b": Scale(Shape(4096, 32, 32, 11_008), 32_064, Shape(1024, 24, 16, 4096)),
-    "small": Scale(Shape(512, 8, 8, 1376), 2048, Shape(256, 6, 4, 1024)),
-    "tiny": Scale(Shape(64, 2, 2, 160), 300, Shape(32, 2, 2, 64)),
+SHAPES = {
+    "llava-7b": LlavaShape(
+        StackShape(4096, 32, 32, 11_008), 32_064, StackShape(1024, 24, 16, 4096)
+    ),
+    "small": LlavaShape(StackShape(512, 8, 8, 1376), 2048, StackShape(256, 6, 4, 1024)),
+    "tiny": LlavaShape(StackShape(64, 2, 2, 160), 300, StackShape(32, 2, 2, 64)),
 }
 
 
 def random_llava(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    scale = SCALES[name]
+    """A LLaVA of a named shape, made on the device that it runs on."""
+    shape = SHAPES[name]
     text = LlamaConfig(
-        hidden_size=scale.text.hidden,
-        num_hidden_layers=scale.text.blocks,
-        num_attention_heads=scale.text.heads,
-        num_key_value_heads=scale.text.heads,
-        intermediate_size=scale.text.mlp,
-        vocab_size=scale.vocab,
+        hidden_size=shape.text.hidden,
+        num_hidden_layers=shape.text.blocks,
+        num_attention_heads=shape.text.heads,
+        num_key_value_heads=shape.text.heads,
+        intermediate_size=shape.text.mlp,
+        vocab_size=shape.vocab,
         max_position_embeddings=4096,
     )
     vision = CLIPVisionConfig(
-        hidden_size=scale.vision.hidden,
-        num_hidden_layers=scale.vision.blocks,
-        num_attention_heads=scale.vision.heads,
-        intermediate_size=scale.vision.mlp,
+        hidden_size=shape.vision.hidden,
+        num_hidden_layers=shape.vision.blocks,
+        num_attention_heads=shape.vision.heads,
+        intermediate_size=shape.vision.mlp,
         image_size=SIDE,
         patch_size=PATCH,
     )
-    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=scale.vocab - 1)
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=shape.vocab - 1)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
     model.rayapp_fingerprint = "random"  # hashing gigabytes of noise would tell nothing
@@ -77,6 +80,7 @@ def random_llava(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
 
 
 def image_processor() -> LlavaImageProcessorPil:
+    """The processor that goes with every shape."""
     return LlavaImageProcessorPil(
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
     )

@@ -1,0 +1,1 @@
+"""Search methods replayed on spaces that were scored whole, so that the optimum is known."""

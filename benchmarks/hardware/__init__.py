@@ -1,0 +1,1 @@
+"""Time and rates of the device that a benchmark runs on."""

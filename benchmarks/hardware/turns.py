@@ -1,0 +1,16 @@
+"""The order in which sides that are compared take turns, so that both see the same machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+
+def in_turns(sides: Sequence[str], num_runs: int) -> Iterator[tuple[str, bool]]:
+    """Every side once a run, and in the next run in reverse; a first run warms all of them up.
+
+    Yields:
+        A side, and whether its run counts.
+    """
+    for run in range(num_runs + 1):
+        for side in sides if run % 2 else reversed(sides):
+            yield side, run > 0

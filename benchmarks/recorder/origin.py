@@ -1,0 +1,85 @@
+"""What numbers were measured with: asked for in words, on which machine, commit and day."""
+
+from __future__ import annotations
+
+import os
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from rayapp.evaluation.machine import Machine, this_machine
+from recorder.options import configuration_of
+
+
+@dataclass(frozen=True)
+class Start:
+    """The moment at which a measurement began, and the machine that it found."""
+
+    machine: Machine
+    date: datetime = field(default_factory=lambda: datetime.now(UTC))
+    wall_s: float = field(default_factory=time.perf_counter)
+    cpu_s: float = field(default_factory=time.process_time)
+    load: float = field(default_factory=lambda: os.getloadavg()[0])
+
+    @classmethod
+    def now(cls, arguments: Namespace) -> Start:
+        """Begin; the commit is read here, because a checkout may move during a long run."""
+        on_gpu = arguments.device.startswith("cuda")
+        device = torch.cuda.get_device_name(arguments.device) if on_gpu else arguments.device
+        return cls(this_machine(device=device, num_threads=arguments.threads))
+
+    def origin(self, arguments: Namespace) -> dict[str, Any]:
+        """What a record says of a measurement that ends now."""
+        return {
+            "date": self.date.isoformat(timespec="seconds"),
+            "configuration": configuration_of(arguments),
+            "machine": self.machine.model_dump(),
+            "load_average": [self.load, os.getloadavg()[0]],
+            "wall_s": time.perf_counter() - self.wall_s,
+            "cpu_s": time.process_time() - self.cpu_s,
+        }
+
+
+def measured_on(origin: Mapping[str, Any]) -> str:
+    """What the numbers were measured on, as one sentence for a page.
+
+    Older records lack a date, a load, or seconds. Where rows were kept from earlier runs, those of
+    the last run say nothing about them; their commits are told.
+    """
+    machine = origin["machine"]
+    words = [machine["processor"]]
+    if machine["device"] != "cpu":
+        words.append(machine["device"])
+    words.append(threads(machine["num_threads"]))
+    kept = sorted(set(_commits_of_rows(origin)))
+    if "load_average" in origin and not kept:
+        words.append("load average {:.1f} to {:.1f}".format(*origin["load_average"]))
+    if "cpu_s" in origin and not kept:
+        words.append(f"{origin['cpu_s']:,.0f} s of CPU")
+    words += [f"{name} {machine['versions'][name]}" for name in ("torch", "transformers")]
+    if "date" in origin and not kept:
+        words.append(origin["date"][:10])
+    commits = kept or [str(machine["commit"])]
+    words.append(f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}")
+    return f"Measured on {', '.join(words)}."
+
+
+def threads(count: int) -> str:
+    """The number of threads in words."""
+    return "one thread" if count == 1 else f"{count} threads"
+
+
+def _commits_of_rows(found: Any) -> Iterator[str]:
+    """Rows that were kept from earlier runs say themselves which commit they were measured at."""
+    if isinstance(found, Mapping):
+        if "commit" in found and "versions" not in found:
+            yield str(found["commit"])
+        found = list(found.values())
+    if isinstance(found, list):
+        for each in found:
+            yield from _commits_of_rows(each)

@@ -1,0 +1,44 @@
+"""The page of a record: paragraphs, tables and charts in the order in which a script gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from recorder.chart import Chart
+from recorder.files import write_text
+from recorder.origin import measured_on
+from recorder.record import Record
+from recorder.table import Table
+
+Block = str | Table | Chart
+"""A paragraph or heading in Markdown, a table, or a chart (one a page)."""
+
+
+def page(blocks: Sequence[Block], record: Record, stem: str) -> str:
+    """The Markdown of a record; its last line says what the numbers were measured on.
+
+    Where a record holds parts of different origin, the script says that of each.
+    """
+    parts = [_markdown(block, stem) for block in blocks]
+    if "machine" in record:
+        parts.append(measured_on(record))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_page(home: Path, stem: str, blocks: Sequence[Block], record: Record) -> str:
+    """Write a page and its chart into ``home``; returns the Markdown."""
+    for block in blocks:
+        if isinstance(block, Chart):
+            write_text(home / f"{stem}.svg", block.svg(salt=stem))
+    text = page(blocks, record, stem)
+    write_text(home / f"{stem}.md", text)
+    return text
+
+
+def _markdown(block: Block, stem: str) -> str:
+    if isinstance(block, Table):
+        return block.markdown()
+    if isinstance(block, Chart):
+        return f"![{block.title}]({stem}.svg)"
+    return block
