@@ -1,0 +1,78 @@
+"""A Hub id stands for a model in every command; offline, the cache is used on every node."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rayapp.plan import PruningPlan
+
+NAME, COMMIT = "owner/small", "c" * 40
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, save_tiny) -> Path:
+    """A cache of the Hub that holds one model, and calibration lines beside it."""
+    home = tmp_path_factory.mktemp("hub")
+    repo = home / "models--owner--small"
+    shutil.copytree(save_tiny(home / "made", "llama"), repo / "snapshots" / COMMIT)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMIT)
+    lines = [{"prompt": "ab" * (6 + n), "completion": "cd", "task": "t"} for n in range(3)]
+    (home / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return home
+
+
+@pytest.fixture
+def searched(hub, monkeypatch, run_job):
+    """``searched(out, *options)`` searches the cached model by its id; returns the plan."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+
+    def search(out: Path, *options: object) -> PruningPlan:
+        done = run_job(
+            "prune", "--model", NAME, "--calibration", hub / "lines.jsonl", "--out", out,
+            "--decode-remove", 1, "--method", "random", "--evaluations", 3, *options,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return PruningPlan.load(out)
+
+    return search
+
+
+def test_an_id_is_recorded_and_used_by_the_commands_that_follow(hub, searched, tmp_path, run_job):
+    plan = searched(tmp_path / "plan")
+    assert plan.provenance["model"] == {"id": NAME, "revision": COMMIT}
+    evaluated = run_job(
+        "evaluate", "--model", NAME, "--revision", COMMIT, "--plan", tmp_path / "plan",
+        "--data", hub / "lines.jsonl", "--runs", 0, "--out", tmp_path / "result.json",
+    )  # fmt: skip
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["complete"] is True
+    chosen = run_job(
+        "kv_select", "--model", f"{NAME}@{COMMIT}", "--plan", tmp_path / "plan",
+        "--calibration", hub / "lines.jsonl", "--max-kl", 9,
+    )  # fmt: skip
+    assert chosen.returncode == 0, chosen.stderr
+
+
+def test_a_miss_is_one_clear_line(searched, tmp_path, run_job):
+    for options, said in (
+        (("--model", "owner/other"), "is not in the cache"),
+        (("--model", NAME, "--revision", "v2"), "is not in the cache"),
+        (("--model", "./modle"), "no such model directory"),
+    ):
+        missed = run_job("evaluate", *options, "--data", "lines.jsonl")
+        assert missed.returncode == 2
+        assert said in missed.stderr
+        assert len(missed.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.ray
+def test_evaluators_of_a_cluster_find_the_model_by_its_id(searched, tmp_path):
+    alone = searched(tmp_path / "alone")
+    plan = searched(tmp_path / "plan", "--workers", 1)
+    assert plan.decode == alone.decode
+    assert plan.provenance["model"] == {"id": NAME, "revision": COMMIT}
