@@ -306,7 +306,7 @@ def test_leaving_ends_what_decode_has_admitted(byte_tokenizer, left):
 
 
 def test_a_second_cancellation_does_not_stop_the_word_to_decode(byte_tokenizer):
-    """A client that leaves cancels twice: our own watch does, and so does Serve."""
+    """A client that leaves may cancel twice: our own watch does, and so may Serve."""
 
     async def scenario():
         router = Router()

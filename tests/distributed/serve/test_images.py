@@ -92,6 +92,8 @@ def test_served_answers_equal_the_pipeline(
         if mode == "disaggregated":
             check_ledger(service, expected)
             check_parameters(service, loaded)
+        several = ask(service, *asked[1], n=3).json()["choices"]
+        assert [c["message"]["content"] for c in several] == [expected[1].text] * 3
         service.check_idle()
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
@@ -150,7 +152,8 @@ def check(asked: Asked, client: httpx.Client, reference: Any) -> None:
 
     The choices of a prompt follow each other, and the first of them has the client's own seed.
     """
-    seeds = CompletionRequest(prompt="", n=asked.n, **asked.options).sampling(MAX_TOKENS)
+    parsed = CompletionRequest(prompt="", n=asked.n, **asked.options)
+    seeds = parsed.sampling(parsed.answer_limit or MAX_TOKENS)
     if "seed" in asked.options:
         assert seeds[0].seed == asked.options["seed"]
     alone = [reference(prompt, sampling) for prompt in asked.prompts for sampling in seeds]
@@ -293,6 +296,24 @@ def test_calls_that_are_never_routed_end_in_a_deadline(service, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_lost_decode_replica_changes_no_answer(service, reference):
+    """Several answers of one request are prefilled again, and replayed, at once."""
+    if len(service.health["pools"].get("decode", ())) < 2:
+        pytest.skip("needs a second decode replica")
+    asked = Asked(2, 4, stream=True, options={**SEEDED, "max_tokens": 150, "ignore_eos": True})
+    with ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(check, asked, service.client, reference)
+        busy: list[str] = []
+        while not busy:
+            assert not answered.done()
+            health = httpx.get(f"{service.settings.url}/health").json()
+            busy = [r["replica_id"] for r in health["pools"]["decode"] if r["num_running"]]
+        os.kill(service.replicas("decode")[busy[0]], signal.SIGKILL)
+        answered.result()
+    service.wait_for("decode", {2})
+
+
+@pytest.mark.slow
 def test_clients_that_leave_at_any_time(service):
     """In every phase of some answer: the lease of an admitted one would last 15 s unread."""
     body = {"prompt": PROMPTS[:3], "n": 2, "max_tokens": 100, "ignore_eos": True, **GREEDY}
@@ -308,12 +329,16 @@ def test_clients_that_leave_at_any_time(service):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("kind", ["n", "prompts", "both", "chat"])
 def test_a_hundred_of_each(service, reference, kind, stream):
-    for number in range(100):
+    def ask(number):
         count = 1 + number % 8
         asked = {
             "n": Asked(1, count, stream=stream),
             "prompts": Asked(count, 1, stream=stream),
-            "both": Asked(count, 9 - count, stream=stream),
+            "both": Asked(1 + number % 3, 2 + number % 2, stream=stream),
             "chat": Asked(1, count, chat=True, stream=stream),
         }[kind]
         check(asked, service.client, reference)
+
+    ask(7)  # the reference computes here, on one thread
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(ask, range(100)))

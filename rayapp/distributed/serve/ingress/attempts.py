@@ -267,7 +267,7 @@ class DisaggregatedAttempts:
     async def _to_the_end(self, freeing: Coroutine[Any, Any, None]) -> None:
         """Free something, even where the caller is cancelled meanwhile once more.
 
-        A client that leaves cancels twice: our own watch does, and so does Serve.
+        A client that leaves may cancel twice: our own watch does, and so may Serve.
         """
         task = asyncio.ensure_future(freeing)
         self._freeing.add(task)

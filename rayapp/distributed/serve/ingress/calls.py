@@ -1,4 +1,4 @@
-"""Calls from the ingress to replicas: the only place where it uses Serve's handles.
+"""Calls from the ingress to replicas: all of them are made here.
 
 Serve takes a call's internal id from the context of the HTTP request that is being served, so all
 calls of one HTTP request share it. A router without Serve's FIFO mixin finds pending calls by that
@@ -7,9 +7,9 @@ never fails, and the first may get the replica that was chosen for the second. A
 several answers makes such calls all the time, so each call gets an internal id of its own here.
 
 Two other ways were rejected. A router with books of its own would override private methods, which
-changed between Ray 2.55 and 2.60; the context did not. A call from an empty context would get new
-ids without a private name, but would lose the public request id, by which the logs and traces of
-one HTTP request are found together.
+changed between Ray 2.55 and 2.60; this field of the context did not. A call from an empty context
+would get new ids without a private name, but would lose the public request id, by which the logs
+and traces of one HTTP request are found together.
 
 One thing is given up: Serve cancels the pending calls of a cancelled HTTP request by this id.
 Whoever awaits a call here cancels it, whatever ends the wait.
