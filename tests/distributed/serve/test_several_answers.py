@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import httpx
@@ -137,14 +138,18 @@ def _idle_afterwards(service):
 @pytest.fixture(scope="module")
 def reference(tiny_model, byte_tokenizer):
     """``reference(prompt, sampling)``: the answer to one prompt alone, in this process."""
-    pipeline = LocalPipeline(tiny_model("llama"), byte_tokenizer)
+    pipeline, one_at_a_time = LocalPipeline(tiny_model("llama"), byte_tokenizer), Lock()
 
     @cache
     def answer(prompt, sampling):
         (completion,) = pipeline.generate([prompt], SamplingParams.model_validate_json(sampling))
         return completion
 
-    return lambda prompt, sampling: answer(prompt, sampling.model_dump_json())
+    def alone(prompt, sampling):
+        with one_at_a_time:
+            return answer(prompt, sampling.model_dump_json())
+
+    return alone
 
 
 def check(asked: Asked, client: httpx.Client, reference: Any) -> None:
@@ -339,6 +344,5 @@ def test_a_hundred_of_each(service, reference, kind, stream):
         }[kind]
         check(asked, service.client, reference)
 
-    ask(7)  # the reference computes here, on one thread
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(ask, range(100)))
