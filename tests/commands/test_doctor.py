@@ -9,12 +9,12 @@ import pytest
 import ray
 
 from rayapp import cli
-from rayapp.commands import doctor
 from rayapp.distributed.cluster.connection import connected
 from rayapp.distributed.cluster.local import NodeSpec, local_cluster
 from rayapp.errors import ClusterError
 from rayapp.models.loading import read_signature
 from rayapp.plan import PruningPlan
+from rayapp.workflows import doctor
 
 
 @pytest.fixture
