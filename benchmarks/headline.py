@@ -20,8 +20,8 @@ from pathlib import Path
 
 from ablations.bench import Bench, Sizes, plan_words
 from ablations.studies import METHOD
-from recorder.options import add_model, benchmark_parser, model_name
 from recorder.dots import Dots, Marks, Panel
+from recorder.options import add_model, benchmark_parser, model_name
 from recorder.origin import threads
 from recorder.page import Block
 from recorder.record import Record

@@ -1,4 +1,4 @@
-"""The page of a record: paragraphs, tables and drawings in the order in which a script gives them."""
+"""The page of a record: paragraphs, tables and drawings, in the order that a script gives them."""
 
 from __future__ import annotations
 
