@@ -41,7 +41,10 @@ def do(kind, text):
     for line in text.splitlines():
         words = shlex.split(line)
         if words[0] == "rayapp":
-            rayapp.cli.main(words[1:])
+            try:
+                rayapp.cli.main(words[1:])
+            except SystemExit as end:  # the command line always ends so
+                assert not end.code, f"ended with {end.code}: {line}"
         else:
             assert words[:3] == ["python", "-m", "pytest"], line
             assert pytest.main(["-q", "-p", "no:cacheprovider", *words[3:]]) == 0, line
@@ -51,10 +54,7 @@ for name, steps in json.load(open("steps.json")).items():
     told[name] = ""
     try:
         for kind, text in steps:
-            try:
-                do(kind, text)
-            except SystemExit as end:
-                assert not end.code, f"ended with {end.code}: {text}"
+            do(kind, text)
     except BaseException:
         told[name] = traceback.format_exc()
 json.dump(told, open("told.json", "w"))
@@ -115,7 +115,7 @@ def home(tmp_path_factory) -> Path:
             file.write_text(changed(file.read_text("utf-8"), hunks), "utf-8")
     data = home / "out" / "demo" / "data"
     data.mkdir(parents=True)
-    lines = [generate(task, "calibration", 2, 0, length="short") for task in TASKS]
+    lines = [generate(task, "calibration", 1, 0, length="short") for task in TASKS]
     write_jsonl(data / "calibration.jsonl", [line for task in lines for line in task])
     steps = {name: example.steps for name, example in examples().items()}
     (home / "steps.json").write_text(json.dumps(steps))
