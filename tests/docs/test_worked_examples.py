@@ -1,8 +1,8 @@
 """The worked examples of the package's guide, done for real in a copy of the project.
 
-A fence marked ``example`` is a new file (its first line names it), changed lines of a file, commands,
-or a program to try. All of them are applied to one copy, and run in one process: the examples must
-also get along with each other.
+A fence marked ``example`` is a new file (its first line names it), changed lines of a file,
+commands, or a program to try. All examples are applied to one copy and run in one process, so they
+must also get along with one another.
 """
 
 from __future__ import annotations

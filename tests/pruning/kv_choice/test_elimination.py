@@ -13,8 +13,8 @@ from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.evaluator.calibration import cut
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.kv_choice.bytes import KVBytes
-from rayapp.pruning.kv_choice.elimination import Elimination, Goal
 from rayapp.pruning.kv_choice.cuts import first_and_last
+from rayapp.pruning.kv_choice.elimination import Elimination, Goal
 from rayapp.pruning.kv_choice.levels import KVLevels, KVSet
 from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.pruning.settings.objective import Objective
