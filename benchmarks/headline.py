@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ablations.bench import Bench, Sizes, plan_words
 from ablations.studies import METHOD
+from recorder.dots import Dots, Marks, Panel
 from recorder.options import add_model, benchmark_parser, model_name
 from recorder.origin import threads
 from recorder.page import Block
@@ -231,7 +232,26 @@ def front(rows: list[Row]) -> list[Block]:
         )
         for r in sorted(rows, key=lambda row: row["worst_lost_upper"])
     ]
-    return ["## All plans on validation", Table(columns, cells)]
+    return ["## All plans on validation", picture(rows), Table(columns, cells)]
+
+
+def picture(rows: list[Row]) -> Dots:
+    """Points lost against bytes saved, a mark per plan."""
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        healed = "healed" if row["heal"] == "all" else "not healed"
+        kinds.setdefault(f"{row.get('unit', 'block')}s, {healed}", []).append(row)
+    panel = Panel(
+        "Every mark is a plan with its KV chosen; lower and further right is better",
+        x="times fewer bytes than the dense cache in bf16",
+        marks=[
+            Marks(name, [r["reduction"] for r in plans], [r["worst_lost"] for r in plans])
+            for name, plans in sorted(kinds.items())
+        ],
+        y="points of exact match lost in the worst task",
+        y_ticks=(0, 1, 3, 10, 30, 100),
+    )
+    return Dots("Points lost in the worst task against bytes saved", [panel])
 
 
 def lost_cells(row: Row) -> tuple[str, str, str]:

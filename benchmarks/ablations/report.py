@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recorder.dots import Dots, Marks, Panel
 from recorder.origin import threads
 from recorder.page import Block
 from recorder.record import Record
@@ -41,6 +42,16 @@ COLUMNS: dict[str, tuple[str, str]] = {
 }
 """What a row may hold, in the order of the columns: heading and format."""
 
+DRAWN = {
+    "methods": "Search methods",
+    "spaces": "What may be removed together",
+    "healing": "Healing",
+    "transfer": "Which KV travels",
+}
+"""Studies of the picture: in each of them a table would have more rows than an eye takes in."""
+
+KL_TICKS = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)
+
 TITLES = {
     "spaces": "What may be removed together",
     "healing": "Healing",
@@ -62,13 +73,30 @@ def report(record: Record) -> list[Block]:
         f"Two of twelve blocks removed from each stage, {len(models)} models "
         f"({', '.join(models)}); {sizes}. float32 (bytes: bf16), {num_threads}. KL in nats per "
         "token and points of exact match lost are on fresh examples, tasks weighing alike; "
-        "speed-ups are 128 tokens in, 64 out, batch 1 where nothing else is said."
+        "speed-ups are 128 tokens in, 64 out, batch 1 where nothing else is said.",
+        *picture(models),
     ]
     for study, title in TITLES.items():
         present = {model: studies[study] for model, studies in models.items() if study in studies}
         if present:
             blocks += [f"## {title}", table(present), *ordering(present)]
     return blocks
+
+
+def picture(models: Mapping[str, Mapping[str, Sequence[Row]]]) -> list[Block]:
+    """KL of every row of the studies that many rows belong to, a mark per model."""
+    panels = []
+    for study, title in DRAWN.items():
+        present = {model: studies[study] for model, studies in models.items() if study in studies}
+        if present:
+            marks = [
+                Marks(model, [row["kl"] for row in rows], [row["name"] for row in rows])
+                for model, rows in present.items()
+            ]
+            names = dict.fromkeys(row["name"] for rows in present.values() for row in rows)
+            x = "KL to the dense model, nats per token; further left is better"
+            panels.append(Panel(title, x, marks, tuple(names), x_ticks=KL_TICKS, is_log=True))
+    return [Dots("KL to the dense model, row by row and model by model", panels)] if panels else []
 
 
 def table(present: Mapping[str, Sequence[Row]]) -> Table:

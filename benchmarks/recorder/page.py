@@ -1,4 +1,4 @@
-"""The page of a record: paragraphs, tables and charts in the order in which a script gives them."""
+"""The page of a record: paragraphs, tables and drawings, in the order that a script gives them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recorder.chart import Chart
+from recorder.dots import Dots
 from recorder.files import write_text
 from recorder.origin import measured_on
 from recorder.record import Record
 from recorder.table import Table
 
-Block = str | Table | Chart
-"""A paragraph or heading in Markdown, a table, or a chart (one a page)."""
+Block = str | Table | Chart | Dots
+"""A paragraph or heading in Markdown, a table, or a drawing (one a page)."""
 
 
 def page(blocks: Sequence[Block], record: Record, stem: str) -> str:
@@ -27,9 +28,9 @@ def page(blocks: Sequence[Block], record: Record, stem: str) -> str:
 
 
 def write_page(home: Path, stem: str, blocks: Sequence[Block], record: Record) -> str:
-    """Write a page and its chart into ``home``; returns the Markdown."""
+    """Write a page and its drawing into ``home``; returns the Markdown."""
     for block in blocks:
-        if isinstance(block, Chart):
+        if isinstance(block, Chart | Dots):
             write_text(home / f"{stem}.svg", block.svg(salt=stem))
     text = page(blocks, record, stem)
     write_text(home / f"{stem}.md", text)
@@ -39,6 +40,6 @@ def write_page(home: Path, stem: str, blocks: Sequence[Block], record: Record) -
 def _markdown(block: Block, stem: str) -> str:
     if isinstance(block, Table):
         return block.markdown()
-    if isinstance(block, Chart):
+    if isinstance(block, Chart | Dots):
         return f"![{block.title}]({stem}.svg)"
     return block

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from recorder.chart import Chart, Line
+from recorder.dots import Dots, Marks, Panel
 from recorder.files import write_text
 from recorder.options import configuration_of, model_name
 from recorder.origin import measured_on
@@ -160,3 +161,12 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     assert file.read_text() == "whole"
     monkeypatch.undo()
     assert json.loads(write_text(file, "[1]").read_text()) == [1]
+
+
+def test_rows_of_marks_are_named_and_drawn_alike_every_time():
+    rows = Panel("Rows", "KL", [Marks("m", [0.1, 1.0], ["a", "b"])], ("a", "b"), is_log=True)
+    plane = Panel("Plane", "bytes", [Marks("m", [1, 2], [3, 40])], y="lost", y_ticks=(0, 10, 100))
+    drawn = Dots("Both", [rows, plane]).svg("salt")
+    assert drawn == Dots("Both", [rows, plane]).svg("salt")
+    for words in ("Rows", "Plane", "KL", "a", "b", "m", "bytes", "lost", "10"):
+        assert f"<!-- {words} -->" in drawn

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from rayapp.plan import Encoding, KVTransfer
 from rayapp.pruning.kv_choice.bytes import KVBytes
-from rayapp.pruning.kv_choice.settings import FIRST, RECENT
 
 ENCODINGS: dict[Encoding, tuple[Encoding, ...]] = {
     "model": ("model",),
@@ -40,24 +39,21 @@ class KVLevels:
         blocks: Sequence[int],
         num_bytes: KVBytes,
         *,
+        cuts: Sequence[KVTransfer],
         smallest: Encoding = "model",
-        first: int | float = FIRST,
-        recent: Sequence[int | float] = RECENT,
     ) -> KVLevels:
         """Every cut and no cut in every allowed encoding, but for those that save nothing.
 
         Args:
             blocks: Where decode attends.
             num_bytes: What rules weigh on the calibration set.
+            cuts: Which entries a block may keep, where it does not keep all.
             smallest: The smallest encoding allowed.
-            first: Entries that every cut keeps at the start.
-            recent: Lengths of the recent window that a cut may keep.
         """
-        cuts: list[dict[str, int | float]] = [{"first": first, "last": last} for last in recent]
         rules = [
-            KVTransfer.model_validate({**cut, "encoding": encoding})
+            cut.model_copy(update={"encoding": encoding})
             for encoding in ENCODINGS[smallest]
-            for cut in [*cuts, {}]
+            for cut in (*cuts, KVTransfer())
         ]
         return cls(tuple(blocks), tuple(_by_bytes(block, rules, num_bytes) for block in blocks))
 

@@ -16,6 +16,7 @@ from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.evaluator.objective import Score
 from rayapp.pruning.healing.trained_pairs import pairs_of_plan
 from rayapp.pruning.kv_choice.bytes import KVBytes
+from rayapp.pruning.kv_choice.cuts import every_cut, first_and_last
 from rayapp.pruning.kv_choice.elimination import Elimination, Goal, Step
 from rayapp.pruning.kv_choice.levels import KVLevels, KVSet, moved
 from rayapp.pruning.kv_choice.record import KV_FILE, KVRecord
@@ -135,10 +136,12 @@ class _Selection:
         num_bytes = KVBytes(config, self._bare, [line.run_prompt for line in lines])
         settings = self._settings
         # The threshold rule knows one cut only.
-        recent = settings.last[:1] if self._is_by_mass else settings.last
-        return num_bytes, KVLevels.of(
-            blocks, num_bytes, smallest=settings.encoding, first=settings.first, recent=recent
+        cuts = (
+            first_and_last(settings.first, settings.last[:1])
+            if self._is_by_mass
+            else every_cut(settings.first, settings.last)
         )
+        return num_bytes, KVLevels.of(blocks, num_bytes, cuts=cuts, smallest=settings.encoding)
 
     def _checked_goal(self) -> Goal:
         wanted = self._settings.target_reduction
@@ -147,9 +150,10 @@ class _Selection:
         goal = Goal(max_bytes=math.floor(self._bytes.full / wanted))
         least = self._sent(self._levels.smallest)
         if least > self._bytes.full / wanted:
+            cut = self._levels.levels[0][0]
             raise InputError(
                 f"--target-reduction {wanted:g} cannot be met: with every block cut to "
-                f"{self._settings.first:g} first and {self._settings.last[0]:g} last entries in "
+                f"{cut.first or 0:g} first and {cut.last or 0:g} last entries in "
                 f"--encoding {self._settings.encoding}, these prompts reach "
                 f"{self._bytes.full / least:.3g}x; lower it, allow a smaller --encoding or --last, "
                 "or remove more blocks from decode"

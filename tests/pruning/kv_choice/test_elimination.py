@@ -13,6 +13,7 @@ from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.evaluator.calibration import cut
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.kv_choice.bytes import KVBytes
+from rayapp.pruning.kv_choice.cuts import first_and_last
 from rayapp.pruning.kv_choice.elimination import Elimination, Goal
 from rayapp.pruning.kv_choice.levels import KVLevels, KVSet
 from rayapp.pruning.scorer import LocalCompute, Scorer
@@ -118,7 +119,7 @@ def test_brute_force_on_a_model(tiny_model, calibration, first_token):
     plan = base.plan(signature, first_token=first_token)
     weighed = KVBytes(model.config, plan, [len(line.prompt) for line in lines.lines])
     blocks = [b for b in range(5) if plan.mode("decode", b).attends]
-    levels = KVLevels.of(blocks, weighed, smallest="int8", first=1, recent=(1, 0.5))
+    levels = KVLevels.of(blocks, weighed, cuts=first_and_last(1, (1, 0.5)), smallest="int8")
     assert levels.size == 216
     sets = list(itertools.product(*(range(len(each)) for each in levels.levels)))
     values = [s.value for s in scorer.score_many([base.with_kv(levels.rules(s)) for s in sets])]
