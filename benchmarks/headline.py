@@ -20,7 +20,6 @@ from pathlib import Path
 
 from ablations.bench import Bench, Sizes, plan_words
 from ablations.studies import METHOD
-from recorder.chart import Chart, Line
 from recorder.options import add_model, benchmark_parser, model_name
 from recorder.origin import threads
 from recorder.page import Block
@@ -48,15 +47,6 @@ VALIDATION = (
     "Validation examples only; plans that met the test examples have a table of their own, with "
     "their speed."
 )
-KINDS = {
-    "blocks, healed": ("all", "block"),
-    "parts, not healed": ("none", "part"),
-    "blocks, not healed": ("none", "block"),
-}
-ENCODINGS = ("model", "int8", "int4")
-CHARTED_ROWS, CHARTED_POINTS = 10, 20
-"""Fewer rows than so many make no picture, and plans that lose more points are not in it."""
-TICKS = (2, 3, 4, 5, 6, 7, 8, 9)
 TOLD = ("worst_lost", "worst_lost_upper", "reduction", "speedup")
 
 
@@ -241,39 +231,7 @@ def front(rows: list[Row]) -> list[Block]:
         )
         for r in sorted(rows, key=lambda row: row["worst_lost_upper"])
     ]
-    drawn = [chart(rows)] if len(rows) >= CHARTED_ROWS else []
-    return ["## All plans on validation", *drawn, Table(columns, cells)]
-
-
-def chart(rows: list[Row]) -> Chart:
-    """Points lost against bytes, a line for every kind of plan and encoding."""
-    lines = []
-    for kind, encoding in itertools.product(KINDS, ENCODINGS):
-        points = {
-            (r["reduction"], r["worst_lost"])
-            for r in rows
-            if KINDS[kind] == (r["heal"], r["unit"])
-            and r["goal"].endswith(f":{encoding}")
-            and r["worst_lost"] <= CHARTED_POINTS
-        }
-        best = sorted(p for p in points if not any(is_better(other, p) for other in points))
-        if best:
-            allowed = "unquantised" if encoding == "model" else f"{encoding} allowed"
-            x, y = zip(*best, strict=True)
-            lines.append(Line(f"{kind}, {allowed}", x, y, is_main=kind == "blocks, healed"))
-    return Chart(
-        f"Points lost against KV bytes, for plans that lose at most {CHARTED_POINTS}; of every "
-        "kind, those that no other one beats in both",
-        x="times fewer KV bytes than a dense bf16 cache",
-        y="points of exact match lost in the worst task",
-        lines=lines,
-        ticks=TICKS,
-    )
-
-
-def is_better(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    """Whether one plan sends fewer bytes and loses no more points, or the other way round."""
-    return one != other and one[0] >= other[0] and one[1] <= other[1]
+    return ["## All plans on validation", Table(columns, cells)]
 
 
 def lost_cells(row: Row) -> tuple[str, str, str]:

@@ -34,7 +34,6 @@ class Chart:
         y: Name of the vertical axis.
         lines: In the order in which they are named.
         level: A horizontal line to compare with, by its name.
-        ticks: Values named on the horizontal axis; every value of a line where there are none.
     """
 
     title: str
@@ -42,7 +41,6 @@ class Chart:
     y: str
     lines: Sequence[Line]
     level: tuple[str, float] | None = None
-    ticks: Sequence[float] = ()
 
     def svg(self, salt: str) -> str:
         """The drawing; the same for the same numbers and salt."""
@@ -70,7 +68,7 @@ class Chart:
         if self.level:
             name, height = self.level
             axes.axhline(height, color="black", linestyle="--", linewidth=1, label=name)
-        ticks = self.ticks or sorted({value for line in self.lines for value in line.x})
+        ticks = sorted({value for line in self.lines for value in line.x})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
         axes.xaxis.set_minor_formatter(NullFormatter())

@@ -33,7 +33,7 @@ class Clone:
         """Run a script to its end; returns what it printed."""
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script], cwd=self.home, env=self.environment,
-            capture_output=True, text=True, timeout=280, check=False,
+            capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

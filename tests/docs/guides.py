@@ -18,17 +18,22 @@ PAGES = sorted(
 GUIDES = [page for page in PAGES if not {"results", "testbed"} & set(page.parts)]
 """The files that people wrote for people."""
 
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-_MARKED = re.compile(r"^<!-- (\w+) -->\n```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_MARKED = re.compile(r"^<!-- (\w+) -->\n```([^\n`]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 _SPAN = re.compile(r"`([^`\n]+)`")
 
 
 class Block(NamedTuple):
-    """A fenced block: its language and its text."""
+    """A fenced block: its language, and what else stands beside it, and its text."""
 
     language: str
     text: str
+
+    @property
+    def is_example(self) -> bool:
+        """Whether it changes the code; tests/docs/test_worked_examples.py makes and runs those."""
+        return self.language.endswith(" example")
 
 
 def named(page: Path) -> str:

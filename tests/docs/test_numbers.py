@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from decimal import ROUND_HALF_EVEN, ROUND_HALF_UP, Decimal
+from decimal import ROUND_HALF_DOWN, ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import pytest
@@ -57,19 +57,22 @@ def sections(guide: Path) -> list[str]:
 
 
 def shown_in(pages: set[str], guide: Path) -> set[str]:
-    """The decimal numbers of pages of results, also rounded to fewer places."""
+    """The decimal numbers of pages of results, also rounded to fewer places.
+
+    A page has rounded already, so the last 5 may have been a little less.
+    """
     shown = set()
     for page in pages:
         for number in DECIMAL.findall((guide.parent / page).read_text(encoding="utf-8")):
             for places in range(1, len(number.partition(".")[2]) + 1):
-                for rounding in (ROUND_HALF_UP, ROUND_HALF_EVEN):
+                for rounding in (ROUND_HALF_DOWN, ROUND_HALF_UP):
                     shown.add(str(Decimal(number).quantize(Decimal(1).scaleb(-places), rounding)))
     return shown
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=named)
 def test_decimal_numbers_beside_a_result_stand_in_it(guide):
-    """Sections that lead to pages of results show numbers of theirs, or say where others are from."""
+    """What else stands in such sections is listed with where it comes from."""
     for section in sections(guide):
         pages = set(re.findall(r"\]\(([\w./-]*results/[\w.-]+\.md)\)", section))
         if pages:
