@@ -81,9 +81,9 @@ def _removed(line: str, plan: str) -> Iterator[Number]:
 
 LOST = {"worst_lost": "{:.2f} (", "worst_lost_upper": "({:.2f})"}
 FRONT_FORMS = {
-    "speed/ttft_speedup": "{:.2f}x faster",
-    "speed/speedup": "{:.2f}x faster",
-    "reduction": "{:.2f}x fewer",
+    "speed/ttft_speedup": "| {:.2f}x |",
+    "speed/speedup": "| {:.2f}x |",
+    "reduction": "| {:.2f}x |",
     **LOST,
 }
 RESULT_FORMS = {
@@ -93,11 +93,14 @@ RESULT_FORMS = {
     "reduction": "| {:.2f}x |",
 }
 FRONT_ROWS = {
-    "| parts of blocks, no healing |": "none-1-3-parts-kv2-model",
-    "| the same with int4 |": "none-1-2-parts-kv4.95-int4",
-    "| blocks, healed |": "all-1-4-kv2-model",
-    "| healed, with int4 (the picture) |": "all-1-4-kv8-int4",
-    "| healed, with int4, too far |": "all-1-4-kv8.6-int4",
+    f"| [{name}](benchmarks/results/{HEADLINE}.md) |": plan
+    for name, plan in (
+        ("parts of blocks, no healing", "none-1-3-parts-kv2-model"),
+        ("parts of blocks, int4", "none-1-2-parts-kv4.95-int4"),
+        ("blocks, healed", "all-1-4-kv2-model"),
+        ("blocks, healed, int4 (the picture)", "all-1-4-kv8-int4"),
+        ("blocks, healed, int4, too far", "all-1-4-kv8.6-int4"),
+    )
 }
 RESULT_ROWS = {
     "| blocks, healed |": "all-1-4-kv2-model",

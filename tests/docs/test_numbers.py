@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.guides import GUIDES, ROOT, named, prose, text_of
-from tests.docs.numbers import DERIVED, FRONT, FRONT_ROWS, NUMBERS
+from tests.docs.numbers import DERIVED, FRONT, FRONT_ROWS, HEADLINE, NUM_BLOCKS, NUMBERS, value_at
 
 LINES = sorted({(number.page, number.line) for number in NUMBERS})
 
@@ -79,3 +79,15 @@ def test_decimal_numbers_beside_a_result_stand_in_it(guide):
             numbers = set(DECIMAL.findall(NOT_PROSE.sub("", section)))
             unknown = numbers - shown_in(pages, guide) - DERIVED.keys()
             assert not unknown, f"{section.splitlines()[0]}: not in {sorted(pages)}"
+
+
+def test_the_picture_is_the_plan_that_the_table_says():
+    picture = text_of(ROOT / "rayapp" / "flow.svg")
+    (plan,) = [plan for line, plan in FRONT_ROWS.items() if "(the picture)" in line]
+    removed = [
+        value_at(HEADLINE, f"validation/plan_name={plan}/{stage}_remove")
+        for stage in ("prefill", "decode")
+    ]
+    assert picture.count('class="skip"') == sum(removed)
+    for count in removed:
+        assert f"runs {NUM_BLOCKS - count:g} of {NUM_BLOCKS} blocks" in picture
