@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
+# Two processes: one for all tests that use clusters, one for the others (tests/conftest.py).
+TWO := -n 2 --dist loadgroup
 
 .PHONY: demo test slow check lint types format clean
 
@@ -11,10 +13,10 @@ demo: $(VENV)/.demo
 	$(BIN)/rayapp demo --out out/demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(TWO) -m "not slow"
 
 slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(TWO) -m slow
 
 check: lint types test
 

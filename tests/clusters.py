@@ -103,14 +103,21 @@ class Deployed:
             time.sleep(0.2)
 
 
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[LocalCluster]:
+    """The one cluster of a test run: three nodes, for all tests that do not break them."""
+    with local_cluster() as running:
+        yield running
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
+def cluster(nodes: LocalCluster) -> Iterator[LocalCluster]:
+    """The cluster, with this process connected to it for the time of a module."""
     import ray
 
-    with local_cluster() as running:
-        ray.init(running.address, log_to_driver=False, logging_level="error")
-        yield running
-        ray.shutdown()
+    ray.init(nodes.address, log_to_driver=False, logging_level="error")
+    yield nodes
+    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -141,11 +141,14 @@ def test_mass_cuts_the_blocks_that_concentrate(settings):
     for each in found.blocks:
         assert each.rule == (cut if each.mass.kept >= threshold else uncut)
     assert {each.rule == cut for each in found.blocks} == {True, False}
-    budget = kv_select(*by_mass.but(target_reduction=4.0, out=f"{settings.out}2"))
+    target = 0.99 * found.reduction  # some blocks must be cut for it, and not all
+    budget = kv_select(*by_mass.but(target_reduction=target, out=f"{settings.out}2"))
     kept = [each.mass.kept for each in budget.blocks if each.rule == uncut]
     gone = [each.mass.kept for each in budget.blocks if each.rule == cut]
-    assert budget.reduction >= 4
-    assert not kept or not gone or max(kept) < min(gone)
+    assert budget.reduction >= target
+    assert kept
+    assert gone
+    assert max(kept) < min(gone)
 
 
 def test_in_place_keeps_what_lies_there(settings, plan_dir):

@@ -52,13 +52,6 @@ def settings(tmp_path_factory, save_tiny) -> Told:
     )
 
 
-@pytest.fixture(scope="module")
-def ray_session():
-    ray.init(address="local", num_cpus=6, include_dashboard=False, logging_level="warning")
-    yield
-    ray.shutdown()
-
-
 def opened(settings, compute):
     prepared, score = prepare(*settings), settings.score
     context = heal_context(score, settings.search.training(), prepared)
@@ -69,7 +62,7 @@ def opened(settings, compute):
 
 
 @pytest.fixture(scope="module")
-def pool(settings, ray_session):
+def pool(settings, cluster):
     with pool_of(settings.but(workers=2)) as running:
         yield running
 
@@ -118,14 +111,14 @@ def result_of(settings, out, **changes):
     return result.plan.healed, trials, (out / HEALED_FILE).read_bytes()
 
 
-def test_workers_do_not_change_a_search(tmp_path, settings, ray_session):
+def test_workers_do_not_change_a_search(tmp_path, settings, cluster):
     alone = result_of(settings, tmp_path / "alone")
     assert alone[0]
     assert result_of(settings, tmp_path / "two", workers=2) == alone
 
 
 def test_a_pair_lost_with_its_evaluator_is_trained_elsewhere(
-    tmp_path, settings, ray_session, caplog, monkeypatch
+    tmp_path, settings, cluster, caplog, monkeypatch
 ):
     """Killed while it heals; whoever comes in its place is sent what was trained before."""
     search = settings.but(out=str(tmp_path / "lost"), workers=2)
@@ -149,7 +142,7 @@ def test_a_pair_lost_with_its_evaluator_is_trained_elsewhere(
 
 
 @pytest.mark.slow
-def test_a_pair_that_kills_every_evaluator_is_named(settings, ray_session, monkeypatch):
+def test_a_pair_that_kills_every_evaluator_is_named(settings, cluster, monkeypatch):
     with pool_of(settings) as pool:
         assign = pool._assign
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
@@ -122,13 +122,11 @@ class OverTheStore:
 
 
 @pytest.fixture(scope="module")
-def actors() -> Iterator[Any]:
+def actors(cluster: Any) -> Any:
     """``actors()`` starts a prefill in a process of its own."""
     import ray
 
-    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error")
-    yield ray.remote(num_cpus=0)(Prefill).remote
-    ray.shutdown()
+    return ray.remote(num_cpus=0)(Prefill).remote
 
 
 @pytest.fixture(params=["local", pytest.param("object_store", marks=pytest.mark.ray)])

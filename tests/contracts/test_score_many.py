@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-import ray
 
 from rayapp.distributed.evaluator_pool import EvaluatorPool
 from rayapp.errors import SearchError
@@ -71,13 +70,6 @@ def prepared(told) -> Prepared:
 
 
 @pytest.fixture(scope="module")
-def ray_session():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning")
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def local(told, prepared) -> LocalCompute:
     """The reference: one evaluator here, without a cache."""
     return local_compute(told.but(cache_bytes=0), prepared)
@@ -95,7 +87,7 @@ def compute(request, told, prepared) -> Compute:
     if request.param == "local":
         yield local_compute(told, prepared)
         return
-    request.getfixturevalue("ray_session")
+    request.getfixturevalue("cluster")
     data, training = (prepared.calibration, prepared.heal_data), told.search.training()
     with EvaluatorPool(told.score, told.compute, *data, training=training) as pool:
         yield pool

@@ -28,7 +28,8 @@ MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_WAITING = 96, 3, 8
 PROMPTS = [tuple(range(3, 3 + length)) for length in (1, 7, 20, 31, 5)]
 
 
-def _in_process(tiny_model, tokenizer):
+def _in_process(request, tiny_model, tokenizer):
+    del request
     model = tiny_model("llama")
     limits = {"max_num_seqs": MAX_NUM_SEQS, "max_model_len": MAX_MODEL_LEN}
     service = InProcessService(model, tokenizer, patience=Patience(MAX_WAITING), **limits)
@@ -41,11 +42,11 @@ def _in_process(tiny_model, tokenizer):
     )
 
 
-def _over_ray(tiny_model, tokenizer):
-    """The service in this process, its replicas on two nodes of a local cluster."""
+def _over_ray(request, tiny_model, tokenizer):
+    """The service in this process, its replicas on two nodes of the tests' cluster."""
+    address = request.getfixturevalue("cluster").address
     from ray import serve
 
-    from rayapp.distributed.cluster.local import local_cluster
     from rayapp.distributed.serve.deploy import running_service
     from rayapp.distributed.serve.ingress.ingress import open_service
     from rayapp.distributed.serve.settings import APP_NAME, ServiceSettings
@@ -69,8 +70,7 @@ def _over_ray(tiny_model, tokenizer):
             **limits,
         }
     )
-    cluster = stack.enter_context(local_cluster())
-    stack.enter_context(running_service(settings, address=cluster.address))
+    stack.enter_context(running_service(settings, address=address))
     handles = {name: serve.get_deployment_handle(name, APP_NAME) for name in settings.pools}
     service = open_service(settings, handles, serve.get_deployment_handle("ingress", APP_NAME))
 
@@ -94,7 +94,7 @@ STREAMS = {"in_process": _in_process, "ray": _over_ray}
 
 @pytest.fixture(scope="module", params=["in_process", pytest.param("ray", marks=pytest.mark.ray)])
 def stream(request, tiny_model, byte_tokenizer):
-    opened = STREAMS[request.param](tiny_model, byte_tokenizer)
+    opened = STREAMS[request.param](request, tiny_model, byte_tokenizer)
     yield opened
     opened.close()
 
