@@ -1,8 +1,8 @@
 """The journal of a search: JSON lines, one per generation, so that a killed search can go on.
 
-The first line names what the search is of; then what was measured for its start (the influence, the
-Hessian in the gates), and every generation with its scores. Numbers are written so that they read
-back bit for bit.
+The first line identifies the search. The measurements that it starts from follow (the influence,
+the Hessian in the gates), then every generation with its scores. Numbers are written so that they
+read back bit for bit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Trial:
     phase: str
 
     def record(self) -> dict[str, Any]:
-        """As JSON, without the generation's number and phase."""
+        """The trial as JSON, without the generation's number and phase."""
         kv = {"kv": [list(rule) for rule in self.candidate.kv]} if self.candidate.kv else {}
         return {
             "prefill": list(self.candidate.prefill),
@@ -51,13 +51,13 @@ class Journal:
     """Appends to, and replays, one journal.
 
     Args:
-        storage: Where it lies.
-        header: What the search is of, two levels deep; a journal of another header is refused.
-        environment: Recorded beside it, but not compared.
-        resume: Whether to go on from a journal that is there.
+        storage: The directory that the journal lies in.
+        header: The search's identity, two levels deep; a journal of another header is refused.
+        environment: The environment of the run: recorded beside the header, but not compared.
+        resume: Whether to go on from an existing journal.
 
     Raises:
-        InputError: A journal is there without ``resume``, or it is of another search (the
+        InputError: A journal exists and ``resume`` is not set, or it belongs to another search (the
             differences are named).
     """
 
@@ -88,17 +88,17 @@ class Journal:
         storage.write_bytes(JOURNAL_FILE, b"".join(map(_encode, kept)))
 
     def add_influence(self, influence: Influence) -> None:
-        """Record what the search starts from."""
+        """Record the influence that the search starts from."""
         self.influence = influence
         self._append({"kind": "influence", **asdict(influence)})
 
     def add_gate_hessian(self, gate_hessian: GateHessian) -> None:
-        """Record what the search starts from."""
+        """Record the Hessian in the gates that the search starts from."""
         self.gate_hessian = gate_hessian
         self._append({"kind": "gate_hessian", **asdict(gate_hessian)})
 
     def add_generation(self, trials: Sequence[Trial]) -> None:
-        """Record one generation's scores; on disk when this returns."""
+        """Record one generation's scores; they are on disk when this returns."""
         self.generations.append(list(trials))
         records = [trial.record() for trial in trials]
         phase = trials[0].phase
@@ -109,7 +109,7 @@ class Journal:
         self._storage.append_bytes(JOURNAL_FILE, _encode(line))
 
     def _read(self) -> list[dict[str, Any]]:
-        """All whole lines; a torn last one, as a kill leaves it, is dropped."""
+        """Read all whole lines; a torn last one, as a kill leaves it, is dropped."""
         *whole, _torn = self._storage.read_text(JOURNAL_FILE).split("\n")
         lines = []
         for number, text in enumerate(whole, start=1):
@@ -183,7 +183,7 @@ def _encode(line: Mapping[str, Any]) -> bytes:
 
 
 def journal_influence(text: str) -> Influence | None:
-    """The influence that a search's journal holds, if any."""
+    """The influence that a search's journal records, if any."""
     for line in text.splitlines():
         if not line.startswith('{"kind": "influence"'):
             continue
