@@ -87,9 +87,9 @@ def prepare_scoring(
     calibration = read(score.calibration)
     if heal_data is None:
         return Prepared(calibration, signature)
-    found = read(heal_data)
-    _check_heal_data(heal_data, score.calibration, len(found.lines))
-    return Prepared(calibration, signature, found)
+    healing_set = read(heal_data)
+    _check_heal_data(heal_data, score.calibration, len(healing_set.lines))
+    return Prepared(calibration, signature, healing_set)
 
 
 def _image_reader(
@@ -116,12 +116,12 @@ def _image_reader(
 
 def _check_heal_data(heal_data: str, calibration: str, num_lines: int) -> None:
     """Raise :class:`DataError` for lines that are scored on too, or too few of them."""
-    scored = {asked: number for number, asked in reversed(_asked(calibration))}
-    for number, asked in _asked(heal_data):
-        if asked in scored:
+    scored = {question: number for number, question in reversed(_asked(calibration))}
+    for number, question in _asked(heal_data):
+        if question in scored:
             raise DataError(
                 f"{heal_data} line {number}: its prompt is also in {calibration} line "
-                f"{scored[asked]}; what is trained on cannot judge: drop it from one of them"
+                f"{scored[question]}; what is trained on cannot judge: drop it from one of them"
             )
     if num_lines < HELD_BACK_EVERY:
         raise DataError(

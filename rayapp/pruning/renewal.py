@@ -78,15 +78,15 @@ def renew_plan(plan_path: str | Path, model: str | Path, out: str | Path | None 
     checkpoint = Checkpoint(model)
     home = _home(Path(plan_path))
     names = _Names(sampled_fingerprint(checkpoint), checkpoint.signature(), str(model))
-    found = _Found.under(home, names)
+    renewable = _Found.under(home, names)
     try:
         if out is None:
-            return found.renew(home, home)
+            return renewable.renew(home, home)
         if home.resolve() in Path(out).resolve().parents:
             raise InputError(f"{out}: lies in {home}, which is copied; give another --out")
         with _appearing(Path(out)) as copy:
             shutil.copytree(home, copy, dirs_exist_ok=True)
-            return found.renew(copy, Path(out))
+            return renewable.renew(copy, Path(out))
     except OSError as error:
         reason = error.strerror or error
         raise InputError(
@@ -151,7 +151,7 @@ class _Found:
 
         Those of the directory itself must be of the model; without any, one of those below.
         """
-        found = cls(names, {}, {names.old: names.new.weights_fingerprint}, ())
+        renewable = cls(names, {}, {names.old: names.new.weights_fingerprint}, ())
         plans, headers = _plans(home), _headers(home)
         signatures = {file: plan.model for file, plan in plans.items() if plan.model}
         signatures |= {
@@ -163,9 +163,9 @@ class _Found:
             names.check(signatures[file], file)
         for file in fitting:
             if file in plans:
-                found._add(file.relative_to(home), plans[file])
+                renewable._add(file.relative_to(home), plans[file])
         contexts = tuple(header for file, header in headers.items() if file in fitting)
-        return cls(names, found.plans, found.renames, contexts)
+        return cls(names, renewable.plans, renewable.renames, contexts)
 
     def _add(self, path: Path, plan: PruningPlan) -> None:
         """Note a plan as it will be, and what it and its block plan will be called."""
@@ -250,22 +250,22 @@ def _plans(home: Path) -> dict[Path, PruningPlan]:
     files = sorted(home.rglob(PLAN_FILE))
     if home / PLAN_FILE in files or not (files or any(home.rglob(JOURNAL_FILE))):
         PruningPlan.load(home)  # says what is wrong
-    found = {}
+    plans = {}
     for file in files:
         with suppress(PlanError):
-            found[file] = PruningPlan.load(file)
-    return found
+            plans[file] = PruningPlan.load(file)
+    return plans
 
 
 def _headers(home: Path) -> dict[Path, dict[str, Any]]:
     """The first line of every journal that tells its model; a kill may have left less."""
-    found = {}
+    headers = {}
     for file in sorted(home.rglob(JOURNAL_FILE)):
         with file.open("rb") as stream, suppress(ValueError, TypeError, KeyError):
             header = json.loads(stream.readline())
             ModelSignature.model_validate(header["model"])
-            found[file] = header
-    return found
+            headers[file] = header
+    return headers
 
 
 def _replace(file: Path, content: bytes) -> None:

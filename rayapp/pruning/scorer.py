@@ -92,8 +92,8 @@ class LocalCompute:
 
     def run(self, work: Sequence[Work]) -> Iterator[Done]:
         """One piece after the other, in order."""
-        for each in work:
-            yield compute_one(self._evaluator, each)
+        for piece in work:
+            yield compute_one(self._evaluator, piece)
 
     def heal(self, pairs: Sequence[Pair]) -> Iterator[HealedPair]:
         """One pair after the other, in order."""

@@ -97,11 +97,11 @@ class HealedPairs:
         """
         missing = []
         for pair in sorted({*pairs} - self._known.keys()):
-            found = self._read(pair)
-            if found is None:
+            healed_pair = self._read(pair)
+            if healed_pair is None:
                 missing.append(pair)
             else:
-                self.add(found)
+                self.add(healed_pair)
         if missing and on_pair:
             on_pair(0, len(missing))
         for done, healed in enumerate(self._compute.heal(missing) if missing else (), start=1):
@@ -123,9 +123,9 @@ class HealedPairs:
         self.ensure(pairs)
         stages: dict[Any, dict[str, torch.Tensor]] = {stage: {} for stage in STAGES}
         for pair in pairs:
-            found = self._read(pair) or next(iter(self._compute.heal([pair])))
-            stages[pair.stage] |= found.tensors
-        return HealedWeights.of({stage: found for stage, found in stages.items() if found})
+            healed = self._read(pair) or next(iter(self._compute.heal([pair])))
+            stages[pair.stage] |= healed.tensors
+        return HealedWeights.of({stage: healed for stage, healed in stages.items() if healed})
 
     def add(self, healed: HealedPair) -> None:
         """Take a trained pair from elsewhere."""
@@ -139,12 +139,12 @@ class HealedPairs:
         name = self._name(pair)
         if not self._storage.exists(name):
             return None
-        found = _loads(pair, self._storage.read_bytes(name))
-        if found is None:
+        healed = _loads(pair, self._storage.read_bytes(name))
+        if healed is None:
             logger.warning(
                 "%s/%s: is damaged, the pair is trained again", self._storage.location, name
             )
-        return found
+        return healed
 
 
 def _dumps(healed: HealedPair) -> bytes:
@@ -174,7 +174,7 @@ def pairs_of_plan(plan: PruningPlan) -> list[HealedPair]:
         PlanError: The healed tensors cannot be used.
     """
     recorded = {(r["stage"], r["survivor"]): r for r in plan.provenance.get("healed", ())}
-    found = []
+    pairs = []
     for stage, tensors in HealedWeights.load(plan).stages.items():
         by_block: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
@@ -184,7 +184,7 @@ def pairs_of_plan(plan: PruningPlan) -> list[HealedPair]:
             before = plan.mode(stage, block - 1) if block else Mode.FULL
             removed = block + 1 if before == Mode.FULL else block - 1
             losses = (float(record.get(f"relative_mse_{w}", "nan")) for w in ("before", "after"))
-            found.append(
+            pairs.append(
                 HealedPair(Pair(stage, record.get("removed", removed), block), own, *losses)
             )
-    return found
+    return pairs

@@ -210,7 +210,7 @@ def _steps(
     while True:
         for batch in rng.sample(batches, len(batches)):
             group.append(batch)
-            enough = sum(each.num_tokens for each in group) >= step_tokens
+            enough = sum(member.num_tokens for member in group) >= step_tokens
             if enough or len(group) == len(batches):
                 yield group
                 group = []
@@ -226,11 +226,11 @@ def _batches(
         rng, training = drawn
         chunks = rng.sample(chunks, len(chunks))
         step_tokens, wanted = training.step_tokens, training.steps * training.step_tokens
-    batches, found = list[_Batch](), 0.0
+    batches, num_tokens = list[_Batch](), 0.0
     for chunk in chunks:
-        if found < wanted:
+        if num_tokens < wanted:
             batch = _batch(evaluator, pair, chunk)
-            found += min(batch.num_tokens, step_tokens)
+            num_tokens += min(batch.num_tokens, step_tokens)
             batches += [batch] * (batch.num_tokens > 0)
     if not batches:
         raise DataError(

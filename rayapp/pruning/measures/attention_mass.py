@@ -74,18 +74,18 @@ def measure_attention_mass(
     sums = {block: _Sums() for block in range(blocks) if not decode[block] & ATTENTION}
     for chunk in range(len(evaluator.calibration.chunks)):
         inputs = evaluator.inputs(chunk)
-        for block, each in sums.items():
+        for block, block_sums in sums.items():
             window = evaluator.runner.windows[block]
             regions = _regions(inputs, rule, window)
             if not prefill[block] & ATTENTION:
                 seen = _seen(evaluator, candidate, "prefill", chunk, block, healing)
-                each.add_prompt(_prompt_weights(inputs, seen, window), regions, inputs)
+                block_sums.add_prompt(_prompt_weights(inputs, seen, window), regions, inputs)
             query, keys, scaling = _seen(evaluator, candidate, "decode", chunk, block, healing)
             mask = evaluator.masks.decode(chunk, block)
             assert mask is not None, "decode always has one"
             weights_BDK = attention_weights(query, keys, mask, scaling).mean(dim=1)
-            each.add_decode(weights_BDK, regions, inputs)
-    return tuple(each.mass(block) for block, each in sums.items())
+            block_sums.add_decode(weights_BDK, regions, inputs)
+    return tuple(block_sums.mass(block) for block, block_sums in sums.items())
 
 
 def _seen(
@@ -114,9 +114,9 @@ def _regions(
     shape = (len(inputs.num_prefilled_B), inputs.prefill_ids_BP.shape[1])
     first_BP, last_BP = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     for row, end in enumerate(inputs.num_prefilled_B.tolist()):
-        held = held_entries(end, window)
-        first, last = rule.counts(held)
-        first_BP[row, end - held : end - held + first] = True
+        num_held = held_entries(end, window)
+        first, last = rule.counts(num_held)
+        first_BP[row, end - num_held : end - num_held + first] = True
         last_BP[row, end - last : end] = True
     return first_BP, last_BP
 

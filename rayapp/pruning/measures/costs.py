@@ -130,11 +130,11 @@ def measure_costs(evaluator: Evaluator) -> Costs:
     timed = [_time_block(runner, inputs, block) for block in range(runner.num_blocks)]
     prefill, decode, kv = (_shared(rows, runner.windows) for rows in zip(*timed, strict=True))
     rules, signature = evaluator.objective.kv_transfer, runner.signature
-    held = [held_entries(prompt, window) for window in runner.windows]
-    sizes = [_bytes(signature, runner.element_bytes, entries, SEND_ALL) for entries in held]
+    cached = [held_entries(prompt, window) for window in runner.windows]
+    sizes = [_bytes(signature, runner.element_bytes, entries, SEND_ALL) for entries in cached]
     sent = [
         _bytes(signature, runner.element_bytes, entries, rules.get(block, SEND_ALL))
-        for block, entries in enumerate(held)
+        for block, entries in enumerate(cached)
     ]
     return Costs(
         prompt_tokens=prompt,

@@ -147,10 +147,10 @@ class GatedModel:
         )
         positions_BT = _joined_positions(chunk, ids_BT.shape[1])
         hidden_BTE = self._stack.run(self._stack.embed(ids_BT), positions_BT, BlockKVSlot())
-        asked_BC = lengths_B1 - 1 + torch.arange(chunk.continuations_BC.shape[1])
-        asked_BC = asked_BC.clamp(max=ids_BT.shape[1] - 1).to(hidden_BTE.device)
+        predicting_BC = lengths_B1 - 1 + torch.arange(chunk.continuations_BC.shape[1])
+        predicting_BC = predicting_BC.clamp(max=ids_BT.shape[1] - 1).to(hidden_BTE.device)
         rows_B1 = torch.arange(len(ids_BT), device=hidden_BTE.device)[:, None]
-        return self._stack.logits(hidden_BTE[rows_B1, asked_BC])
+        return self._stack.logits(hidden_BTE[rows_B1, predicting_BC])
 
 
 def _joined(chunk: Chunk) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The interface of search methods: they ask for candidates by the generation and are told scores."""
+"""The interface of search methods: they ask for candidates in generations and are told scores."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Uniform:
         if not self._left:
             return None
         drawn: set[Candidate] = set()
-        for index in itertools.count():  # ends, as unseen candidates exist
+        for index in itertools.count():  # ends: unseen candidates exist, and any can be drawn
             candidate = self._setup.space.draw(self._setup.rng(self._generation, index))
             if candidate not in self._seen:
                 drawn.add(candidate)

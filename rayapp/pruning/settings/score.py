@@ -73,10 +73,10 @@ class ScoreSettings(Settings):
         if not isinstance(value, str):
             return value
         try:
-            found = json.loads(value)
+            parsed = json.loads(value)
         except json.JSONDecodeError:
             raise ValueError('give a count, a share, or JSON such as {"num_keep": 64}') from None
-        return found if isinstance(found, dict) else {"num_keep": found}
+        return parsed if isinstance(parsed, dict) else {"num_keep": parsed}
 
     @property
     def identity(self) -> dict[str, Any]:
