@@ -47,7 +47,7 @@ class Goal:
     max_score: float | None = None
 
     def key(self, score: float, num_bytes: float) -> tuple[float, float, float]:
-        """Rank of a score and its bytes; smaller is better, and 0 comes first if the goal is met."""
+        """Rank of a score and its bytes; smaller is better, and 0 is first if the goal is met."""
         if self.max_score is not None:
             return max(0.0, score - self.max_score), num_bytes, score
         over = 0.0 if self.max_bytes is None else max(0.0, num_bytes - self.max_bytes)
