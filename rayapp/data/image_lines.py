@@ -116,19 +116,19 @@ class ImageLineReader:
         place = str(self._tokenizer.convert_ids_to_tokens(place_id))
         prompt = with_places(line.prompt, place, len(counts))
         plain = Line(prompt=prompt, completion=line.completion, task=line.task)
-        asked = tokenize_line(plain, self._tokenizer, where, None)
-        check_places(asked.prompt, place_id, len(counts))
-        if self._ends_in_text and asked.prompt[-1] == place_id:
+        tokens = tokenize_line(plain, self._tokenizer, where, None)
+        check_places(tokens.prompt, place_id, len(counts))
+        if self._ends_in_text and tokens.prompt[-1] == place_id:
             raise DataError(
                 f"{where}: the prompt ends with an image, but under this plan decode runs its last "
                 "token; put text after the image"
             )
-        unpruned = tuple(_expanded(asked.prompt, place_id, counts))
-        total = len(unpruned) + len(asked.continuation)
+        unpruned = tuple(_expanded(tokens.prompt, place_id, counts))
+        total = len(unpruned) + len(tokens.continuation)
         if total > self._max_positions:
             raise DataError(
                 f"{where}: {len(unpruned)} prompt tokens, {sum(counts)} of them of images, + "
-                f"{len(asked.continuation)} of the completion and the end marker = {total}, but "
+                f"{len(tokens.continuation)} of the completion and the end marker = {total}, but "
                 f"the model's context is {self._max_positions}; shorten the line"
             )
         words = self._tokenizer(
@@ -137,9 +137,9 @@ class ImageLineReader:
         images = tuple(directory / path for path in line.paths)
         return TokenizedImageLine(
             prompt=unpruned,
-            continuation=asked.continuation,
+            continuation=tokens.continuation,
             task=line.task,
-            asked=asked.prompt,
+            asked=tokens.prompt,
             words=tuple(words),
             images=images,
         )

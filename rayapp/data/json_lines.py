@@ -62,7 +62,7 @@ def _object(raw: str, where: str) -> dict[str, Any]:
 
 def _explain(kind: type[BaseModel], error: Any) -> str:
     key, message = ".".join(map(str, error["loc"])), str(error["msg"]).removeprefix("Value error, ")
-    needed = [name for name, each in kind.model_fields.items() if each.is_required()]
+    needed = [name for name, field in kind.model_fields.items() if field.is_required()]
     rules = {
         "missing": f"`{key}` is missing; every line needs {_listed(needed)}",
         "extra_forbidden": f"unknown key `{key}`; use {_listed(list(kind.model_fields))}",

@@ -71,7 +71,7 @@ class _HellaSwag(_Published):
 
     def asked(self) -> tuple[str, list[str], int]:
         prompt = _plain(f"{self.activity_label}: {self.ctx_a} {self.ctx_b.capitalize()}")
-        return prompt, _spaced([_plain(each) for each in self.endings]), int(self.label)
+        return prompt, _spaced([_plain(ending) for ending in self.endings]), int(self.label)
 
 
 class _Arc(_Published):

@@ -38,7 +38,7 @@ class MeasuredRow(Strict):
 
     @property
     def reduction(self) -> float:
-        """How many times less was sent: ``sum(bytes_full) / sum(bytes_sent)``.
+        """Ratio of dense bytes to sent bytes: ``sum(bytes_full) / sum(bytes_sent)``.
 
         Header and padding count as sent.
         """

@@ -135,7 +135,7 @@ def _check_heal_data(heal_data: str, calibration: str, num_lines: int) -> None:
 def _asked(path: str) -> list[tuple[int, tuple[str, ...]]]:
     """The questions of all lines by number: the prompt and the contents of its images."""
     return [
-        (number, (line.prompt, *(_digest(Path(path).parent / each) for each in line.paths)))
+        (number, (line.prompt, *(_digest(Path(path).parent / image) for image in line.paths)))
         if isinstance(line, ImageLine)
         else (number, (line.prompt,))
         for number, line in read_lines(path)

@@ -132,7 +132,7 @@ class Recipe:
         return phase.rate + done * (phase.last_rate - phase.rate)
 
     def rate_at(self, step: int) -> float:
-        """Factor on the learning rates: a linear rise, the phase, a linear fall to zero."""
+        """Factor on the learning rates: a linear rise, the phase's factor, a linear fall."""
         rise = (step + 1) / self.warmup_steps
         fall = (self.num_steps - step) / self.decay_steps
         return self._phase_rate(step) * max(0.0, min(1.0, rise, fall))

@@ -115,9 +115,9 @@ def identity_of(record: Record, prompt: str) -> str:
     return record.operands or prompt
 
 
-def render(records: Sequence[Record], asked: Record) -> str:
+def render(records: Sequence[Record], subject: Record) -> str:
     """The prompt that shows ``records`` and asks for ``asked``."""
-    return " ".join(record.shown for record in records) + "\n" + asked.asked
+    return " ".join(record.shown for record in records) + "\n" + subject.asked
 
 
 def _letters(rng: random.Random, count: int) -> str:

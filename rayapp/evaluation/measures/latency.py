@@ -139,17 +139,17 @@ def _requests(
     sampling = SamplingParams(max_tokens=settings.num_answer_tokens, ignore_eos=True)
     place = image.placeholder_id if image else None
     words = [token for token in range(vocab_size) if token != place]
-    found = []
+    requests = []
     for index in range(batch_size):
         text = tuple(rng.choices(words, k=settings.num_prompt_tokens))
         request = GenerationRequest(f"timing-{index}", text, sampling)
         if image is not None:
-            asked = (image.placeholder_id, *text)
+            prompt_ids = (image.placeholder_id, *text)
             request = replace(
-                request, prompt_token_ids=asked, images=(image.image,), text_token_ids=text
+                request, prompt_token_ids=prompt_ids, images=(image.image,), text_token_ids=text
             )
-        found.append(request)
-    return found
+        requests.append(request)
+    return requests
 
 
 class _EngineRun:

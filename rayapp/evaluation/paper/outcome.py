@@ -154,7 +154,7 @@ def measure_data(sides: Sides, name: str, data: EvaluationData) -> DataOutcome:
     """Measure a data set of one kind on both sides; its tasks count together."""
     groups: list[JudgedCompletions | AnsweredQuestions | ScoredWindows] = [
         *(sides.completions(_label(name, t), lines) for t, lines in data.completions.items()),
-        *(sides.choices(_label(name, t), found) for t, found in data.choices.items()),
+        *(sides.choices(_label(name, t), questions) for t, questions in data.choices.items()),
         *(sides.texts(_label(name, t), windows) for t, windows in data.texts.items()),
     ]
     sent = PromptBytes.total(group.sent for group in groups)
@@ -193,12 +193,12 @@ def _metrics(group: JudgedCompletions | AnsweredQuestions | ScoredWindows) -> li
             _accuracy(name, *(group.right(s, by_character=norm) for s in (group.dense, group.plan)))
             for name, norm in kinds
         ]
-    found = group.likelihoods
+    likelihoods = group.likelihoods
     return [
         Metric(
             name="perplexity",
-            dense=tuple(sums.dense_nll / sums.num_tokens for sums in found),
-            plan=tuple(sums.plan_nll / sums.num_tokens for sums in found),
+            dense=tuple(sums.dense_nll / sums.num_tokens for sums in likelihoods),
+            plan=tuple(sums.plan_nll / sums.num_tokens for sums in likelihoods),
             weights=tuple(group.num_tokens),
         )
     ]
@@ -209,7 +209,7 @@ def _accuracy(name: MetricName, dense: Sequence[bool], plan: Sequence[bool]) -> 
 
 
 def _percent(right: Sequence[bool]) -> tuple[float, ...]:
-    return tuple(100.0 * each for each in right)
+    return tuple(100.0 * is_right for is_right in right)
 
 
 def _joined(metrics: Sequence[Metric]) -> Metric:

@@ -100,20 +100,20 @@ def _removal(findings: Findings) -> dict[str, Any]:
 
 
 def _quality(findings: Findings) -> dict[str, Any]:
-    found = findings.evaluation
+    evaluation = findings.evaluation
     return {
-        "evaluation": found,
-        "losses": loss_chart(found) if found else None,
-        "tables": tables(found) if found else (),
+        "evaluation": evaluation,
+        "losses": loss_chart(evaluation) if evaluation else None,
+        "tables": tables(evaluation) if evaluation else (),
     }
 
 
 def _visual(findings: Findings) -> dict[str, Any]:
-    found = findings.visual
+    comparison = findings.visual
     return {
-        "visual": found,
-        "accuracy": accuracy_chart(found, findings.plan) if found else None,
-        "pictures": sample_pictures(found) if found else (),
+        "visual": comparison,
+        "accuracy": accuracy_chart(comparison, findings.plan) if comparison else None,
+        "pictures": sample_pictures(comparison) if comparison else (),
     }
 
 
@@ -205,12 +205,12 @@ def _calibration_facts(findings: Findings) -> list[tuple[str, str]]:
     """The results of the searches themselves, on the lines that they chose on."""
     plan, kv = findings.plan, findings.kv
     score = kv.score if kv else plan.provenance.get("score")
-    found = []
+    facts = []
     if isinstance(score, float):
-        found.append((f"{score:.4g}", "score on the lines that chose the plan"))
+        facts.append((f"{score:.4g}", "score on the lines that chose the plan"))
     if kv:
-        found.append((f"{kv.reduction:.2f}x", "fewer KV bytes, the same lines"))
-    return found
+        facts.append((f"{kv.reduction:.2f}x", "fewer KV bytes, the same lines"))
+    return facts
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def block_plot(
     lines = lines or {}
     values = [value for units in series.values() for value in units.values()]
     scale = Scale.of([*values, *lines.values()])
-    found = []
+    drawn = []
     for number, (name, units) in enumerate(series.items()):
         offset = (number - (len(series) - 1) / 2) * 0.14
         marks = tuple(
@@ -87,9 +87,9 @@ def block_plot(
             for unit, value in units.items()
             if math.isfinite(value)
         )
-        found.append(Series(name, SHAPES[number % len(SHAPES)], marks))
+        drawn.append(Series(name, SHAPES[number % len(SHAPES)], marks))
     across = tuple((1 - scale.at(v), f"{label}: {v:.4g}") for label, v in lines.items())
-    return Plot(tuple(found), _down(scale), across, is_log=scale.is_log)
+    return Plot(tuple(drawn), _down(scale), across, is_log=scale.is_log)
 
 
 def _column(unit: str) -> float:
@@ -285,9 +285,9 @@ def loss_chart(result: EvaluationResult) -> LossChart | None:
 
 def removed_units(plan: PruningPlan, stage: Stage) -> frozenset[str]:
     """Units that ``stage`` does not compute: blocks, and the parts of every block."""
-    found: set[str] = set()
+    removed: set[str] = set()
     for block, mode in plan.stage(stage).blocks.items():
         gone = {"attention": not mode.attends, "mlp": not mode.has_mlp}
-        found |= {f"{block}.{part}" for part, is_gone in gone.items() if is_gone}
-        found |= {str(block)} if all(gone.values()) else set()
-    return frozenset(found)
+        removed |= {f"{block}.{part}" for part, is_gone in gone.items() if is_gone}
+        removed |= {str(block)} if all(gone.values()) else set()
+    return frozenset(removed)

@@ -69,7 +69,7 @@ class TrialRow(Removal):
     is_healed: bool
 
     def kind(self, size: tuple[float, ...], num_chunks: int) -> TrialKind:
-        """How its score compares with that of a plan of ``size`` on ``num_chunks``.
+        """The comparison of its score with that of a plan of ``size`` on ``num_chunks``.
 
         The kind says whether the two compete, and if not, why.
 
@@ -137,22 +137,22 @@ def read_front(content: bytes, where: str) -> tuple[FrontRow, ...]:
 
 def single_removals(trials: Iterable[TrialRow]) -> Mapping[Stage, Mapping[str, float]]:
     """Scores of one unit removed from one stage alone, on all chunks; by stage and unit."""
-    found: dict[Stage, dict[str, float]] = {stage: {} for stage in STAGES}
+    by_stage: dict[Stage, dict[str, float]] = {stage: {} for stage in STAGES}
     rows = list(trials)
     most = max((row.chunks for row in rows), default=0)
     for row in rows:
         if row.single and row.chunks == most and not row.is_healed:
             stage, unit = row.single
-            found[stage].setdefault(unit, row.score)
-    return {stage: units for stage, units in found.items() if units}
+            by_stage[stage].setdefault(unit, row.score)
+    return {stage: units for stage, units in by_stage.items() if units}
 
 
 def read_json(content: bytes, where: str, what: str) -> Any:
     """Read a JSON object; raises :class:`DataError` if the content is none."""
     try:
-        found = json.loads(content)
+        parsed = json.loads(content)
     except ValueError as error:
         raise DataError(f"{where}: is not JSON ({error}); give {what}") from None
-    if not isinstance(found, dict):
+    if not isinstance(parsed, dict):
         raise DataError(f"{where}: holds no JSON object; give {what}")
-    return found
+    return parsed

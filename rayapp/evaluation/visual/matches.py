@@ -52,9 +52,9 @@ def visual_matches(
     batches = _Batches(prompts.stack, lines, end_token_ids, len(rules))
     order = sorted(range(len(lines)), key=lambda index: lines[index].images)
     for done, index in enumerate(order, start=1):
-        asked = prompts.ask(lines[index])
+        question = prompts.ask(lines[index])
         for number, rule in enumerate(rules):
-            batches.add(number, index, asked.embed(rule))
+            batches.add(number, index, question.embed(rule))
         progress("questions", done, len(lines))
     return batches.finished()
 

@@ -36,17 +36,17 @@ def views(
     Args:
         processor: The model's image processor: the first grid lies over the picture that it makes
             for the tower.
-        image: As it was decoded; further grids (LLaVA-NeXT's tiles) lie over all of it.
+        image: The decoded image; further grids (LLaVA-NeXT's tiles) lie over all of it.
         layout: The layout of the image's tokens.
         kept: Places among the image's tokens, by method.
     """
-    found = []
+    grids = []
     for number, pool in enumerate(layout.pools):
         photo = image if number else _as_seen(processor, image)
         tokens = {method: _tokens(pool, places) for method, places in kept.items()}
         encoded = base64.b64encode(_photo(photo))
-        found.append(View(photo=encoded, rows=pool.rows, columns=pool.columns, kept=tokens))
-    return tuple(found)
+        grids.append(View(photo=encoded, rows=pool.rows, columns=pool.columns, kept=tokens))
+    return tuple(grids)
 
 
 def _as_seen(processor: Any, image: Image.Image) -> Image.Image:

@@ -44,14 +44,14 @@ class VisualRow(Strict):
         return mean_over_tasks(self.exact_match)
 
     @classmethod
-    def of(cls, rule: VisualTokens, found: Matches, dense: Matches, groups: Groups) -> VisualRow:
+    def of(cls, rule: VisualTokens, matches: Matches, dense: Matches, groups: Groups) -> VisualRow:
         """A row from matches ``(L,)`` of a rule that keeps a count, and of the dense model."""
-        worse = points_lost(dense, found, groups)
+        worse = points_lost(dense, matches, groups)
         return cls(
             method=rule.method,
             num_keep=int(rule.num_keep),
             num_aligned=rule.num_aligned,
-            exact_match=exact_match(found, groups),
+            exact_match=exact_match(matches, groups),
             lost={
                 task: upper_bound([each], num_resamples=RESAMPLES)
                 for task, each in zip(groups, worse, strict=True)
@@ -60,9 +60,9 @@ class VisualRow(Strict):
         )
 
 
-def exact_match(found: Matches, groups: Groups) -> dict[str, float]:
+def exact_match(matches: Matches, groups: Groups) -> dict[str, float]:
     """Share of matches ``(L,)`` by task."""
-    return {task: float(found[list(group)].mean()) for task, group in groups.items()}
+    return {task: float(matches[list(group)].mean()) for task, group in groups.items()}
 
 
 def mean_over_tasks(shares: Mapping[str, float]) -> float:
@@ -170,15 +170,15 @@ class VisualQuality(Strict):
     @property
     def caveats(self) -> tuple[str, ...]:
         """Reasons why these numbers must not be quoted as claims; empty if they may."""
-        found = []
+        reasons = []
         fewest = min(self.num_examples.values())
         if fewest < CLAIM_EXAMPLES:
-            found.append(
+            reasons.append(
                 f"{fewest} questions in the smallest task; points lost need {CLAIM_EXAMPLES:,} each"
             )
         if not self.split:
-            found.append("the split of the data is not stated")
-        return tuple(found)
+            reasons.append("the split of the data is not stated")
+        return tuple(reasons)
 
     def save(self, path: str | Path) -> Path:
         """Write JSON to ``path``, creating its directory; returns the file."""

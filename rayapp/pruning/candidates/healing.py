@@ -126,7 +126,7 @@ class HealedPair:
         tensors: The survivor's trained parameters by canonical name, on the CPU.
         loss_before: Relative mean squared error of the span's output on held-back lines, with the
             survivor as it was.
-        loss_after: The same with the healed tensors; never higher.
+        loss_after: That error with the healed tensors; it is never higher.
     """
 
     pair: Pair

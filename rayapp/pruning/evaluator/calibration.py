@@ -163,7 +163,7 @@ def _positions(
 
 
 def _about_images(line: TokenizedLine) -> tuple[object, ...]:
-    """What distinguishes image lines of equal ids: the images' content, their pruning, and gaps."""
+    """The difference between image lines of equal ids: images' content, their pruning, gaps."""
     return (line.image_keys, line.positions) if line.image_keys else ()
 
 

@@ -69,7 +69,7 @@ class ImageWordReader:
         tokenizer: The model's tokenizer.
         rule: How visual tokens are pruned; None keeps all of them.
         dtype: Element type that the model is run in.
-        device: Where the vision tower runs.
+        device: The device that the vision tower runs on.
         ends_in_text: Whether the last prompt token must be text, because decode runs it.
     """
 

@@ -218,9 +218,9 @@ class _Effects:
         self._score, self._bytes = scores[current], num_bytes(current)
         self._changes = [
             [
-                (scores[each] - self._score, num_bytes(each) - self._bytes)
+                (scores[changed] - self._score, num_bytes(changed) - self._bytes)
                 for level in range(len(choices))
-                for each in [moved(current, index, level)]
+                for changed in [moved(current, index, level)]
             ]
             for index, choices in enumerate(levels.levels)
         ]

@@ -60,7 +60,7 @@ class KVSelection:
 
     @property
     def reduction(self) -> float:
-        """How many times less is sent: ``bytes_full / bytes_sent``."""
+        """Ratio of dense bytes to sent bytes: ``bytes_full / bytes_sent``."""
         return self.bytes_full / self.bytes_sent
 
     def record(self) -> dict[str, Any]:

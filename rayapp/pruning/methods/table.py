@@ -39,7 +39,7 @@ METHODS: dict[str, MethodKind] = {
     "surrogate": Surrogate,
     "window": Window,
 }
-"""The methods. Adding one is one file and one line here; a method says whether it
+"""The methods by name. Adding one is one file and one line here; a method says whether it
 ``uses_influence``."""
 
 GRADIENT_METHODS = frozenset({"cbo"})

@@ -145,9 +145,11 @@ def _trial(line: Mapping[str, Any], record: Mapping[str, Any]) -> Trial:
     return Trial(candidate, score, line["index"], line["phase"])
 
 
-def _check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
-    differing = _differences({k: v for k, v in found.items() if k != "environment"}, wanted)
-    prints = [each.get("model", {}).get("weights_fingerprint", "") for each in (found, wanted)]
+def _check_header(written: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+    differing = _differences({k: v for k, v in written.items() if k != "environment"}, wanted)
+    prints = [
+        header.get("model", {}).get("weights_fingerprint", "") for header in (written, wanted)
+    ]
     if len(differing) == 1 and is_outdated(*prints):
         raise InputError(f"{where}: the search {renewal_hint(where.rpartition('/')[0])}")
     if differing:
@@ -157,10 +159,10 @@ def _check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], where: st
         )
 
 
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def _differences(written: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     lines = []
-    for key in sorted({*found, *wanted}):
-        old, new = found.get(key), wanted.get(key)
+    for key in sorted({*written, *wanted}):
+        old, new = written.get(key), wanted.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             lines += [f"{key}.{difference}" for difference in _differences(old, new)]
         elif old != new:
@@ -168,12 +170,12 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     return lines
 
 
-def check_replayed(asked: Sequence[Candidate], trials: Sequence[Trial]) -> None:
+def check_replayed(proposed: Sequence[Candidate], trials: Sequence[Trial]) -> None:
     """Raise :class:`SearchError` where a method asks for other candidates than its journal says."""
-    if list(asked) != [trial.candidate for trial in trials]:
+    if list(proposed) != [trial.candidate for trial in trials]:
         raise SearchError(
             f"generation {trials[0].generation} of the journal scored {trials[0].candidate} and "
-            f"others, but the search now asks for {asked[0]}: the journal was edited, or is of "
+            f"others, but the search now asks for {proposed[0]}: the journal was edited, or is of "
             "another version; start again with another --out"
         )
 

@@ -71,8 +71,8 @@ def race(
         finished += len(running) * (size - last_size) / len(order)
         last_size = size
         running = _going_on(rungs[-1], _line_weights(scorer, order[:size]))
-    told = _told(rungs)
-    return [told[candidate] for candidate in candidates]
+    final = _told(rungs)
+    return [final[candidate] for candidate in candidates]
 
 
 def chunk_order(num_chunks: int, generation: int) -> list[int]:

@@ -42,8 +42,8 @@ VERIFIED = "verified"
 """Phase in which the best candidates of a search with races are scored on everything."""
 
 NUM_VERIFIED = 8
-"""How many of the best candidates must have scores on everything, those that already have them
-included (project default)."""
+"""Number of best candidates that must have scores on everything, including those that already have
+(project default)."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ class Objective:
         first_token: The stage that the first answer token's logits come from.
         kv_transfer: Rules for the KV between the stages, in the blocks where a candidate's decode
             attends.
-        kl_top_k: For large vocabularies: the KL counts the dense model's likeliest tokens and takes
-            all others as one outcome; it is never above the exact one. 0 is exact.
+        kl_top_k: Number of the dense model's likeliest tokens that the KL counts, for large
+            vocabularies. All others are one outcome, so the KL is never above the exact one; 0 is
+            exact.
     """
 
     kind: ObjectiveKind = "kl"

@@ -110,16 +110,16 @@ def measure(directory: Path, *, count: int, seed: int = 0) -> Measurement:
     """
     torch.set_num_threads(1)
     model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.bfloat16).eval()
-    asked = draw_asked_scenes("test", count, seed)
-    return Measurement(score(attend_packed(model), asked), count, seed)
+    scenes = draw_asked_scenes("test", count, seed)
+    return Measurement(score(attend_packed(model), scenes), count, seed)
 
 
 def _examples() -> str:
-    (asked,) = draw_asked_scenes("test", 1, 0)
+    (scene,) = draw_asked_scenes("test", 1, 0)
     return "\n".join(
-        f"| {each.task} | {'yes' if each.task in NAMING else 'no'} | `{each.text}` "
-        f"| `{each.answer}` |"
-        for each in asked.questions
+        f"| {question.task} | {'yes' if question.task in NAMING else 'no'} | `{question.text}` "
+        f"| `{question.answer}` |"
+        for question in scene.questions
     )
 
 

@@ -81,10 +81,10 @@ def tower_step_loss(
     with torch.autocast("cpu", torch.bfloat16):
         features = visual_features(model, pixels_of(scenes), shift)
         visual_BND = visual_tokens(model, features).float()
-        told = None if windows else scene_loss(model, features, heads, labels)
+        scene_part = None if windows else scene_loss(model, features, heads, labels)
     read = patch_loss(visual_BND, word_table(model, heads, recipe), heads, labels)
     seen.add({"loss": read.loss.item(), **read.shares})
-    return read.loss if told is None else read.loss + told
+    return read.loss if scene_part is None else read.loss + scene_part
 
 
 def draw_kept(rng: random.Random, colours_BN: torch.Tensor, count: int) -> torch.Tensor:

@@ -41,7 +41,7 @@ _CLEAR = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question.
+    """One question about a scene.
 
     ``text`` is the question as the prompt has it, ``answer`` is one word, and ``task`` is the type.
     """
@@ -84,24 +84,24 @@ def _named(scene: Scene) -> list[Question]:
 
 def _counts(scene: Scene) -> list[Question]:
     words = Counter(word for thing in scene.things for word in (thing.shape, thing.colour))
-    asked = [
+    questions = [
         Question(f"how many {word}", str(words[word]), "count-named")
         for word in (*COLOURS, *SHAPES)
         if words[word] <= MOST_COUNTED
     ]
-    return [*asked, Question("how many things", str(len(scene.things)), "count-all")]
+    return [*questions, Question("how many things", str(len(scene.things)), "count-all")]
 
 
 def _extremes(scene: Scene) -> list[Question]:
     by_size = sorted(scene.things, key=lambda thing: thing.size)
-    asked = []
+    questions = []
     for word, thing in (("smallest", by_size[0]), ("largest", by_size[-1])):
-        asked.append(Question(f"colour of the {word}", thing.colour, "colour-extreme"))
-        asked.append(Question(f"shape of the {word}", thing.shape, "shape-extreme"))
+        questions.append(Question(f"colour of the {word}", thing.colour, "colour-extreme"))
+        questions.append(Question(f"shape of the {word}", thing.shape, "shape-extreme"))
         place = place_of(thing)
         if place is not None:
-            asked.append(Question(f"where is the {word}", place, "place-extreme"))
-    return asked
+            questions.append(Question(f"where is the {word}", place, "place-extreme"))
+    return questions
 
 
 def all_questions(scene: Scene) -> list[Question]:
