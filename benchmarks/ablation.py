@@ -3,7 +3,7 @@
 Every study changes one piece at two of twelve blocks removed from each stage and measures, on the
 same fresh examples (split `validation`), KL to the dense model and points of exact match lost
 (teacher-forced); speed-up (128 tokens in, 64 out, batch 1, interleaved runs) and bytes (engine in
-bf16, prompts of at least 128 tokens). A row that is done is kept, and skipped in a second run.
+bf16, prompts of at least 128 tokens). A finished row is kept, and skipped in a second run.
 
     python benchmarks/ablation.py --model rayapp/testbed/text out/testbed-seed1
 """
@@ -25,18 +25,18 @@ TIMES = ("search_s", "row_s")
 
 
 def parser() -> ArgumentParser:
-    found = benchmark_parser(__doc__)
-    add_model(found, several=True)
-    found.add_argument("--studies", nargs="+", choices=list(STUDIES), default=list(STUDIES))
-    found.add_argument("--calibration-per-task", type=int, default=Sizes.calibration_per_task)
-    found.add_argument("--heal-per-task", type=int, default=Sizes.heal_per_task)
-    found.add_argument("--fresh-per-task", type=int, default=Sizes.fresh_per_task)
-    found.add_argument(
+    options = benchmark_parser(__doc__)
+    add_model(options, several=True)
+    options.add_argument("--studies", nargs="+", choices=list(STUDIES), default=list(STUDIES))
+    options.add_argument("--calibration-per-task", type=int, default=Sizes.calibration_per_task)
+    options.add_argument("--heal-per-task", type=int, default=Sizes.heal_per_task)
+    options.add_argument("--fresh-per-task", type=int, default=Sizes.fresh_per_task)
+    options.add_argument(
         "--runs", type=int, default=Sizes.runs, help="timed; 0: tables without speed"
     )
-    found.add_argument("--seeds", type=int, default=Sizes.seeds, help="of the study of methods")
-    found.add_argument("--work", type=Path, default=Path("out") / "ablation")
-    return found
+    options.add_argument("--seeds", type=int, default=Sizes.seeds, help="of the study of methods")
+    options.add_argument("--work", type=Path, default=Path("out") / "ablation")
+    return options
 
 
 def measure(recorder: Recorder) -> None:
@@ -58,20 +58,20 @@ def measure(recorder: Recorder) -> None:
 
 
 def measure_missing(bench: Bench, rows: Rows, studies: list[str]) -> None:
-    """Measure every row that is not there yet."""
+    """Measure every row that has no file yet."""
     for study in studies:
         for name, measured in STUDIES[study](bench):
             rows.kept(study, name, measured)
 
 
 def known_rows(rows: Rows, *, timed: bool) -> dict[str, list[Row]]:
-    """All rows of one model, of earlier runs too, by study."""
-    found = {study: list(rows.all(study).values()) for study in STUDIES}
-    return {s: [shown(row, timed=timed) for row in known] for s, known in found.items() if known}
+    """All rows of one model by study, those of earlier runs too."""
+    by_study = {study: list(rows.all(study).values()) for study in STUDIES}
+    return {s: [shown(row, timed=timed) for row in known] for s, known in by_study.items() if known}
 
 
 def shown(row: Row, *, timed: bool) -> Row:
-    """A measured row; without its times where they were taken on a busy machine."""
+    """A measured row; it has no times if they were taken on a busy machine."""
     return {k: v for k, v in row.items() if timed or ("speedup" not in k and k not in TIMES)}
 
 

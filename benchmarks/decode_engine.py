@@ -50,16 +50,16 @@ Timed = tuple[Moment, list[list[int]]]
 
 
 def parser() -> ArgumentParser:
-    found = benchmark_parser(__doc__)
-    add_model(found)
-    add_shape(found, SHAPES)
-    add_dtype(found, "float32")
-    add_device(found, "cpu")
-    found.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    found.add_argument("--prompt-tokens", type=int, default=128)
-    found.add_argument("--answer-tokens", type=int, default=64)
-    found.add_argument("--runs", type=int, default=7, help="timed, of each side")
-    return found
+    options = benchmark_parser(__doc__)
+    add_model(options)
+    add_shape(options, SHAPES)
+    add_dtype(options, "float32")
+    add_device(options, "cpu")
+    options.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    options.add_argument("--prompt-tokens", type=int, default=128)
+    options.add_argument("--answer-tokens", type=int, default=64)
+    options.add_argument("--runs", type=int, default=7, help="timed, of each side")
+    return options
 
 
 def measure(recorder: Recorder) -> None:
@@ -131,7 +131,7 @@ def run_engine(stacks: tuple[BlockStack, BlockStack], prompts: Prompts, num_new:
 
 
 class MarkEachStep(StoppingCriteria):
-    """Marks when each step of ``generate`` has its token; never stops it."""
+    """Marks the time at which each step of ``generate`` has its token; it never stops the model."""
 
     def __init__(self) -> None:
         self.marks: list[Moment] = []
@@ -178,7 +178,7 @@ def rates(num_tokens: int, spans: dict[str, list[Moment]]) -> dict[str, Any]:
 
 
 def step_bytes(stack: BlockStack, batch: int, num_entries: float) -> int:
-    """Bytes that one step must read: every weight once (of the embedding only rows), all KV."""
+    """Bytes that one step must read: every weight once (only rows of the embedding), and all KV."""
     weights = {p.data_ptr(): p.nbytes for p in stack.model.parameters()}
     embedding = stack.model.get_input_embeddings().weight
     if stack.model.get_output_embeddings().weight.data_ptr() != embedding.data_ptr():
@@ -212,7 +212,7 @@ def report(record: Record) -> list[Block]:
 
 
 def name_of(asked: dict[str, Any]) -> str:
-    """The shape where one was asked for, else the model."""
+    """The name of the shape if one was chosen, else of the model."""
     return str(asked.get("shape") or asked["model"])
 
 

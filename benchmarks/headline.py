@@ -1,12 +1,13 @@
 """Claim: one plan is 1.2056x faster and sends 4.95x fewer bytes, at most 1 point lost on any task.
 
-These are the two figures of PDTrim's abstract (20.56 % and 4.95x), asked of one and the same plan;
-and how far a plan can go at 3 points. Everything is chosen on calibration and validation examples:
-for every number of blocks removed, a plan is searched (with healing and without) and its KV chosen
-(`rayapp kv-select`), and the furthest that keeps its limit on validation is taken. Only those meet
-the test examples, once. Loss is exact match, dense minus plan, teacher-forced (equal to greedy
-decoding), the worst task's one-sided 95 % upper bound; speed-up is 128 tokens in, 64 out,
-interleaved runs; bytes are the engine's in bf16, every prompt at least 128 tokens.
+These are the two figures of PDTrim's abstract (20.56 % and 4.95x), required of one and the same
+plan. The benchmark also measures how far a plan can go at 3 points. Everything is chosen on
+calibration and validation examples: for every number of blocks removed, a plan is searched (with
+healing and without) and its KV chosen (`rayapp kv-select`), and the furthest that keeps its limit
+on validation is taken. Only those meet the test examples, once. Loss is exact match, dense minus
+plan, teacher-forced (equal to greedy decoding), the worst task's one-sided 95 % upper bound;
+speed-up is 128 tokens in, 64 out, interleaved runs; bytes are the engine's in bf16, every prompt at
+least 128 tokens.
 
     python benchmarks/headline.py
 """
@@ -37,12 +38,14 @@ from rayapp.workflows.kv_select import kv_select
 
 GOALS = ("3.5:model", "4.95:model", "4.95:int8", "9:int4")
 MARGIN = 1.01
-"""The choice asks for 1 % more bytes saved than is claimed: other prompts have other lengths."""
+"""Factor on the claimed reduction that the choice aims for, because other prompts have other
+lengths."""
 LIMITS = (1.0, 3.0)
 LONG_PER_TASK = 32
-"""Calibration prompts of 128 to 400 tokens that KV is chosen on; blocks go by shorter ones."""
+"""Number of calibration prompts of 128 to 400 tokens that KV is chosen on; blocks are chosen on
+shorter ones."""
 TEST_SEED = 7_000_003
-"""Of examples that no choice was made on."""
+"""Seed of examples that no choice was made on."""
 
 VALIDATION = (
     "Validation examples only; plans that met the test examples have a table of their own, with "
@@ -52,21 +55,21 @@ TOLD = ("worst_lost", "worst_lost_upper", "reduction", "speedup")
 
 
 def parser() -> ArgumentParser:
-    found = benchmark_parser(__doc__)
-    add_model(found)
-    found.add_argument("--prefill-remove", type=float, nargs="+", default=[1])
-    found.add_argument(
+    options = benchmark_parser(__doc__)
+    add_model(options)
+    options.add_argument("--prefill-remove", type=float, nargs="+", default=[1])
+    options.add_argument(
         "--decode-remove", type=float, nargs="*", default=[2, 3, 4, 5], help="none: no new row"
     )
-    found.add_argument("--heal", nargs="+", default=["none", "all"])
-    found.add_argument("--unit", nargs="+", choices=["block", "part"], default=["block"])
-    found.add_argument("--goals", nargs="+", default=GOALS, help="reduction:smallest encoding")
-    found.add_argument("--calibration-per-task", type=int, default=64)
-    found.add_argument("--validation-per-task", type=int, default=200)
-    found.add_argument("--test-per-task", type=int, default=2000, help="0: no look at test")
-    found.add_argument("--runs", type=int, default=30, help="timed; 0: no speed-ups")
-    found.add_argument("--work", type=Path, default=Path("out") / "headline")
-    return found
+    options.add_argument("--heal", nargs="+", default=["none", "all"])
+    options.add_argument("--unit", nargs="+", choices=["block", "part"], default=["block"])
+    options.add_argument("--goals", nargs="+", default=GOALS, help="reduction:smallest encoding")
+    options.add_argument("--calibration-per-task", type=int, default=64)
+    options.add_argument("--validation-per-task", type=int, default=200)
+    options.add_argument("--test-per-task", type=int, default=2000, help="0: no look at test")
+    options.add_argument("--runs", type=int, default=30, help="timed; 0: no speed-ups")
+    options.add_argument("--work", type=Path, default=Path("out") / "headline")
+    return options
 
 
 def measure(recorder: Recorder) -> None:
@@ -96,7 +99,7 @@ def measure(recorder: Recorder) -> None:
 
 
 def validate_all(bench: Bench, rows: Rows, arguments: Namespace) -> None:
-    """A row for every combination that was asked for."""
+    """A row for every chosen combination of options."""
     for heal, unit, decode, prefill, goal in itertools.product(
         arguments.heal,
         arguments.unit,
@@ -147,13 +150,15 @@ def validate(bench: Bench, blocks: str, searched: Row, goal: str) -> Row:
 
 
 def measured(bench: Bench, plan: PruningPlan, lines: str) -> Row:
-    """What a plan loses and sends on these lines."""
+    """The points that a plan loses, and the bytes that it sends, on these lines."""
     sent = {"reduction": bench.reduction(plan, lines), "plan": plan_words(plan)}
     return bench.quality(bench.side(plan), lines) | sent
 
 
 def choose(rows: list[Row]) -> list[tuple[str, Row]]:
-    """Per limit, healing and goal: the most blocks removed within the limit; or the mildest."""
+    """The plan for every limit, healing and goal: the most blocks removed within the limit, or else
+    the mildest plan.
+    """
     chosen = []
     for limit in LIMITS:
         for heal in sorted({row["heal"] for row in rows}):
@@ -173,7 +178,7 @@ def choose(rows: list[Row]) -> list[tuple[str, Row]]:
 
 
 def test(bench: Bench, name: str, per_task: int) -> Row:
-    """The one look at the test examples."""
+    """Measure a plan on the test examples, once."""
     plan = PruningPlan.load(bench.work / "plans" / name)
     bench.lines["test"] = bench.tokenized("test", per_task, TEST_SEED, "mixed")
     rules = {b: r.model_dump(exclude_none=True) for b, r in sorted(plan.kv_transfer.items())}
@@ -182,7 +187,7 @@ def test(bench: Bench, name: str, per_task: int) -> Row:
 
 
 def speed(bench: Bench, name: str) -> Row:
-    """Speed-ups of a tested plan; a row of its own, so that it can wait for a quiet machine."""
+    """Speed-ups of a tested plan, in a row of its own that can wait for a quiet machine."""
     side = bench.side(PruningPlan.load(bench.work / "plans" / name))
     return bench.speedups(side) | {"speedup_batch8": bench.speed(side, 8).speedup}
 

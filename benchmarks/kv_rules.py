@@ -1,6 +1,6 @@
 """Claim: sets of KV rules chosen jointly keep more quality than other rules at the same bytes.
 
-For each byte budget and smallest encoding, ways to choose what travels are tuned on the same
+For each byte budget and smallest encoding, ways to choose the KV that travels are tuned on the same
 calibration prompts, then judged on fresh ones of another split, all with the same block plan:
 
 - elimination: `rayapp kv-select`, sets scored jointly;
@@ -64,7 +64,7 @@ CALIBRATION_SEED, FRESH_SEED = 0, 1_000_003
 
 @dataclass(frozen=True)
 class Entry:
-    """One way at one budget; without a chooser it cannot meet it."""
+    """One way at one budget; it has no chooser if it cannot meet the budget."""
 
     way: str
     target: float | None
@@ -96,7 +96,7 @@ class Bench:
         self.selections: dict[str, dict[str, Any]] = {}
 
     def selected(self, method: KVMethod, target: float, encoding: Encoding) -> KVChooser | None:
-        """What `rayapp kv-select` chooses; scores are shared over budgets."""
+        """The choice of `rayapp kv-select`; scores are shared over budgets."""
         settings = KVSelectSettings(
             plan=self._home.name, target_reduction=target, encoding=encoding, method=method,
             last=self.recent,
@@ -104,34 +104,34 @@ class Bench:
         plan = PruningPlan.load(self._plan_file)
         score = ScoreSettings(model=str(self.loaded.path), calibration="drawn lines")
         try:
-            found = select_kv(score, settings, plan, self._scorer, self.loaded.model.config)
+            selection = select_kv(score, settings, plan, self._scorer, self.loaded.model.config)
         except InputError as error:
             print(f"  {error}")
             return None
-        self.selections[f"{method}, {encoding} at {target:g}x"] = found.record()
-        return FixedRules(found.plan.kv_transfer)
+        self.selections[f"{method}, {encoding} at {target:g}x"] = selection.record()
+        return FixedRules(selection.plan.kv_transfer)
 
     def tuned(self, make: Callable[[float], KVChooser], target: float) -> KVChooser | None:
         return tuned(make, self.attention, self.bytes, self.bytes.full / target)
 
     def best_lazy(self, target: float, encoding: Encoding) -> KVChooser | None:
         """Lazy blocks with the cut that is best on the calibration prompts."""
-        found: dict[str, KVChooser] = {}
+        choosers: dict[str, KVChooser] = {}
         for last in self.recent:
             cut = KVTransfer(first=FIRST, last=last, encoding=encoding)
             chooser = self.tuned(partial(LazyBlocks, cut=cut), target)
             if chooser is not None:
-                found[str(last)] = chooser
-        if len(found) < 2:
-            return next(iter(found.values()), None)
-        judged = kv_quality(self.loaded.model, self.plan, found, self.lines.lines)
+                choosers[str(last)] = chooser
+        if len(choosers) < 2:
+            return next(iter(choosers.values()), None)
+        judged = kv_quality(self.loaded.model, self.plan, choosers, self.lines.lines)
         scores = {name: quality.mean_kl()[0] for name, quality in judged.items()}
-        return found[min(scores, key=scores.__getitem__)]
+        return choosers[min(scores, key=scores.__getitem__)]
 
     def entries(self, targets: Sequence[float], encodings: Sequence[Encoding]) -> list[Entry]:
         blocks = range(self.loaded.signature.num_blocks)
         every: list[Encoding] = ["model", "int8", "int4"]
-        found = [
+        entries = [
             Entry("all", None, each, in_all_blocks(KVTransfer(encoding=each), blocks))
             for each in every
         ]
@@ -147,10 +147,10 @@ class Bench:
                     "lazy blocks": self.best_lazy(target, encoding),
                     "scored tokens": self.tuned(partial(ScoredTokens, encoding=encoding), target),
                 }
-                found += [Entry(way, target, encoding, each) for way, each in ways.items()]
+                entries += [Entry(way, target, encoding, each) for way, each in ways.items()]
                 seconds = time.perf_counter() - started
                 print(f"tuned for {target:g}x in {encoding}: {seconds:.0f} s", flush=True)
-        return found
+        return entries
 
 
 def sinks_and_recent(blocks: range, encoding: Encoding, share: float) -> KVChooser:
@@ -175,22 +175,22 @@ def row_of(entry: Entry, quality: KVQuality | None) -> dict[str, Any]:
 
 
 def parser() -> ArgumentParser:
-    found = benchmark_parser(__doc__)
-    add_model(found)
-    add_dtype(found, "auto", auto=True)
-    add_seed(found, "the prompts")
-    found.add_argument("--plan", type=Path, help="plan directory; default: nothing removed")
-    found.add_argument("--reductions", type=float, nargs="+", default=[2, 3, 4.95, 8])
-    found.add_argument(
+    options = benchmark_parser(__doc__)
+    add_model(options)
+    add_dtype(options, "auto", auto=True)
+    add_seed(options, "the prompts")
+    options.add_argument("--plan", type=Path, help="plan directory; default: nothing removed")
+    options.add_argument("--reductions", type=float, nargs="+", default=[2, 3, 4.95, 8])
+    options.add_argument(
         "--encodings", nargs="+", choices=("model", "int8", "int4"), default=["model", "int8"]
     )
-    found.add_argument("--recent", type=float, nargs="+", default=list(RECENT))
-    found.add_argument("--calibration-per-task", type=int, default=32)
-    found.add_argument("--fresh-per-task", type=int, default=500)
-    found.add_argument("--tasks", nargs="+", choices=tasks.TASKS, default=list(tasks.TASKS))
-    found.add_argument("--split", choices=tasks.SPLITS, default="validation")
-    found.add_argument("--length", choices=("long", "mixed"), default="long")
-    return found
+    options.add_argument("--recent", type=float, nargs="+", default=list(RECENT))
+    options.add_argument("--calibration-per-task", type=int, default=32)
+    options.add_argument("--fresh-per-task", type=int, default=500)
+    options.add_argument("--tasks", nargs="+", choices=tasks.TASKS, default=list(tasks.TASKS))
+    options.add_argument("--split", choices=tasks.SPLITS, default="validation")
+    options.add_argument("--length", choices=("long", "mixed"), default="long")
+    return options
 
 
 def measure(recorder: Recorder) -> None:

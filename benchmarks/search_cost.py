@@ -65,24 +65,24 @@ PARTS = {
 
 
 def parser() -> ArgumentParser:
-    found = benchmark_parser(__doc__)
-    add_model(found)
-    add_seed(found, "the first search; every further one adds 1")
+    options = benchmark_parser(__doc__)
+    add_model(options)
+    add_seed(options, "the first search; every further one adds 1")
     default_method = SearchSettings.model_fields["method"].default
-    found.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
-    found.add_argument("--lines", type=int, default=64)
-    found.add_argument("--held-out", type=int, default=4000, help="fresh lines, of all tasks")
-    found.add_argument("--prompt-tokens", type=int, default=128)
-    found.add_argument("--continuation-tokens", type=int, default=14)
-    found.add_argument("--chunk-tokens", type=int, default=8 * 142)
-    found.add_argument("--remove", type=int, default=2, help="blocks per stage")
-    found.add_argument("--method", default=default_method)
-    found.add_argument("--evaluations", type=int, help="default: the method's own")
-    found.add_argument("--seeds", type=int, default=10, help="searches")
-    found.add_argument("--decode-runs", type=int, default=5, help="timed, of `decode_only`")
-    found.add_argument("--runs", type=int, default=5, help="timed, of one and of two workers")
-    found.add_argument("--worker-candidates", type=int, default=32)
-    return found
+    options.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    options.add_argument("--lines", type=int, default=64)
+    options.add_argument("--held-out", type=int, default=4000, help="fresh lines, of all tasks")
+    options.add_argument("--prompt-tokens", type=int, default=128)
+    options.add_argument("--continuation-tokens", type=int, default=14)
+    options.add_argument("--chunk-tokens", type=int, default=8 * 142)
+    options.add_argument("--remove", type=int, default=2, help="blocks per stage")
+    options.add_argument("--method", default=default_method)
+    options.add_argument("--evaluations", type=int, help="default: the method's own")
+    options.add_argument("--seeds", type=int, default=10, help="searches")
+    options.add_argument("--decode-runs", type=int, default=5, help="timed, of `decode_only`")
+    options.add_argument("--runs", type=int, default=5, help="timed, of one and of two workers")
+    options.add_argument("--worker-candidates", type=int, default=32)
+    return options
 
 
 def measure(recorder: Recorder) -> None:

@@ -1,9 +1,10 @@
 """Claim: a search over Llama-3.1-8B fits one GPU, and reuse saves most of its work there too.
 
-Random weights, made on the device: speed and memory do not depend on what was learned, scores mean
-nothing. No Ray. Two generations of a search (a random start and its neighbours), one that changes
-decode alone and one that changes both stages; each is scored on a fresh evaluator after an
-uncounted run that warms up. A few of the candidates are scored again with nothing reused.
+The weights are random and made on the device: speed and memory do not depend on training, and
+scores mean nothing. Ray is not used. Two generations of a search (a random start and its
+neighbours) are scored, one that changes decode alone and one that changes both stages, on fresh
+evaluators after an uncounted run that warms up. A few of the candidates are scored again with
+nothing reused.
 
 Beside the seconds stands the bound of the device: the floating-point operations that were counted,
 at the rate that one big product reaches, or the weights of every block that ran, at the rate of one
@@ -51,21 +52,21 @@ from rayapp.pruning.settings.objective import Objective
 
 
 def parser() -> ArgumentParser:
-    found = benchmark_parser(__doc__)
-    add_shape(found, SHAPES, "llama-8b")
-    add_device(found, "cuda")
-    add_dtype(found, "bfloat16")
-    add_seed(found, "the weights, the lines and the candidates")
-    found.add_argument("--lines", type=int, default=16)
-    found.add_argument("--chunk-lines", type=int, default=8)
-    found.add_argument("--prompt-tokens", type=int, default=512)
-    found.add_argument("--continuation-tokens", type=int, default=64)
-    found.add_argument("--candidates", type=int, default=16, help="of a generation")
-    found.add_argument("--naive", type=int, default=4, help="of them, scored without reuse too")
-    found.add_argument("--share", type=float, default=0.25, help="of the blocks, removed")
-    found.add_argument("--kl-top-k", type=int, default=256)
-    found.add_argument("--cache-gb", type=float, default=24.0)
-    return found
+    options = benchmark_parser(__doc__)
+    add_shape(options, SHAPES, "llama-8b")
+    add_device(options, "cuda")
+    add_dtype(options, "bfloat16")
+    add_seed(options, "the weights, the lines and the candidates")
+    options.add_argument("--lines", type=int, default=16)
+    options.add_argument("--chunk-lines", type=int, default=8)
+    options.add_argument("--prompt-tokens", type=int, default=512)
+    options.add_argument("--continuation-tokens", type=int, default=64)
+    options.add_argument("--candidates", type=int, default=16, help="of a generation")
+    options.add_argument("--naive", type=int, default=4, help="of them, scored without reuse too")
+    options.add_argument("--share", type=float, default=0.25, help="of the blocks, removed")
+    options.add_argument("--kl-top-k", type=int, default=256)
+    options.add_argument("--cache-gb", type=float, default=24.0)
+    return options
 
 
 def measure(recorder: Recorder) -> None:
@@ -99,7 +100,7 @@ def random_lines(arguments: Namespace, vocab: int) -> Calibration:
 
 
 def generation(space: Space, arguments: Namespace) -> list[Candidate]:
-    """A random candidate and some of its neighbours, as a search asks for them; ascending."""
+    """A random candidate and some of its neighbours, ascending, as a search asks for them."""
     rng = random.Random(arguments.seed)
     start = space.draw(rng)
     neighbours = space.swaps(start)
@@ -108,7 +109,7 @@ def generation(space: Space, arguments: Namespace) -> list[Candidate]:
 
 
 class Pass:
-    """Scores candidates on a fresh evaluator, and knows what that took."""
+    """Scores candidates on a fresh evaluator, and measures its cost."""
 
     def __init__(
         self, model: PreTrainedModel, lines: Calibration, arguments: Namespace, gb: float
@@ -119,7 +120,9 @@ class Pass:
         self._chunks = range(len(lines.chunks))
 
     def run(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
-        """References first, uncounted in forwards and seconds, as a search makes them once."""
+        """Make the references first, uncounted in forwards and seconds, as a search makes them
+        once.
+        """
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         forwards, blocks, seconds = 0.0, 0, 0.0
@@ -128,11 +131,11 @@ class Pass:
             self._evaluator.line_sums([], chunk)
             before = self._evaluator.forwards, self._evaluator.blocks_run
             clock = Clock(self._device)
-            found = self._evaluator.line_sums(candidates, chunk)
+            line_sums = self._evaluator.line_sums(candidates, chunk)
             seconds += clock.lap()
             forwards += self._evaluator.forwards - before[0]
             blocks += self._evaluator.blocks_run - before[1]
-            for row, values in zip(sums, found, strict=True):
+            for row, values in zip(sums, line_sums, strict=True):
                 row += values
         return {
             "candidates": len(candidates),
@@ -145,14 +148,14 @@ class Pass:
         }
 
     def _peak_bytes(self) -> int:
-        """On the device; on a CPU, of the whole process."""
+        """Peak bytes of the device; on a CPU, of the whole process."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def counted_flops(warming: Pass, candidates: Sequence[Candidate]) -> int:
-    """Operations of scoring the candidates once the references are there."""
+    """Operations of scoring the candidates, without those of the references."""
     warming.run([])
     counter = FlopCounterMode(display=False)
     with counter:
@@ -163,7 +166,7 @@ def counted_flops(warming: Pass, candidates: Sequence[Candidate]) -> int:
 def measured_generation(
     model: PreTrainedModel, lines: Calibration, space: Space, arguments: Namespace
 ) -> dict[str, Any]:
-    """One generation with reuse, some of it without, and how far from the device's bound."""
+    """One generation with reuse, a part of it without, and its distance from the device's bound."""
     candidates = generation(space, arguments)
     flops = counted_flops(Pass(model, lines, arguments, arguments.cache_gb), candidates)
     ours = Pass(model, lines, arguments, arguments.cache_gb).run(candidates)
@@ -185,7 +188,7 @@ def measured_generation(
 
 
 def bounded(result: dict[str, Any], best: Rates) -> dict[str, Any]:
-    """With the seconds that the device needs at least, and the share of them that was reached."""
+    """A row with the least seconds that the device needs, and the share reached."""
     bound_s = best.seconds(result["flops"], result["block_bytes_read"])
     return {
         **result,

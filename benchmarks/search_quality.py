@@ -50,14 +50,14 @@ from rayapp.pruning.settings.objective import Objective
 FRESH_SEED = 1_000_003
 
 Trial = dict[tuple[str, str, str], Found]
-"""What was found in one trial, by space, method and budget."""
+"""The outcomes of one trial, by space, method and budget."""
 
 
 def parser() -> ArgumentParser:
-    found = trials_parser(__doc__, spaces=list(SIZES), trials=10, coupled_trials=3, lines=64)
-    found.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=list(METHODS))
-    found.add_argument("--fresh-per-task", type=int, default=1000)
-    return found
+    options = trials_parser(__doc__, spaces=list(SIZES), trials=10, coupled_trials=3, lines=64)
+    options.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=list(METHODS))
+    options.add_argument("--fresh-per-task", type=int, default=1000)
+    return options
 
 
 def measure(recorder: Recorder) -> None:
@@ -73,9 +73,9 @@ def measure(recorder: Recorder) -> None:
         table = score_table(trial_evaluator(loaded, number, arguments))
         for space in used.values():
             table.lookup(list(space))
-        found = replayed(table, used, arguments.methods, arguments.seed + number)
+        outcomes = replayed(table, used, arguments.methods, arguments.seed + number)
         for name in used:
-            trials[name].append(found)
+            trials[name].append(outcomes)
         seconds = time.perf_counter() - started_s
         print(f"trial {number}: {len(table.scores)} scores, {seconds:.0f} s", flush=True)
     fresh_lines = drawn_lines(
@@ -103,18 +103,18 @@ def score_table(evaluator: Evaluator) -> ScoreTable:
 def replayed(
     table: ScoreTable, spaces: dict[str, Space], methods: Sequence[str], seed: int
 ) -> Trial:
-    found = {}
+    outcomes = {}
     for name, space in spaces.items():
         for method in methods:
             if method != "exhaustive":
                 allowed = budget_of(space)
-                found[name, method, "share"] = replay(table, space, method, allowed, seed)
-            found[name, method, "own"] = replay(table, space, method, None, seed)
-    return found
+                outcomes[name, method, "share"] = replay(table, space, method, allowed, seed)
+            outcomes[name, method, "own"] = replay(table, space, method, None, seed)
+    return outcomes
 
 
 def regret(scores: ResampledScores, plans: Sequence[int]) -> tuple[float, list[float]]:
-    """Mean over trials of plan minus the best set, and its interval."""
+    """Regret: mean over trials of the plan's score minus the best set's, and its interval."""
     best = int(scores.value_P.argmin())
     rng = np.random.default_rng(2)
     resampled_RP = scores.resampled_RP
@@ -128,16 +128,16 @@ def regret(scores: ResampledScores, plans: Sequence[int]) -> tuple[float, list[f
 def rows_of(
     name: str, space: Space, trials: Sequence[Trial], fresh: Scorer, resamples: int
 ) -> list[dict[str, Any]]:
-    """The rows of one space, a method and a budget each."""
+    """The rows of one space, one per method and budget."""
     keys = [key for key in trials[0] if key[0] == name]
     plans = sorted({trial[key].best for trial in trials for key in keys})
     sums_PL = np.array([score.lines for score in fresh.score_many(plans)])
     scores = ResampledScores(fresh.calibration, sums_PL, np.random.default_rng(1), resamples)
     rows = []
     for key in keys:
-        found = [trial[key] for trial in trials]
-        mean_regret, regret_interval = regret(scores, [plans.index(each.best) for each in found])
-        evaluations = statistics.mean(each.evaluations for each in found)
+        outcomes = [trial[key] for trial in trials]
+        mean_regret, regret_interval = regret(scores, [plans.index(each.best) for each in outcomes])
+        evaluations = statistics.mean(each.evaluations for each in outcomes)
         rows.append(
             {
                 "space": name,
@@ -146,11 +146,11 @@ def rows_of(
                 "budget": key[2],
                 "evaluations": evaluations,
                 "share": evaluations / space.size,
-                **told_errors([each.error for each in found], resamples),
+                **told_errors([each.error for each in outcomes], resamples),
                 "best_fresh_score": float(scores.value_P.min()),
                 "regret": mean_regret,
                 "regret_interval": regret_interval,
-                "plans": [str(each.best) for each in found],
+                "plans": [str(each.best) for each in outcomes],
             }
         )
     return rows

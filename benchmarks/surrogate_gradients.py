@@ -54,21 +54,21 @@ METHODS = ("cbo", "surrogate", "one_shot")
 SPACES = ["decode2", "decode3", "prefill2", "coupled2"]
 
 Hessians = dict[str, tuple[GateHessian, int]]
-"""By name, with what measuring it costs."""
+"""Hessians by name, with the cost of measuring them."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What one calibration set says of one space."""
+    """The results of one calibration set on one space."""
 
     rankings: dict[str, Ranking]
     found: dict[str, Found]
 
 
 def parser() -> ArgumentParser:
-    found = trials_parser(__doc__, spaces=SPACES, trials=5, coupled_trials=2, lines=32)
-    found.add_argument("--draws", type=int, default=16, help="of the Hessian with less noise")
-    return found
+    options = trials_parser(__doc__, spaces=SPACES, trials=5, coupled_trials=2, lines=32)
+    options.add_argument("--draws", type=int, default=16, help="of the Hessian with less noise")
+    return options
 
 
 def measure(recorder: Recorder) -> None:
@@ -122,7 +122,7 @@ def measured_hessians(evaluator: Evaluator, draws: int) -> Hessians:
 
 
 def angled(lengths_M: Array, hessian: Quadratic) -> Quadratic:
-    """Changes of measured squared lengths, at the angles that a Hessian sees between them."""
+    """Changes with measured squared lengths, at the angles that a Hessian sees between them."""
     roots_M = np.sqrt(2 * hessian.linear_M)
     cosines_MM = hessian.pairs_MM / np.maximum(np.outer(roots_M, roots_M), 1e-30)
     sizes_M = np.sqrt(np.maximum(lengths_M, 0.0))

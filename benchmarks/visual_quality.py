@@ -42,24 +42,24 @@ SPLIT = "test"
 
 
 def parser() -> ArgumentParser:
-    found = benchmark_parser(__doc__)
-    add_model(found, vision_model_path())
-    add_dtype(found, "float32", auto=True)
-    add_seed(found, "the scenes", default=1)
-    found.add_argument("--data", type=Path, nargs="+", help="JSON lines; default: fresh scenes")
-    found.add_argument("--scenes", type=int, default=250, help="scenes drawn without --data")
-    found.add_argument("--split", default="", help="which split the data are, for the record")
-    found.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    found.add_argument("--budgets", type=int, nargs="+", default=[192, 128, 64, 32, 16, 8])
-    found.add_argument("--sweep-budgets", type=int, nargs="*", default=[64, 16])
-    found.add_argument(
+    options = benchmark_parser(__doc__)
+    add_model(options, vision_model_path())
+    add_dtype(options, "float32", auto=True)
+    add_seed(options, "the scenes", default=1)
+    options.add_argument("--data", type=Path, nargs="+", help="JSON lines; default: fresh scenes")
+    options.add_argument("--scenes", type=int, default=250, help="scenes drawn without --data")
+    options.add_argument("--split", default="", help="which split the data are, for the record")
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    options.add_argument("--budgets", type=int, nargs="+", default=[192, 128, 64, 32, 16, 8])
+    options.add_argument("--sweep-budgets", type=int, nargs="*", default=[64, 16])
+    options.add_argument(
         "--shares", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     )
-    found.add_argument("--limit", type=int, help="questions per task")
-    found.add_argument("--samples", type=int, default=3, help="questions that are pictured")
-    found.add_argument("--sample-budget", type=int, help="tokens kept in pictures; default: 64")
-    found.add_argument("--beside", type=Path, help="a plan directory that gets a copy")
-    return found
+    options.add_argument("--limit", type=int, help="questions per task")
+    options.add_argument("--samples", type=int, default=3, help="questions that are pictured")
+    options.add_argument("--sample-budget", type=int, help="tokens kept in pictures; default: 64")
+    options.add_argument("--beside", type=Path, help="a plan directory that gets a copy")
+    return options
 
 
 def measure(recorder: Recorder) -> None:
@@ -69,10 +69,10 @@ def measure(recorder: Recorder) -> None:
             arguments.data, arguments.split = [Path(folder) / f"{SPLIT}.jsonl"], SPLIT
             scenes = draw_asked_scenes(SPLIT, arguments.scenes, arguments.seed)
             write_questions(arguments.data[0], scenes)
-        found = compared(arguments)
+        comparison = compared(arguments)
     if arguments.beside:
-        found.save_beside(arguments.beside)
-    recorder.write(comparison=found.model_dump(mode="json"))
+        comparison.save_beside(arguments.beside)
+    recorder.write(comparison=comparison.model_dump(mode="json"))
 
 
 def compared(arguments: Namespace) -> VisualQuality:

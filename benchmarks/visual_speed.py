@@ -43,21 +43,23 @@ METHODS = ("trimtokenator", "diversity", "divprune", "cdpruner", "dart", "random
 
 
 def parser() -> ArgumentParser:
-    found = benchmark_parser(__doc__)
-    add_shape(found, SHAPES, "llava-7b")
-    add_device(found, "cuda")
-    add_dtype(found, "bfloat16")
-    add_seed(found, "the weights")
-    found.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    found.add_argument("--runs", type=int, nargs="+", default=[30], help="timed: one, or per batch")
-    found.add_argument("--keep", type=int, default=64, help="of 576 visual tokens")
-    found.add_argument(
+    options = benchmark_parser(__doc__)
+    add_shape(options, SHAPES, "llava-7b")
+    add_device(options, "cuda")
+    add_dtype(options, "bfloat16")
+    add_seed(options, "the weights")
+    options.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    options.add_argument(
+        "--runs", type=int, nargs="+", default=[30], help="timed: one, or per batch"
+    )
+    options.add_argument("--keep", type=int, default=64, help="of 576 visual tokens")
+    options.add_argument(
         "--method", choices=METHODS, default=METHODS[0], help="bounds count the first one's work"
     )
-    found.add_argument("--text-tokens", type=int, default=48)
-    found.add_argument("--answer-tokens", type=int, default=32)
-    found.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    return found
+    options.add_argument("--text-tokens", type=int, default=48)
+    options.add_argument("--answer-tokens", type=int, default=32)
+    options.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    return options
 
 
 def measure(recorder: Recorder) -> None:
@@ -147,15 +149,15 @@ def measured_or_skipped(bench: Bench, rates: Rates, batch: int, num_runs: int) -
 
 
 def caveats(arguments: Namespace, runs: Sequence[int]) -> list[str]:
-    found = []
+    reasons = []
     if arguments.shape != "llava-7b":
-        found.append(f"the model is scaled down ({arguments.shape}), so shares of stages differ")
+        reasons.append(f"the model is scaled down ({arguments.shape}), so shares of stages differ")
     few = [n for n in runs if n < ENOUGH_RUNS]
     if few:
-        found.append(f"runs are {few} where {ENOUGH_RUNS} are asked for")
+        reasons.append(f"runs are {few} where {ENOUGH_RUNS} are asked for")
     if arguments.clock == "cpu":
-        found.append("CPU time of one process, because other programs shared the machine")
-    return found
+        reasons.append("CPU time of one process, because other programs shared the machine")
+    return reasons
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Plan and model to an ordinary Hugging Face checkpoint, for tools that know nothing of plans.
+"""Exports plan and model as an ordinary Hugging Face checkpoint, for tools that know no plans.
 
-A checkpoint has no stages and no halves of blocks. So what is exported is one stage (or both, where
-they are one and the same model), and only where every block is whole or gone; the blocks that stay
-are numbered anew. The decode stage of a multimodal model never sees an image and is exported as the
-language model that it is.
+A checkpoint has no stages and no halves of blocks. So an export is one stage (or both, if they are
+one and the same model), and only if every block is whole or gone; the blocks that stay are numbered
+anew. The decode stage of a multimodal model never sees an image and is exported as the language
+model that it is.
 
-Tensors are copied one by one from the source's files, so memory holds one shard at most; nothing is
-computed, no element changes, and plain transformers gives the logits of the stage.
+Tensors are copied one by one from the source's files, so memory has room for one shard at most;
+nothing is computed, no element changes, and plain transformers gives the logits of the stage.
 """
 
 from __future__ import annotations
@@ -49,32 +49,34 @@ logger = logging.getLogger(__name__)
 RECORD_FILE = "rayapp_export.json"
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many steps of it are done, and how many there are."""
+"""A callback with the current work, the number of its finished steps, and the number of all of
+them."""
 
-# What a directory holds beside weights and config.json that the exported model needs as well: the
-# tokenizer in all its spellings, image processing, generation, and the terms of use.
+# Files beside weights and config.json that the exported model needs as well: the tokenizer in all
+# its spellings, image processing, generation, and the terms of use.
 _CARRIED_FILES = (
     "*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "chat_template*",
     "additional_chat_templates/*", "*processor_config.json", "generation_config.json",
     "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-# Not of the exported directory: custom code is never run, and a path is of another machine.
+# Keys of the source that are dropped: custom code is never run, and a path belongs to one machine.
 _DROPPED_KEYS = ("auto_map", "_name_or_path")
 
 
 @dataclass(frozen=True)
 class ExportRecord:
-    """Where an exported checkpoint comes from; lies beside it as ``rayapp_export.json``.
+    """The origin of an exported checkpoint, stored beside it as ``rayapp_export.json``.
 
     Attributes:
-        rayapp_version: Version that exported.
-        stage: Stage that the checkpoint is.
-        plan_fingerprint: The plan.
-        healed: Digest of the plan's healed tensors, those of this stage being in the checkpoint.
+        rayapp_version: Version of rayapp that exported.
+        stage: The stage that the checkpoint computes.
+        plan_fingerprint: Fingerprint of the plan.
+        healed: Digest of the plan's healed tensors; the checkpoint has those of this stage.
         source: The model that the plan was applied to.
-        kept_blocks: For each block of the checkpoint, its number in the source.
-        removed_blocks: Blocks of the source that are gone.
-        not_carried: What the plan says and a checkpoint cannot hold, one sentence each.
+        kept_blocks: Source numbers of the checkpoint's blocks, in order.
+        removed_blocks: Source numbers of the blocks that are gone.
+        not_carried: Settings of the plan that a checkpoint cannot express, one sentence per
+            setting.
     """
 
     rayapp_version: str
@@ -87,7 +89,7 @@ class ExportRecord:
     not_carried: tuple[str, ...]
 
     def dumps(self) -> str:
-        """Human-readable JSON text."""
+        """The record as readable JSON text."""
         return json.dumps(asdict(self) | {"source": self.source.model_dump()}, indent=2) + "\n"
 
 
@@ -95,7 +97,7 @@ class ExportRecord:
 class _Tensor:
     """One tensor on its way: its name in the source, name and shape in the export.
 
-    ``healed`` is what stands in the source's place.
+    ``healed`` is the tensor that replaces the source's, if there is one.
     """
 
     source: str
@@ -105,7 +107,7 @@ class _Tensor:
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:
-    """Progress that nobody watches."""
+    """Ignore the progress."""
 
 
 def export_stage(
@@ -119,14 +121,14 @@ def export_stage(
 ) -> ExportRecord:
     """Write one stage of a plan as a checkpoint that ``from_pretrained`` loads.
 
-    ``out`` is there complete or not at all.
+    ``out`` appears complete or not at all.
 
     Args:
         model: The checkpoint directory that the plan was made for.
         plan: A plan, its file or its directory.
         stage: ``prefill``, ``decode``, or ``unified``: the one model that both stages are.
         out: Directory to make; it may exist, but only empty.
-        max_shard_bytes: Tensors of one file at most; a larger tensor has a file of its own.
+        max_shard_bytes: Most bytes of a file's tensors; a larger tensor has a file of its own.
         progress: Called after every tensor.
 
     Raises:
@@ -137,9 +139,9 @@ def export_stage(
     """
     chosen = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
     checkpoint, target = Checkpoint(model), Path(out).resolve()
-    found = checkpoint.signature()
-    chosen.check_model(found)
-    kept = kept_blocks(chosen, stage, found.num_blocks)
+    signature = checkpoint.signature()
+    chosen.check_model(signature)
+    kept = kept_blocks(chosen, stage, signature.num_blocks)
     healed = _healed(chosen, stage)
     _check_free(target)
     record = ExportRecord(
@@ -147,9 +149,9 @@ def export_stage(
         stage=stage,
         plan_fingerprint=chosen.fingerprint,
         healed=chosen.healed,
-        source=found,
+        source=signature,
         kept_blocks=kept,
-        removed_blocks=tuple(b for b in range(found.num_blocks) if b not in kept),
+        removed_blocks=tuple(b for b in range(signature.num_blocks) if b not in kept),
         not_carried=tuple(_not_carried(chosen, stage, checkpoint)),
     )
     try:
@@ -168,10 +170,10 @@ def export_stage(
 
 
 def kept_blocks(plan: PruningPlan, stage: Part, num_blocks: int) -> tuple[int, ...]:
-    """The blocks that a checkpoint of ``stage`` holds; raises :class:`PlanError` if it cannot."""
+    """The blocks of a checkpoint of ``stage``; raises :class:`PlanError` if it cannot exist."""
     stages: tuple[Stage, ...] = STAGES if stage == "unified" else (stage,)
-    for each in stages:
-        _check_whole(plan, each, num_blocks, "--shared" if len(stages) == 2 else "--no-kv-modes")
+    for member in stages:
+        _check_whole(plan, member, num_blocks, "--shared" if len(stages) == 2 else "--no-kv-modes")
     removed = {s: [b for b in range(num_blocks) if plan.mode(s, b) == Mode.REMOVED] for s in stages}
     if len(stages) == 2 and removed["prefill"] != removed["decode"]:
         raise PlanError(
@@ -188,7 +190,7 @@ def kept_blocks(plan: PruningPlan, stage: Part, num_blocks: int) -> tuple[int, .
 
 
 def _check_whole(plan: PruningPlan, stage: Stage, num_blocks: int, without_kv_modes: str) -> None:
-    """Raise where blocks are neither whole nor gone, naming what to search with instead."""
+    """Raise an error for blocks that are neither whole nor gone, with the search option to use."""
     modes = {b: plan.mode(stage, b) for b in range(num_blocks)}
     halves = {b: m for b, m in modes.items() if m not in (Mode.FULL, Mode.REMOVED)}
     if not halves:
@@ -204,12 +206,12 @@ def _check_whole(plan: PruningPlan, stage: Stage, num_blocks: int, without_kv_mo
 
 
 def _healed(plan: PruningPlan, stage: Part) -> Tensors:
-    """What stands in the place of the source's tensors, by canonical name."""
+    """Tensors that replace the source's, by canonical name."""
     if plan.healed is None:
         return {}
     if stage != "unified":
         return HealedWeights.load(plan, (stage,)).stages[stage]
-    prefill, decode = (HealedWeights.load(plan).stages[each] for each in STAGES)
+    prefill, decode = (HealedWeights.load(plan).stages[member] for member in STAGES)
     apart = sorted(
         name
         for name in {*prefill, *decode}
@@ -225,7 +227,7 @@ def _healed(plan: PruningPlan, stage: Part) -> Tensors:
 
 
 def _not_carried(plan: PruningPlan, stage: Part, checkpoint: Checkpoint) -> Iterator[str]:
-    """What the plan says and the checkpoint cannot hold."""
+    """Sentences about settings of the plan that the checkpoint cannot express."""
     ruled = sorted(b for b in plan.kv_transfer if plan.transfer(b) != SEND_ALL)
     if ruled:
         yield f"kv_transfer of blocks {ruled}: it attends to every entry, unquantised"
@@ -251,7 +253,7 @@ def _check_free(target: Path) -> None:
 
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """A sibling of ``target`` that takes its name when all went well, and else vanishes."""
+    """A new directory beside ``target`` that takes its name on success, or else is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -263,7 +265,7 @@ def _appearing(target: Path) -> Iterator[Path]:
 
 
 def _write_config(checkpoint: Checkpoint, record: ExportRecord, directory: Path) -> None:
-    """The source's config.json with fewer blocks, otherwise spelled as its author spelled it."""
+    """Write the source's config.json with fewer blocks, otherwise as its author spelled it."""
     raw = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
     text = text_config(checkpoint.config)
     changes = fewer_blocks(text.to_dict(), record.kept_blocks)
@@ -292,10 +294,10 @@ def _copy_files(source: Path, directory: Path) -> None:
 def _tensors(
     checkpoint: Checkpoint, record: ExportRecord, directory: Path, healed: Tensors
 ) -> list[_Tensor]:
-    """What the exported configuration needs, and where the source has it.
+    """The tensors of the exported configuration, with their place in the source.
 
-    The exported model itself, on the meta device, says what there is: an incomplete source is
-    found out before anything is read. A tied head is left out, as the embedding stands for it.
+    The exported model itself, on the meta device, lists the tensors, so an incomplete source is
+    noticed before anything is read. A tied head is left out, as the embedding stands for it.
     """
     model = empty_model(AutoConfig.from_pretrained(directory, local_files_only=True))
     model.tie_weights()
@@ -332,7 +334,7 @@ def _check_healed(healed: Tensors, shapes: Mapping[str, torch.Size]) -> None:
 def _read(
     checkpoint: Checkpoint, tensors: Sequence[_Tensor], progress: Progress
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of the export under their new names, one at a time."""
+    """Read the tensors of the export under their new names, one at a time."""
     read = checkpoint.read(tensor.source for tensor in tensors)
     for done, (wanted, (_, stored)) in enumerate(zip(tensors, read, strict=True), start=1):
         value = stored if wanted.healed is None else wanted.healed.to(stored.dtype)

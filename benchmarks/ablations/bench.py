@@ -1,4 +1,4 @@
-"""One model on its fresh examples: what a plan, or any pair of stages, loses, weighs and takes."""
+"""One model on its fresh examples: the losses, bytes and times of a plan, or of any two stages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """Numbers of lines, examples and runs of the measurements."""
 
     calibration_per_task: int = 64
     heal_per_task: int = 128
@@ -48,7 +48,7 @@ class Sizes:
 
 
 class Remembered:
-    """A side whose logits are computed once per batch: the dense one meets every plan."""
+    """A side whose logits are computed once per batch, because the dense side meets every plan."""
 
     def __init__(self, side: TwoStages) -> None:
         self.plan, self.prefill, self.decode = side.plan, side.prefill, side.decode
@@ -63,7 +63,7 @@ class Remembered:
 
 @dataclass
 class Bench:
-    """A model, its data, and a directory where searches leave what they found."""
+    """A model, its data, and a directory for the results of searches."""
 
     path: Path
     work: Path
@@ -89,10 +89,10 @@ class Bench:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             names = (only,) if only else tasks.TASKS
-            found = [
+            examples = [
                 e for t in names for e in tasks.generate(t, split, per_task, seed, length=length)
             ]
-            tasks.write_jsonl(path, found)
+            tasks.write_jsonl(path, examples)
         return path
 
     def calibration(self, length: str = "short", only: str = "") -> Path:
@@ -109,7 +109,7 @@ class Bench:
         )
 
     def search(self, name: str, **settings: Any) -> tuple[PruningPlan, dict[str, Any]]:
-        """A finished search, resumed where it stopped; its plan, and what it took."""
+        """Run a search, or resume it where it stopped; gives its plan, and its costs."""
         out = self.work / "plans" / name
         record = out / "took.json"
         if not record.is_file():
@@ -121,22 +121,22 @@ class Bench:
                 "resume": (out / "journal.jsonl").is_file(),
                 "seed": self.sizes.seed,
             } | settings
-            found = prune(*filled(wanted, ScoreSettings, ComputeSettings, SearchSettings))
+            result = prune(*filled(wanted, ScoreSettings, ComputeSettings, SearchSettings))
             took = {
-                "evaluations": found.evaluations,
-                "search_s": found.seconds,
-                "score": found.score.value,
+                "evaluations": result.evaluations,
+                "search_s": result.seconds,
+                "score": result.score.value,
             }
             record.write_text(json.dumps(took))
         return PruningPlan.load(out), json.loads(record.read_text())
 
     def quality(self, side: TwoStages, length: str = "short") -> dict[str, Any]:
-        """KL and points lost on the fresh examples, tasks alike, with 95 % upper bounds."""
+        """KL and points lost on the fresh examples with 95 % upper bounds; tasks count alike."""
         lines = self.lines[length]
         dense: Any = self.dense
-        found = dict(likelihoods(dense, side, lines))
+        sums = dict(likelihoods(dense, side, lines))
         groups = [
-            [found[i] for i, line in enumerate(lines) if line.task == task] for task in tasks.TASKS
+            [sums[i] for i, line in enumerate(lines) if line.task == task] for task in tasks.TASKS
         ]
         lost = [[100.0 * (e.dense_match - e.plan_match) for e in group] for group in groups]
         kl = upper_bound(
@@ -167,11 +167,13 @@ class Bench:
         return TwoStages(self.loaded.model, plan)
 
     def bytes_sent(self, plan: PruningPlan, num_prompt_tokens: int) -> int:
-        """What the message of one prompt weighs in bf16; an empty plan is the dense model."""
+        """Bytes of one prompt's message in bf16; an empty plan is the dense model."""
         return self._bytes(plan, [num_prompt_tokens]).sent(plan.kv_transfer)
 
     def codec_ms(self, plan: PruningPlan, num_prompt_tokens: int) -> float:
-        """Cutting, encoding, packing, unpacking and decoding the KV of one prompt, median."""
+        """Median milliseconds of cutting, encoding, packing, unpacking and decoding one prompt's
+        KV.
+        """
         pipeline = LocalPipeline(self.loaded.model, plan=plan)
         prompts = [list(range(3, 3 + num_prompt_tokens))] * max(1, self.sizes.runs)
         done = pipeline.generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True))
@@ -189,13 +191,13 @@ class Bench:
         return measure_latency(dense, side, settings, batch_size=batch_size)
 
     def plan_row(self, plan: PruningPlan, length: str = "short") -> dict[str, Any]:
-        """Everything of one plan but its speed in batches."""
+        """The row of one plan, without its speed in batches."""
         side = self.side(plan)
         words = {"reduction": self.reduction(plan), "plan": plan_words(plan)}
         return self.quality(side, length) | self.speedups(side) | words
 
     def speedups(self, side: TwoStages) -> dict[str, float]:
-        """At batch 1: of a whole answer, of prefill, of decode; nothing where no run is asked."""
+        """Speed-ups at batch 1 of answer, prefill and decode; empty without timed runs."""
         if not self.sizes.runs:
             return {}
         timing = self.speed(side)

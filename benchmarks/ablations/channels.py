@@ -2,8 +2,8 @@
 
 The score of a channel is the mean magnitude of its activation times the norm of its column of the
 down projection (Wanda's criterion, arXiv:2306.11695, per channel), measured at the stage's own
-positions: prompt tokens for prefill, continuation tokens for decode. The lowest leave, the same
-share in every block. Shapes: T = tokens, F = channels, E = hidden size.
+positions: prompt tokens for prefill, continuation tokens for decode. The channels with the lowest
+scores leave, the same share in every block. Shapes: T = tokens, F = channels, E = hidden size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rayapp.pruning.evaluator.calibration import load_calibration
 
 
 def without_channels(bench: Bench, blocks: int, *, per_stage: bool) -> tuple[TwoStages, float]:
-    """Stages without as many parameters as ``blocks`` blocks hold, and the share of channels."""
+    """Stages without as many parameters as ``blocks`` blocks have, and the share of channels."""
     model = bench.loaded.model
     layers = decoder_blocks(model)
     in_block = sum(p.numel() for p in layers[0].parameters())

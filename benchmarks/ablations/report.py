@@ -1,4 +1,4 @@
-"""The page of ``ablation.py``: rows of all models, and what helps in every one of them."""
+"""The page of ``ablation.py``: rows of all models, and the pieces that help in all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recorder.table import Table
 
 Row = Mapping[str, Any]
 SIZES = ("calibration_per_task", "heal_per_task", "fresh_per_task", "runs", "seeds")
-"""Options that say how much was measured."""
+"""Options that say how many examples were measured."""
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "kl": ("KL", "{:.4f}"),
@@ -40,7 +40,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "decode": ("decode replica", "{:,.0f}"),
     "unified": ("unified replica", "{:,.0f}"),
 }
-"""What a row may hold, in the order of the columns: heading and format."""
+"""Headings and formats of the columns, in their order; a row need not have all of them."""
 
 DRAWN = {
     "methods": "Search methods",
@@ -65,7 +65,7 @@ TITLES = {
 
 
 def report(record: Record) -> list[Block]:
-    """Study by study, the models below each other."""
+    """The page, study by study, with the models below each other."""
     models, asked = record["models"], record["configuration"]
     sizes = ", ".join(f"{key.replace('_', ' ')} {asked[key]}" for key in SIZES)
     num_threads = threads(record["machine"]["num_threads"])
@@ -111,7 +111,7 @@ def table(present: Mapping[str, Sequence[Row]]) -> Table:
 
 
 def ordering(present: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Which rows rank alike by KL in every model: what may be said of all of them."""
+    """The rows that rank alike by KL in every model, as sentences."""
     named = [{row["name"]: row["kl"] for row in rows if "kl" in row} for rows in present.values()]
     if len(named) < 2 or not all(named):
         return []
@@ -122,5 +122,5 @@ def ordering(present: Mapping[str, Sequence[Row]]) -> list[str]:
         for b in common
         if a != b and all(each[a] < each[b] * 0.99 for each in named)
     ]
-    found = "; ".join(facts) or "none"
-    return [f"KL lower by more than 1 % in all {len(named)}: {found}."]
+    listed = "; ".join(facts) or "none"
+    return [f"KL lower by more than 1 % in all {len(named)}: {listed}."]

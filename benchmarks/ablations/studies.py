@@ -1,4 +1,4 @@
-"""What is taken away or put in, one piece at a time, at two blocks removed from each stage."""
+"""The studies: one piece is taken away or put in, at two blocks removed from each stage."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BATCHES = (1, 8, 32)
 
 Row = dict[str, Any]
 Cell = tuple[str, Callable[[], Row]]
-"""A row's name, and what measures it."""
+"""A row's name, and the function that measures it."""
 
 SPACES: dict[str, dict[str, Any]] = {
     "one shared set": {"shared": True},
@@ -52,7 +52,7 @@ def searched(bench: Bench, name: str, **settings: Any) -> Row:
 
 
 def methods(bench: Bench) -> Iterator[Cell]:
-    """Search methods over calibration sets and seeds, each with its own default budget."""
+    """Search methods over calibration sets and seeds, with their own default budgets."""
     for method in ("random", "similarity", "window", "one_shot", "greedy", "evolution",
                    "annealing", "surrogate"):  # fmt: skip
         yield method, lambda m=method: over_seeds(bench, m)
@@ -107,7 +107,7 @@ def healing(bench: Bench) -> Iterator[Cell]:
 
 
 def d_t(bench: Bench, name: str) -> float:
-    """A threshold as a number; the median is over the blocks of both stages."""
+    """A threshold d_T as a number; the median is over the blocks of both stages."""
     if name != "median":
         return float(name)
     score = ScoreSettings(
@@ -115,12 +115,12 @@ def d_t(bench: Bench, name: str) -> float:
     )
     here = ComputeSettings()
     evaluator = open_evaluator(score, here, prepare_scoring(score, here).calibration)
-    found = measure_influence(evaluator)
-    return 1.0 - statistics.median([*found.prefill_blocks, *found.decode_blocks])
+    influence = measure_influence(evaluator)
+    return 1.0 - statistics.median([*influence.prefill_blocks, *influence.decode_blocks])
 
 
 def domains(bench: Bench) -> Iterator[Cell]:
-    """What the calibration set is made of; judged on all tasks."""
+    """Calibration sets of several domains, judged on all tasks."""
     yield "all tasks", lambda: searched(bench, "space-kv-modes", **sizes())
     for task in ("retrieval", "copy", "sort", "add"):
         yield (
@@ -136,7 +136,7 @@ def domains(bench: Bench) -> Iterator[Cell]:
 
 
 def transfer(bench: Bench) -> Iterator[Cell]:
-    """Which KV travels with one and the same block plan, at the same bytes."""
+    """Choices of the KV that travels, with one block plan, at the same bytes."""
     plan, _ = bench.search("space-kv-modes", **sizes())
     attending = [b for b in range(bench.num_blocks) if plan.mode("decode", b).attends]
 
@@ -157,9 +157,9 @@ def transfer(bench: Bench) -> Iterator[Cell]:
             )
             score = ScoreSettings(model=str(bench.path), calibration=lines)
             kv_select(score, ComputeSettings(), settings)
-        found = PruningPlan.load(out)
-        rules = {b: r.model_dump(exclude_none=True) for b, r in sorted(found.kv_transfer.items())}
-        return bench.plan_row(found, "mixed") | {"rules": rules}
+        chosen = PruningPlan.load(out)
+        rules = {b: r.model_dump(exclude_none=True) for b, r in sorted(chosen.kv_transfer.items())}
+        return bench.plan_row(chosen, "mixed") | {"rules": rules}
 
     yield "all entries", lambda: ruled(KVTransfer())
     yield "all entries, int8", lambda: ruled(KVTransfer(encoding="int8"))
@@ -181,7 +181,7 @@ def matched_share(plan: PruningPlan) -> float:
 
 
 def channels(bench: Bench) -> Iterator[Cell]:
-    """As many parameters as two blocks per stage, taken from all MLPs in channels instead."""
+    """The parameters of two blocks per stage, removed from all MLPs as channels instead."""
     yield "blocks, kv modes", lambda: searched(bench, "space-kv-modes", **sizes())
     for name, per_stage in (("one choice for both stages", False), ("chosen per stage", True)):
         yield f"MLP channels, {name}", lambda p=per_stage: channel_row(bench, per_stage=p)
@@ -196,8 +196,8 @@ def channel_row(bench: Bench, *, per_stage: bool) -> Row:
 def end_to_end(bench: Bench) -> Iterator[Cell]:
     """Prompt to last token with the transfer, by batch and link; unified mode sends nothing.
 
-    A transfer is the message's bytes over the link, and cutting, encoding, packing and back, prompt
-    by prompt; nothing of it is hidden behind other work.
+    The time of a transfer is the message's bytes over the link, with cutting, encoding, packing and
+    back, prompt by prompt. No part of it is hidden behind other work.
     """
     for batch in BATCHES if bench.sizes.runs else ():
         yield f"batch {batch}", lambda b=batch: end_to_end_row(bench, b)
@@ -223,15 +223,15 @@ def end_to_end_row(bench: Bench, batch: int) -> Row:
 
 
 def memory(bench: Bench) -> Iterator[Cell]:
-    """Parameters that a replica holds."""
+    """Bytes of the parameters of a replica."""
 
-    def held() -> Row:
+    def parameter_bytes() -> Row:
         plan, _ = bench.search("space-kv-modes", **sizes())
         parts = ("prefill", "decode", "unified")
         loaded = {p: load_model(bench.path, plan=plan, stage=p).parameter_bytes for p in parts}
         return {"dense": load_model(bench.path).parameter_bytes} | loaded
 
-    yield "parameter bytes", held
+    yield "parameter bytes", parameter_bytes
 
 
 STUDIES: dict[str, Callable[[Bench], Iterator[Cell]]] = {
@@ -244,4 +244,4 @@ STUDIES: dict[str, Callable[[Bench], Iterator[Cell]]] = {
     "memory": memory,
     "methods": methods,
 }
-"""In this order: later ones use plans of earlier ones."""
+"""The studies in the order of their runs: later ones use plans of earlier ones."""

@@ -11,7 +11,7 @@ from rayapp.testbed.rows import standard_library_text
 from rayapp.testbed.tasks import TASKS
 
 PROMPT_BYTES, COMPLETION_BYTES = 96, 8
-"""About the lengths of the tasks' short prompts and their answers."""
+"""Lengths of prompts and completions, similar to those of the tasks' short prompts and answers."""
 
 
 def text_calibration(bench: Bench) -> Path:

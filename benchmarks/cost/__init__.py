@@ -1,1 +1,1 @@
-"""Parts of ``search_cost.py``: what a search costs, and what its races find."""
+"""Parts of ``search_cost.py``: the cost of a search, and the plans of its races."""

@@ -22,7 +22,7 @@ from rayapp.pruning.settings.score import CHUNK_TOKENS
 def decode_only(arguments: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
     """Single blocks removed from decode, each scored after the dense model and nothing else.
 
-    On one chunk of the size that a search has by default; the median of some repeats.
+    The chunk has the size that a search has by default, and times are medians of some repeats.
     """
     tokens = arguments.prompt_tokens + arguments.continuation_tokens
     count = max(4, CHUNK_TOKENS // tokens // 4 * 4)
@@ -56,7 +56,7 @@ def decode_only(arguments: argparse.Namespace, model: LoadedModel) -> dict[str, 
 
 
 def _once(model: LoadedModel, lines: Calibration) -> list[tuple[Cost, Cost]]:
-    """Per block: what its candidate cost here, and from scratch."""
+    """Costs of every block's candidate, with reuse and from scratch."""
     evaluator = Evaluator(model.model, lines, Objective())
     evaluator.line_sums([DENSE], 0)
     costs = []
@@ -69,7 +69,7 @@ def _once(model: LoadedModel, lines: Calibration) -> list[tuple[Cost, Cost]]:
 
 
 def _reached(costs: list[tuple[Cost, Cost]]) -> dict[str, float]:
-    """All blocks together."""
+    """Ratios of the costs from scratch to those with reuse, over all blocks."""
     ours = sum((mine for mine, _ in costs), Cost())
     return sum((theirs for _, theirs in costs), Cost()).over(ours)
 
@@ -77,7 +77,7 @@ def _reached(costs: list[tuple[Cost, Cost]]) -> dict[str, float]:
 def _row(
     arguments: argparse.Namespace, block: int, costs: list[tuple[Cost, Cost]], num_blocks: int
 ) -> dict[str, float]:
-    """One block, in forwards: they are the same in every repeat."""
+    """The row of one block in forwards, which are the same in every repeat."""
     ours, theirs = costs[0]
     prompt, answer = arguments.prompt_tokens, arguments.continuation_tokens
     return {

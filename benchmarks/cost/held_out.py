@@ -1,6 +1,6 @@
-"""What the plans of races lose on lines that no search saw, with a paired bound.
+"""The loss of races' plans on lines that no search saw, with a paired bound.
 
-One set of fresh lines for all seeds. A resample draws seeds, and lines within every task, so the
+All seeds share one set of fresh lines. A resample draws seeds, and lines within every task, so the
 bound holds for other seeds *and* other lines. Shapes: P = plans, S = seeds, R = resamples, L =
 lines.
 """

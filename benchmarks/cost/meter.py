@@ -1,4 +1,4 @@
-"""What something took, and compute that keeps count of itself."""
+"""Meters: the cost of a piece of work, and compute that measures its own cost."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rayapp.pruning.scorer import Done, LocalCompute, Measured, Work
 
 PASSES: dict[Callable[..., Any], int] = {
     measure_influence: 1,
-    measure_gate_hessian: measuring_cost(),  # by gradients: a backward pass counts twice
+    measure_gate_hessian: measuring_cost(),  # a backward pass counts twice
 }
-"""Passes of the dense model, both stages, that a measurement costs."""
+"""Number of passes of the dense model, both stages, that a measurement costs."""
 
 
 @dataclass
 class Cost:
-    """Block x token forwards, and seconds."""
+    """A cost in block x token forwards, and in seconds."""
 
     forwards: float = 0.0
     wall_s: float = 0.0
@@ -36,12 +36,12 @@ class Cost:
         return self + Cost(*(-value for value in asdict(other).values()))
 
     def over(self, other: Cost) -> dict[str, float]:
-        """How many times ``other`` this is."""
+        """Ratio of this cost to ``other``."""
         return {key: value / getattr(other, key) for key, value in asdict(self).items()}
 
 
 class Meter:
-    """Adds up what an evaluator does within the context."""
+    """Adds up the forwards of an evaluator within the context."""
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
@@ -76,11 +76,11 @@ class Recording(LocalCompute):
     def measure(
         self, function: Callable[..., Measured], *arguments: object, pairs: Collection[Pair] = ()
     ) -> Measured:
-        """Measured here; what no evaluator counts is counted as dense passes."""
+        """Measure, and count work that no evaluator counts as dense passes."""
         with self.meter:
-            found = super().measure(function, *arguments, pairs=pairs)
+            measured = super().measure(function, *arguments, pairs=pairs)
         self._count_dense(PASSES.get(function, 0))
-        return found
+        return measured
 
     def _count_dense(self, passes: int) -> None:
         evaluator = self._evaluator

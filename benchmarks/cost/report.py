@@ -1,4 +1,4 @@
-"""The page of ``search_cost.py``: every part that was measured, with what it was measured on."""
+"""The page of ``search_cost.py``: every measured part, with its origin."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recorder.table import Table
 
 
 def report(record: Record) -> list[Block]:
-    """Parts in a fixed order, whatever the order in which they were measured."""
+    """The measured parts in a fixed order, whatever the order in which they were measured."""
     blocks: list[Block] = []
     for name, write in WRITERS.items():
         if name in record["parts"]:
@@ -22,7 +22,7 @@ def report(record: Record) -> list[Block]:
 
 
 def _search(result: Mapping[str, Any], asked: Mapping[str, Any]) -> list[Block]:
-    held, seeds = result["held_out"], result["seeds"]
+    fresh, seeds = result["held_out"], result["seeds"]
     rows = [
         (
             *(str(row["seed"]), str(row["evaluations"])),
@@ -32,9 +32,9 @@ def _search(result: Mapping[str, Any], asked: Mapping[str, Any]) -> list[Block]:
             ),
             *(f"{score:.5f}" for score in scores),
         )
-        for row, scores in zip(seeds, held["scores"], strict=True)
+        for row, scores in zip(seeds, fresh["scores"], strict=True)
     ]
-    same = sum(whole == raced for whole, raced in held["plans"])
+    same = sum(whole == raced for whole, raced in fresh["plans"])
     columns = (
         *("seed", "candidates", "search", "with racing"),
         *("score on fresh lines, search", "with racing"),
@@ -43,12 +43,12 @@ def _search(result: Mapping[str, Any], asked: Mapping[str, Any]) -> list[Block]:
         f"## Cost of a search: {asked['method']}, {asked['remove']} blocks per stage",
         f"{result['num_lines']} lines of {asked['prompt_tokens']} prompt and "
         f"{asked['continuation_tokens']} continuation tokens in {result['num_chunks']} chunks; "
-        f"plans on {held['num_lines']} fresh lines. Times cheaper than naive scoring of the same "
+        f"plans on {fresh['num_lines']} fresh lines. Times cheaper than naive scoring of the same "
         "candidates (forwards / wall / CPU):",
         Table(columns, rows),
         f"{same} of {len(seeds)} races end with the same plan. Their plans lose "
-        f"{100 * held['loss']:.1f} % on fresh lines, at most "
-        f"{100 * held['loss_upper_bound']:.1f} % (one-sided 95 % bootstrap, paired over seeds and "
+        f"{100 * fresh['loss']:.1f} % on fresh lines, at most "
+        f"{100 * fresh['loss_upper_bound']:.1f} % (one-sided 95 % bootstrap, paired over seeds and "
         "lines).",
     ]
 
@@ -56,14 +56,14 @@ def _search(result: Mapping[str, Any], asked: Mapping[str, Any]) -> list[Block]:
 def _decode_only(result: Mapping[str, Any], _: Mapping[str, Any]) -> list[Block]:
     reached, shares = result["reached"], result["shares_of_bound"]
     words = {"forwards": "in forwards", "wall_s": "in wall time", "cpu_s": "in CPU time"}
-    found = ", ".join(
+    ratios = ", ".join(
         f"{reached[key]:.1f} {word} ({100 * shares[key]:.0f} %)" for key, word in words.items()
     )
     return [
         "## Decode-only candidates",
         f"One block each, all blocks together, {result['num_lines']} lines in one chunk, median of "
         f"{result['num_repeats']}: bound (P + C)/C x L/(L - f) {result['bound']:.1f}, reached "
-        f"{found}; worst block {100 * result['least_share_of_bound']:.0f} % in forwards. Above "
+        f"{ratios}; worst block {100 * result['least_share_of_bound']:.0f} % in forwards. Above "
         "100 %: prefill makes the first token, so decode runs C - 1 tokens, and a removed block "
         "runs none.",
     ]

@@ -1,4 +1,4 @@
-"""One seed: the search without and with racing, and what the first costs when scored naively."""
+"""One seed: a search with and without races, and the cost of naive scoring beside it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def search(
 def naive(
     model: PreTrainedModel, lines: Calibration, candidates: Sequence[Candidate]
 ) -> tuple[Cost, list[list[float]]]:
-    """Every candidate from scratch; the dense reference, once per chunk, is not counted."""
+    """Score every candidate from scratch; the dense reference, once per chunk, is not counted."""
     evaluator = Evaluator(model, lines, Objective(), cache_bytes=0)
     meter, reference = Meter(evaluator), Meter(evaluator)
     sums: list[list[float]] = [[] for _ in candidates]
@@ -69,8 +69,8 @@ def naive(
         with reference:
             evaluator.line_sums([], chunk)
         with meter:
-            found = evaluator.line_sums(candidates, chunk)
-        for row, values in zip(sums, found, strict=True):
+            line_sums = evaluator.line_sums(candidates, chunk)
+        for row, values in zip(sums, line_sums, strict=True):
             row += values
     return meter.cost - reference.cost, sums
 
@@ -99,7 +99,7 @@ def trial(
 
 
 def _check_equal(whole: SearchResult, naive_sums: dict[Candidate, float]) -> None:
-    """Reuse changed no score."""
+    """Check that reuse changed no score."""
     for each in whole.trials:
         ours, theirs = math.fsum(each.score.lines), naive_sums[each.candidate]
         limit = 1e-5 * abs(theirs) + 1e-7 * len(each.score.lines)

@@ -1,4 +1,4 @@
-"""More evaluators: two of Ray's, measured; up to 256, simulated."""
+"""More evaluators: two of Ray's are measured, up to 256 are simulated."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from rayapp.pruning.scorer import Done, split_work
 from rayapp.pruning.settings.compute import CACHE_BYTES, ComputeSettings
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-PIECE_OVERHEAD_S = 0.003  # a bare actor call with a small answer
+PIECE_OVERHEAD_S = 0.003  # one actor call with a small answer
 
 
 def two_workers(arguments: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
     """The same fresh candidates on one and on two evaluators, in turns.
 
-    Two share the cache bytes of the one, so that what is gained is not that more was kept.
+    Two evaluators share the cache bytes of the one, so that the gain does not come from a larger
+    cache.
     """
     os.environ.update({"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"})
     import ray
@@ -48,7 +49,7 @@ def two_workers(arguments: argparse.Namespace, model: LoadedModel) -> dict[str, 
         ray.wait(list(pool._starting), num_returns=len(pool._starting))
     space = Space(model.signature.num_blocks, arguments.remove, arguments.remove)
     seconds: dict[int, list[float]] = {count: [] for count in pools}
-    for repeat in range(-1, arguments.runs):  # the first, uncounted, warms both up
+    for repeat in range(-1, arguments.runs):  # the first run, uncounted, warms both up
         rng = random.Random(repeat)
         drawn = sorted({space.draw(rng) for _ in range(arguments.worker_candidates)})
         for count in sorted(pools, reverse=repeat % 2 == 1):
@@ -65,10 +66,11 @@ def two_workers(arguments: argparse.Namespace, model: LoadedModel) -> dict[str, 
 
 
 def simulation(arguments: argparse.Namespace, model: LoadedModel) -> list[dict[str, float]]:
-    """How long one recorded search would take on more evaluators, work split as it would be.
+    """Seconds of one recorded search on more evaluators, with its work split as it would be.
 
-    Every piece goes to the evaluator that is free first. What pieces share when they follow one
-    another on one evaluator is not added where they are apart, so this is an upper bound.
+    Every piece goes to the evaluator that is free first. Pieces that follow one another on one
+    evaluator share states; the cost of computing these twice on two evaluators is not added, so the
+    simulated speed is an upper bound.
     """
     lines = equal_lines(model.tokenizer, arguments, "calibration", arguments.lines, arguments.seed)
     _, compute = search(arguments, model, lines, arguments.seed, racing=False)
@@ -80,7 +82,7 @@ def simulation(arguments: argparse.Namespace, model: LoadedModel) -> list[dict[s
 
 
 def _round(done: Sequence[Done], num_workers: int) -> float:
-    """One generation (or rung): nothing of the next begins before its last piece ends."""
+    """Seconds of one generation (or rung): its last piece ends before the next one begins."""
     seconds: dict[int, dict[Candidate, float]] = {}
     for piece in done:
         share = piece.seconds / len(piece.work.candidates)

@@ -1,4 +1,4 @@
-"""Search errors of all trials as numbers of a row and cells of a table.
+"""Search errors of all trials, as numbers of a row and cells of a table.
 
 A search error is a method's best score over the trial's optimum, minus one.
 """
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from recorder.table import interval
 
 LIMIT = 0.01
-"""The search error that a method may keep."""
+"""Largest search error that counts as the optimum."""
 ERROR_COLUMNS = ("within 1 %", "search error, mean (95 %)", "median")
 
 
@@ -31,7 +31,7 @@ def trial_interval(values: Sequence[float], resamples: int) -> list[float]:
 
 
 def told_errors(errors: Sequence[float], resamples: int) -> dict[str, Any]:
-    """What a row says of the search errors of all trials."""
+    """A row's numbers about the search errors of all trials."""
     return {
         "within_1_percent": sum(error <= LIMIT for error in errors),
         "trials": len(errors),

@@ -1,4 +1,4 @@
-"""How a model of block interactions ranks a space whose scores are all known.
+"""The rank order that a model of block interactions gives to a space with known scores.
 
 Shapes: N = candidates of the space, M = units of a candidate.
 """
@@ -23,7 +23,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Ranking:
-    """How one model ranks a space: its cost, and that until its order meets a set within 1 %."""
+    """A model's cost, and its cost until the ranking meets a set within 1 % of the optimum."""
 
     correlation: float
     unseen_correlation: float
@@ -43,7 +43,7 @@ class Truth:
 
     @classmethod
     def of(cls, table: ScoreTable, space: Space) -> Truth:
-        """Score what a table does not hold yet."""
+        """Score every candidate that a table has no score of."""
         candidates = list(space)
         scores_N = np.array(table.lookup(candidates))
         return cls(space, candidates, features(space, candidates), scores_N)

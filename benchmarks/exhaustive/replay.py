@@ -16,7 +16,7 @@ GENERATION_SIZE = 8
 
 @dataclass(frozen=True)
 class Found:
-    """What one method found in one trial: its best candidate, the search error, and the cost."""
+    """The outcome of one method in one trial: its best candidate, error and cost."""
 
     best: Candidate
     error: float
@@ -24,7 +24,7 @@ class Found:
 
 
 def told_to(search: SearchMethod, table: ScoreTable) -> dict[Candidate, float]:
-    """Everything that a search asks for until it ends, with its scores."""
+    """All candidates of a search with their scores, in the order in which it is told them."""
     told: dict[Candidate, float] = {}
     while (asked := search.ask()) is not None:
         scores = table.lookup(asked.candidates)
@@ -39,11 +39,11 @@ def replay(
     """Run a method on a space whose scores the table holds.
 
     Args:
-        table: The scores, and the measures that methods go by.
-        space: What is searched.
+        table: The scores, and the measures that methods use.
+        space: The space that is searched.
         method: A name of :data:`METHODS`.
         evaluations: The budget, measures included; None leaves it to the method.
-        seed: Of the search.
+        seed: Seed of the search.
     """
     kind = METHODS[method]
     measuring = kind.uses_influence + (measuring_cost() if method in GRADIENT_METHODS else 0)

@@ -1,4 +1,4 @@
-"""Scores of one trial's calibration set, each computed once however often it is asked for."""
+"""Scores of one trial's calibration set; every score is computed once, however often it is used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rayapp.pruning.settings.objective import Objective
 
 @dataclass
 class ScoreTable:
-    """All scores that are known of one calibration set, and what methods may measure on it."""
+    """All known scores of one calibration set, and the measures that methods may use."""
 
     scorer: Scorer
     influence: Influence
@@ -28,7 +28,7 @@ class ScoreTable:
     scores: dict[Candidate, float] = field(default_factory=dict)
 
     def lookup(self, candidates: Sequence[Candidate]) -> list[float]:
-        """Scores of candidates; new ones are computed."""
+        """Scores of candidates; missing ones are computed."""
         new = [candidate for candidate in candidates if candidate not in self.scores]
         if new:
             values = self.scorer.score_many(new)

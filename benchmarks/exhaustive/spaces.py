@@ -1,4 +1,4 @@
-"""Spaces small enough to score whole, what a search of each may cost, and options for both."""
+"""Spaces small enough to score whole, with the allowed costs of their searches, and options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = {
     "prefill4": (4, 0),
     "coupled2": (2, 2),
 }
-"""Blocks removed from prefill and from decode."""
+"""Numbers of blocks removed from prefill and from decode."""
 SHARES = {66: 0.4, 220: 0.2, 495: 0.15, 4356: 0.05}
 """Share of the exhaustive cost that the claim allows, by size of the space (12 blocks)."""
 
@@ -28,7 +28,7 @@ SHARES = {66: 0.4, 220: 0.2, 495: 0.15, 4356: 0.05}
 def trials_parser(
     doc: str | None, *, spaces: Sequence[str], trials: int, coupled_trials: int, lines: int
 ) -> ArgumentParser:
-    """Options of benchmarks that score whole spaces, trial by trial, with defaults of their own."""
+    """A parser of options for benchmarks that score whole spaces, trial by trial."""
     parser = benchmark_parser(doc)
     add_model(parser)
     add_seed(parser, "the first trial; every further one adds 1")
@@ -42,12 +42,12 @@ def trials_parser(
 
 
 def budget_of(space: Space) -> int:
-    """Candidate scores that the claim allows a search of this space."""
+    """Number of candidate scores that the claim allows a search of this space."""
     return math.floor(SHARES.get(space.size, 0.15) * space.size)
 
 
 def spaces_of(arguments: Namespace, num_blocks: int) -> dict[str, Space]:
-    """The spaces that were asked for, by name."""
+    """The chosen spaces by name."""
     return {name: Space(num_blocks, *SIZES[name]) for name in arguments.spaces}
 
 

@@ -1,4 +1,4 @@
-"""What time it is for a measurement."""
+"""Clocks of a measurement: wall time and CPU time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Moment:
-    """Wall and CPU seconds at a moment when the device had nothing left to do."""
+    """Wall and CPU seconds at a moment at which the device was idle."""
 
     wall_s: float
     cpu_s: float
@@ -23,7 +23,7 @@ class Moment:
         return cls(time.perf_counter(), time.process_time())
 
     def since(self, earlier: Moment) -> Moment:
-        """The seconds that lie between two moments."""
+        """The seconds between two moments."""
         return Moment(self.wall_s - earlier.wall_s, self.cpu_s - earlier.cpu_s)
 
 

@@ -1,4 +1,4 @@
-"""The best rates that a device reaches: no measured step can take less than they allow."""
+"""The best rates that a device reaches, which bound every measured step from below."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _REPEATS = 10
 
 @dataclass(frozen=True)
 class Rates:
-    """The best that one big product and one big copy reach."""
+    """The rates of one big product and one big copy."""
 
     flops_per_s: float
     bytes_per_s: float
 
     def seconds(self, flops: float, num_bytes: float) -> float:
-        """What work takes at least: the longer of its operations and its bytes."""
+        """Least seconds of some work: the longer of its operations and its bytes."""
         return max(flops / self.flops_per_s, num_bytes / self.bytes_per_s)
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype, clock: str = "wall") -> Rates:
-    """Both rates on the clock that the runs are timed by, ``wall`` or ``cpu``."""
+    """Both rates on the clock of the timed runs, ``wall`` or ``cpu``."""
     return Rates(product_flops_per_s(device, dtype, clock), copy_bytes_per_s(device, clock))
 
 

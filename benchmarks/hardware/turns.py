@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 
 def in_turns(sides: Sequence[str], num_runs: int) -> Iterator[tuple[str, bool]]:
-    """Every side once a run, and in the next run in reverse; a first run warms all of them up.
+    """Take every side once per run, in reverse in every second run; the first run is a warm-up.
 
     Yields:
         A side, and whether its run counts.

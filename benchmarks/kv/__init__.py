@@ -1,1 +1,1 @@
-"""Parts of ``kv_rules.py``: ways to choose which KV travels, ours and others, and their judge."""
+"""Parts of ``kv_rules.py``: ways to choose KV, ours and others, and their judge."""

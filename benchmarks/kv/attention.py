@@ -1,4 +1,4 @@
-"""What the attention of prefill says about a prompt: all that a rule per prompt can go by.
+"""The attention of prefill over a prompt, which rules per prompt choose by.
 
 Shapes: B = prompts of equal length, Q = query heads, H = KV heads, W = tokens of the window, T =
 prompt tokens that prefill ran, N = entries that a block holds.
@@ -15,18 +15,18 @@ from rayapp.kv.cache import held_entries
 from rayapp.models.attention import attention_weights, observed_attention
 
 WINDOW = 32
-"""How many last prompt tokens vote by their attention: SnapKV's observation window."""
+"""Number of last prompt tokens that vote by their attention: SnapKV's observation window."""
 
 
 @dataclass(frozen=True)
 class PromptAttention:
-    """Attention of one batch on the entries that each block holds after prefill.
+    """Attention of one batch on the entries that every block caches in prefill.
 
     Attributes:
         num_prompt_tokens: The length of every prompt of the batch.
-        num_prompts: B.
-        num_kv_heads: H.
-        held: N, by block where decode attends.
+        num_prompts: Number of prompts, B.
+        num_kv_heads: Number of KV heads, H.
+        held: Number of entries, N, by block where decode attends.
         last: Attention ``(B, N)`` of the last prompt token by block, averaged over heads. Blocks
             where prefill does not attend are missing.
         votes: Attention ``(B, H, N)`` of the last ``WINDOW`` prompt tokens by block, summed over
@@ -44,7 +44,7 @@ class PromptAttention:
 def watched_hand_over(
     stages: TwoStages, prompts_BT: torch.Tensor
 ) -> tuple[HandedOver, PromptAttention]:
-    """Prefill prompts and hand their KV over, with a look at prefill's attention on the way."""
+    """Prefill prompts and hand their KV over, recording prefill's attention on the way."""
     seen: list[torch.Tensor] = []
 
     def look(query_BQTD: torch.Tensor, keys_BHTD: torch.Tensor, scaling: float) -> None:

@@ -1,7 +1,7 @@
-"""Other ways to choose which KV travels, beside a plan's rules: for comparisons at equal bytes.
+"""Other ways to choose the KV that travels, for comparisons with a plan's rules at equal bytes.
 
-Those that look at each prompt cannot be written into a plan; what they would send is counted in the
-same wire format, with what they need beside it (stated at each).
+A way that looks at the prompt cannot be written into a plan. Its bytes are counted in the same wire
+format, with the extra data that it needs (stated in its docstring).
 Shapes: B = prompts of equal length, H = KV heads (or 1 where all share), N = entries of a block.
 """
 
@@ -22,12 +22,12 @@ from rayapp.pruning.kv_choice.bytes import KVBytes
 
 @dataclass(frozen=True)
 class Choice:
-    """What the prompts of one batch send.
+    """The KV that the prompts of one batch send.
 
     Attributes:
-        kept: Which entries travel, bool ``(B, H, N)``, by block where decode attends.
-        encodings: How the entries of a block are encoded, by block.
-        bytes_sent: The bytes of every prompt; header, scales and indices count.
+        kept: Masks of the entries that travel, bool ``(B, H, N)``, by block where decode attends.
+        encodings: Encoding of a block's entries, by block.
+        bytes_sent: Bytes that every prompt sends; header, scales and indices count.
     """
 
     kept: Mapping[int, torch.Tensor]
@@ -36,7 +36,7 @@ class Choice:
 
 
 class KVChooser(Protocol):
-    """A way to choose which KV travels."""
+    """A way to choose the KV that travels."""
 
     def choose(self, attention: PromptAttention, num_bytes: KVBytes) -> Choice:
         """Choose for the prompts of one batch."""
@@ -45,7 +45,7 @@ class KVChooser(Protocol):
 
 @dataclass(frozen=True)
 class FixedRules:
-    """Transfer rules by block, the same for every prompt: what a plan says."""
+    """Transfer rules by block as a plan has them, the same for every prompt."""
 
     rules: Mapping[int, KVTransfer]
 
@@ -64,9 +64,10 @@ class FixedRules:
 
 
 def in_all_blocks(rule: KVTransfer, blocks: range) -> FixedRules:
-    """One rule in every block.
+    """The same rule in every block.
 
-    Sinks and recent tokens (StreamingLLM, arXiv:2309.17453), or all entries in one encoding.
+    The rule keeps sinks and recent tokens (StreamingLLM, arXiv:2309.17453), or all entries in one
+    encoding.
     """
     return FixedRules(dict.fromkeys(blocks, rule))
 
@@ -113,10 +114,10 @@ class LazyBlocks:
 class ScoredTokens:
     """SnapKV's rule (arXiv:2404.14469), per KV head.
 
-    The last ``WINDOW`` entries, and those before them that these tokens attend to most, votes
-    pooled by their maximum over ``pool`` neighbours. Every block and head keeps the same share. A
-    head's entries are its own, so one bit per entry and KV head travels beside them. A block whose
-    attention prefill does not run keeps its last entries.
+    A prompt sends the last ``WINDOW`` entries, and those before them that these tokens attend to
+    most; votes are pooled by their maximum over ``pool`` neighbours. Every block and head keeps the
+    same share. A head's entries are its own, so one bit per entry and KV head travels beside them.
+    A block whose attention prefill does not run keeps its last entries.
     """
 
     keep_ratio: float
@@ -151,7 +152,7 @@ class ScoredTokens:
 
 
 def _entries(rule: KVTransfer, held: int) -> torch.Tensor:
-    """Which of ``held`` entries a rule keeps, bool ``(N,)``."""
+    """Mask of the entries out of ``held`` that a rule keeps, bool ``(N,)``."""
     kept_N = torch.zeros(held, dtype=torch.bool)
     kept_N[kept_entries(rule, held)] = True
     return kept_N

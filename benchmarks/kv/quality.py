@@ -1,10 +1,10 @@
 """Quality and bytes of ways to choose KV, side by side on the same prompts.
 
-Prefill runs once per prompt for all of them. What a way drops is masked in the full cache, and what
-it encodes goes through its encoding, so any choice per prompt and head can be judged; for a plan's
-rules this equals the serving path (tested). Exact match is teacher-forced: every token of the
-answer, end marker included, is the likeliest after the right ones before it, which is what greedy
-decoding needs to write that answer.
+Prefill runs once per prompt for all ways. Dropped entries are masked in the full cache, and encoded
+ones go through their encoding, so any choice per prompt and head can be judged; for a plan's rules
+this equals the serving path (tested). Exact match is teacher-forced: every token of the answer, end
+marker included, is the likeliest after the right ones before it, which is what greedy decoding
+needs to write that answer.
 Shapes: B = prompts of equal length, H = KV heads, N = entries, C = continuation tokens.
 """
 
@@ -37,7 +37,7 @@ The attention kernel for a single query expects a mask of another shape.
 
 @dataclass
 class KVQuality:
-    """What one way to choose costs and keeps, line by line.
+    """Bytes and quality of one way to choose, line by line.
 
     ``kl`` holds sums over a line's continuation tokens, in nats.
     """
@@ -50,7 +50,7 @@ class KVQuality:
 
     @property
     def reduction(self) -> float:
-        """How many times fewer bytes than all KV are sent."""
+        """Ratio of the bytes of all KV to the bytes sent."""
         return self.bytes_full / self.bytes_sent
 
     def groups(self) -> dict[str, list[int]]:
@@ -91,15 +91,15 @@ def kv_quality(
 
     Args:
         model: The dense model.
-        plan: Its modes run; its transfer rules do not count.
-        choosers: By name.
-        lines: Prompts and answers.
+        plan: The plan whose modes run; its transfer rules do not count.
+        choosers: The ways to choose, by name.
+        lines: Prompts with their answers.
         progress: Called batch by batch.
     """
     bare = plan.model_copy(update={"kv_transfer": {}})
     dense, stages = TwoStages(model, PruningPlan()), TwoStages(model, bare)
     num_bytes = KVBytes(model.config, bare, [len(line.prompt) for line in lines])
-    found = {name: KVQuality(lines) for name in choosers}
+    qualities = {name: KVQuality(lines) for name in choosers}
     done = 0
     for batch in equal_batches(lines):
         prompts_BT, continuations_BC = padded(lines, batch)
@@ -108,22 +108,22 @@ def kv_quality(
         for name, chooser in choosers.items():
             choice = chooser.choose(attention, num_bytes)
             logits_BCV = _logits(stages, handed, choice, continuations_BC)
-            found[name].bytes_full += len(batch) * num_bytes.dense(prompts_BT.shape[1])
-            found[name].bytes_sent += sum(choice.bytes_sent)
+            qualities[name].bytes_full += len(batch) * num_bytes.dense(prompts_BT.shape[1])
+            qualities[name].bytes_sent += sum(choice.bytes_sent)
             for row, index in enumerate(batch):
                 ids_C = torch.tensor(lines[index].continuation)
                 mine_CV, its_CV = logits_BCV[row, : len(ids_C)], dense_BCV[row, : len(ids_C)]
-                found[name].kl[index] = float(kl(its_CV, mine_CV).sum())
-                found[name].is_match[index] = bool((mine_CV.argmax(-1).cpu() == ids_C).all())
+                qualities[name].kl[index] = float(kl(its_CV, mine_CV).sum())
+                qualities[name].is_match[index] = bool((mine_CV.argmax(-1).cpu() == ids_C).all())
         done += len(batch)
         progress("prompts", done, len(lines))
-    return found
+    return qualities
 
 
 def _logits(
     stages: TwoStages, handed: HandedOver, choice: Choice, continuations_BC: torch.Tensor
 ) -> torch.Tensor:
-    """Logits ``(B, C, V)`` from what a choice sends."""
+    """Logits ``(B, C, V)`` after decode reads the entries that a choice sends."""
     num_tokens = continuations_BC.shape[1]
     if num_tokens < MIN_TOKENS:
         missing = MIN_TOKENS - num_tokens
@@ -134,12 +134,12 @@ def _logits(
 
 
 class ChosenPrefix(PrefixCache):
-    """All KV of a batch, of which decode sees what a choice sent, as it arrives.
+    """All KV of a batch, of which decode sees only the entries that a choice sent, as they arrive.
 
     Args:
-        full: All KV as it is.
-        choice: What travels of it.
-        num_query_heads: Masks are by query head.
+        full: All KV as prefill leaves it.
+        choice: The entries of it that travel.
+        num_query_heads: Number of query heads, since masks are by query head.
     """
 
     def __init__(self, full: PrefixCache, choice: Choice, num_query_heads: int) -> None:
@@ -154,7 +154,9 @@ class ChosenPrefix(PrefixCache):
         }
 
     def masks(self, positions: torch.Tensor) -> dict[int, torch.Tensor]:
-        """The masks of all KV without what did not travel, ``(B, query heads, C, N + C)``."""
+        """The masks of all KV, without the entries that did not travel, ``(B, query heads, C, N +
+        C)``.
+        """
         count = positions.shape[-1]
         return {
             block: mask
@@ -166,7 +168,7 @@ class ChosenPrefix(PrefixCache):
 def _arrived(full: Prefix, kept_BHN: torch.Tensor, encoding: Encoding) -> Prefix:
     """A block's KV after its round trip, with zeros for entries that did not travel.
 
-    Zeros never raise the largest magnitude, so scales are those of what is sent.
+    Zeros never raise the largest magnitude, so the scales are those of the entries sent.
     """
     if encoding == "model":
         return full
@@ -189,13 +191,13 @@ def tuned(
     num_bytes: KVBytes,
     max_bytes: float,
 ) -> KVChooser | None:
-    """The chooser that sends most within ``max_bytes`` on some prompts; None where none does.
+    """The chooser that sends most within ``max_bytes`` on some prompts; None if none does.
 
     Args:
-        make: A chooser from a number in 0..1; it sends no less for larger ones.
-        attention: Of the prompts.
-        num_bytes: Their plan's bytes.
-        max_bytes: For all of them.
+        make: Makes a chooser from a number in 0..1; it sends no less for larger ones.
+        attention: Attention of the prompts.
+        num_bytes: Bytes of the plan on these prompts.
+        max_bytes: Most bytes of all prompts together.
     """
 
     def sent(amount: float) -> int:

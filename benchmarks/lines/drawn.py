@@ -21,7 +21,7 @@ def drawn_lines(
     length: str,
     names: Sequence[str] = tasks.TASKS,
 ) -> Calibration:
-    """As many fresh questions of every named task, with their answers.
+    """Draw equally many fresh questions of every named task, with their answers.
 
     They pass through a file, because that is how a user's lines arrive.
     """

@@ -21,7 +21,7 @@ def equal_lines(
     *,
     chunk_tokens: int | None = None,
 ) -> Calibration:
-    """The last tokens of real questions with their answers, all tasks alike, in random order."""
+    """The last tokens of real questions with their answers, in random order; tasks count alike."""
     total, wanted = arguments.prompt_tokens + arguments.continuation_tokens, count // len(TASKS)
     lines = []
     for task in TASKS:

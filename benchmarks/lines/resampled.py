@@ -12,7 +12,7 @@ from rayapp.pruning.evaluator.calibration import Calibration
 
 
 class ResampledScores:
-    """Mean over tasks of the mean over tokens, of all lines and of every resample of them.
+    """Scores (mean over tasks of the mean over tokens) on all lines and on every resample of them.
 
     All plans meet the same resamples, so that differences between plans are paired by line.
 

@@ -34,7 +34,7 @@ def altered(answer: str, rng: random.Random) -> str:
 
 
 def choice_line(example: Example, seed: int) -> dict[str, Any]:
-    """A line of choices.jsonl; the same for the same example and seed."""
+    """A line of choices.jsonl; it is the same for the same example and seed."""
     rng = random.Random(f"{seed} {example.prompt}")
     choices = [example.completion]
     while len(choices) < NUM_CHOICES:
@@ -47,7 +47,7 @@ def choice_line(example: Example, seed: int) -> dict[str, Any]:
 
 
 def write_data(out: Path, *, split: str, count: int, seed: int, length: str) -> None:
-    """Write both files, ``count`` questions of every task in each."""
+    """Write both files, with ``count`` questions of every task in each."""
     examples = [e for task in TASKS for e in generate(task, split, count, seed, length=length)]
     out.mkdir(parents=True, exist_ok=True)
     for name, lines in (

@@ -1,4 +1,4 @@
-"""Line charts of a page, drawn from numbers that stand in its record."""
+"""Line charts of a page, drawn from the numbers of its record."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Chart:
     """Lines over an axis that doubles from tick to tick, named at the right in their order.
 
     Attributes:
-        title: What the picture shows, for readers who cannot see it.
+        title: A description of the picture, for readers who cannot see it.
         x: Name of the horizontal axis.
         y: Name of the vertical axis.
-        lines: In the order in which they are named.
+        lines: The lines, in the order in which they are named.
         level: A horizontal line to compare with, by its name.
     """
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Writing of files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a file atomically, and its directory where that is missing."""
+    """Write a file atomically, and make its directory if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")

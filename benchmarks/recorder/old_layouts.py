@@ -1,7 +1,8 @@
-"""Records of before there was one recorder, brought to the layout of today.
+"""Records from before there was one recorder, brought to the layout of today.
 
-They were measured, so their files stay as they are. What a record calls otherwise is renamed here,
-and what only its page told is added. A layout goes when its last result is measured anew.
+They are results of measurements, so their files stay as they are. Other names in a record are
+replaced here, and facts that only its page had are added. A layout is dropped when its last result
+is measured anew.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _RENAMED = {
     "scale": "shape",
 }
 _TOLD_BY_PAGES = {"headline-testbed-text": {"runs": 30}}
-"""Options that the record lacks, by the name of the result."""
+"""Options that only the pages had, by the name of the result."""
 
 
 def brought_up_to_date(stored: dict[str, Any], stem: str) -> dict[str, Any]:

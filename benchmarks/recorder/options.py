@@ -13,7 +13,7 @@ from rayapp.testbed import text_model_path, vision_model_path
 
 RESULTS = Path(__file__).parents[1] / "results"
 _UNRECORDED = ("out", "name", "render", "work", "beside")
-"""Options that say where files go; they change no number."""
+"""Options that say where files go, and change no number."""
 
 
 def benchmark_parser(doc: str | None) -> ArgumentParser:
@@ -59,35 +59,37 @@ def add_dtype(parser: ArgumentParser, default: str, *, auto: bool = False) -> No
 
 
 def add_device(parser: ArgumentParser, default: str) -> None:
-    """``--device``: where the model runs."""
+    """``--device``: the device that the model runs on."""
     parser.add_argument("--device", default=default, help="as torch names it: cpu, cuda, cuda:1")
 
 
 def add_seed(parser: ArgumentParser, of: str, default: int = 0) -> None:
-    """``--seed``: of everything that is drawn at random."""
+    """``--seed``: seed of all random draws."""
     parser.add_argument("--seed", type=int, default=default, help=f"seed of {of}")
 
 
 def model_name(path: Path) -> str:
-    """A model's name in tables and file names: that of its directory, or of a shipped one."""
+    """A model's name in tables and file names: that of its directory, or of a shipped model."""
     shipped = {text_model_path(): "testbed-text", vision_model_path(): "testbed-vision"}
     names = {known.resolve(): name for known, name in shipped.items()}
     return names.get(path.resolve(), path.name)
 
 
 def model_label(arguments: Namespace) -> str:
-    """The model that was measured, for names of files; nothing where no model is asked for."""
+    """The model's label in names of files; empty if the benchmark has no model."""
     return model_name(arguments.model) if hasattr(arguments, "model") else ""
 
 
 def speed_label(arguments: Namespace) -> str:
-    """What a speed depends on, for names of files: model or shape, element type, and a GPU."""
+    """The label of a speed in names of files: model or shape, element type, and a GPU."""
     name = arguments.shape or model_name(arguments.model)
     return f"{name}-{arguments.dtype}" + ("-gpu" if arguments.device != "cpu" else "")
 
 
 def configuration_of(arguments: Namespace) -> dict[str, Any]:
-    """What was asked, by option; of a path only its name, because folders are of one machine."""
+    """The options of a run as a record has them; a path has only its name, as folders are of one
+    machine.
+    """
     return {key: _named(value) for key, value in vars(arguments).items() if key not in _UNRECORDED}
 
 

@@ -1,4 +1,4 @@
-"""What numbers were measured with: asked for in words, on which machine, commit and day."""
+"""The origin of numbers: options in words, machine, commit and day."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recorder.options import configuration_of
 
 @dataclass(frozen=True)
 class Start:
-    """The moment at which a measurement began, and the machine that it found."""
+    """The moment at which a measurement began, and the state of the machine at that moment."""
 
     machine: Machine
     date: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -34,7 +34,7 @@ class Start:
         return cls(this_machine(device=device, num_threads=arguments.threads))
 
     def origin(self, arguments: Namespace) -> dict[str, Any]:
-        """What a record says of a measurement that ends now."""
+        """The origin of a measurement that ends now, for its record."""
         return {
             "date": self.date.isoformat(timespec="seconds"),
             "configuration": configuration_of(arguments),
@@ -46,10 +46,10 @@ class Start:
 
 
 def measured_on(origin: Mapping[str, Any]) -> str:
-    """What the numbers were measured on, as one sentence for a page.
+    """The origin of the numbers, as one sentence for a page.
 
-    Older records lack a date, a load, or seconds. Where rows were kept from earlier runs, those of
-    the last run say nothing about them; their commits are told.
+    Older records lack a date, a load, or seconds. Rows that were kept from earlier runs have
+    commits of their own, which the sentence names.
     """
     machine = origin["machine"]
     words = [machine["processor"]]
@@ -74,12 +74,12 @@ def threads(count: int) -> str:
     return "one thread" if count == 1 else f"{count} threads"
 
 
-def _commits_of_rows(found: Any) -> Iterator[str]:
-    """Rows that were kept from earlier runs say themselves which commit they were measured at."""
-    if isinstance(found, Mapping):
-        if "commit" in found and "versions" not in found:
-            yield str(found["commit"])
-        found = list(found.values())
-    if isinstance(found, list):
-        for each in found:
+def _commits_of_rows(content: Any) -> Iterator[str]:
+    """The commits that rows kept from earlier runs were measured at."""
+    if isinstance(content, Mapping):
+        if "commit" in content and "versions" not in content:
+            yield str(content["commit"])
+        content = list(content.values())
+    if isinstance(content, list):
+        for each in content:
             yield from _commits_of_rows(each)

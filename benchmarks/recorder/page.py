@@ -19,7 +19,7 @@ Block = str | Table | Chart | Dots
 def page(blocks: Sequence[Block], record: Record, stem: str) -> str:
     """The Markdown of a record; its last line says what the numbers were measured on.
 
-    Where a record holds parts of different origin, the script says that of each.
+    If a record has parts of different origin, the script states the origin of every part.
     """
     parts = [_markdown(block, stem) for block in blocks]
     if "machine" in record:

@@ -1,4 +1,4 @@
-"""A record: all that is known of one benchmark's result, as JSON holds it."""
+"""A record: everything known of one benchmark's result, in its JSON form."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from rayapp.errors import InputError
 from recorder.old_layouts import brought_up_to_date
 
 Record = dict[str, Any]
-"""``benchmark``, an origin (see :mod:`recorder.origin`), and what the script found, by its names.
+"""A record has ``benchmark``, an origin (see :mod:`recorder.origin`), and the script's results by
+name.
 
-A record of parts has ``parts`` instead, each with an origin of its own.
-"""
+A record of parts has ``parts`` instead, each with an origin of its own."""
 
 
 def read_record(path: Path, benchmark: str) -> Record:
-    """A record of ``benchmark``, of today's layout or an older one.
+    """Read a record of ``benchmark``, of today's layout or an older one.
 
     Raises:
         InputError: If the file is no record of this benchmark.

@@ -19,9 +19,9 @@ class Rows:
     """A directory with a file for every row that has been measured.
 
     Attributes:
-        home: The directory; it holds one for every group of rows.
+        home: The directory; it has one for every group of rows.
         commit: The commit that new rows are measured at.
-        told: Numbers of a row that are printed when it is measured, where it has them.
+        told: Names of a row's numbers that are printed when it is measured.
     """
 
     home: Path
@@ -29,7 +29,7 @@ class Rows:
     told: Sequence[str] = ()
 
     def kept(self, group: str, name: str, measure: Callable[[], Row]) -> Row:
-        """The row of this name: as it was measured before, or measured now."""
+        """The row of this name, measured now if it has no file."""
         file = self.home / group / f"{name.replace(' ', '_').replace('/', '-')}.json"
         if not file.is_file():
             began_s = time.perf_counter()
@@ -43,7 +43,7 @@ class Rows:
     def all(self, group: str) -> dict[str, Row]:
         """All rows of a group by file name, in the order in which they were measured.
 
-        Rows of earlier runs count, whatever this one was asked for.
+        Rows of earlier runs count, whatever the options of this run.
         """
         files = (self.home / group).glob("*.json")
         ordered = sorted(files, key=lambda file: file.stat().st_mtime_ns)

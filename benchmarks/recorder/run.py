@@ -18,11 +18,11 @@ from recorder.page import Block, write_page
 from recorder.record import Record, read_record
 
 Report = Callable[[Record], Sequence[Block]]
-"""Makes the blocks of a page from a record, and from nothing else."""
+"""A function that makes the blocks of a page from a record, and from nothing else."""
 
 
 class Recorder:
-    """Writes what a benchmark finds: its record, page and drawings, each time anew.
+    """Writes a benchmark's results: its record, page and drawings, anew at every call.
 
     Attributes:
         arguments: The options of this run.
@@ -40,18 +40,18 @@ class Recorder:
 
     @property
     def commit(self) -> str | None:
-        """The commit that this run measures; it ends in ``-dirty`` where files were changed."""
+        """The commit that this run measures; it ends in ``-dirty`` if files were changed."""
         return self._start.machine.commit
 
-    def write(self, **found: Any) -> None:
-        """Write all that was found; a benchmark may call this as often as it knows more."""
-        self._write({**self._start.origin(self.arguments), **found})
+    def write(self, **results: Any) -> None:
+        """Write all results so far; a benchmark may call this as often as it has more."""
+        self._write({**self._start.origin(self.arguments), **results})
 
-    def write_part(self, name: str, **found: Any) -> None:
-        """Write one part with its own origin, beside the parts that the file already holds."""
+    def write_part(self, name: str, **results: Any) -> None:
+        """Write one part with its own origin, beside the parts that the file has already."""
         file = self.arguments.out / f"{self.stem}.json"
         earlier = read_record(file, self._benchmark)["parts"] if file.is_file() else {}
-        part = {**self._start.origin(self.arguments), **found}
+        part = {**self._start.origin(self.arguments), **results}
         self._write({"parts": {**earlier, name: part}})
         self._start = Start.now(self.arguments)
 
@@ -71,10 +71,11 @@ def run(
     """Run a benchmark as its options say.
 
     Args:
-        parser: From :func:`recorder.options.benchmark_parser`, with the script's own options.
-        measure: Measures, and calls :meth:`Recorder.write` with what it found.
+        parser: A parser from :func:`recorder.options.benchmark_parser`, with the script's own
+            options.
+        measure: Measures, and calls :meth:`Recorder.write` with the results.
         report: Makes the page of a record.
-        label: What was measured, for the names of the result files.
+        label: A label of the measurement, for the names of the result files.
     """
     arguments, benchmark = parser.parse_args(), Path(sys.argv[0]).stem
     if arguments.render:
@@ -91,7 +92,7 @@ def run(
 
 
 def render(arguments: Namespace, benchmark: str, report: Report) -> None:
-    """Write the pages of records that are there, into ``--out``."""
+    """Write the pages of existing records into ``--out``."""
     for file in arguments.render:
         record = read_record(file, benchmark)
         try:

@@ -1,1 +1,1 @@
-"""Models of known sizes with random weights: speed does not depend on what was learned."""
+"""Models of known sizes with random weights: speed does not depend on training."""

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """What decides how much work a Llama is."""
+    """The sizes that decide how much work a Llama is."""
 
     hidden: int
     blocks: int

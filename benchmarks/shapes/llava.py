@@ -1,7 +1,7 @@
 """LLaVAs with random weights: LLaVA-1.5-7B's shapes, and smaller ones.
 
-Every shape sees an image of 336 x 336 pixels as 576 tokens; the tower's penultimate block is read,
-as LLaVA-1.5 does, and all its blocks run.
+Every shape sees an image of 336 x 336 pixels as 576 tokens. The output of the tower's penultimate
+block is read, as in LLaVA-1.5, and all its blocks run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 SIDE, PATCH = 336, 14
 IMAGE_TOKENS = (SIDE // PATCH) ** 2
 IMAGES = (1, 2, 4, 6)
-"""Of prompts whose KV is weighed: as many as LLaVA-1.5's context of 4,096 takes."""
+"""Numbers of images in prompts whose KV is weighed, up to LLaVA-1.5's context of 4,096."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""What a device must do at least: operations at its best rate, or bytes at its best bandwidth.
+"""Lower bounds of a device's work: operations at its best rate, or bytes at its best bandwidth.
 
-Per stage the longer of the two; formulas in :data:`FORMULAS`, counts from the model's own weights.
+A stage's bound is the longer of the two. Formulas are in :data:`FORMULAS`, and counts come from the
+model's own weights.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ rate and bytes / bandwidth, both rates measured here; a speed-up's bound is the 
 
 @dataclass(frozen=True)
 class Work:
-    """Operations and bytes of one batch, per stage; of decode, per step."""
+    """Operations and bytes of one batch, by stage; those of decode are per step."""
 
     tower: tuple[float, float]
     selection: tuple[float, float]
@@ -54,7 +55,9 @@ def work_of(
     num_answer: int,
     num_keep: int | None,
 ) -> Work:
-    """Of ``batch`` prompts that run ``num_run`` tokens each; ``num_keep`` None selects nothing."""
+    """The work of ``batch`` prompts that run ``num_run`` tokens each; ``num_keep`` None selects
+    nothing.
+    """
     inner, width = model.model, stack.num_query_heads * stack.head_dim
     blocks = _weights(find_decoder(model).layers)
     head = model.get_output_embeddings().weight.numel()
@@ -85,6 +88,6 @@ def _tower_flops(inner: nn.Module) -> float:
 
 
 def _weights(module: nn.Module) -> int:
-    """Weights of all products, the patch embedding's too."""
+    """Number of weights of all products, including the patch embedding's."""
     kinds = (nn.Linear, nn.Conv2d)
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, kinds))

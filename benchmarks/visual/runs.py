@@ -1,4 +1,4 @@
-"""One model's engines, and timed runs of a batch of prompts with an image each, dense or pruned.
+"""One model's engines, and timed runs of a batch of prompts with one image each, dense or pruned.
 
 Phases of a run: the images are scaled and normalised on the CPU (`prepare`); the vision tower runs
 over all of them (`tower`); the prompts become embeddings, tokens chosen where the side prunes
@@ -33,7 +33,7 @@ from rayapp.vision.reader import ImageReader, ImageSupport
 from rayapp.vision.selection import keep_places_of_prompts
 
 PHASES = ("prepare", "tower", "embed", "prefill", "admit", "decode")
-_WORDS = 16  # of a prompt's text, that images are aligned with
+_WORDS = 16  # tokens of a prompt's text, which images are aligned with
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Bench:
 
     Args:
         model: A LLaVA on its device.
-        rule: What the pruned side keeps.
-        text_tokens: Of every prompt, beside its image.
-        num_answer: Tokens of every answer.
+        rule: The rule of the pruned side.
+        text_tokens: Number of text tokens of every prompt, beside its image.
+        num_answer: Number of tokens of every answer.
         clock: ``wall`` or ``cpu``.
     """
 
@@ -105,7 +105,9 @@ class Bench:
         return requests
 
     def decode_engine(self, batch: int) -> DecodeEngine:
-        """For both sides: which visual tokens were kept changes nothing in decode's stage."""
+        """The decode engine of both sides, since pruned visual tokens change nothing in decode's
+        stage.
+        """
         return DecodeEngine(
             self.decode_stack,
             PruningPlan(),
@@ -135,7 +137,7 @@ class Bench:
         }
         for request, output in zip(requests, outputs, strict=True):
             decode.admit(request, output.segment, output.first)
-        del outputs, output  # the KV of the whole batch
+        del outputs, output  # frees the KV of the whole batch
         laps["admit"] = clock.lap()
         while decode.num_running:
             for found in decode.step():

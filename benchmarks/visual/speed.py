@@ -13,7 +13,7 @@ from visual.bounds import FORMULAS
 
 
 def report(record: Record) -> list[Block]:
-    """Speed-ups, shares of stages and bounds, and bytes; then why it may be no claim."""
+    """The page: speed-ups, shares of stages and bounds, bytes, and why it may be no claim."""
     rows = [row for row in record["results"] if "skipped" not in row]
     skipped = [row for row in record["results"] if "skipped" in row]
     return [

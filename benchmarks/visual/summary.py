@@ -1,4 +1,4 @@
-"""Runs of both sides as medians, speed-ups with intervals, and shares."""
+"""Summaries of both sides' runs: medians, speed-ups with intervals, and shares."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SPANS: dict[str, Callable[[Times], float]] = {
 def summarise(
     runs: dict[str, list[Times]], works: dict[str, Work], rates: Rates, num_answer: int
 ) -> dict[str, Any]:
-    """One batch size: milliseconds, speed-ups, and how near to the bound each side came."""
+    """One batch size: milliseconds, speed-ups, and both sides' distances from the bound."""
     bounds = {side: _bounds(work, rates, num_answer) for side, work in works.items()}
     sides = {side: _side(runs[side], bounds[side], num_answer) for side in runs}
     dense_prefill = sides["dense"]["ttft_ms"]
@@ -69,7 +69,9 @@ def summarise(
 def ratio(
     dense: Sequence[Times], pruned: Sequence[Times], span: Callable[[Times], float]
 ) -> dict[str, Any]:
-    """The ratio of medians; pairs of runs resampled: a 95 % interval, and a one-sided bound."""
+    """The ratio of medians with a 95 % interval and a one-sided bound, from resampled pairs of
+    runs.
+    """
     dense_N, pruned_N = (np.array([span(times) for times in side]) for side in (dense, pruned))
     index_RN = np.random.default_rng(0).integers(len(dense_N), size=(RESAMPLES, len(dense_N)))
     ratios_R = np.median(dense_N[index_RN], axis=1) / np.median(pruned_N[index_RN], axis=1)
@@ -112,7 +114,7 @@ def _bounds(work: Work, rates: Rates, num_answer: int) -> dict[str, float]:
 
 
 def _ratio_of_bounds(bounds: dict[str, dict[str, float]], name: str) -> dict[str, float]:
-    """None for what is not the device's work."""
+    """The ratio to the device's bound; None for work that is not the device's."""
     if name not in bounds["dense"]:
         return {}
     return {"bound": bounds["dense"][name] / bounds["pruned"][name]}

@@ -1,8 +1,8 @@
 """Completions about images: read, checked and tokenised like any other, for models that see.
 
-A line is a completion with ``"image"``, a path, or ``"images"``, several; paths are relative to the
-data file. Images come first unless the prompt holds their placeholders. What images are aligned
-with (:mod:`rayapp.vision.tokens`) are the prompt's words, placeholders left out.
+A line is a completion with a path in ``"image"``, or several in ``"images"``; paths are relative to
+the data file. Images come first unless the prompt has their placeholders. Images are aligned
+(:mod:`rayapp.vision.tokens`) with the prompt's words, placeholders left out.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class TokenizedImageLine(TokenizedLine):
 
     Attributes:
         prompt: The unpruned prompt: a placeholder for every token of every image.
-        asked: The prompt as it is sent, one placeholder per image.
-        words: The user's words.
-        images: Files, in the order of the placeholders.
+        asked: Token ids of the prompt as it is sent, with one placeholder per image.
+        words: Token ids of the user's words.
+        images: Files of the images, in the order of the placeholders.
     """
 
     asked: tuple[int, ...]
@@ -38,23 +38,25 @@ class TokenizedImageLine(TokenizedLine):
 
     @property
     def image_prompt(self) -> ImagePrompt:
-        """What a pipeline is asked."""
+        """The prompt that a pipeline gets for this line."""
         return ImagePrompt(self.asked, self.images, self.words)
 
 
 def prompt_of(line: TokenizedLine) -> Prompt:
-    """What a pipeline is asked."""
+    """The prompt that a pipeline gets for any line."""
     return line.image_prompt if isinstance(line, TokenizedImageLine) else line.prompt
 
 
 class ImageLineReader:
-    """Tokenises image lines for one model; each image is decoded once, so a broken one is named.
+    """Tokenises image lines for one model.
+
+    Every image is decoded once, so that an unreadable one is named.
 
     Args:
-        tokenizer: Of the model; names the end marker.
-        intake: Checks and counts images; None where the model is text-only.
+        tokenizer: The model's tokenizer, which names the end marker.
+        intake: Checks and counts images; None if the model is text-only.
         max_positions: Context of the model in tokens.
-        ends_in_text: Whether decode runs the last prompt token, which can be no image then.
+        ends_in_text: Whether the last prompt token must be text, because decode runs it.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class ImageLineReader:
             raise DataError(f"{where}: {error}") from None
 
     def _num_tokens(self, path: Path, intake: ImageIntake, where: str) -> int:
-        """Tokens of an image; many questions may be asked about one."""
+        """Number of an image's tokens, remembered because many questions may be about one image."""
         if path in self._counts:
             return self._counts[path]
         try:
@@ -114,19 +116,19 @@ class ImageLineReader:
         place = str(self._tokenizer.convert_ids_to_tokens(place_id))
         prompt = with_places(line.prompt, place, len(counts))
         plain = Line(prompt=prompt, completion=line.completion, task=line.task)
-        asked = tokenize_line(plain, self._tokenizer, where, None)
-        check_places(asked.prompt, place_id, len(counts))
-        if self._ends_in_text and asked.prompt[-1] == place_id:
+        tokens = tokenize_line(plain, self._tokenizer, where, None)
+        check_places(tokens.prompt, place_id, len(counts))
+        if self._ends_in_text and tokens.prompt[-1] == place_id:
             raise DataError(
                 f"{where}: the prompt ends with an image, but under this plan decode runs its last "
                 "token; put text after the image"
             )
-        unpruned = tuple(_expanded(asked.prompt, place_id, counts))
-        total = len(unpruned) + len(asked.continuation)
+        unpruned = tuple(_expanded(tokens.prompt, place_id, counts))
+        total = len(unpruned) + len(tokens.continuation)
         if total > self._max_positions:
             raise DataError(
                 f"{where}: {len(unpruned)} prompt tokens, {sum(counts)} of them of images, + "
-                f"{len(asked.continuation)} of the completion and the end marker = {total}, but "
+                f"{len(tokens.continuation)} of the completion and the end marker = {total}, but "
                 f"the model's context is {self._max_positions}; shorten the line"
             )
         words = self._tokenizer(
@@ -135,16 +137,16 @@ class ImageLineReader:
         images = tuple(directory / path for path in line.paths)
         return TokenizedImageLine(
             prompt=unpruned,
-            continuation=asked.continuation,
+            continuation=tokens.continuation,
             task=line.task,
-            asked=asked.prompt,
+            asked=tokens.prompt,
             words=tuple(words),
             images=images,
         )
 
 
 def _expanded(token_ids: Sequence[int], place_id: int, counts: Sequence[int]) -> Iterator[int]:
-    """Every placeholder as often as its image has tokens."""
+    """The prompt with every placeholder repeated for each token of its image."""
     left = iter(counts)
     for token in token_ids:
         yield from [token] * (next(left) if token == place_id else 1)

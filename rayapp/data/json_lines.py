@@ -1,4 +1,4 @@
-"""Files of JSON lines: read, and each line checked against the model of its kind."""
+"""Files of JSON lines: they are read, and every line is checked against the model of its kind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def read_objects(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
     """The JSON objects of a file with their line numbers, from 1; blank lines are skipped.
 
     Raises:
-        DataError: The file cannot be read or holds no line, or a line (named) is no JSON object.
+        DataError: The file cannot be read or has no line, or a line (named) is no JSON object.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -37,12 +37,12 @@ def read_objects(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def checked_line(kind: type[_Kind], fields: dict[str, Any], where: str) -> _Kind:
-    """A line of some kind; raises :class:`DataError` naming ``where`` and every broken rule."""
+    """Check a line of some kind; raises :class:`DataError` with ``where`` and every broken rule."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise DataError(
-            f"{where}: " + "; ".join(_explain(kind, each) for each in error.errors())
+            f"{where}: " + "; ".join(_explain(kind, problem) for problem in error.errors())
         ) from None
 
 
@@ -62,7 +62,7 @@ def _object(raw: str, where: str) -> dict[str, Any]:
 
 def _explain(kind: type[BaseModel], error: Any) -> str:
     key, message = ".".join(map(str, error["loc"])), str(error["msg"]).removeprefix("Value error, ")
-    needed = [name for name, each in kind.model_fields.items() if each.is_required()]
+    needed = [name for name, field in kind.model_fields.items() if field.is_required()]
     rules = {
         "missing": f"`{key}` is missing; every line needs {_listed(needed)}",
         "extra_forbidden": f"unknown key `{key}`; use {_listed(list(kind.model_fields))}",
@@ -73,5 +73,5 @@ def _explain(kind: type[BaseModel], error: Any) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
+    """Items in a sentence: ``a``, ``a and b``, ``a, b and c``."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

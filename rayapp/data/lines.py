@@ -49,7 +49,7 @@ class ImageLine(BaseModel):
 
     @property
     def paths(self) -> list[str]:
-        """As they are written."""
+        """Paths of the images, as the line gives them."""
         return self.images if self.images is not None else [str(self.image)]
 
 
@@ -77,7 +77,7 @@ class ChoiceLine(BaseModel):
 
     @property
     def answered(self) -> Line:
-        """The prompt with its right choice: what a search or healing learns from it."""
+        """The prompt with its right choice, as a search or healing learns from it."""
         return Line(prompt=self.prompt, completion=self.choices[self.answer], task=self.task)
 
 
@@ -86,13 +86,13 @@ class TokenizedLine:
     """Token ids of one line; the continuation is the completion and the end marker.
 
     Attributes:
-        prompt: What prefill runs of it.
-        continuation: What it is answered with.
+        prompt: Token ids of the prompt that prefill runs.
+        continuation: Token ids of the answer.
         task: The task that the line belongs to.
-        positions: Of the prompt's tokens and of the first answer token, where visual tokens that
-            were removed leave gaps; None: one after the other, from 0.
-        num_removed: Visual tokens that are not run.
-        image_keys: Names of the images' contents, and of how they were pruned.
+        positions: Positions of the prompt's tokens and of the first answer token, if removed visual
+            tokens leave gaps; None counts from 0 without gaps.
+        num_removed: Number of visual tokens that are not run.
+        image_keys: Names of the images' contents, and of the way they were pruned.
     """
 
     prompt: tuple[int, ...]
@@ -104,29 +104,29 @@ class TokenizedLine:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of the unpruned prompt."""
+        """Number of tokens of the unpruned prompt."""
         return len(self.prompt) + self.num_removed
 
     @property
     def run_prompt(self) -> RunPrompt:
-        """What its KV message is weighed by."""
+        """The prompt as prefill runs it, which its KV message is weighed by."""
         return RunPrompt(
             self.num_prompt_tokens, self.num_removed, self.positions and self.positions[:-1]
         )
 
 
 def has_images(fields: Mapping[str, Any]) -> bool:
-    """Whether a line names images, rightly or not."""
+    """Whether a line has a key for images, valid or not."""
     return fields.get("image") is not None or fields.get("images") is not None
 
 
 def read_lines(path: str | Path) -> list[tuple[int, Line | ImageLine]]:
     """Checked completions with their line numbers, from 1; blank lines are skipped.
 
-    Multiple choice is completed with the right choice (PDTrim calibrates on PIQA and MMLU).
+    A multiple-choice line is completed with its right choice (PDTrim calibrates on PIQA and MMLU).
 
     Raises:
-        DataError: The file cannot be read or holds no line, or a line (named) is malformed.
+        DataError: The file cannot be read or has no line, or a line (named) is malformed.
     """
     parsed = [
         (number, parse_line(fields, f"{path} line {number}"))
@@ -136,7 +136,7 @@ def read_lines(path: str | Path) -> list[tuple[int, Line | ImageLine]]:
 
 
 def parse_line(fields: dict[str, Any], where: str) -> Line | ImageLine | ChoiceLine:
-    """A checked line of the kind that its keys say; raises :class:`DataError`, naming ``where``."""
+    """Check a line of the kind that its keys show; raises :class:`DataError`, naming ``where``."""
     fields = as_choices(fields, where) or fields
     choices = {"choices", "answer"} & set(fields)
     if choices and has_images(fields):
@@ -154,10 +154,11 @@ def parse_line(fields: dict[str, Any], where: str) -> Line | ImageLine | ChoiceL
 def tokenize_line(
     line: Line, tokenizer: PreTrainedTokenizerBase, where: str, max_positions: int | None
 ) -> TokenizedLine:
-    """Token ids of a line; raises :class:`DataError` where it cannot be used, naming ``where``."""
+    """Tokenise a line; raises :class:`DataError` if it cannot be used, naming ``where``."""
     if tokenizer.eos_token_id is None:
         raise DataError(f"{where}: the tokenizer names no end marker; set its eos_token")
-    # A model_max_length below the context would only log a warning here: our own rule is stricter.
+    # Our rule is stricter than the tokenizer's: a model_max_length below the context only logs a
+    # warning.
     prompt = tokenizer(line.prompt, verbose=False)["input_ids"]
     completion = tokenizer(line.completion, add_special_tokens=False, verbose=False)["input_ids"]
     for name, ids in (("prompt", prompt), ("completion", completion)):

@@ -24,21 +24,21 @@ CHINESE_ANSWER = "答案\uff1a"
 
 
 class _Published(BaseModel):
-    """A line of one benchmark; keys that no prompt shows are left unread."""
+    """A line of one benchmark; keys that no prompt shows are not read."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     marks: ClassVar[frozenset[str]]
-    """Keys by which such a line is known."""
+    """The keys by which such a line is known."""
     task: str = ""
 
     @abstractmethod
     def asked(self) -> tuple[str, list[str], int]:
-        """Prompt, choices as they continue it, and the index of the right one."""
+        """The prompt, its choices as they continue it, and the index of the right one."""
 
 
 class _Options(BaseModel):
-    """Choices of ARC, OpenBookQA and CommonsenseQA: texts with a label each."""
+    """Choices of ARC, OpenBookQA and CommonsenseQA: texts with their labels."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
@@ -46,7 +46,7 @@ class _Options(BaseModel):
     label: list[str]
 
     def index(self, key: str) -> int:
-        """Which choice has this label."""
+        """Index of the choice with this label."""
         return _place(self.label, key.strip())
 
 
@@ -71,7 +71,7 @@ class _HellaSwag(_Published):
 
     def asked(self) -> tuple[str, list[str], int]:
         prompt = _plain(f"{self.activity_label}: {self.ctx_a} {self.ctx_b.capitalize()}")
-        return prompt, _spaced([_plain(each) for each in self.endings]), int(self.label)
+        return prompt, _spaced([_plain(ending) for ending in self.endings]), int(self.label)
 
 
 class _Arc(_Published):
@@ -120,7 +120,7 @@ class _SocialIQa(_Published):
 
 
 class _BoolQ(_Published):
-    """With ``label`` as in SuperGLUE, or ``answer`` as in the original files."""
+    """A line with ``label`` as in SuperGLUE, or ``answer`` as in the original files."""
 
     marks = frozenset({"passage", "question"})
     passage: str
@@ -182,12 +182,12 @@ FORMATS: dict[str, type[_Published]] = {
     "CMMLU": _Cmmlu,
     "C-Eval": _CEval,
 }
-"""The first whose marks a line has is taken."""
+"""The benchmarks' lines by name; a line belongs to the first whose marks it has."""
 WINOGRANDE = frozenset({"sentence", "option1", "option2"})
 
 
 def as_choices(fields: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-    """A published line as ``prompt``, ``choices``, ``answer`` and ``task``; None: it is none.
+    """A published line as ``prompt``, ``choices``, ``answer`` and ``task``; None if it is none.
 
     Raises:
         DataError: A key is missing or of another type, the split has no answers, or the benchmark
@@ -201,7 +201,7 @@ def as_choices(fields: Mapping[str, Any], where: str) -> dict[str, Any] | None:
             f"{where}: a line of WinoGrande, which scores one ending after several beginnings; "
             "run lm-evaluation-harness on an exported checkpoint instead"
         )
-    name = next((each for each, found in FORMATS.items() if keys >= found.marks), None)
+    name = next((title for title, kind in FORMATS.items() if keys >= kind.marks), None)
     if name is None:
         return None
     line = checked_line(FORMATS[name], dict(fields), where)
@@ -216,23 +216,23 @@ def as_choices(fields: Mapping[str, Any], where: str) -> dict[str, Any] | None:
 
 
 def _spaced(choices: Any) -> list[str]:
-    """The harness sets a space between prompt and choice."""
-    return [f" {each}" for each in choices]
+    """Choices after a space, which the harness sets between prompt and choice."""
+    return [f" {choice}" for choice in choices]
 
 
 def _lettered(question: str, choices: list[str], ending: str) -> str:
-    named = "".join(f"{k}. {each}\n" for k, each in zip(LETTERS, choices, strict=False))
+    named = "".join(f"{k}. {choice}\n" for k, choice in zip(LETTERS, choices, strict=False))
     return f"{question}\n{named}{ending}"
 
 
 def _place(labels: Any, key: str) -> int:
-    found = list(labels)
-    if key not in found:
-        raise ValueError(f"{key!r} of {', '.join(found)}")
-    return found.index(key)
+    known = list(labels)
+    if key not in known:
+        raise ValueError(f"{key!r} of {', '.join(known)}")
+    return known.index(key)
 
 
 def _plain(text: str) -> str:
-    """HellaSwag without the brackets of its WikiHow part."""
+    """A text of HellaSwag without the brackets of its WikiHow part."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")

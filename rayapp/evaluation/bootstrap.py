@@ -20,7 +20,8 @@ Samples = Sequence[float] | NDArray[np.floating]
 class Bound(BaseModel):
     """A mean difference, dense to plan, and its one-sided upper bound (higher = worse plan).
 
-    ``num_examples`` are the pairs that it rests on; ``upper`` is the bound at :data:`CONFIDENCE`.
+    ``num_examples`` is the number of pairs that it rests on; ``upper`` is the bound at
+    :data:`CONFIDENCE`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,21 +42,21 @@ def upper_bound(
 
     Pairs are drawn with replacement within their own group (stratified), all groups anew in every
     resample; the bound is the 95th percentile of the resampled means (the next higher one, never an
-    interpolation below it). Where no pair differs the bound is 0: no resample can show a loss that
-    the sample does not hold, so judge such a bound by its sample size.
+    interpolation below it). If no pair differs the bound is 0: no resample can show a loss that the
+    sample does not have, so judge such a bound by its sample size.
 
     Args:
-        groups: Per group (task), per example: how much worse the plan is, one value per pair.
-        weights: Per group, per example: its weight within the group, for example its number of
-            tokens; equal weights where None. A group's mean is ``sum(w x d) / sum(w)``.
+        groups: How much worse the plan is, one value per pair, for every group (task).
+        weights: Weight of every example within its group, for example its number of tokens; None
+            weighs examples alike. A group's mean is ``sum(w x d) / sum(w)``.
         seed: Seed of the resampling.
-        num_resamples: Resamples drawn.
+        num_resamples: Number of resamples.
 
     Returns:
         Mean and bound in the unit of ``groups``.
 
     Raises:
-        DataError: If there is no group, or a group holds no example.
+        DataError: If there is no group, or a group has no example.
     """
     if not groups or any(len(group) == 0 for group in groups):
         raise DataError("a bound needs at least one example in every task; drop tasks without any")

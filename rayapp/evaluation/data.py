@@ -1,9 +1,9 @@
 """Evaluation files: JSON lines of three kinds, sorted by task.
 
-A line is a completion ``{"prompt", "completion"}``, a multiple choice
-``{"prompt", "choices", "answer"}`` or a text ``{"text"}``; each may name its ``"task"``. A
-completion may be about images (:mod:`rayapp.data.image_lines`). A file may mix kinds, a task
-may not: its numbers would be of two sorts.
+A line is a completion ``{"prompt", "completion"}``, a multiple choice ``{"prompt", "choices",
+"answer"}`` or a text ``{"text"}``; any line may name its ``"task"``. A completion may be about
+images (:mod:`rayapp.data.image_lines`). A file may mix kinds, but a task may not, because its
+numbers would be of two sorts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ EvaluationLine = Line | ImageLine | ChoiceLine | TextLine
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Tokenised examples by task, tasks sorted; ``limit`` examples of each at most."""
+    """Tokenised examples by task, sorted by its name.
+
+    A task has at most ``limit`` examples.
+    """
 
     files: tuple[DataFile, ...]
     completions: Mapping[str, Sequence[TokenizedLine]] = field(default_factory=dict)
@@ -70,13 +73,13 @@ def read_data(
         paths: The files.
         tokenizer: Tokenises prompts as the service does.
         max_positions: Context of the model in tokens.
-        settings: Their limit, and how texts are cut.
-        images: Of a model that takes them.
-        first_token: The stage that samples it, and runs the last prompt token.
+        settings: Settings of the evaluation; they limit examples and say how texts are cut.
+        images: Checks and counts images; None if the model is text-only.
+        first_token: The stage that samples the first token, and runs the last prompt token.
 
     Raises:
         DataError: There is no file, one cannot be read or is empty, a line (named) is malformed,
-            too long or about an image that cannot be used, or a task holds lines of two kinds.
+            too long or about an image that cannot be used, or a task has lines of two kinds.
     """
     if not paths:
         raise DataError("no data: give at least one file of JSON lines")
@@ -110,14 +113,14 @@ def parse_any(fields: dict[str, Any], where: str) -> EvaluationLine:
 
 
 def kind_of(line: EvaluationLine) -> Kind:
-    """What is measured on a line."""
+    """The kind of measurement that fits a line."""
     if isinstance(line, TextLine):
         return "texts"
     return "choices" if isinstance(line, ChoiceLine) else "completions"
 
 
 class _Sorter:
-    """Lines as they are read, by kind and task."""
+    """Lines by kind and task, sorted as they are read."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, max_positions: int, images: ImageLineReader

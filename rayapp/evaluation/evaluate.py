@@ -1,4 +1,4 @@
-"""Evaluate a plan: the dense model beside it on the same examples, then speed."""
+"""Evaluation of a plan: the dense model beside it on the same examples, then speed."""
 
 from __future__ import annotations
 
@@ -44,21 +44,22 @@ def evaluate(
     out: str | Path | None = None,
     progress: ProgressCallback = silent,
 ) -> EvaluationResult:
-    """Measure what a plan loses, saves and gains, beside the dense model on the same examples.
+    """Measure a plan's losses and savings beside the dense model on the same examples.
 
-    Completions (about images too): answer NLL, KL and exact match. Multiple choice: accuracy.
-    Texts: perplexity. Always bytes, and latency where runs are asked for.
+    Completions (about images too) give answer NLL, KL and exact match, multiple choice gives
+    accuracy, and texts give perplexity. Bytes are always measured, and latency if ``num_runs`` is
+    above 0.
 
-    Everything is checked before anything is run. What is measured is written to ``out`` task by
-    task, so a failure loses nothing but the task that it fell into.
+    Everything is checked before anything is run. Results are written to ``out`` task by task, so a
+    failure loses only the task in which it happened.
 
     Args:
         model: A checkpoint directory.
         plan: A plan, its file or its directory; None is the dense model (beside itself).
         data: Files of JSON lines of any kind (:mod:`rayapp.evaluation.data`).
-        settings: What to measure.
+        settings: The settings of the evaluation.
         dtype: Element type of the engine; ``auto`` is the checkpoint's own.
-        device: Where to run.
+        device: The device to run on.
         out: JSON file for the result.
         progress: Called as the work proceeds.
 
@@ -109,7 +110,7 @@ def _read(
 
 
 def _image_processor(checkpoint: Checkpoint, plan: PruningPlan, data: EvaluationData) -> Any | None:
-    """The model's image processor where it is needed; None too where the model is text-only."""
+    """The model's image processor if one is needed; None for a text-only model."""
     if not data.image_lines and plan.visual_tokens is None:
         return None
     return image_processor_of(checkpoint.path, checkpoint.config)
@@ -136,14 +137,14 @@ def num_threads(count: int) -> Iterator[None]:
 
 
 class _Evaluation:
-    """One evaluation on its way, task by task."""
+    """The state of one evaluation, which goes task by task."""
 
     def __init__(self, sides: Sides, start: EvaluationResult, out: str | Path | None) -> None:
         self._sides, self._result, self._out = sides, start, out
         self._settings = start.settings
 
     def run(self, data: EvaluationData) -> EvaluationResult:
-        """Measure everything; keeps what is done in the result file."""
+        """Measure everything; finished tasks are kept in the result file."""
         if data.completions:
             self._completions(data)
         if data.choices:
@@ -162,27 +163,27 @@ class _Evaluation:
         measured: list[JudgedCompletions] = []
         for task, lines in data.completions.items():
             measured.append(self._sides.completions(task or NAMELESS, lines))
-            found = completion_result(task, measured[-1:], self._settings)
-            self._keep(tasks=(*self._result.tasks, found))
+            row = completion_result(task, measured[-1:], self._settings)
+            self._keep(tasks=(*self._result.tasks, row))
         self._keep(mean=completion_result(MEAN, measured, self._settings))
 
     def _choices(self, data: EvaluationData) -> None:
         measured: list[AnsweredQuestions] = []
         for task, questions in data.choices.items():
             measured.append(self._sides.choices(task or NAMELESS, questions))
-            found = choice_result(task, measured[-1:], self._settings)
-            self._keep(choices=(*self._result.choices, found))
+            row = choice_result(task, measured[-1:], self._settings)
+            self._keep(choices=(*self._result.choices, row))
         self._keep(choice_mean=choice_result(MEAN, measured, self._settings))
 
     def _texts(self, data: EvaluationData) -> None:
         measured: list[ScoredWindows] = []
         for task, windows in data.texts.items():
             measured.append(self._sides.texts(task or NAMELESS, windows))
-            found = text_result(task, measured[-1:], self._settings)
-            self._keep(texts=(*self._result.texts, found))
+            row = text_result(task, measured[-1:], self._settings)
+            self._keep(texts=(*self._result.texts, row))
         self._keep(text_mean=text_result(MEAN, measured, self._settings))
 
-    def _keep(self, **found: object) -> None:
-        self._result = self._result.model_copy(update=found)
+    def _keep(self, **rows: object) -> None:
+        self._result = self._result.model_copy(update=rows)
         if self._out is not None:
             self._result.save(self._out)

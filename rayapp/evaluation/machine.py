@@ -1,4 +1,4 @@
-"""What the numbers were measured with: versions, hardware and commit."""
+"""The environment of a measurement: versions, hardware and commit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Machine(BaseModel):
 
 
 def this_machine(*, device: str, num_threads: int) -> Machine:
-    """Describe the running process; ``num_threads`` and ``device`` are those of the measurement."""
+    """Describe the running process; ``num_threads`` and ``device`` come from the measurement."""
     return Machine(
         versions=_versions(),
         processor=_processor(),
@@ -47,7 +47,7 @@ def _versions() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's name: from the kernel where it tells, else what Python knows."""
+    """The processor's name: the kernel's, if it gives one, else Python's."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -57,7 +57,7 @@ def _processor() -> str:
 
 
 def _commit(directory: Path) -> str | None:
-    """The commit that holds this very file, marked where dirty; None in an installed copy."""
+    """The commit of this very file, marked if there are changes; None in an installed copy."""
     tracked = ["ls-files", "--error-unmatch", Path(__file__).name]
     if _git(directory, tracked) is None:
         return None

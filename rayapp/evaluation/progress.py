@@ -10,18 +10,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 ProgressCallback = Callable[[str, int, int], None]
-"""Called with what is being done, how many steps of it are done, and how many there are."""
+"""A callback with the current work, the number of its finished steps, and the number of all of
+them."""
 
 _LINE_EVERY_S = 10.0
 
 
 def silent(_what: str, _done: int, _total: int) -> None:
-    """Progress that nobody watches."""
+    """Ignore the progress."""
 
 
 @contextmanager
 def shown_progress(console: Console | None = None) -> Iterator[ProgressCallback]:
-    """A callback that draws on ``console`` (standard error where None): bars, or lines in a log."""
+    """A callback that draws on ``console`` (standard error if None): bars, or lines in a log."""
     console = console or Console(stderr=True)
     if not console.is_terminal:
         yield _line_writer(console)
@@ -48,7 +49,7 @@ def _bar_mover(bars: Progress) -> ProgressCallback:
 
 
 def _line_writer(console: Console) -> ProgressCallback:
-    """Lines at the start, at the end, and no more often than every few seconds between."""
+    """A callback that writes lines at the start, at the end, and every few seconds between."""
     last_s: dict[str, float] = {}
 
     def write(what: str, done: int, total: int) -> None:

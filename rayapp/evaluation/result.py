@@ -1,4 +1,4 @@
-"""What one evaluation found: dense beside plan per task, timings, bytes, provenance."""
+"""The result of one evaluation: dense beside plan per task, timings, bytes, provenance."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ CLAIM_RUNS = 30
 
 
 class MeasuredRow(Strict):
-    """A task, or the mean over tasks (``mean``): its examples, and their KV's bytes in all.
+    """A task, or the mean over tasks (``mean``): its examples, and the sums of their KV's bytes.
 
-    Prompt tokens are those of the unpruned prompt, all tokens of its images counted.
+    Prompt tokens are those of the unpruned prompt, with all tokens of its images.
     """
 
     task: str
@@ -38,7 +38,10 @@ class MeasuredRow(Strict):
 
     @property
     def reduction(self) -> float:
-        """``sum(bytes_full) / sum(bytes_sent)``, header and padding counted as sent."""
+        """Ratio of dense bytes to sent bytes: ``sum(bytes_full) / sum(bytes_sent)``.
+
+        Header and padding count as sent.
+        """
         return self.bytes_full / self.bytes_sent if self.bytes_sent else math.inf
 
 
@@ -63,9 +66,8 @@ class TaskResult(MeasuredRow):
 class ChoiceResult(MeasuredRow):
     """One multiple-choice task, or the mean over tasks (``task`` = ``mean``; tasks count alike).
 
-    ``acc`` goes by summed log-likelihood, ``acc_norm`` by its quotient per character
-    (:mod:`rayapp.evaluation.measures.choices`). What is lost is in percentage points, dense minus
-    plan.
+    ``acc`` compares summed log-likelihoods, ``acc_norm`` their quotients per character
+    (:mod:`rayapp.evaluation.measures.choices`). Losses are in percentage points, dense minus plan.
     """
 
     dense_acc: float
@@ -79,9 +81,9 @@ class ChoiceResult(MeasuredRow):
 class TextResult(MeasuredRow):
     """Perplexity of one task's texts, or of the mean over tasks of their NLL.
 
-    ``num_examples`` are windows (:mod:`rayapp.evaluation.measures.perplexity`). NLL and KL are nats
-    per scored token; ``nll_lost`` is plan minus dense. ``num_context_tokens`` of the text are never
-    scored, ``num_left_out`` lie beyond the limit of windows.
+    ``num_examples`` counts windows (:mod:`rayapp.evaluation.measures.perplexity`). NLL and KL are
+    nats per scored token; ``nll_lost`` is plan minus dense. ``num_context_tokens`` of the text are
+    never scored, and ``num_left_out`` lie beyond the limit of windows.
     """
 
     num_tokens: int = Field(ge=1)
@@ -95,12 +97,12 @@ class TextResult(MeasuredRow):
 
     @property
     def dense_perplexity(self) -> float:
-        """``exp`` of the dense NLL."""
+        """Perplexity of the dense model: ``exp`` of its NLL."""
         return math.exp(self.dense_nll)
 
     @property
     def plan_perplexity(self) -> float:
-        """``exp`` of the plan's NLL."""
+        """Perplexity of the plan: ``exp`` of its NLL."""
         return math.exp(self.plan_nll)
 
 
@@ -116,7 +118,7 @@ class LatencyResult(Strict):
     """Interleaved timings without any transfer; speed-ups are dense over plan.
 
     ``speedup_at_least`` is the one-sided 95 % lower bound of ``speedup``. ``num_image_tokens`` of
-    the prompt tokens are those of an image, before any pruning.
+    the prompt tokens belong to an image, before any pruning.
     """
 
     num_prompt_tokens: int
@@ -131,17 +133,17 @@ class LatencyResult(Strict):
 
     @property
     def speedup(self) -> float:
-        """Of the median over runs of ``prefill + (N - 1) x TPOT``."""
+        """Speed-up of a whole answer: the median over runs of ``prefill + (N - 1) x TPOT``."""
         return self.dense.answer_ms / self.plan.answer_ms
 
     @property
     def ttft_speedup(self) -> float:
-        """Of the median prefill, after which the first token leaves."""
+        """Speed-up of the median prefill, after which the first token leaves."""
         return self.dense.prefill_ms / self.plan.prefill_ms
 
     @property
     def tpot_speedup(self) -> float:
-        """Of the median decode step."""
+        """Speed-up of the median decode step."""
         return self.dense.tpot_ms / self.plan.tpot_ms
 
 
@@ -155,7 +157,7 @@ class PlanSummary(Strict):
 
 
 class DataFile(Strict):
-    """One evaluation file; ``sha256`` of its bytes."""
+    """One evaluation file; ``sha256`` is the hash of its bytes."""
 
     name: str
     sha256: str
@@ -195,7 +197,7 @@ class EvaluationResult(Strict):
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationResult:
-        """Read what :meth:`save` wrote; raises :class:`DataError` where that fails."""
+        """Read the file that :meth:`save` wrote; raises :class:`DataError` if that fails."""
         try:
             content = Path(path).read_bytes()
         except OSError as error:
@@ -206,7 +208,7 @@ class EvaluationResult(Strict):
 
     @classmethod
     def parse(cls, content: bytes, *, source: str) -> EvaluationResult:
-        """From the bytes of a file called ``source``; raises :class:`DataError`."""
+        """Parse the bytes of a file called ``source``; raises :class:`DataError`."""
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:
@@ -219,29 +221,31 @@ class EvaluationResult(Strict):
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """Why these numbers must not be quoted as claims about the plan; empty where they may."""
-        found = [] if self.complete else ["the evaluation did not finish"]
+        """Reasons why these numbers must not be quoted as claims about the plan, if any."""
+        reasons = [] if self.complete else ["the evaluation did not finish"]
         judged: tuple[MeasuredRow, ...] = (*self.tasks, *self.choices)
         fewest = min((task.num_examples for task in judged), default=0)
         if fewest < CLAIM_EXAMPLES and (judged or not self.texts):
-            found.append(
+            reasons.append(
                 f"{fewest} examples in the smallest task; points lost need {CLAIM_EXAMPLES:,} each"
             )
         measured = (*judged, *self.texts)
         shortest = min((task.min_prompt_tokens for task in measured), default=0)
         if shortest < CLAIM_PROMPT_TOKENS:
-            found.append(
+            reasons.append(
                 f"the shortest prompt has {shortest} tokens; "
                 f"a byte reduction is quoted for at least {CLAIM_PROMPT_TOKENS}"
             )
         if self.dtype != "bfloat16":
-            found.append(f"the engine ran in {self.dtype}; a byte reduction is quoted in bfloat16")
+            reasons.append(
+                f"the engine ran in {self.dtype}; a byte reduction is quoted in bfloat16"
+            )
         fewest_runs = min((timing.num_runs for timing in self.latency), default=CLAIM_RUNS)
         if fewest_runs < CLAIM_RUNS:
-            found.append(f"{fewest_runs} timed runs; a speed-up is quoted from {CLAIM_RUNS}")
+            reasons.append(f"{fewest_runs} timed runs; a speed-up is quoted from {CLAIM_RUNS}")
         left_out = sum(task.num_left_out for task in self.texts)
         if left_out:
-            found.append(f"{left_out:,} tokens of text lie beyond the limit of windows")
+            reasons.append(f"{left_out:,} tokens of text lie beyond the limit of windows")
         if not self.settings.split:
-            found.append("the split of the data is not stated")
-        return tuple(found)
+            reasons.append("the split of the data is not stated")
+        return tuple(reasons)

@@ -1,4 +1,4 @@
-"""How an evaluation is run."""
+"""The settings of an evaluation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from rayapp.settings import Strict, Threads
 
 
 class EvaluationSettings(Strict):
-    """Everything that decides what an evaluation measures, beside model, plan and data.
+    """All settings that decide what an evaluation measures, beside model, plan and data.
 
-    Of texts, windows are examples (:mod:`rayapp.evaluation.measures.perplexity`).
+    The examples of a text are its windows (:mod:`rayapp.evaluation.measures.perplexity`).
     """
 
     model_config = ConfigDict(title="How it is measured")

@@ -1,4 +1,4 @@
-"""The dense model and a plan over one model, answering the same examples."""
+"""The two sides of an evaluation: the dense model and a plan, answering the same examples."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ class Sides:
 
     Args:
         loaded: The whole dense model; healed tensors of the plan are read from its directory.
-        plan: What stands beside it.
-        settings: Batches and timings.
+        plan: The plan beside it.
+        settings: Sizes of batches, and timings.
         progress: Called as the work proceeds.
-        image_processor: Of the model, where there are images to look at or visual tokens to prune.
+        image_processor: The model's image processor, if there are images to read or visual tokens
+            to prune.
 
     Raises:
         PlanError: The plan was made for another model, its healed tensors cannot be used, or it
@@ -75,8 +76,8 @@ class Sides:
             other.cache = dense.cache  # an encoded image depends on no plan
 
     def completions(self, task: str, lines: Sequence[TokenizedLine]) -> JudgedCompletions:
-        """Likelihoods, then greedy answers through the engine that serves."""
-        found = self._in_order(f"{task}: likelihood", self._likelihoods(lines), len(lines))
+        """Measure likelihoods, then greedy answers through the engine that serves."""
+        sums = self._in_order(f"{task}: likelihood", self._likelihoods(lines), len(lines))
         judged = [
             judge_answers(
                 pipeline,
@@ -87,10 +88,10 @@ class Sides:
             )
             for name, pipeline in zip(("dense", "plan"), self._pipelines, strict=True)
         ]
-        return JudgedCompletions(lines, found, judged[0], judged[1])
+        return JudgedCompletions(lines, sums, judged[0], judged[1])
 
     def _likelihoods(self, lines: Sequence[TokenizedLine]) -> Iterator[tuple[int, LineLikelihood]]:
-        """Text in batches, then lines about images one by one."""
+        """Likelihoods of text in batches, then of lines about images one by one."""
         about_images = {
             number: line
             for number, line in enumerate(lines)
@@ -100,8 +101,8 @@ class Sides:
         for place, sums in likelihoods(self.dense, self.plan, [lines[n] for n in texts]):
             yield texts[place], sums
         dense, plan = self._pipelines
-        found = image_likelihoods(dense, plan, list(about_images.values()))
-        yield from zip(about_images, found, strict=True)
+        image_sums = image_likelihoods(dense, plan, list(about_images.values()))
+        yield from zip(about_images, image_sums, strict=True)
 
     def choices(self, task: str, questions: Sequence[Question]) -> AnsweredQuestions:
         """Log-likelihoods of all choices."""
@@ -117,11 +118,11 @@ class Sides:
     def texts(self, task: str, windows: Windows) -> ScoredWindows:
         """Likelihoods of all windows."""
         lines = windows.lines
-        found = self._in_order(
+        sums = self._in_order(
             f"{task}: windows", likelihoods(self.dense, self.plan, lines), len(lines)
         )
         sent = PromptBytes.of(self.plan, (len(line.prompt) for line in lines))
-        return ScoredWindows(windows, found, sent)
+        return ScoredWindows(windows, sums, sent)
 
     def latency(self, batch_size: int, image: Path | None = None) -> LatencyResult:
         """Interleaved timings of one batch size, of text or of prompts that begin with an image."""
@@ -143,9 +144,11 @@ class Sides:
         make = partial(ImageReader, self._model, support=support)
         return TimedImage(taken, reader.intake.image_token_id, make)
 
-    def _in_order(self, what: str, found: Iterable[tuple[int, _Found]], count: int) -> list[_Found]:
+    def _in_order(
+        self, what: str, results: Iterable[tuple[int, _Found]], count: int
+    ) -> list[_Found]:
         by_index: dict[int, _Found] = {}
-        for index, each in found:
-            by_index[index] = each
+        for index, result in results:
+            by_index[index] = result
             self._progress(what, len(by_index), count)
         return [by_index[index] for index in range(count)]

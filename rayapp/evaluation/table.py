@@ -42,7 +42,7 @@ class Table:
         return "\n".join([f"**{self.title}**", "", *cells])
 
     def rich(self) -> RichTable:
-        """The table for a terminal."""
+        """The table as rich draws it on a terminal."""
         table = RichTable(title=self.title, title_justify="left")
         for index, column in enumerate(self.columns):
             justify: Literal["left", "right"] = "right" if index else "left"
@@ -53,20 +53,20 @@ class Table:
 
 
 def tables(result: EvaluationResult) -> tuple[Table, ...]:
-    """Quality by kind of example, bytes and, where they were measured, timings."""
-    found = [_quality(result)] if result.tasks else []
+    """The tables of a result: quality by kind of example, bytes and, if measured, timings."""
+    tables = [_quality(result)] if result.tasks else []
     if result.choices:
-        found.append(_accuracy(result.choices, result.choice_mean))
+        tables.append(_accuracy(result.choices, result.choice_mean))
     if result.texts:
-        found.append(_perplexity(result.texts, result.text_mean))
-    found.append(_bytes(result))
+        tables.append(_perplexity(result.texts, result.text_mean))
+    tables.append(_bytes(result))
     if result.latency:
-        found.append(_timings(result.latency))
-    return tuple(found)
+        tables.append(_timings(result.latency))
+    return tuple(tables)
 
 
 def markdown(result: EvaluationResult) -> str:
-    """All tables of ``result``, and why they are no claims, as Markdown."""
+    """All tables of ``result``, and the reasons why they are no claims, as Markdown."""
     parts = [table.markdown() for table in tables(result)]
     notes = [f"- not for quotation: {caveat}" for caveat in result.caveats]
     return "\n\n".join([*parts, "\n".join(notes)] if notes else parts) + "\n"
@@ -77,7 +77,7 @@ def _lines(result: EvaluationResult) -> Iterable[TaskResult]:
 
 
 def _all_lines(result: EvaluationResult) -> Iterable[MeasuredRow]:
-    """Of every kind, its mean below its tasks."""
+    """Rows of all kinds of example; a kind's mean comes below its tasks."""
     kinds: tuple[tuple[Iterable[MeasuredRow], MeasuredRow | None], ...] = (
         (result.tasks, result.mean),
         (result.choices, result.choice_mean),
@@ -179,7 +179,7 @@ def _perplexity(tasks: tuple[TextResult, ...], mean: TextResult | None) -> Table
 
 
 def _bytes(result: EvaluationResult) -> Table:
-    """What visual pruning saved has its column where it saved anything."""
+    """The table of bytes; savings by visual pruning have a column if there are any."""
     lines = list(_all_lines(result))
     prunes = any(line.saved_by_visual_tokens_bytes for line in lines)
     columns = (
@@ -202,13 +202,13 @@ def _bytes(result: EvaluationResult) -> Table:
     return Table(f"KV per request ({result.dtype})", columns, rows)
 
 
-def visual_table(found: VisualQuality) -> Table:
-    """Every method at every budget, tasks alike."""
-    budgets = sorted(found.budgets, reverse=True)
-    kept = {(row.method, row.num_keep): row for row in found.rows}
-    dense = f"{mean_over_tasks(found.dense):.1%}"
+def visual_table(quality: VisualQuality) -> Table:
+    """Every method at every budget; tasks count alike."""
+    budgets = sorted(quality.budgets, reverse=True)
+    kept = {(row.method, row.num_keep): row for row in quality.rows}
+    dense = f"{mean_over_tasks(quality.dense):.1%}"
     rows = [("dense", *[dense] * len(budgets))]
-    for method in found.methods:
+    for method in quality.methods:
         cells = (kept[method, budget] for budget in budgets)
         rows.append((method, *(f"{c.mean:.1%} ({c.mean_lost.upper:.1f})" for c in cells)))
     columns = ("method", *(f"{budget} kept" for budget in budgets))

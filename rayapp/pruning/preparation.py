@@ -1,4 +1,4 @@
-"""What a search needs before its first score: checked data and model, and an evaluator."""
+"""The preparation of a search: checked data, a checked model, and an evaluator."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from rayapp.pruning.settings.training import Training
 
 @dataclass(frozen=True)
 class Prepared:
-    """The calibration set and the heal data (None without healing), tokenised, and the model."""
+    """The tokenised calibration set and heal data (None without healing), and the signature."""
 
     calibration: Calibration
     signature: ModelSignature
@@ -49,7 +49,7 @@ def located(score: ScoreSettings) -> ScoreSettings:
 
 
 def prepare(score: ScoreSettings, compute: ComputeSettings, search: SearchSettings) -> Prepared:
-    """Read and check all that a search needs but the weights.
+    """Read and check everything that a search needs, except the weights.
 
     Raises:
         ModelError: The model cannot be used.
@@ -69,7 +69,9 @@ def prepare(score: ScoreSettings, compute: ComputeSettings, search: SearchSettin
 def prepare_scoring(
     score: ScoreSettings, compute: ComputeSettings, heal_data: str | None = None
 ) -> Prepared:
-    """As :func:`prepare`, for whoever brings candidates of their own: there are no sizes to check.
+    """Prepare the scoring of given candidates, without sizes to check.
+
+    The preparation is otherwise that of :func:`prepare`.
 
     ``heal_data`` is the file that pairs are trained on, if any are.
     """
@@ -87,15 +89,15 @@ def prepare_scoring(
     calibration = read(score.calibration)
     if heal_data is None:
         return Prepared(calibration, signature)
-    found = read(heal_data)
-    _check_heal_data(heal_data, score.calibration, len(found.lines))
-    return Prepared(calibration, signature, found)
+    healing_set = read(heal_data)
+    _check_heal_data(heal_data, score.calibration, len(healing_set.lines))
+    return Prepared(calibration, signature, healing_set)
 
 
 def _image_reader(
     score: ScoreSettings, device: str, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase
 ) -> ImageWordReader | None:
-    """What reads lines about images, on this process's device; None for a text-only model."""
+    """A reader of lines about images, on this process's device; None for a text-only model."""
     if checkpoint.config.model_type not in MULTIMODAL_TYPES:
         if score.visual_tokens:
             raise InputError(
@@ -115,13 +117,13 @@ def _image_reader(
 
 
 def _check_heal_data(heal_data: str, calibration: str, num_lines: int) -> None:
-    """Raise :class:`DataError` for lines that are scored on too, or too few of them."""
-    scored = {asked: number for number, asked in reversed(_asked(calibration))}
-    for number, asked in _asked(heal_data):
-        if asked in scored:
+    """Raise :class:`DataError` if there are too few lines, or one of them is scored on too."""
+    scored = {question: number for number, question in reversed(_asked(calibration))}
+    for number, question in _asked(heal_data):
+        if question in scored:
             raise DataError(
                 f"{heal_data} line {number}: its prompt is also in {calibration} line "
-                f"{scored[asked]}; what is trained on cannot judge: drop it from one of them"
+                f"{scored[question]}; what is trained on cannot judge: drop it from one of them"
             )
     if num_lines < HELD_BACK_EVERY:
         raise DataError(
@@ -131,9 +133,9 @@ def _check_heal_data(heal_data: str, calibration: str, num_lines: int) -> None:
 
 
 def _asked(path: str) -> list[tuple[int, tuple[str, ...]]]:
-    """What every line asks, by number: its prompt, and the contents of its images."""
+    """The questions of all lines by number: the prompt and the contents of its images."""
     return [
-        (number, (line.prompt, *(_digest(Path(path).parent / each) for each in line.paths)))
+        (number, (line.prompt, *(_digest(Path(path).parent / image) for image in line.paths)))
         if isinstance(line, ImageLine)
         else (number, (line.prompt,))
         for number, line in read_lines(path)
@@ -165,7 +167,7 @@ def open_healer(
     evaluator: Evaluator,
     heal_data: Calibration | None,
 ) -> Healer | None:
-    """What trains pairs on an evaluator's model; None without data."""
+    """A trainer of pairs on an evaluator's model; None without heal data."""
     if heal_data is None:
         return None
     teach(evaluator.runner.model, heal_data.words)
@@ -180,7 +182,7 @@ def open_healer(
 
 
 def heal_context(score: ScoreSettings, training: Training, prepared: Prepared) -> dict[str, Any]:
-    """All that trained tensors depend on, but the pair."""
+    """Everything that trained tensors depend on, except the pair."""
     assert prepared.heal_data is not None, "only searches that heal ask"
     return pair_context(
         weights=prepared.signature.weights_fingerprint,

@@ -1,4 +1,4 @@
-"""How far a search is: numbers for a callback, a bar on a terminal, plain lines in a log."""
+"""The progress of a search: numbers for a callback, a bar on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ LINE_EVERY_S = 5.0
 
 @dataclass(frozen=True)
 class SearchProgress:
-    """A moment of a search.
+    """The state of a search at one moment.
 
     Attributes:
-        done: Candidates scored, of this run; fractions count candidates scored on some chunks.
-        replayed: Candidates whose scores came from the journal.
-        left: Candidates still to be scored, at most.
-        seconds: Since this run began.
-        phase: What the method is at.
+        done: Number of candidates scored in this run; fractions count candidates scored on some
+            chunks.
+        replayed: Number of candidates whose scores came from the journal.
+        left: Most candidates that are still to be scored.
+        seconds: Seconds since this run began.
+        phase: The phase that the method is in.
         best: The best candidate so far, in words, or None.
         best_score: Its score.
-        num_evaluators: Evaluators alive.
-        pairs: While survivors are trained: how many pairs are done, and how many are left.
+        num_evaluators: Number of evaluators that are alive.
+        pairs: While survivors are trained: the numbers of trained pairs and of pairs still to
+            train.
     """
 
     done: float
@@ -44,16 +46,16 @@ class SearchProgress:
 
     @property
     def rate(self) -> float:
-        """Candidates per second."""
+        """Scored candidates per second."""
         return self.done / self.seconds if self.seconds else 0.0
 
     @property
     def left_s(self) -> float | None:
-        """Seconds to go at this rate, at most; None before the first candidate is through."""
+        """Most seconds to go at this rate; None before the first candidate is scored."""
         return self.left / self.rate if self.rate and self.done >= 1 else None
 
     def line(self) -> str:
-        """One line for people."""
+        """The progress in one line for people."""
         best = (
             f"best {self.best_score:.5g} {self.best}"
             if self.best_score is not None
@@ -75,7 +77,8 @@ ProgressCallback = Callable[[SearchProgress], None]
 class ProgressReport:
     """A callback that shows progress: a bar on a terminal, log lines elsewhere.
 
-    Use as a context: ``with ProgressReport() as report: run_search(..., on_progress=report)``.
+    It is a context manager: ``with ProgressReport() as report: run_search(...,
+    on_progress=report)``.
     """
 
     def __init__(

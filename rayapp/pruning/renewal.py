@@ -1,10 +1,10 @@
-"""Renews what names its model by the first fingerprint of weights, which saw samples of them only.
+"""Renews files that name their model by the first fingerprint of weights, which read samples only.
 
 The old fingerprint is checked against the model before anything is written. A plan directory is
-renewed with all that lies in it and below it: whatever names the weights, or a plan of them, by the
+renewed with all files in it and below it: a file that names the weights, or a plan of them, by the
 old fingerprint gets the new one, and keeps every other byte. So a search goes on from its journal,
-scores and trained pairs are found again, and a report shows all that it showed. Plans are written
-last: a renewal that was interrupted is done again.
+scores and trained pairs are reused, and a report shows all that it showed. Plans are written last:
+a renewal that was interrupted is done again.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _RECORDS = ("*.json", "*.jsonl")
 
 @dataclass(frozen=True)
 class Renewal:
-    """What a renewal has changed; paths are relative to ``directory``.
+    """The outcome of a renewal; paths are relative to ``directory``.
 
     Attributes:
-        directory: Where the renewed files lie.
+        directory: The directory of the renewed files.
         model: The signature that the plans have now.
-        old_fingerprint: What the weights were called.
+        old_fingerprint: The weights' fingerprint before.
         plans: Plans that were renewed.
-        records: What lay beside them, trained pairs included.
+        records: Renewed files beside the plans, trained pairs included.
     """
 
     directory: Path
@@ -51,7 +51,7 @@ class Renewal:
     records: tuple[str, ...]
 
     def summary(self) -> str:
-        """What was done, in one line for people."""
+        """The renewal in one line for people."""
         new = self.model.weights_fingerprint
         if not self.plans and not self.records:
             return f"{self.directory}: names its model {new} already; nothing was to be renewed"
@@ -60,9 +60,9 @@ class Renewal:
 
 
 def renew_plan(plan_path: str | Path, model: str | Path, out: str | Path | None = None) -> Renewal:
-    """Renew a plan of the first fingerprint, and all that lies beside and below it.
+    """Renew a plan of the first fingerprint, and all files beside and below it.
 
-    What is renewed already stays as it is, and so do plans of other models below the directory.
+    Renewed plans stay as they are, and so do plans of other models below the directory.
 
     Args:
         plan_path: A plan directory or its ``plan.json``; or a directory of several, as a front, a
@@ -78,15 +78,15 @@ def renew_plan(plan_path: str | Path, model: str | Path, out: str | Path | None 
     checkpoint = Checkpoint(model)
     home = _home(Path(plan_path))
     names = _Names(sampled_fingerprint(checkpoint), checkpoint.signature(), str(model))
-    found = _Found.under(home, names)
+    renewable = _Found.under(home, names)
     try:
         if out is None:
-            return found.renew(home, home)
+            return renewable.renew(home, home)
         if home.resolve() in Path(out).resolve().parents:
             raise InputError(f"{out}: lies in {home}, which is copied; give another --out")
         with _appearing(Path(out)) as copy:
             shutil.copytree(home, copy, dirs_exist_ok=True)
-            return found.renew(copy, Path(out))
+            return renewable.renew(copy, Path(out))
     except OSError as error:
         reason = error.strerror or error
         raise InputError(
@@ -95,7 +95,7 @@ def renew_plan(plan_path: str | Path, model: str | Path, out: str | Path | None 
 
 
 def renamed(content: bytes, names: Mapping[str, str]) -> bytes:
-    """JSON text in which every string that is one of ``names`` is replaced; the rest stays."""
+    """JSON text in which every string from ``names`` is replaced; the rest stays."""
     for old, new in names.items():
         content = content.replace(f'"{old}"'.encode(), f'"{new}"'.encode())
     return content
@@ -103,21 +103,21 @@ def renamed(content: bytes, names: Mapping[str, str]) -> bytes:
 
 @dataclass(frozen=True)
 class _Names:
-    """What the weights of a model are called by both schemes."""
+    """The names of a model's weights by both fingerprints."""
 
     old: str
     new: ModelSignature
     model: str
 
     def fits(self, signature: ModelSignature) -> bool:
-        """Whether a signature is of this model, by the old fingerprint or by the new one."""
+        """Whether a signature belongs to this model, by the old fingerprint or by the new one."""
         return signature in (
             self.new,
             self.new.model_copy(update={"weights_fingerprint": self.old}),
         )
 
     def check(self, signature: ModelSignature, where: Path) -> None:
-        """Raise :class:`PlanError` where it is not."""
+        """Raise :class:`PlanError` if a signature does not belong to this model."""
         new = self.new.weights_fingerprint
         if signature.weights_fingerprint not in (self.old, new):
             raise PlanError(
@@ -131,12 +131,12 @@ class _Names:
 
 @dataclass(frozen=True)
 class _Found:
-    """What is to be renewed.
+    """The content of a directory that is to be renewed.
 
     Attributes:
-        names: Of the model.
-        plans: Plans by their path below the directory, as they are to be.
-        renames: Old fingerprints of weights and plans, and what they are now.
+        names: The names of the model's weights.
+        plans: Renewed plans by their path below the directory.
+        renames: New fingerprints of weights and plans by their old ones.
         contexts: Headers of the journals whose searches trained pairs.
     """
 
@@ -147,11 +147,11 @@ class _Found:
 
     @classmethod
     def under(cls, home: Path, names: _Names) -> _Found:
-        """Look at all plans and journals in and below a directory.
+        """Collect all plans and journals in and below a directory.
 
-        Those of the directory itself must be of the model; without any, one of those below.
+        The directory's own must belong to the model; if it has none, one of those below must.
         """
-        found = cls(names, {}, {names.old: names.new.weights_fingerprint}, ())
+        renewable = cls(names, {}, {names.old: names.new.weights_fingerprint}, ())
         plans, headers = _plans(home), _headers(home)
         signatures = {file: plan.model for file, plan in plans.items() if plan.model}
         signatures |= {
@@ -163,12 +163,12 @@ class _Found:
             names.check(signatures[file], file)
         for file in fitting:
             if file in plans:
-                found._add(file.relative_to(home), plans[file])
+                renewable._add(file.relative_to(home), plans[file])
         contexts = tuple(header for file, header in headers.items() if file in fitting)
-        return cls(names, found.plans, found.renames, contexts)
+        return cls(names, renewable.plans, renewable.renames, contexts)
 
     def _add(self, path: Path, plan: PruningPlan) -> None:
-        """Note a plan as it will be, and what it and its block plan will be called."""
+        """Add a plan as it will be, and the new names of it and of its block plan."""
         if plan.model == self.names.new:
             return
         note = {"weights_fingerprint": self.names.old, "rayapp": __version__}
@@ -180,7 +180,7 @@ class _Found:
                 self.renames[old.fingerprint] = now.fingerprint
 
     def renew(self, home: Path, shown: Path) -> Renewal:
-        """Write everything into ``home``; paths are told as of ``shown``."""
+        """Write everything into ``home``; the result names paths in ``shown``."""
         records = [*self._rename_records(home), *self._rename_pairs(home)]
         for path, plan in self.plans.items():
             _replace(home / path, plan.dumps().encode())
@@ -189,7 +189,7 @@ class _Found:
         )
 
     def _rename_records(self, home: Path) -> Iterator[str]:
-        """Journals, scores, evaluations: all JSON that names the weights or the plans."""
+        """Rename in journals, scores and evaluations: all JSON that names the weights or plans."""
         for pattern in _RECORDS:
             for file in sorted(home.rglob(pattern)):
                 before = file.read_bytes() if file.name != PLAN_FILE else b""
@@ -199,7 +199,7 @@ class _Found:
                     yield str(file.relative_to(home))
 
     def _rename_pairs(self, home: Path) -> Iterator[str]:
-        """Trained pairs, whose files are named after all that they depend on."""
+        """Rename the files of trained pairs, whose names hash everything that they depend on."""
         kept = sorted(home.rglob(f"{PAIRS_DIRECTORY}/*.safetensors"))
         names = {old: new for header in self.contexts for old, new in self._pair_files(header)}
         for file in kept:
@@ -229,10 +229,10 @@ class _Found:
 
 
 def _home(path: Path) -> Path:
-    """The directory of a plan that is named by it or by its file."""
+    """The directory of a plan that is given as a directory or as its file."""
     if path.is_dir():
         return path
-    PruningPlan.load(path)  # says what is wrong
+    PruningPlan.load(path)  # raises an error that says what is wrong
     return path.parent
 
 
@@ -242,30 +242,30 @@ def _bare(plan: PruningPlan) -> PruningPlan:
 
 
 def _plans(home: Path) -> dict[Path, PruningPlan]:
-    """The plans in and below a directory; what is none is passed over below it.
+    """The plans in and below a directory; unreadable ones below it are passed over.
 
     Raises:
-        PlanError: The directory's own is none, or there is neither plan nor journal.
+        PlanError: The directory's own plan is unreadable, or there is neither plan nor journal.
     """
     files = sorted(home.rglob(PLAN_FILE))
     if home / PLAN_FILE in files or not (files or any(home.rglob(JOURNAL_FILE))):
-        PruningPlan.load(home)  # says what is wrong
-    found = {}
+        PruningPlan.load(home)  # raises an error that says what is wrong
+    plans = {}
     for file in files:
         with suppress(PlanError):
-            found[file] = PruningPlan.load(file)
-    return found
+            plans[file] = PruningPlan.load(file)
+    return plans
 
 
 def _headers(home: Path) -> dict[Path, dict[str, Any]]:
-    """The first line of every journal that tells its model; a kill may have left less."""
-    found = {}
+    """The first line of every journal that names its model; a kill may have left less."""
+    headers = {}
     for file in sorted(home.rglob(JOURNAL_FILE)):
         with file.open("rb") as stream, suppress(ValueError, TypeError, KeyError):
             header = json.loads(stream.readline())
             ModelSignature.model_validate(header["model"])
-            found[file] = header
-    return found
+            headers[file] = header
+    return headers
 
 
 def _replace(file: Path, content: bytes) -> None:
@@ -277,7 +277,7 @@ def _replace(file: Path, content: bytes) -> None:
 
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """A sibling of ``target`` that takes its name when all went well, and else vanishes."""
+    """A new directory beside ``target`` that takes its name on success, or else is removed."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{target}: is there, and nothing is replaced; give another --out")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""``score_many``: candidates and chunks to scores, whoever computes them.
+"""``score_many``: turns candidates and chunks into scores, wherever they are computed.
 
 The memo, the split into work and the sums are here, once; the compute behind them is in this
 process or on evaluator actors (:mod:`rayapp.distributed.evaluator_pool`). The unit that is
@@ -27,7 +27,7 @@ Measured = TypeVar("Measured")
 
 @dataclass(frozen=True)
 class Work:
-    """Neighbouring candidates (ascending) on one chunk, and how they are healed."""
+    """Neighbouring candidates (ascending) on one chunk, and their healing."""
 
     chunk: int
     candidates: tuple[Candidate, ...]
@@ -35,7 +35,7 @@ class Work:
 
     @property
     def pairs(self) -> frozenset[Pair]:
-        """What must have been added before."""
+        """The pairs that must have been added before."""
         return frozenset(pair for c in self.candidates for pair in self.healing.pairs(c))
 
 
@@ -49,40 +49,40 @@ class Done:
 
 
 class Compute(Protocol):
-    """Where candidates are computed."""
+    """The place where candidates are computed: this process, or evaluators of a cluster."""
 
     def run(self, work: Sequence[Work]) -> Iterator[Done]:
-        """Every piece of work once, in any order, as it finishes."""
+        """Compute every piece of work once; results come in any order, as they finish."""
         ...
 
     def heal(self, pairs: Sequence[Pair]) -> Iterator[HealedPair]:
-        """Train every pair once, in any order, as they finish."""
+        """Train every pair once; they come in any order, as they finish."""
         ...
 
     def add_healed(self, healed: HealedPair) -> None:
-        """Make a trained pair known to whoever computes candidates that use it."""
+        """Make a trained pair known to the evaluators of candidates that use it."""
         ...
 
     def measure(
         self, function: Callable[..., Measured], *arguments: object, pairs: Collection[Pair] = ()
     ) -> Measured:
-        """What ``function(evaluator, *arguments)`` returns on any one of the evaluators.
+        """The result of ``function(evaluator, *arguments)`` on any one of the evaluators.
 
         Args:
-            function: Of a module, so that it can be named to another process.
-            arguments: What it takes beside the evaluator.
-            pairs: Trained pairs that it needs; they have been added before.
+            function: A function of a module, so that it can be named to another process.
+            arguments: The function's arguments beside the evaluator.
+            pairs: Trained pairs that the function needs; they have been added before.
         """
         ...
 
     @property
     def num_evaluators(self) -> int:
-        """Evaluators that compute at the moment."""
+        """Number of evaluators that compute at the moment."""
         ...
 
 
 class LocalCompute:
-    """One evaluator in this process, and what trains pairs, if any are to be trained."""
+    """One evaluator in this process, and a trainer of pairs, if any are to be trained."""
 
     num_evaluators = 1
 
@@ -91,24 +91,24 @@ class LocalCompute:
         self._healer = healer
 
     def run(self, work: Sequence[Work]) -> Iterator[Done]:
-        """One piece after the other, in order."""
-        for each in work:
-            yield compute_one(self._evaluator, each)
+        """Compute one piece after the other, in order."""
+        for piece in work:
+            yield compute_one(self._evaluator, piece)
 
     def heal(self, pairs: Sequence[Pair]) -> Iterator[HealedPair]:
-        """One pair after the other, in order."""
+        """Train one pair after the other, in order."""
         assert self._healer is not None, "a search that heals brings its data"
         for pair in pairs:
             yield self._healer.heal(pair)
 
     def add_healed(self, healed: HealedPair) -> None:
-        """Known here at once."""
+        """Make a trained pair known to the one evaluator."""
         self._evaluator.add_healed(healed)
 
     def measure(
         self, function: Callable[..., Measured], *arguments: object, pairs: Collection[Pair] = ()
     ) -> Measured:
-        """Measured on the one evaluator, which knows every pair that was added."""
+        """Measure on the one evaluator, which knows every pair that was added."""
         return function(self._evaluator, *arguments)
 
 
@@ -124,9 +124,10 @@ def split_work(
     num_evaluators: int,
     healing: Healing = NO_HEALING,
 ) -> list[Work]:
-    """Candidates (ascending) by chunk as pieces of work: chunk by chunk, neighbours together.
+    """Split candidates (ascending) into pieces of work: chunk by chunk, neighbours together.
 
-    Enough pieces that no evaluator idles long, and no more, since neighbours share states.
+    There are enough pieces that no evaluator idles long, and no more, since neighbours share
+    states.
     """
     num_groups = math.ceil(4 * num_evaluators / max(1, len(candidates)))
     work = []
@@ -140,13 +141,13 @@ def split_work(
 
 
 class Scorer:
-    """Scores candidates, remembering every (candidate, chunk) that was computed.
+    """Scores candidates, and remembers the score of every (candidate, chunk).
 
     Args:
-        calibration: The lines.
-        objective: What a score is.
-        compute: Where it is computed.
-        weights: Fingerprint of the weights in use: part of the memo's key.
+        calibration: The calibration set, whose lines are scored.
+        objective: The objective of the scores.
+        compute: The compute that scores come from.
+        weights: Fingerprint of the weights, as part of the memo's key.
         healed: Trained pairs, for searches that heal.
 
     Attributes:
@@ -174,22 +175,22 @@ class Scorer:
         self._memo: dict[tuple[object, ...], tuple[LineSums, float]] = {}
 
     def heal_with(self, healing: Healing) -> None:
-        """From now on, score candidates with the pairs that they use under ``healing``."""
+        """Score candidates from now on with the pairs that they use under ``healing``."""
         assert self.healed is not None, "a search that heals brings its pairs"
         self.healing = healing
 
     def heal_as(self, pairs: Sequence[HealedPair]) -> None:
-        """From now on, score candidates with these pairs: those of a plan that is healed."""
+        """Score candidates from now on with these pairs, which belong to a healed plan."""
         for healed in pairs:
             self.compute.add_healed(healed)
         self._fixed = {healed.pair: healed.weights.digest for healed in pairs}
         self.healing = Healing(fixed=tuple(sorted(self._fixed)))
 
     def heal(self, candidates: Sequence[Candidate], on_pair: OnPair | None = None) -> None:
-        """Have every pair trained that the candidates use; what was trained before is reused.
+        """Train the pairs that the candidates use, except those that were trained before.
 
         Raises:
-            SearchError: A pair cannot be trained, or not be kept.
+            SearchError: A pair cannot be trained or written.
         """
         if self.healed is not None:
             self.healed.ensure((p for c in candidates for p in self.pairs(c)), on_pair)
@@ -205,10 +206,10 @@ class Scorer:
         *,
         on_progress: Callable[[float], None] | None = None,
     ) -> list[Score]:
-        """Scores, in the order of ``candidates``; pairs that they use are trained first.
+        """Scores in the order of ``candidates``; the pairs that they use are trained first.
 
         Args:
-            candidates: What to score; repeated ones are computed once.
+            candidates: Candidates to score; repeated ones are computed once.
             chunks: Chunks to score on; all by default.
             on_progress: Called with the number of candidates that this call has finished so far,
                 fractions included.
@@ -227,7 +228,7 @@ class Scorer:
         return [self._score(candidate, chunks) for candidate in candidates]
 
     def _missing(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> list[Work]:
-        """What the memo does not hold yet."""
+        """The pieces of work that the memo has no sums of."""
         unique = sorted(set(candidates))
         missing = {
             chunk: [c for c in unique if self._key(c, chunk) not in self._memo] for chunk in chunks

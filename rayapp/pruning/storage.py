@@ -35,20 +35,20 @@ class Storage:
             ) from None
 
     def exists(self, name: str) -> bool:
-        """Whether the file is there."""
+        """Whether a file of this name exists."""
         return self._files.get_file_info(self._path(name)).type == fs.FileType.File
 
     def read_text(self, name: str) -> str:
-        """A whole file; bytes that are no UTF-8 are replaced."""
+        """Read a whole file as text; bytes that are no UTF-8 are replaced."""
         return self.read_bytes(name).decode("utf-8", errors="replace")
 
     def read_bytes(self, name: str) -> bytes:
-        """A whole file."""
+        """Read a whole file."""
         with self._files.open_input_stream(self._path(name)) as stream:
             return bytes(stream.read())
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Write a whole file; on a local disk it is there complete or not at all."""
+        """Write a whole file; on a local disk it appears complete or not at all."""
         local = isinstance(self._files, fs.LocalFileSystem)
         target = self._path(f"{name}.tmp" if local else name)
         try:

@@ -4,9 +4,9 @@
 Dense, it answers nearly every held-out question of :mod:`rayapp.testbed.tasks`, so a point lost
 under a plan is the plan's. ``vision/weights/`` is a LLaVA for pictures (:mod:`.vision`).
 
-Invariant: training knows nothing of pruning (no layer dropout, no spare blocks), and nothing asked
-in one split is asked in another. The alternative, random weights of a real model's shape, was
-rejected for quality: without trained weights every plan scores alike.
+Invariant: training knows nothing of pruning (no layer dropout, no spare blocks), and no question of
+one split appears in another. The alternative, random weights of a real model's shape, was rejected
+for quality: without trained weights every plan scores alike.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The model card: what was trained, and what the weights on disk score, measured here."""
+"""The model card: the recipe of the weights, and their scores, measured here."""
 
 from __future__ import annotations
 
@@ -86,14 +86,14 @@ mixes give independent models.
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What the weights on disk score.
+    """The scores of the weights on disk.
 
     Attributes:
         exact_match: Share of right completions by (task, length class).
-        num_examples: Examples behind each share.
+        num_examples: Number of examples behind each share.
         seed: Seed of the examples.
         text_nats: Nats per byte on held-out text.
-        text_bytes: Bytes behind it.
+        text_bytes: Number of bytes behind it.
     """
 
     exact_match: Mapping[tuple[str, str], float]
@@ -204,8 +204,8 @@ def write_card(directory: Path, run: Run, measured: Measurement) -> None:
 
     Args:
         directory: The exported model.
-        run: The run that it was exported from.
-        measured: What ``measure`` found for this directory.
+        run: The run that made the exported weights.
+        measured: The scores that ``measure`` gave for this directory.
     """
     ranges = " and ".join(
         f"{LENGTHS[length][0]} to {LENGTHS[length][1]} tokens ({length})"

@@ -1,4 +1,4 @@
-"""The checkpoint of a run of training: one file, replaced only by a whole one."""
+"""The checkpoint of a training run: one file, replaced only by a complete one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHECKPOINT = "checkpoint.pt"
 
 
 def write_checkpoint(state: dict[str, Any], directory: Path) -> None:
-    """Write a run's state, replacing an older one only once the new one is whole."""
+    """Write a run's state; an older one is replaced only once the new one is complete."""
     partial = directory / f"{CHECKPOINT}.partial"
     torch.save(state, partial)
     partial.replace(directory / CHECKPOINT)
@@ -24,6 +24,6 @@ def has_checkpoint(directory: Path) -> bool:
 
 
 def read_checkpoint(directory: Path) -> dict[str, Any]:
-    """A run's own state (a pickle: only ever one that a recipe of ours wrote)."""
+    """Read a run's own state (a pickle, so only one that a recipe of ours wrote)."""
     state: dict[str, Any] = torch.load(directory / CHECKPOINT, weights_only=False)
     return state

@@ -72,7 +72,7 @@ def export_checkpoint(weights: Weights, shape: Shape, directory: Path | str) -> 
     Args:
         weights: fp32 weights of a run.
         shape: Sizes of the network.
-        directory: Where the files go; made if missing, files of the same names replaced.
+        directory: The directory of the files; made if missing, files of the same names replaced.
     """
     model = llama_model(weights, shape).to(torch.bfloat16)
     model.generation_config = GenerationConfig(

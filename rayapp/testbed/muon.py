@@ -1,9 +1,9 @@
 """The optimiser's step: Muon for stacked matrices, AdamW for everything else.
 
-Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest semi-orthogonal matrix, found
-with five Newton-Schulz iterations. Here they run in bf16 on whole stacks, each rank takes its share
-of the matrices, and the ranks exchange the results: ``torch.optim.Muon`` does one matrix at a time
-on every rank.
+Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest semi-orthogonal matrix, by
+five Newton-Schulz iterations. Here they run in bf16 on whole stacks, every rank takes its share of
+the matrices, and the ranks exchange the results: ``torch.optim.Muon`` does one matrix at a time on
+every rank.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Optimizer:
         matrix_lr: Learning rate of Muon.
         vector_lr: Learning rate of AdamW.
         weight_decay: Decoupled decay of the matrices, times the learning rate.
-        num_steps: Steps taken.
+        num_steps: Number of steps taken.
         state: ``momentum.<name>``, ``first.<name>``, ``second.<name>``: one tensor per weight.
     """
 
@@ -67,7 +67,7 @@ class Optimizer:
             weights: Weights, changed in place.
             gradients: Their gradients, already averaged over the ranks.
             scale: Factor on both learning rates (the schedule's).
-            exchange: Which share of the matrices is this rank's, and how the ranks swap them.
+            exchange: Says which share of the matrices is this rank's, and how the ranks swap them.
         """
         self.num_steps += 1
         directions: Weights = {}
@@ -94,19 +94,22 @@ class Optimizer:
 
 
 class Exchange:
-    """One process alone: every matrix is its own."""
+    """The exchange of one process alone, which owns every matrix."""
 
     def average(self, gradients: Weights) -> Weights:
-        """Average gradients over the ranks; alone, they are the average."""
+        """Average gradients over the ranks; a single rank's are the average."""
         return gradients
 
     def orthogonalized(self, directions: Weights) -> Weights:
-        """Orthogonalise every stack."""
+        """Orthogonalise every stack of matrices."""
         return {name: orthogonalize(stack) for name, stack in directions.items()}
 
 
 class RankExchange(Exchange):
-    """Several processes in a ``torch.distributed`` group, a slice of every stack each."""
+    """The exchange of several processes in a ``torch.distributed`` group.
+
+    Every rank owns a slice of every stack.
+    """
 
     def __init__(self) -> None:
         self.rank = torch.distributed.get_rank()

@@ -2,7 +2,8 @@
 
 Stacked weights make the optimiser's Newton-Schulz steps, the averaging of gradients between ranks
 and the checkpoints one operation per kind instead of one per block. ``rayapp.testbed.export``
-writes the same numbers as an ordinary ``LlamaForCausalLM``; a test holds the two forwards equal.
+writes the same numbers as an ordinary ``LlamaForCausalLM``; a test checks that the two forwards are
+equal.
 
 Shape legend: B rows, T tokens, D hidden width, H query heads, G KV heads, d head dim, F MLP width,
 L blocks, V ids.
@@ -16,7 +17,7 @@ import torch
 from torch.nn import functional
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Weights that Muon trains, each stacked over the blocks as ``(L, out, in)``."""
+"""Names of the weights that Muon trains, each stacked over the blocks as ``(L, out, in)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def initial_weights(shape: Shape, seed: int) -> Weights:
-    """Draw the weights a run starts from: fan-in scaled, output projections zero, norms one.
+    """Draw a run's first weights: fan-in scaled, output projections zero, norms one.
 
     Args:
         shape: Sizes of the network.
@@ -126,7 +127,9 @@ def _mlp(x_BTD: torch.Tensor, block: Weights) -> torch.Tensor:
 def hidden_states(
     weights: Weights, ids_BT: torch.Tensor, shape: Shape, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Run all blocks and the final norm, causally, every row a document that starts at position 0.
+    """Run all blocks and the final norm, causally.
+
+    Every row is a document that starts at position 0.
 
     Args:
         weights: Weights as ``initial_weights`` names them.

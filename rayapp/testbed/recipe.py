@@ -1,4 +1,4 @@
-"""How the text test-bed is trained, as data: a step depends on this and its number alone."""
+"""The recipe of the text test-bed, as data: a step depends on this and its number alone."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Phase:
         lengths: Weight of every row length, in tokens; one is drawn per step.
         rate: Factor on the learning rates as the phase begins.
         last_rate: Factor as it ends, reached linearly; None keeps ``rate``.
-        contexts: Tokens that the line of records fills, least and most, by row length; where a
-            length is not named, 16 tokens to seven tenths of the row.
+        contexts: Least and most tokens of the line of records, by row length; a length without an
+            entry has 16 tokens to seven tenths of the row.
     """
 
     first_step: int
@@ -55,31 +55,32 @@ PHASES = (
         contexts={320: (100, 290), 520: (300, 478)},
     ),
 )
-"""Rows of 48 tokens at first, of up to 520 at last; the last phase fills long rows with records.
+"""The phases: rows have 48 tokens at first and up to 520 at last; the last phase fills long rows
+with records.
 
-The full rate finds the circuits in some thousand steps and then only rattles them: at step 1,600 a
-third of it cut the loss of retrieval and sort to a quarter within a hundred steps. Until the last
-phase no record lay more than 364 tokens before the first question, and exact match fell with that
-distance: at step 5,600 sums missed 1 in 47 within 300 tokens and 1 in 2 beyond.
-The shipped run was stopped and resumed at steps 1,600, 2,800, 4,400 and 6,000 while its later
-phases were being decided; these are the ones that it ran.
-"""
+At the full rate training forms the circuits in some thousand steps and then only rattles them: at
+step 1,600 a third of it cut the loss of retrieval and sort to a quarter within a hundred steps.
+Until the last phase no record lay more than 364 tokens before the first question, and exact match
+fell with that distance: at step 5,600 sums missed 1 in 47 within 300 tokens and 1 in 2 beyond. The
+shipped run was stopped and resumed at steps 1,600, 2,800, 4,400 and 6,000 while its later phases
+were being decided; these are the ones that it ran."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides the weights of a run.
+    """All settings that decide the weights of a run.
 
     Attributes:
         seed: Seed of the first weights and of every batch.
-        num_steps: Steps of the run.
-        decay_steps: Steps at the end over which the learning rate falls linearly to zero.
-        warmup_steps: Steps at the start over which it rises.
+        num_steps: Number of steps of the run.
+        decay_steps: Number of steps at the end over which the learning rate falls linearly to zero.
+        warmup_steps: Number of steps at the start over which the learning rate rises.
         task_mix: Weight of every task when a question is chosen.
         kind_weights: Weight of a supervised token in the loss, by task and for ``text``.
         text_share: Share of the rows that are plain text.
-        tokens_per_shard: Tokens of one shard of a batch.
-        num_shards: Shards of a batch; the gradient is their mean, whichever process computes which.
+        tokens_per_shard: Number of tokens of one shard of a batch.
+        num_shards: Number of shards of a batch; the gradient is their mean, wherever they are
+            computed.
         matrix_lr: Learning rate of Muon.
         vector_lr: Learning rate of AdamW.
         weight_decay: Decoupled decay of the matrices.
@@ -131,7 +132,7 @@ class Recipe:
         return phase.rate + done * (phase.last_rate - phase.rate)
 
     def rate_at(self, step: int) -> float:
-        """Factor on the learning rates: a linear rise, the phase's own, a linear fall to zero."""
+        """Factor on the learning rates: a linear rise, the phase's factor, a linear fall."""
         rise = (step + 1) / self.warmup_steps
         fall = (self.num_steps - step) / self.decay_steps
         return self._phase_rate(step) * max(0.0, min(1.0, rise, fall))

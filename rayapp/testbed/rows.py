@@ -1,9 +1,9 @@
 """Training rows: one line of records, then as many questions about it as fit.
 
-The first question of a row is a prompt exactly as ``rayapp.testbed.tasks`` makes it; those after it
-reuse the line of records, each answer followed by the end marker, which is how the chat template
-renders a conversation. So a row of 480 tokens carries some 70 supervised ones instead of 8, and no
-attention mask is needed beside the causal one.
+The first question of a row is a prompt exactly as ``rayapp.testbed.tasks`` makes it; later ones
+reuse the line of records, and the end marker follows every answer, as the chat template renders a
+conversation. So a row of 480 tokens carries some 70 supervised ones instead of 8, and no attention
+mask is needed beside the causal one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rayapp.testbed.tasks import (
 from rayapp.testbed.tokens import END_ID, PAD_ID
 
 KINDS = (*TASKS, "text")
-"""Kinds of supervised token; ``Batch.kinds_BT`` holds 1 + the index here, 0 elsewhere."""
+"""Kinds of supervised token; ``Batch.kinds_BT`` has 1 + the index here, 0 elsewhere."""
 
 _PAIR_COST = len("kd=wxy ")
 _TEXT_KIND = 1 + KINDS.index("text")
@@ -40,7 +40,7 @@ _TEXT_KIND = 1 + KINDS.index("text")
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of one length.
+    """Training rows of one length.
 
     Attributes:
         inputs_BT: Token ids, int64.
@@ -80,7 +80,7 @@ def _draw_records(rng: random.Random, least: int, most: int) -> list[Record]:
 def _next_question(
     rng: random.Random, waiting: dict[str, list[Record]], mix: Mapping[str, float]
 ) -> Record:
-    """Take one of the questions not yet asked: its task by ``mix``, then any of that task."""
+    """Draw one of the questions left: its task by ``mix``, then any of that task."""
     task = _weighted(rng, {name: mix[name] for name, left in waiting.items() if left})
     left = waiting[task]
     return left.pop(below(rng, len(left)))
@@ -93,8 +93,8 @@ def draw_row(
 
     Args:
         rng: Source of the draw.
-        length: Tokens of the row.
-        context: Tokens of the line of records, least and most.
+        length: Number of tokens of the row.
+        context: Least and most tokens of the line of records.
         mix: Weight of every task when a question is chosen.
 
     Returns:
@@ -157,9 +157,9 @@ def draw_batch(
 
     Args:
         rng: Source of the draw.
-        length: Tokens per row.
-        context: Tokens of the line of records in a row, least and most.
-        num_tokens: Tokens of the batch, rounded down to whole rows (at least one).
+        length: Number of tokens per row.
+        context: Least and most tokens of the line of records in a row.
+        num_tokens: Number of tokens of the batch, rounded down to whole rows (at least one).
         mix: Weight of every task.
         text: Bytes that text rows are cut from.
         text_share: Probability that a row is text.

@@ -1,4 +1,4 @@
-"""Exact match: the share of answers that greedy decoding writes right, end marker included."""
+"""Exact match: the share of answers that greedy decoding gets right, end marker included."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_GROUP_TOKENS = 16_384
 def _groups(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> Iterator[list[tuple[Example, list[int]]]]:
-    """Examples with prompts of equal length, a bounded number of tokens at a time."""
+    """Examples with equally long prompts, a bounded number of tokens at a time."""
     by_length: dict[int, list[tuple[Example, list[int]]]] = defaultdict(list)
     for example in examples:
         ids = tokenizer(example.prompt)["input_ids"]

@@ -7,13 +7,13 @@ A prompt is one line of records, then a question on a line of its own::
 
 and its completion is the bare answer (``adfkmr``), after which the model ends. Records are pairs (a
 key of two letters, a value of three) and at most one each of ``copy``, ``sort`` and ``add``; the
-record that a question asks for lies anywhere in the line, so every prompt also tests what the model
-fetches from how far back. Keys are unique in a prompt, so every question has one answer.
+record that a question asks for lies anywhere in the line, so every prompt also tests how far back
+the model can reach. Keys are unique in a prompt, so every question has one answer.
 
-Splits are disjoint by construction. What identifies a question is hashed (SHA-256) and the hash
-decides its split: the whole prompt for retrieval, the operands for the other tasks (the unordered
-pair of numbers, the set of letters, the string), so no operand that a split asks for is asked for
-in another.
+Splits are disjoint by construction: the SHA-256 hash of a question's identity decides its split.
+The identity is the whole prompt for retrieval, and the operands for the other tasks (the unordered
+pair of numbers, the set of letters, the string), so no operand of one split's questions appears in
+those of another.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TASKS = ("retrieval", "copy", "sort", "add")
 """The tasks, in the order in which tables list them."""
 
 OPERATIONS = ("copy", "sort", "add")
-"""Tasks whose record is named after the task; a prompt holds at most one record of each."""
+"""Tasks whose record is named after the task; a prompt has at most one record of each."""
 
 SPLIT_SHARES = {"train": 0.55, "heal": 0.1, "calibration": 0.1, "validation": 0.1, "test": 0.15}
 """Share of the hash range that each split owns, in this order."""
@@ -43,7 +43,7 @@ LENGTHS = {"short": (40, 130), "long": (300, 500), "mixed": (128, 400)}
 """Least and greatest prompt length of each class, in tokens (bytes), both included."""
 
 MIN_PAIRS = 16
-"""Pairs that a retrieval prompt holds at least."""
+"""Least number of pairs of a retrieval prompt."""
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _PAIR_COST = len("kd=wxy ")
@@ -56,7 +56,7 @@ class Example:
     """One prompt with its only right completion.
 
     Attributes:
-        prompt: What the model reads, up to and including the newline after the question.
+        prompt: The text that the model reads, up to and including the newline after the question.
         completion: The answer, without the end marker that the model must write after it.
         task: One of ``TASKS``.
     """
@@ -77,9 +77,9 @@ class Record:
     Attributes:
         task: One of ``TASKS``.
         shown: The entry, for example ``kd=wxy`` or ``add:47+85``.
-        question: What stands before the question mark, ``kd`` or ``add``.
+        question: The text before the question mark, ``kd`` or ``add``.
         answer: The completion.
-        operands: What identifies the question for the split; empty for pairs.
+        operands: The question's identity for the split; empty for pairs.
     """
 
     task: str
@@ -95,7 +95,7 @@ class Record:
 
 
 def below(rng: random.Random, limit: int) -> int:
-    """A whole number in ``[0, limit)``; from ``rng.random``, the one draw Python keeps stable."""
+    """A whole number in ``[0, limit)`` from ``rng.random``, the one draw Python keeps stable."""
     return int(rng.random() * limit)
 
 
@@ -111,13 +111,13 @@ def split_of(identity: str) -> str:
 
 
 def identity_of(record: Record, prompt: str) -> str:
-    """What decides the split of the question for ``record`` that ``prompt`` ends with."""
+    """The text that decides the split of the question for ``record`` that ends ``prompt``."""
     return record.operands or prompt
 
 
-def render(records: Sequence[Record], asked: Record) -> str:
+def render(records: Sequence[Record], subject: Record) -> str:
     """The prompt that shows ``records`` and asks for ``asked``."""
-    return " ".join(record.shown for record in records) + "\n" + asked.asked
+    return " ".join(record.shown for record in records) + "\n" + subject.asked
 
 
 def _letters(rng: random.Random, count: int) -> str:
@@ -151,7 +151,7 @@ def draw_operation(rng: random.Random, task: str, split: str) -> Record:
 
 
 def draw_pairs(rng: random.Random, count: int) -> list[Record]:
-    """``count`` pairs with distinct keys."""
+    """Draw ``count`` pairs with distinct keys."""
     keys: set[str] = set()
     pairs: list[Record] = []
     while len(pairs) < count:
@@ -164,7 +164,7 @@ def draw_pairs(rng: random.Random, count: int) -> list[Record]:
 
 
 def place(rng: random.Random, pairs: list[Record], operations: Sequence[Record]) -> list[Record]:
-    """The records of a prompt: ``operations`` at uniform places among ``pairs``."""
+    """The records of a prompt, with ``operations`` at uniform places among ``pairs``."""
     records = list(pairs)
     for operation in operations:
         records.insert(below(rng, len(records) + 1), operation)
@@ -195,21 +195,21 @@ def _draw(rng: random.Random, task: str, split: str, low: int, high: int) -> Exa
     fixed += sum(len(record.shown) + 1 for record in others)
     count = max(min_pairs, -(-(target - fixed) // _PAIR_COST))
     pairs = draw_pairs(rng, count)
-    asked = evidence[0] if evidence else pairs[below(rng, count)]
-    return Example(render(place(rng, pairs, [*evidence, *others]), asked), asked.answer, task)
+    subject = evidence[0] if evidence else pairs[below(rng, count)]
+    return Example(render(place(rng, pairs, [*evidence, *others]), subject), subject.answer, task)
 
 
 def generate(
     task: str, split: str, count: int, seed: int, *, length: str = "mixed"
 ) -> list[Example]:
-    """Draw examples; the same on every machine and Python version.
+    """Draw examples; they are the same on every machine and Python version.
 
     Example ``i`` depends on the arguments and ``i`` alone, so a smaller ``count`` gives a prefix.
 
     Args:
         task: One of ``TASKS``.
         split: One of ``SPLITS``.
-        count: Examples to draw.
+        count: Number of examples to draw.
         seed: Seed of the draw; other seeds give other examples of the same split.
         length: Prompt length in tokens: ``short`` (40 to 130; retrieval at least 116), ``long``
             (300 to 500) or ``mixed`` (128 to 400), uniform up to the length of a pair.
@@ -241,6 +241,6 @@ def generate(
 
 
 def write_jsonl(path: Path | str, examples: Sequence[Example]) -> None:
-    """Write examples as JSON lines, as calibration and evaluation files hold them."""
+    """Write examples as JSON lines, the format of calibration and evaluation files."""
     lines = (json.dumps(example.line(), ensure_ascii=False) for example in examples)
     Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

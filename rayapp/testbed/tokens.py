@@ -1,8 +1,8 @@
 """The byte tokenizer: ids 0 to 255 are the bytes, 256 ends an answer, 257 pads.
 
-An ordinary Hugging Face tokenizer (byte-level BPE without merges), so that nothing in rayapp or in
-a user's own script needs to know that it reads bytes. Nothing is put before a prompt:
-``tokenizer(prompt)`` gives its UTF-8 bytes.
+The tokenizer is an ordinary Hugging Face one (byte-level BPE without merges), so that nothing in
+rayapp or in a user's own script needs to know that it reads bytes. It puts no token before a
+prompt: ``tokenizer(prompt)`` gives its UTF-8 bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ CHAT_TEMPLATE = (
     "{%- endif -%}"
     "{%- endfor -%}"
 )
-"""A user's message and a newline; an answer and the end marker: the rows of training."""
+"""The template of a chat: a user's message and a newline, then an answer and the end marker, like
+the rows of training."""
 
 
 def _byte_symbols() -> list[str]:

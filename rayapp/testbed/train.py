@@ -3,8 +3,8 @@
 A run is a function of its ``Recipe``: batches are drawn from (seed, step, shard), so a run that was
 killed goes on from its checkpoint with the same data, and one process computes what two would.
 Rounding is not part of the promise: it depends on where buffers lie, and training amplifies it (two
-replays of the same 50 steps differed by up to 0.007 nats per token). One thread per process:
-barriers between threads that spin are ruinous as soon as something else uses the cores.
+replays of the same 50 steps differed by up to 0.007 nats per token). Every process has one thread,
+because barriers between spinning threads are ruinous as soon as something else uses the cores.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Run:
-    """What a run has reached; the checkpoint holds all of it.
+    """The state of a run; the checkpoint has all of it.
 
     Attributes:
-        recipe: The recipe; ``num_steps`` changes where a time limit shortens the run.
-        weights: fp32 weights.
-        optimizer: Optimiser with its state.
-        step: Steps taken.
+        recipe: The recipe; ``num_steps`` changes if a time limit shortens the run.
+        weights: The weights in fp32.
+        optimizer: The optimiser with its state.
+        step: Number of steps taken.
         seconds: Wall-clock seconds spent so far, evaluations included.
         history: Lines of progress, oldest first.
     """
@@ -57,14 +57,15 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How often a run looks up.
+    """How often a run logs, evaluates and saves, and how long it may take.
 
     Attributes:
-        log_every: Steps between lines of progress.
-        evaluate_every: Steps between exact-match readings on validation prompts.
-        checkpoint_every: Steps between checkpoints.
-        num_examples: Validation prompts per task and length class.
-        minutes: Time limit: the decay begins so that the run ends then; None runs all steps.
+        log_every: Number of steps between lines of progress.
+        evaluate_every: Number of steps between exact-match readings on validation prompts.
+        checkpoint_every: Number of steps between checkpoints.
+        num_examples: Number of validation prompts per task and length class.
+        minutes: Time limit in minutes: the decay begins so that the run ends then; None runs all
+            steps.
     """
 
     log_every: int = 50
@@ -81,7 +82,7 @@ def start_run(recipe: Recipe) -> Run:
 
 
 def save_checkpoint(run: Run, directory: Path) -> None:
-    """Write the run's checkpoint, replacing an older one only once the new one is whole."""
+    """Write the run's checkpoint; an older one is replaced only once the new one is complete."""
     state = {
         "recipe": run.recipe,
         "weights": {name: weight.detach() for name, weight in run.weights.items()},
@@ -94,11 +95,11 @@ def save_checkpoint(run: Run, directory: Path) -> None:
 
 
 def load_checkpoint(directory: Path, recipe: Recipe | None = None) -> Run:
-    """Read a run's own checkpoint (a pickle: only ever one that this recipe wrote).
+    """Read a run's own checkpoint (a pickle, so only one that this recipe wrote).
 
     Args:
         directory: Directory of the run.
-        recipe: Recipe to go on with; None keeps the checkpoint's.
+        recipe: The recipe to go on with; None keeps the checkpoint's.
 
     Returns:
         The run, as it was after its last checkpoint.
@@ -115,18 +116,18 @@ def load_checkpoint(directory: Path, recipe: Recipe | None = None) -> Run:
 
 @dataclass(slots=True)
 class Losses:
-    """Sums of the answer loss by kind, since the last line of progress; fp32, ``(1 + kinds,)``."""
+    """Sums of the answer loss by kind since the last line of progress; fp32, ``(1 + kinds,)``."""
 
     nats: torch.Tensor = field(default_factory=lambda: torch.zeros(1 + len(KINDS)))
     tokens: torch.Tensor = field(default_factory=lambda: torch.zeros(1 + len(KINDS)))
 
     def add(self, losses_N: torch.Tensor, kinds_N: torch.Tensor) -> None:
-        """Count the loss of ``N`` supervised tokens."""
+        """Add the losses of ``N`` supervised tokens."""
         self.nats.index_add_(0, kinds_N, losses_N)
         self.tokens.index_add_(0, kinds_N, torch.ones_like(losses_N))
 
     def take(self) -> dict[str, float]:
-        """Mean loss of every kind seen, in nats per token; starts over."""
+        """Mean loss of every kind seen, in nats per token; the sums start over."""
         means = (self.nats / self.tokens).tolist()
         seen = {kind: round(means[1 + i], 4) for i, kind in enumerate(KINDS) if self.tokens[1 + i]}
         self.nats.zero_()
@@ -138,10 +139,10 @@ class Trainer:
     """One process's part of a run.
 
     Args:
-        run: The run; every process holds the same one.
+        run: The run, which is the same in every process.
         exchange: How processes average gradients and share the optimiser's work.
-        rank: This process.
-        num_ranks: Processes; divides ``recipe.num_shards``.
+        rank: Number of this process.
+        num_ranks: Number of processes; it divides ``recipe.num_shards``.
     """
 
     def __init__(self, run: Run, exchange: Exchange, rank: int, num_ranks: int) -> None:
@@ -198,7 +199,7 @@ def argmax_matches(
 ) -> list[bool]:
     """Whether greedy decoding would write each answer and its end marker.
 
-    Read off one teacher-forced pass: greedy decoding is right exactly if the best token is right at
+    One teacher-forced pass suffices: greedy decoding is right exactly if the best token is right at
     every position of the answer, given the right tokens before it.
 
     Args:
@@ -243,7 +244,7 @@ def validation_scores(run: Run, count: int, rank: int, num_ranks: int) -> dict[s
 
 
 class _Clock:
-    """Seconds of the run, and the time limit."""
+    """The seconds of the run, and its time limit."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -276,7 +277,7 @@ class _Clock:
 
 
 def _report(trainer: Trainer, clock: _Clock, pace: Pace) -> None:
-    """One line of progress; also where a time limit is kept."""
+    """Write one line of progress, and keep a time limit."""
     run = trainer.run
     step_s = clock.step_s()
     if pace.minutes is not None:
@@ -339,8 +340,8 @@ def train(run: Run, directory: Path, *, num_ranks: int = 2, pace: Pace | None = 
 
     Args:
         run: A fresh run, or one from ``load_checkpoint``.
-        directory: Where checkpoints go; made if missing.
-        num_ranks: Processes of one thread each; must divide ``recipe.num_shards``.
+        directory: The directory of checkpoints; made if missing.
+        num_ranks: Number of processes, of one thread each; it must divide ``recipe.num_shards``.
         pace: How often to log, evaluate and save.
 
     Returns:

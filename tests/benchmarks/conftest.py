@@ -14,7 +14,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def run_script(monkeypatch, tmp_path) -> Callable[..., Path]:
-    """``run_script(name, *arguments)`` runs a benchmark; returns where its results are."""
+    """A function ``run_script(name, *arguments)`` that runs a benchmark, and gives its result
+    directory.
+    """
 
     def run(name: str, *arguments: object, script: Path | None = None) -> Path:
         script = script or BENCHMARKS / f"{name}.py"

@@ -37,4 +37,4 @@ def test_studies_are_measured_once(run_script, save_tiny, tmp_path, capsys):
     assert f"| {model.name} | one_shot |" in page
     assert "mean over calibration sets and seeds" in capsys.readouterr().out
     run_script(*arguments)
-    assert capsys.readouterr().out == page  # no row anew
+    assert capsys.readouterr().out == page  # no row was measured anew

@@ -36,5 +36,5 @@ def test_pages_are_made_from_their_records(run_script, script):
 
 
 def _words(drawing: Path) -> list[str]:
-    """What stands in a drawing; where each glyph lies is the drawing library's."""
+    """The words in a drawing, without the glyphs' places, which the drawing library chooses."""
     return re.findall(r"<!-- (.*?) -->", drawing.read_text())

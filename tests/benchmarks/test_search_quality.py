@@ -35,7 +35,7 @@ def test_methods_against_the_exhaustive_optimum(run_script, save_tiny, tmp_path)
             assert row["evaluations"] == SIZES[space]
         if budget == "share":
             assert row["evaluations"] <= 0.15 * SIZES[space]
-        # The best set on fresh examples is one of the plans that were found.
+        # The best set on fresh examples is one of the plans of the methods.
         assert row["regret"] >= -1e-12
     page = (out / "search_quality-llama.md").read_text()
     assert page.count("\n| coupled2 |") == 5

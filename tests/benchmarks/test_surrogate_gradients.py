@@ -28,7 +28,7 @@ def test_models_and_methods_against_the_exhaustive_truth(run_script, save_tiny, 
         assert len(row["favourite_errors"]) == len(row["costs_to_1_percent"]) == row["trials"]
         assert row["favourite_error_median"] == statistics.median(row["favourite_errors"])
         assert row["cost_to_1_percent_median"] == statistics.median(row["costs_to_1_percent"])
-        if "fitted" not in row["model"]:  # what was told to the fitted one may meet the limit
+        if "fitted" not in row["model"]:  # scores that the fitted model was told may meet the limit
             assert min(row["costs_to_1_percent"]) > row["cost"]
     methods = {(row["space"], row["method"]): row for row in record["methods"]}
     assert list(methods) == [

@@ -43,7 +43,7 @@ def model(tiny_llava_path, tmp_path) -> Path:
 
 @pytest.fixture
 def data(model, encoded_image, tmp_path) -> Path:
-    """Questions that the dense model answers rightly, but for every fifth."""
+    """Questions that the dense model answers rightly, except every fifth."""
     for seed in range(2):
         (tmp_path / f"{seed}.png").write_bytes(encoded_image(seed))
     loaded = load_model(model)

@@ -39,7 +39,7 @@ Row = tuple[list[str], list[str], float, int]
 
 @pytest.fixture
 def plan() -> PruningPlan:
-    """One of every mode, two transfer rules, and a provenance that is no HTML."""
+    """A plan with every mode, two transfer rules, and a provenance that is no HTML."""
     prefill = {
         1: Mode.KV_ONLY,
         2: Mode.MLP_AND_KV,
@@ -58,7 +58,7 @@ def plan() -> PruningPlan:
 
 @pytest.fixture
 def blocks_plan() -> PruningPlan:
-    """Whole blocks only: prefill without 1 and 3, decode without 3."""
+    """A plan of whole blocks only: prefill without 1 and 3, decode without 3."""
     return PruningPlan(
         model=MODEL,
         prefill=StagePlan(blocks={1: Mode.KV_ONLY, 3: Mode.REMOVED}),
@@ -69,7 +69,7 @@ def blocks_plan() -> PruningPlan:
 
 @pytest.fixture
 def task_row() -> Callable[..., TaskResult]:
-    """``task_row("copy", num_examples=2_000)``."""
+    """A function that makes a task's row: ``task_row("copy", num_examples=2_000)``."""
 
     def row(task: str, **changes: object) -> TaskResult:
         fields = {
@@ -96,7 +96,7 @@ def task_row() -> Callable[..., TaskResult]:
 
 @pytest.fixture
 def evaluate_as(task_row) -> Callable[[PruningPlan], EvaluationResult]:
-    """An evaluation of whatever plan is given."""
+    """A function that makes an evaluation of any plan."""
 
     def made(plan: PruningPlan) -> EvaluationResult:
         summary = PlanSummary(
@@ -135,7 +135,7 @@ def evaluation(evaluate_as, plan) -> EvaluationResult:
 
 @pytest.fixture
 def ledger() -> dict[str, Any]:
-    """What ``GET /v1/transfers`` answers."""
+    """The answer of ``GET /v1/transfers``."""
     totals = {
         "num_transfers": 12,
         "bytes_full": 10_000,
@@ -152,7 +152,7 @@ def ledger() -> dict[str, Any]:
 
 @pytest.fixture
 def parquet() -> Callable[[Sequence[Row]], bytes]:
-    """A ``trials.parquet`` of ``(prefill, decode, score, chunks)``."""
+    """A function that makes a ``trials.parquet`` of ``(prefill, decode, score, chunks)``."""
 
     def written(rows: Sequence[Row]) -> bytes:
         prefill, decode, scores, chunks = map(list, zip(*rows, strict=True))
@@ -166,7 +166,7 @@ def parquet() -> Callable[[Sequence[Row]], bytes]:
 
 @pytest.fixture
 def kv_json() -> Callable[..., bytes]:
-    """A ``kv.json`` of a plan; ``change`` replaces entries."""
+    """A function that makes a ``kv.json`` of a plan; ``change`` replaces entries."""
 
     def written(plan: PruningPlan, **change: object) -> bytes:
         attending = [b for b in range(MODEL.num_blocks) if plan.mode("decode", b).attends]
@@ -202,7 +202,7 @@ def kv_json() -> Callable[..., bytes]:
 
 @pytest.fixture
 def write(tmp_path) -> Callable[[str, bytes | str | dict], Path]:
-    """``write("a/b.json", {...})`` under the test's directory."""
+    """A function ``write("a/b.json", {...})`` that writes under the test's directory."""
 
     def written(name: str, content: bytes | str | dict) -> Path:
         path = tmp_path / name

@@ -62,7 +62,7 @@ def question(number: int, task: str = "see", **fields: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def write(folder: Path, tmp_path: Path) -> Write:
-    """``write(lines)``: a data file beside the images."""
+    """A function ``write(lines)`` that writes a data file beside the images."""
 
     def written(*lines: dict[str, Any]) -> Path:
         path = folder / f"{tmp_path.name}.jsonl"
@@ -81,13 +81,13 @@ def read(home: Path, path: Path) -> list[TokenizedImageLine]:
 
 
 def plain_inputs(home: Path, line: TokenizedImageLine) -> dict[str, torch.Tensor]:
-    """What a caller of the plain model passes."""
+    """The inputs that a caller gives the plain model."""
     pixels = [Image.open(io.BytesIO(path.read_bytes())).convert("RGB") for path in line.images]
     return dict(load_image_processor(home)(images=pixels, return_tensors="pt"))
 
 
 def plain_nll(home: Path, line: TokenizedImageLine, kept: torch.Tensor | None = None) -> float:
-    """Of the plain model's own forward, optionally with other visual tokens masked out."""
+    """NLL by the plain model's own forward, optionally with other visual tokens masked out."""
     model = load_model(home).model
     ids = torch.tensor([[*line.prompt, *line.continuation]])
     mask = torch.ones_like(ids)

@@ -16,7 +16,7 @@ END = 256
 
 
 def draw_lines(count: int = 8, seed: int = 0) -> list[TokenizedLine]:
-    """Random lines of two tasks; prompts from one token to several sliding windows."""
+    """Random lines of two tasks, with prompts from one token to several sliding windows."""
     rng = random.Random(seed)
     return [
         TokenizedLine(
@@ -35,7 +35,9 @@ def calibration() -> Calibration:
 
 @pytest.fixture(scope="session")
 def write_calibration() -> Callable[..., Path]:
-    """``write_calibration(path, count, seed)`` writes lines of ASCII text with two tasks."""
+    """A function ``write_calibration(path, count, seed)`` that writes lines of ASCII text, two
+    tasks.
+    """
 
     def write(path: Path, count: int = 6, seed: int = 0) -> Path:
         rng = random.Random(seed)

@@ -25,7 +25,7 @@ def test_uris(tmp_path):
 
 
 class _NoAppend:
-    """A filesystem such as S3: objects are put whole."""
+    """A filesystem without append, such as S3: objects are put whole."""
 
     def __init__(self) -> None:
         self._inner = fs.LocalFileSystem()

@@ -79,7 +79,9 @@ def test_chat_template_renders_a_conversation_as_training_rows(tokenizer) -> Non
 
 
 def of_few_lengths(task: str, length: str, sizes: range, count: int) -> list[Example]:
-    """Test questions of near lengths, which share batches; length says nothing of answers."""
+    """Test questions of similar lengths, which share batches; the length says nothing of the
+    answer.
+    """
     drawn = generate(task, "test", count, 0, length=length)
     return [example for example in drawn if len(example.prompt) in sizes]
 

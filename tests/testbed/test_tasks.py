@@ -49,7 +49,7 @@ def solve(prompt: str) -> tuple[str, str]:
 
 
 def operands(prompt: str, task: str) -> object:
-    """What a split holds out: the whole prompt, or the operands of the record asked for."""
+    """The identity that a split keeps to itself: the whole prompt, or its record's operands."""
     if task == "retrieval":
         return prompt
     text = next(part for part in records(prompt) if part.startswith(f"{task}:"))

@@ -18,7 +18,7 @@ _BATCHES_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """Whether greedy decoding reproduced the expected answer, and what its KV weighed."""
+    """Whether greedy decoding gave the expected answer, and the bytes of its KV."""
 
     is_match: bool
     transfer: TransferRecord
@@ -34,15 +34,15 @@ def judge_answers(
 ) -> list[JudgedAnswer]:
     """Answer every prompt greedily and compare with its continuation, end marker included.
 
-    Exactly as many tokens are decoded as are expected, without stopping early: so the KV of every
-    prompt travels and is accounted for, also where the first token is wrong.
+    Decode writes exactly as many tokens as the expected answer has, without stopping early. So the
+    KV of every prompt travels and is counted, even if the first token is wrong.
 
     Args:
         pipeline: Prefill, wire and continuous decode of one plan.
-        lines: Prompts and expected continuations.
+        lines: Prompts with their expected continuations.
         end_token_ids: Tokens that may stand for the end marker beside the expected one.
         progress: Called after every slice of prompts.
-        what: Its label.
+        what: The label of the progress.
     """
     step = pipeline.max_num_seqs * _BATCHES_AT_ONCE
     judged: list[JudgedAnswer] = []

@@ -1,8 +1,9 @@
-"""Multiple choice: which continuation of a prompt both stages find likeliest.
+"""Multiple choice: the continuation of a prompt that both stages together make likeliest.
 
-As lm-evaluation-harness defines them (v0.4, ``multiple_choice``): ``acc`` is the share of questions
-whose right choice has the highest summed log-likelihood; ``acc_norm`` divides the sum by the number
-of characters of the choice first. Ties go to the first choice. No end marker is scored.
+The measures are defined as in lm-evaluation-harness (v0.4, ``multiple_choice``): ``acc`` is the
+share of questions whose right choice has the highest summed log-likelihood; ``acc_norm`` divides
+the sum by the number of characters of the choice first. Ties go to the first choice. No end marker
+is scored.
 
 The prompt runs through prefill once, and its KV is handed over to every choice in decode. A choice
 continues the prompt as written, so most begin with a space; spaces at its start are not counted as
@@ -32,7 +33,7 @@ from rayapp.models.likelihood import nll
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids of one prompt and its choices; ``num_characters`` of each, and the right one."""
+    """Token ids of a prompt and its choices, their ``num_characters``, and the right choice."""
 
     prompt: tuple[int, ...]
     choices: tuple[tuple[int, ...], ...]
@@ -44,11 +45,11 @@ class Question:
 def tokenize_question(
     line: ChoiceLine, tokenizer: PreTrainedTokenizerBase, where: str, max_positions: int
 ) -> Question:
-    """Token ids as lm-evaluation-harness makes them.
+    """Tokenise a question as lm-evaluation-harness does.
 
-    Spaces that end the prompt go to the choices, and a choice is what prompt and choice have beyond
-    the prompt's tokens. Where the tokenizer merges over the seam the choice is tokenised by itself
-    (the harness would lose characters).
+    Spaces that end the prompt go to the choices. A choice's tokens are those that prompt and choice
+    together have beyond the prompt's own. If the tokenizer merges over the seam, the choice is
+    tokenised by itself (the harness would lose characters).
 
     Raises:
         DataError: Prompt or a choice has no token, or they exceed the model's context together.
@@ -105,7 +106,7 @@ def choice_likelihoods(
 
 
 def _batches(questions: Sequence[Question]) -> Iterator[list[int]]:
-    """Indices of questions with prompts of equal length; every choice holds a prompt's KV."""
+    """Indices of questions with equally long prompts; every choice has a prompt's KV."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, question in enumerate(questions):
         by_length[len(question.prompt)].append(index)
@@ -122,7 +123,7 @@ def _num_tokens(question: Question) -> int:
 
 @dataclass(frozen=True)
 class AnsweredQuestions:
-    """What both sides made of the questions of one task: log-likelihoods per question, choice."""
+    """The log-likelihoods of one task on both sides, by question and choice."""
 
     questions: Sequence[Question]
     dense: Sequence[tuple[float, ...]]
@@ -130,14 +131,14 @@ class AnsweredQuestions:
     sent: PromptBytes
 
     def right(self, sums: Sequence[tuple[float, ...]], *, by_character: bool) -> list[bool]:
-        """Per question, whether the right choice is the likeliest."""
+        """Whether the right choice is the likeliest, question by question."""
         return [
             _likeliest(q, s, by_character=by_character) == q.answer
             for q, s in zip(self.questions, sums, strict=True)
         ]
 
     def points_lost(self, *, by_character: bool) -> list[float]:
-        """Per question, in percentage points: 100, 0 or -100."""
+        """Percentage points lost, question by question: 100, 0 or -100."""
         dense = self.right(self.dense, by_character=by_character)
         plan = self.right(self.plan, by_character=by_character)
         return [100.0 * (d - p) for d, p in zip(dense, plan, strict=True)]
@@ -152,7 +153,7 @@ def _likeliest(question: Question, sums: tuple[float, ...], *, by_character: boo
 def choice_result(
     task: str, groups: Sequence[AnsweredQuestions], settings: EvaluationSettings
 ) -> ChoiceResult:
-    """One row: a task, or the mean over tasks."""
+    """One row of the result: a task, or the mean over tasks."""
 
     def accuracy(side: str, *, by_character: bool) -> float:
         shares = [

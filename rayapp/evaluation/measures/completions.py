@@ -16,7 +16,7 @@ from rayapp.evaluation.settings import EvaluationSettings
 
 @dataclass(frozen=True)
 class JudgedCompletions:
-    """What was measured on each example of one task."""
+    """The measurements of one task, example by example."""
 
     lines: Sequence[TokenizedLine]
     likelihoods: Sequence[LineLikelihood]
@@ -25,23 +25,23 @@ class JudgedCompletions:
 
     @property
     def points_lost(self) -> list[float]:
-        """Per example, in percentage points: 100, 0 or -100."""
+        """Percentage points lost, example by example: 100, 0 or -100."""
         pairs = zip(self.dense, self.plan, strict=True)
         return [100.0 * (dense.is_match - plan.is_match) for dense, plan in pairs]
 
     @property
     def token_kl(self) -> list[float]:
-        """Per example, the mean over its continuation tokens."""
+        """Mean KL over the continuation tokens, example by example."""
         return [sums.kl / sums.num_tokens for sums in self.likelihoods]
 
     @property
     def num_tokens(self) -> list[float]:
-        """Per example, continuation tokens."""
+        """Number of continuation tokens, example by example."""
         return [float(sums.num_tokens) for sums in self.likelihoods]
 
     @property
     def sent(self) -> PromptBytes:
-        """Of the plan's transfers."""
+        """Sums over the plan's transfers."""
         transfers = [answer.transfer for answer in self.plan]
         return PromptBytes(
             sum(record.bytes_full for record in transfers),
@@ -54,7 +54,7 @@ class JudgedCompletions:
 def completion_result(
     task: str, groups: Sequence[JudgedCompletions], settings: EvaluationSettings
 ) -> TaskResult:
-    """One row: a task, or the mean over tasks."""
+    """One row of the result: a task, or the mean over tasks."""
     seed, resamples = settings.seed, settings.num_resamples
     weights = [group.num_tokens for group in groups]
     lengths = [len(line.prompt) for group in groups for line in group.lines]

@@ -1,9 +1,10 @@
-"""How fast a plan answers, beside the dense model: interleaved runs without transfer.
+"""The speed of a plan's answers beside the dense model's: interleaved runs without transfer.
 
 An answer of N tokens takes ``prefill + (N - 1) x TPOT``. Prefill is timed until the first answer
-token is known: where decode samples it, its first step is part of that. Within a batch, prompts are
-prefilled one by one and decoded together; the prefill of a run is the mean over its prompts. Where
-the data hold images, timed prompts begin with one, which is decoded and encoded anew every time.
+token is known; if decode samples that token, decode's first step is part of the time. Within a
+batch, prompts are prefilled one by one and decoded together; the prefill of a run is the mean over
+its prompts. If the data have images, timed prompts begin with one, which is decoded and encoded
+anew every time.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _RESAMPLES = 2_000
 
 @dataclass(frozen=True)
 class RunTimes:
-    """One run: seconds until a prompt's first answer token, and per decode step after it."""
+    """One run's times: seconds to a prompt's first answer token, and per decode step after it."""
 
     prefill_s: float
     tpot_s: float
@@ -47,7 +48,10 @@ Run = Callable[[], RunTimes]
 
 @dataclass(frozen=True)
 class TimedImage:
-    """What timed prompts begin with; ``reader`` makes one for a prefill stage, without a cache."""
+    """The image that timed prompts begin with.
+
+    ``reader`` makes an image reader without a cache for a prefill stage.
+    """
 
     image: ImageInput
     placeholder_id: int
@@ -65,7 +69,7 @@ def measure_latency(
 ) -> LatencyResult:
     """Time both sides on the same random prompts, alternating, after one untimed run of each.
 
-    Threads are those that torch uses at the moment; nothing here changes them.
+    The number of threads is torch's at the moment; this function does not change it.
     """
     requests = _requests(settings, batch_size, plan.decode.vocab_size, image)
     sides = [_EngineRun(side, requests, image) for side in (dense, plan)]
@@ -90,7 +94,7 @@ def measure_latency(
 def interleave(
     dense: Run, plan: Run, num_runs: int, *, on_run: Callable[[int], None] = lambda _done: None
 ) -> tuple[list[RunTimes], list[RunTimes]]:
-    """Alternate both sides, either going first in turn; one warm-up run of each is dropped."""
+    """Alternate both sides, which go first in turn; one warm-up run of each is dropped."""
     dense(), plan()
     dense_runs: list[RunTimes] = []
     plan_runs: list[RunTimes] = []
@@ -103,7 +107,7 @@ def interleave(
 
 
 def medians(runs: Sequence[RunTimes], num_answer_tokens: int) -> StageTimes:
-    """Medians over runs; that of a whole answer is over whole answers, not a sum of medians."""
+    """Medians over runs; that of whole answers is taken over answers, not summed from medians."""
     answers = _answers(runs, num_answer_tokens)
     return StageTimes(
         prefill_ms=1e3 * statistics.median(run.prefill_s for run in runs),
@@ -115,7 +119,7 @@ def medians(runs: Sequence[RunTimes], num_answer_tokens: int) -> StageTimes:
 def least_speedup(
     dense: Sequence[RunTimes], plan: Sequence[RunTimes], num_answer_tokens: int, *, seed: int = 0
 ) -> float:
-    """The one-sided 95 % lower bound of the speed-up of whole answers: pairs of runs resampled."""
+    """The one-sided 95 % lower bound of the speed-up of whole answers, over resampled runs."""
     dense_N, plan_N = (np.array(_answers(runs, num_answer_tokens)) for runs in (dense, plan))
     rng = np.random.default_rng(seed)
     index_RN = rng.integers(len(dense_N), size=(_RESAMPLES, len(dense_N)))
@@ -124,7 +128,7 @@ def least_speedup(
 
 
 def _answers(runs: Sequence[RunTimes], num_answer_tokens: int) -> list[float]:
-    """Seconds of a whole answer, per run."""
+    """Seconds of a whole answer, run by run."""
     return [run.prefill_s + (num_answer_tokens - 1) * run.tpot_s for run in runs]
 
 
@@ -135,21 +139,21 @@ def _requests(
     sampling = SamplingParams(max_tokens=settings.num_answer_tokens, ignore_eos=True)
     place = image.placeholder_id if image else None
     words = [token for token in range(vocab_size) if token != place]
-    found = []
+    requests = []
     for index in range(batch_size):
         text = tuple(rng.choices(words, k=settings.num_prompt_tokens))
         request = GenerationRequest(f"timing-{index}", text, sampling)
         if image is not None:
-            asked = (image.placeholder_id, *text)
+            prompt_ids = (image.placeholder_id, *text)
             request = replace(
-                request, prompt_token_ids=asked, images=(image.image,), text_token_ids=text
+                request, prompt_token_ids=prompt_ids, images=(image.image,), text_token_ids=text
             )
-        found.append(request)
-    return found
+        requests.append(request)
+    return requests
 
 
 class _EngineRun:
-    """One side's engines, answering the same requests every time it is called."""
+    """One side's engines, which answer the same requests every time that it is called."""
 
     def __init__(
         self, side: TwoStages, requests: list[GenerationRequest], image: TimedImage | None
@@ -158,7 +162,7 @@ class _EngineRun:
         max_model_len = first.num_prompt_tokens + first.sampling.max_tokens
         self._requests = requests
         self._first_by_decode = side.plan.first_token == "decode"
-        # Text has no visual tokens to prune, whatever the plan says of them.
+        # Text has no visual tokens to prune, whatever rule the plan has for them.
         plan = side.plan if image else side.plan.model_copy(update={"visual_tokens": None})
         self._prefill = PrefillEngine(
             side.prefill,

@@ -1,8 +1,9 @@
 """NLL and KL of continuations, teacher-forced through the stages that serve.
 
-The prompt through the plan's prefill stage, its KV cut and encoded as it would travel, the
-continuation through the plan's decode stage. Unlike the search's evaluator, which reuses states
-between candidates, this runs the very stacks that the engines run: each checks the other.
+The prompt runs through the plan's prefill stage, its KV is cut and encoded as it would travel, and
+the continuation runs through the plan's decode stage. Unlike the search's evaluator, which reuses
+states between candidates, this module runs the very stacks that the engines run, so the two check
+one another.
 Shapes: B = examples with prompts of equal length, T = prompt tokens, C = continuation tokens
 (padded on the right), V = vocabulary.
 """
@@ -26,7 +27,7 @@ from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 
 BATCH_TOKENS = 4_096
-"""Tokens of a batch (project default)."""
+"""Number of tokens of a batch (project default)."""
 _TOKENS_AT_ONCE = 256  # of one line in float64: a vocabulary of 128,000 makes them 260 MB
 
 
@@ -35,8 +36,8 @@ class LineLikelihood:
     """Sums over the continuation tokens of one example, in nats.
 
     ``dense_match`` and ``plan_match`` say whether every continuation token, the end marker
-    included, is the likeliest after those before it: then greedy decoding reproduces the
-    completion, and only then (near ties between two batch shapes aside).
+    included, is the likeliest after the tokens before it. Greedy decoding reproduces the completion
+    exactly in that case (near ties between two batch shapes aside).
     """
 
     dense_nll: float
@@ -49,13 +50,13 @@ class LineLikelihood:
 
 @dataclass(frozen=True)
 class HandedOver:
-    """What decode starts from: the KV that arrived, and who knows the first answer token.
+    """The start of decode: the KV that arrived, and the source of the first answer token.
 
     Attributes:
-        prefix: KV as decode holds it.
+        prefix: The prompt's KV in decode.
         positions_T: Positions of the tokens that prefill ran.
-        first_B1V: Logits of the first answer token, where prefill gives them.
-        last_B1: The last prompt token, where decode runs it.
+        first_B1V: Logits of the first answer token, if prefill gives them.
+        last_B1: The last prompt token, if decode runs it.
     """
 
     prefix: PrefixCache
@@ -64,7 +65,7 @@ class HandedOver:
     last_B1: torch.Tensor | None
 
     def repeated(self, counts_B: torch.Tensor) -> HandedOver:
-        """One row for each of ``counts_B`` continuations of every prompt; prefilled once."""
+        """Copy every prompt's row for each of its ``counts_B`` continuations; prefill ran once."""
         first, last = (
             None if rows is None else rows.repeat_interleave(counts_B.to(rows.device), dim=0)
             for rows in (self.first_B1V, self.last_B1)
@@ -73,7 +74,7 @@ class HandedOver:
 
 
 class TwoStages:
-    """Both stages of a plan over one model."""
+    """Both stages of a plan over one model, teacher-forced."""
 
     def __init__(self, model: PreTrainedModel, plan: PruningPlan) -> None:
         self.plan = plan
@@ -113,7 +114,7 @@ class TwoStages:
         return torch.cat(parts, dim=1)
 
     def _decode(self, handed: HandedOver, fed_BC: torch.Tensor) -> torch.Tensor:
-        """Logits after each token of ``fed_BC``, from the KV that arrived at decode."""
+        """Logits after every token of ``fed_BC``, from the KV that arrived at decode."""
         start, prefix = len(handed.positions_T), handed.prefix
         positions_C = torch.arange(start, start + fed_BC.shape[1])
         masks = {b: mask.to(self.decode.device) for b, mask in prefix.masks(positions_C).items()}
@@ -137,7 +138,7 @@ def likelihoods(
 def line_likelihood(
     dense_CV: torch.Tensor, plan_CV: torch.Tensor, continuation: Sequence[int]
 ) -> LineLikelihood:
-    """Sums over the real tokens of one line; float64, some at a time to bound memory."""
+    """Sums over the real tokens of one line in float64, by slices to bound memory."""
     token_ids_C = torch.tensor(continuation)
     dense_nll = plan_nll = divergence = 0.0
     dense_match = plan_match = True

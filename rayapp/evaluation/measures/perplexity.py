@@ -1,14 +1,14 @@
 """Stage-aware perplexity: text in windows, the first part through prefill, the rest through decode.
 
 The texts of a task are joined by a blank line, as the peers join WikiText-2, tokenised once, and
-cut into windows of equal size. Of a window the first tokens are the prompt, the others are scored,
-teacher-forced through decode. The next window begins so that its prompt is the text before the
-first token that is not scored yet: every token is scored exactly once, but the first prompt's. A
-text shorter than a window is one window, divided in the same proportion.
+cut into windows of equal size. The first tokens of a window are the prompt, the others are scored,
+teacher-forced through decode. The prompt of the next window is the text before the first token
+without a score, so every token is scored exactly once, except those of the first prompt. A text
+shorter than a window is one window, divided in the same proportion.
 
-Perplexity is ``exp`` of the mean NLL per scored token. Each token sees at least a prompt's length
-of text, so it lies below that of windows whose tokens see only their own window: compare it with
-its dense neighbour, never with another paper's figure.
+Perplexity is ``exp`` of the mean NLL per scored token. Every token sees at least a prompt's length
+of text, so this perplexity lies below that of windows whose tokens see only their own window:
+compare it with its dense neighbour, never with another paper's figure.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rayapp.evaluation.result import TextResult
 from rayapp.evaluation.settings import EvaluationSettings
 
 DEFAULT_WINDOW = 2_048
-"""Tokens of a window where the model's context allows it: the peers' usual size."""
+"""Number of tokens of a window if the model's context allows it: the peers' usual size."""
 SEPARATOR = "\n\n"
 
 
@@ -47,11 +47,11 @@ class Windows:
     """The windows of one task.
 
     Attributes:
-        lines: Prompt and scored tokens of each.
-        num_window_tokens: Tokens of a whole window; the last may be shorter.
-        num_prompt_tokens: Of them, those that prefill runs.
-        num_context_tokens: Tokens of the text that are never scored: the first prompt.
-        num_left_out: Tokens of the text beyond the limit of windows.
+        lines: Every window's prompt and scored tokens.
+        num_window_tokens: Number of tokens of a whole window; the last may be shorter.
+        num_prompt_tokens: Number of a window's tokens that prefill runs.
+        num_context_tokens: Number of tokens of the text that are never scored: the first prompt.
+        num_left_out: Number of tokens of the text beyond the limit of windows.
     """
 
     lines: tuple[TokenizedLine, ...]
@@ -72,8 +72,8 @@ def cut_windows(
     """Join, tokenise and cut the texts of one task; nothing is dropped without being counted.
 
     Raises:
-        InputError: The window that was asked for exceeds the model's context.
-        DataError: The texts hold fewer than two tokens, so none can be scored.
+        InputError: The window of the settings exceeds the model's context.
+        DataError: The texts have fewer than two tokens, so none can be scored.
     """
     wanted = settings.num_window_tokens
     if wanted is not None and wanted > max_positions:
@@ -99,7 +99,7 @@ def cut_windows(
 
 @dataclass(frozen=True)
 class ScoredWindows:
-    """What both sides made of the windows of one task."""
+    """The windows of one task, with their scores on both sides."""
 
     windows: Windows
     likelihoods: Sequence[LineLikelihood]
@@ -107,17 +107,17 @@ class ScoredWindows:
 
     @property
     def num_tokens(self) -> list[float]:
-        """Per window, tokens scored."""
+        """Number of scored tokens, window by window."""
         return [float(sums.num_tokens) for sums in self.likelihoods]
 
     @property
     def nll_lost(self) -> list[float]:
-        """Per window, plan minus dense, nats per token."""
+        """NLL of the plan minus NLL of the dense model, window by window, in nats per token."""
         return [(s.plan_nll - s.dense_nll) / s.num_tokens for s in self.likelihoods]
 
     @property
     def token_kl(self) -> list[float]:
-        """Per window, nats per token."""
+        """KL, window by window, in nats per token."""
         return [sums.kl / sums.num_tokens for sums in self.likelihoods]
 
     def nll(self, side: str) -> float:
@@ -128,7 +128,10 @@ class ScoredWindows:
 def text_result(
     task: str, groups: Sequence[ScoredWindows], settings: EvaluationSettings
 ) -> TextResult:
-    """One row: a task, or the mean over tasks (of NLL, so of perplexity the geometric mean)."""
+    """One row of the result: a task, or the mean over tasks.
+
+    The mean of NLL makes the perplexity a geometric mean.
+    """
     options = {"seed": settings.seed, "num_resamples": settings.num_resamples}
     weights = [group.num_tokens for group in groups]
     return TextResult(

@@ -1,4 +1,4 @@
-"""What the KV of prompts weighs under a plan, as the ledger will count it, without sending it."""
+"""Bytes of prompts' KV under a plan, as the ledger will count them, without sending it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rayapp.kv.ledger import KVShape
 
 @dataclass(frozen=True)
 class PromptBytes:
-    """Sums over prompts: of their dense caches, of everything that is sent instead, and savings."""
+    """Sums over prompts: their dense caches, the messages sent instead, and savings."""
 
     bytes_full: int
     bytes_sent: int
@@ -39,9 +39,9 @@ class PromptBytes:
 
     @classmethod
     def total(cls, parts: Iterable[PromptBytes]) -> PromptBytes:
-        """The sum."""
+        """The sum of two counts."""
         return cls(*(sum(column) for column in zip(*map(astuple, parts), strict=True)))
 
     def fields(self) -> dict[str, int]:
-        """By name, for a result."""
+        """The counts by name, for a result."""
         return asdict(self)

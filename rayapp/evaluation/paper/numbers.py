@@ -1,4 +1,4 @@
-"""Outcomes to numbers, each with its sample size and, where examples vary, its paired bound."""
+"""The numbers of outcomes, with sample sizes and, if examples vary, paired bounds."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Number:
 
     Attributes:
         data: Data set, ``mean``, ``all data``, or batch size.
-        metric: What was measured.
-        num: Examples, windows, runs or requests that it rests on.
-        dense: The dense model's.
-        plan: The plan's.
-        difference: Points or nats per token lost; of times and bytes, dense over plan.
-        bound: One-sided 95 % bound of the difference on its bad side, where there is one.
+        metric: The name of the metric.
+        num: Number of examples, windows, runs or requests that it rests on.
+        dense: The dense model's value.
+        plan: The plan's value.
+        difference: Points or nats per token lost; for times and bytes, dense over plan.
+        bound: One-sided 95 % bound of the difference on its bad side, if there is one.
     """
 
     data: str
@@ -43,11 +43,11 @@ def row_numbers(row: RowOutcome, *, link_gbps: float, seed: int) -> list[Number]
     """All numbers of a row.
 
     Args:
-        row: What was measured; a unified row sends nothing.
+        row: The outcome of the row; a unified row sends nothing.
         link_gbps: Link that transfers are reckoned with, in gigabits per second.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
     """
-    found = [
+    numbers = [
         Number(
             name,
             metric.name,
@@ -59,13 +59,13 @@ def row_numbers(row: RowOutcome, *, link_gbps: float, seed: int) -> list[Number]
         for name, data in row.data.items()
         for metric in data.metrics
     ]
-    found += _mean(row, seed)
+    numbers += _mean(row, seed)
     for timing in row.latency:
-        found += _times(timing)
+        numbers += _times(timing)
     if row.base is None:
-        found += _bytes(row)
-        found += [_with_transfer(t, row, link_gbps) for t in row.latency if t.batch_size == 1]
-    return found
+        numbers += _bytes(row)
+        numbers += [_with_transfer(t, row, link_gbps) for t in row.latency if t.batch_size == 1]
+    return numbers
 
 
 def _mean_and_bound(bound: Bound) -> tuple[float, float]:
@@ -78,7 +78,7 @@ def _accuracies(row: RowOutcome) -> dict[str, list[float]]:
 
 
 def _mean(row: RowOutcome, seed: int) -> list[Number]:
-    """Over the data sets that have an accuracy, each counting alike; none without any."""
+    """The mean over the data sets that have an accuracy; every data set counts alike."""
     metrics = [d.primary for d in row.data.values() if d.primary.is_accuracy]
     if not metrics:
         return []
@@ -111,7 +111,10 @@ def _times(timing: LatencyResult) -> list[Number]:
 
 
 def _with_transfer(timing: LatencyResult, row: RowOutcome, link_gbps: float) -> Number:
-    """Reckoned, not measured: bytes over bandwidth, none of it hidden, and no round trips."""
+    """A computed time, not a measured one: bytes over bandwidth.
+
+    No transfer is hidden, and round trips are left out.
+    """
     dense, plan = (
         answer_ms + 8e-6 * num_bytes / link_gbps
         for answer_ms, num_bytes in zip(
@@ -129,10 +132,10 @@ def _bytes(row: RowOutcome) -> list[Number]:
 
 
 def beside_ours(peer: RowOutcome, ours: RowOutcome, *, seed: int) -> Number | None:
-    """How many points of mean accuracy a peer loses more than ours, and at least (95 %).
+    """How many points of mean accuracy a peer loses more than ours, with its 95 % bound.
 
-    Paired on the same examples, ours in the place of dense; None where no data set of both has an
-    accuracy.
+    Both plans are paired on the same examples, with ours in the place of dense. The result is None
+    if no data set of both has an accuracy.
     """
     theirs, mine = _accuracies(peer), _accuracies(ours)
     names = [name for name in theirs if name in mine]

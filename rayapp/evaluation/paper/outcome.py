@@ -1,4 +1,4 @@
-"""What one plan did beside the dense model, example by example, kept in its directory."""
+"""The outcome of one plan beside the dense model, example by example, kept in its directory."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from rayapp.settings import Strict
 MetricName = Literal["acc", "acc_norm", "exact match", "perplexity"]
 ROW_FILE = "row.json"
 NUM_RESAMPLES = 2_000
-"""Of every interval in the tables: they are written anew after each row."""
+"""Number of resamples of every interval in the tables, which are written anew after each row."""
 
 
 class Metric(Strict):
     """One metric of a data set, per example; all its tasks together, examples counting alike.
 
-    Accuracies are 100 or 0. Perplexity is kept as nats per token, with tokens as ``weights``
-    (empty: all alike).
+    Accuracies are 100 or 0. Perplexity is kept as nats per token, with numbers of tokens as
+    ``weights``; without weights, examples count alike.
     """
 
     name: MetricName
@@ -45,22 +45,22 @@ class Metric(Strict):
 
     @property
     def dense_value(self) -> float:
-        """Per cent, or the perplexity."""
+        """The dense model's accuracy in per cent, or its perplexity."""
         return self._value(self.dense)
 
     @property
     def plan_value(self) -> float:
-        """Per cent, or the perplexity."""
+        """The plan's accuracy in per cent, or its perplexity."""
         return self._value(self.plan)
 
     @property
     def losses(self) -> list[float]:
-        """Per example, how much worse the plan is: points, or nats per token."""
+        """How much worse the plan is, example by example: points, or nats per token."""
         sign = 1.0 if self.is_accuracy else -1.0
         return [sign * (d - p) for d, p in zip(self.dense, self.plan, strict=True)]
 
     def lost(self, *, seed: int) -> Bound:
-        """What the plan loses, and at most (95 %)."""
+        """The plan's mean loss, and its 95 % bound."""
         weights = [self.weights] if self.weights else None
         return upper_bound([self.losses], weights=weights, seed=seed, num_resamples=NUM_RESAMPLES)
 
@@ -71,9 +71,9 @@ class Metric(Strict):
 
 
 class DataOutcome(Strict):
-    """A plan on one data set; ``sha256`` is the file's.
+    """The outcome of a plan on one data set; ``sha256`` is the file's.
 
-    ``num_prompts`` is how many prompts the bytes are the sum of.
+    ``num_prompts`` is the number of prompts whose bytes are summed.
     """
 
     sha256: str
@@ -92,7 +92,7 @@ class DataOutcome(Strict):
 
 
 class SearchCost(Strict):
-    """What finding a plan took."""
+    """The cost of the search for a plan."""
 
     evaluations: int
     seconds: float
@@ -100,7 +100,7 @@ class SearchCost(Strict):
 
 
 class WeightBytes(Strict):
-    """Parameters that a replica holds, tied ones once; unified holds what either stage runs."""
+    """Parameter bytes of a replica, tied ones once; unified counts the blocks of either stage."""
 
     prefill: int
     decode: int
@@ -108,10 +108,10 @@ class WeightBytes(Strict):
 
 
 class RowOutcome(Strict):
-    """Everything that was measured of one row.
+    """All measurements of one row.
 
-    ``timed_bytes`` are what the dense model and the plan send of a prompt of the timed length.
-    ``base`` names the row whose plan and numbers a unified row shares.
+    ``timed_bytes`` are the bytes that the dense model and the plan send of a prompt of the timed
+    length. ``base`` names the row whose plan and numbers a unified row shares.
     """
 
     name: str
@@ -126,7 +126,7 @@ class RowOutcome(Strict):
     base: str | None = None
 
     def save(self, directory: Path) -> None:
-        """Write it into the row's directory, complete or not at all."""
+        """Write the outcome into the row's directory, complete or not at all."""
         target = directory / ROW_FILE
         temporary = target.with_suffix(".tmp")
         temporary.write_text(self.model_dump_json() + "\n", encoding="utf-8")
@@ -134,7 +134,7 @@ class RowOutcome(Strict):
 
     @classmethod
     def load(cls, directory: Path) -> RowOutcome | None:
-        """What a row's directory holds; None where nothing was measured yet.
+        """The outcome in a row's directory; None if nothing was measured yet.
 
         Raises:
             InputError: The file is no outcome.
@@ -151,10 +151,10 @@ class RowOutcome(Strict):
 
 
 def measure_data(sides: Sides, name: str, data: EvaluationData) -> DataOutcome:
-    """A data set of one kind on both sides, its tasks together."""
+    """Measure a data set of one kind on both sides; its tasks count together."""
     groups: list[JudgedCompletions | AnsweredQuestions | ScoredWindows] = [
         *(sides.completions(_label(name, t), lines) for t, lines in data.completions.items()),
-        *(sides.choices(_label(name, t), found) for t, found in data.choices.items()),
+        *(sides.choices(_label(name, t), questions) for t, questions in data.choices.items()),
         *(sides.texts(_label(name, t), windows) for t, windows in data.texts.items()),
     ]
     sent = PromptBytes.total(group.sent for group in groups)
@@ -173,7 +173,7 @@ def measure_data(sides: Sides, name: str, data: EvaluationData) -> DataOutcome:
 
 
 def kind_of_data(data: EvaluationData) -> Kind:
-    """The only kind of its lines."""
+    """The only kind of a data set's lines."""
     if data.completions:
         return "completions"
     return "choices" if data.choices else "texts"
@@ -193,12 +193,12 @@ def _metrics(group: JudgedCompletions | AnsweredQuestions | ScoredWindows) -> li
             _accuracy(name, *(group.right(s, by_character=norm) for s in (group.dense, group.plan)))
             for name, norm in kinds
         ]
-    found = group.likelihoods
+    likelihoods = group.likelihoods
     return [
         Metric(
             name="perplexity",
-            dense=tuple(sums.dense_nll / sums.num_tokens for sums in found),
-            plan=tuple(sums.plan_nll / sums.num_tokens for sums in found),
+            dense=tuple(sums.dense_nll / sums.num_tokens for sums in likelihoods),
+            plan=tuple(sums.plan_nll / sums.num_tokens for sums in likelihoods),
             weights=tuple(group.num_tokens),
         )
     ]
@@ -209,11 +209,11 @@ def _accuracy(name: MetricName, dense: Sequence[bool], plan: Sequence[bool]) -> 
 
 
 def _percent(right: Sequence[bool]) -> tuple[float, ...]:
-    return tuple(100.0 * each for each in right)
+    return tuple(100.0 * is_right for is_right in right)
 
 
 def _joined(metrics: Sequence[Metric]) -> Metric:
-    """One metric over several tasks."""
+    """One metric, joined over several tasks."""
     return Metric(
         name=metrics[0].name,
         dense=tuple(value for metric in metrics for value in metric.dense),

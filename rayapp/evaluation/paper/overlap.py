@@ -1,4 +1,4 @@
-"""Prompts that stand in what a plan was chosen or trained on, and in what it is judged by."""
+"""Prompts that are both in the data a plan was chosen or trained on, and in its evaluation data."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from rayapp.evaluation.measures.perplexity import TextLine
 from rayapp.evaluation.paper.settings import ReproduceSettings
 
 MIN_CHARACTERS = 32
-"""From which length on a prompt counts as found inside a text (project default)."""
+"""Smallest length of a prompt that is searched for inside texts (project default)."""
 
 
 def checked_overlaps(settings: ReproduceSettings) -> dict[str, int]:
     """Data sets that share prompts with calibration or heal data; refused unless allowed.
 
     Raises:
-        DataError: As :func:`count_overlaps`, or prompts are shared and ``allow_overlap`` is not
-            set.
+        DataError: A file is refused as in :func:`count_overlaps`, or prompts are shared and
+            ``allow_overlap`` is not set.
     """
     chosen_on = [path for path in (settings.calibration, settings.heal_data) if path]
     counts = {n: c for n, c in count_overlaps(chosen_on, settings.data).items() if c}
     if counts and not settings.allow_overlap:
-        found = ", ".join(f"{count} in {name}" for name, count in counts.items())
+        listed = ", ".join(f"{count} in {name}" for name, count in counts.items())
         raise DataError(
-            f"prompts of {' and '.join(chosen_on)} stand in the evaluation data ({found}): a plan "
+            f"prompts of {' and '.join(chosen_on)} stand in the evaluation data ({listed}): a plan "
             "would be judged by what it was chosen on; take them out of one of the files, or give "
             "--allow-overlap, and the tables say so"
         )
@@ -36,10 +36,11 @@ def checked_overlaps(settings: ReproduceSettings) -> dict[str, int]:
 
 
 def count_overlaps(chosen_on: Iterable[str], data: Mapping[str, str]) -> dict[str, int]:
-    """Per data set the number of calibration (or heal) prompts that it holds.
+    """Numbers of calibration (or heal) prompts in the data sets, by name.
 
-    Prompts are equal but for case and white space. A text holds a prompt that stands in it whole.
-    Lines about images are not compared: they may ask the same of other images.
+    Prompts that differ only in case and white space count as equal. A text contains a prompt if the
+    whole prompt stands in it. Lines about images are not compared, since they may ask the same
+    question about other images.
 
     Args:
         chosen_on: Calibration and heal files.
@@ -55,10 +56,10 @@ def count_overlaps(chosen_on: Iterable[str], data: Mapping[str, str]) -> dict[st
 
 def _count(prompts: set[str], path: Path) -> int:
     lines = [parse_any(fields, f"{path} line {n}") for n, fields in read_objects(path)]
-    asked = {_plain(line.prompt) for line in lines if isinstance(line, Line | ChoiceLine)}
+    questions = {_plain(line.prompt) for line in lines if isinstance(line, Line | ChoiceLine)}
     text = _plain("\n\n".join(line.text for line in lines if isinstance(line, TextLine)))
     inside = {p for p in prompts if len(p) >= MIN_CHARACTERS and p in text} if text else set()
-    return len((prompts & asked) | inside)
+    return len((prompts & questions) | inside)
 
 
 def _plain(text: str) -> str:

@@ -1,8 +1,9 @@
-"""Which plans are compared: the dense model, the peers' methods, PDTrim's, and ours.
+"""The plans to compare: the dense model, the peers' methods, PDTrim's, and ours.
 
 Peers know one removal set for both stages, so theirs is shared, and as large as the mean of the two
-stages' sizes. All searches score the same calibration lines by the same objective: what differs is
-how they search, not what they search for. That is more than some of the papers give their methods.
+stages' sizes. All searches score the same calibration lines by the same objective, so they differ
+in how they search, not in what they search for. That is more than some of the papers give their
+methods.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ class Row:
     """One row of the tables.
 
     Attributes:
-        name: Of its directory, and on the command line.
-        title: In tables.
+        name: The name of the row's directory, and of the row on the command line.
+        title: The row's title in tables.
         source: The paper, or ``ours``.
-        search: Settings of its search that differ; None where it is not searched.
+        search: The settings of its search that differ; None if it is not searched.
         healed: Whether the search heals.
-        after: Rows of which the last one that is there gives the plan.
+        after: Names of rows; the last of them that exists gives this row's plan.
     """
 
     name: str
@@ -61,15 +62,15 @@ ROWS = (
     Row("kv_selected", "ours, with KV selection", "ours", after=_PLANS),
     Row("unified", "the same, unified", "ours", after=(*_PLANS, "kv_selected")),
 )
-"""In the order of the tables."""
+"""All rows, in the order of the tables."""
 
 PEERS = ("random", "similarity", "window", "one_shot", "greedy", "evolution")
 OURS = "kv_modes"
-"""Ours under the peers' conditions: no training, all KV sent."""
+"""The name of our row under the peers' conditions: no training, all KV sent."""
 
 
 def chosen_rows(settings: ReproduceSettings) -> tuple[Row, ...]:
-    """The rows that were asked for, dense first; raises :class:`InputError` for unknown names."""
+    """The rows of the settings, dense first; raises :class:`InputError` for unknown names."""
     known = [row.name for row in ROWS]
     wanted = known if settings.rows is None else list(settings.rows)
     unknown = sorted(set(wanted) - set(known))
@@ -79,7 +80,7 @@ def chosen_rows(settings: ReproduceSettings) -> tuple[Row, ...]:
 
 
 def left_out(row: Row, settings: ReproduceSettings, sizes: tuple[int, int]) -> str | None:
-    """Why a row cannot be made of these settings; None where it can."""
+    """The reason why a row cannot be made with these settings; None if it can."""
     if row.healed and settings.heal_data is None:
         return "no --heal-data was given"
     if row.healed and settings.heal == "none":
@@ -94,7 +95,7 @@ def left_out(row: Row, settings: ReproduceSettings, sizes: tuple[int, int]) -> s
 def search_settings(
     row: Row, settings: ReproduceSettings, sizes: tuple[int, int], out: Path, *, resume: bool
 ) -> SearchSettings:
-    """How a row is searched."""
+    """The settings of a row's search."""
     assert row.search is not None, "only searched rows ask"
     shared = sum(sizes) // 2
     prefill, decode = (shared, shared) if row.search.get("shared") else sizes

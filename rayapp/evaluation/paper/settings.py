@@ -1,4 +1,4 @@
-"""Everything that a reproduction is told, checked."""
+"""The settings of a reproduction, checked."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from rayapp.settings import (
 )
 
 SHARE = 0.125
-"""Of all blocks, what every plan removes by default: the lightest compression of the peers'
+"""Share of all blocks that every plan removes by default: the lightest compression of the peers'
 tables."""
 LINK_GBPS = 10.0
-"""Gigabits per second of the link that transfers are reckoned with (project default)."""
+"""Gigabits per second of the link that transfers are computed with (project default)."""
 
 _NOT_IDENTITY = {
     "model", "calibration", "heal_data", "data", "out", "rows", "workers", "address", "resume",
@@ -133,7 +133,7 @@ class ReproduceSettings(Settings):
     @field_validator("data", mode="before")
     @classmethod
     def _named(cls, value: object) -> object:
-        """``NAME=FILE`` texts as a mapping."""
+        """``NAME=FILE`` texts as a mapping from names to files."""
         if not isinstance(value, list):
             return value
         named: dict[str, str] = {}
@@ -164,7 +164,7 @@ class ReproduceSettings(Settings):
         return self
 
     def sizes(self, num_blocks: int) -> tuple[int, int]:
-        """Blocks that prefill and decode remove."""
+        """Numbers of blocks that prefill and decode remove."""
         if self.prefill_remove is not None and self.decode_remove is not None:
             return self.prefill_remove, self.decode_remove
         count = max(1, round((SHARE if self.share is None else self.share) * num_blocks))
@@ -172,12 +172,12 @@ class ReproduceSettings(Settings):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What rows of one directory must agree on, but for files, which are hashed."""
+        """The settings that rows of one directory must agree on; files are hashed instead."""
         unused = {"revision"} if self.revision is None else set()
         return self.model_dump(mode="json", exclude=_NOT_IDENTITY | unused)
 
     def score(self) -> ScoreSettings:
-        """What all searches score."""
+        """The settings of the score of all searches."""
         return ScoreSettings(
             model=self.model,
             revision=self.revision,
@@ -186,13 +186,13 @@ class ReproduceSettings(Settings):
         )
 
     def compute(self) -> ComputeSettings:
-        """Where all searches compute."""
+        """The settings of the compute of all searches."""
         return ComputeSettings(
             workers=self.workers, address=self.address, device=self.device, threads=self.threads
         )
 
     def evaluation(self) -> EvaluationSettings:
-        """How rows are measured."""
+        """The settings of the rows' evaluation."""
         return EvaluationSettings(
             split=self.split,
             limit=self.limit,

@@ -34,15 +34,15 @@ _ROWS = {row.name: row for row in ROWS}
 
 @dataclass(frozen=True)
 class Paper:
-    """All that the tables are made of.
+    """All the material of the tables.
 
     Attributes:
-        settings: What was asked for.
-        rows: What was measured, in the order of the tables.
-        left_out: Rows that are not there, and why.
-        machine: Where it was measured.
-        notes: How numbers are defined.
-        caveats: Why some must not be quoted.
+        settings: The settings of the reproduction.
+        rows: The outcomes of the rows, in the order of the tables.
+        left_out: Names of missing rows, with the reason.
+        machine: The machine that measured.
+        notes: Definitions of the numbers.
+        caveats: Reasons why some numbers must not be quoted.
     """
 
     settings: ReproduceSettings
@@ -54,24 +54,24 @@ class Paper:
 
     @cached_property
     def numbers(self) -> dict[str, list[Number]]:
-        """By row."""
+        """The numbers by row."""
         seed, link = self.settings.seed, self.settings.link_gbps
         return {row.name: row_numbers(row, link_gbps=link, seed=seed) for row in self.rows}
 
     def number(self, row: str, data: str, metric: str) -> Number | None:
-        """One of them, where it is there."""
-        found = (n for n in self.numbers[row] if (n.data, n.metric) == (data, metric))
-        return next(found, None)
+        """One number of a row; None if the row has none of this name."""
+        matching = (n for n in self.numbers[row] if (n.data, n.metric) == (data, metric))
+        return next(matching, None)
 
     def write(self, directory: Path) -> None:
-        """``paper.md``, ``paper.csv`` and ``paper.json``."""
+        """Write ``paper.md``, ``paper.csv`` and ``paper.json``."""
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "paper.md").write_text(self.markdown(), encoding="utf-8")
         (directory / "paper.csv").write_text(self.csv(), encoding="utf-8")
         (directory / "paper.json").write_text(self.json(), encoding="utf-8")
 
     def markdown(self) -> str:
-        """Tables, definitions, and what speaks against quoting them."""
+        """Tables, definitions, and the reasons against quoting them, as Markdown."""
         parts = [table.markdown() for table in self.tables()]
         lines = [f"- {note}" for note in self.notes]
         lines += [f"- left out, {row_title(name)}: {why}" for name, why in self.left_out.items()]
@@ -79,7 +79,7 @@ class Paper:
         return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
 
     def csv(self) -> str:
-        """A line for every number."""
+        """The numbers as CSV, one per line."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["row", "title", *(field.name for field in fields(Number))])
@@ -89,7 +89,7 @@ class Paper:
         return text.getvalue()
 
     def json(self) -> str:
-        """Everything but the outcomes per example, which lie beside the plans."""
+        """Everything except the outcomes per example, which lie beside the plans, as JSON."""
         rows = [
             {
                 **row.model_dump(mode="json", exclude={"data", "latency"}),
@@ -110,9 +110,15 @@ class Paper:
         return json.dumps(record, indent=2) + "\n"
 
     def tables(self) -> list[Table]:
-        """Quality, ours beside the peers, speed, bytes and searches; those that are not empty."""
-        found = [self._quality(), self._beside_ours(), self._speed(), self._bytes(), self._search()]
-        return [table for table in found if table.rows and len(table.columns) > 1]
+        """The non-empty tables: quality, ours beside the peers, speed, bytes and searches."""
+        tables = [
+            self._quality(),
+            self._beside_ours(),
+            self._speed(),
+            self._bytes(),
+            self._search(),
+        ]
+        return [table for table in tables if table.rows and len(table.columns) > 1]
 
     def _quality(self) -> Table:
         dense = self.numbers[self.rows[0].name]
@@ -195,8 +201,8 @@ class Paper:
             sent = (f"{number.num:,}", f"{number.plan:,.0f}", f"{number.difference:.3f}x")
         if row.weights is None:
             return (*sent, "-", "-", "-")
-        held = (row.weights.prefill, row.weights.decode, row.weights.unified)
-        shown = [f"{num_bytes / 1e6:,.1f} MB" for num_bytes in held]
+        replicas = (row.weights.prefill, row.weights.decode, row.weights.unified)
+        shown = [f"{num_bytes / 1e6:,.1f} MB" for num_bytes in replicas]
         return (*sent, *(["-", "-", shown[2]] if row.base else shown))
 
     def _search(self) -> Table:
@@ -217,7 +223,7 @@ class Paper:
 
 
 def row_title(name: str) -> str:
-    """A row in words."""
+    """The title of a row, with its sizes in words."""
     return _ROWS[name].title
 
 
@@ -228,8 +234,8 @@ def _removed(row: RowOutcome) -> str:
 def definitions(
     settings: ReproduceSettings, rows: Sequence[Row], bases: Mapping[str, str]
 ) -> list[str]:
-    """How the numbers are defined; ``bases`` says on which row's plan another one rests."""
-    found = [
+    """Definitions of the numbers; ``bases`` says on which row's plan another one rests."""
+    notes = [
         "acc: the right choice has the highest summed log-likelihood; acc_norm: the highest per "
         "character (as lm-evaluation-harness); shots are those of the prompts in the files; exact "
         "match: greedy decoding gives the whole completion",
@@ -242,47 +248,47 @@ def definitions(
         "reckoned, not measured",
     ]
     if any(row.name in PEERS for row in rows):
-        found.append(
+        notes.append(
             "peers' searches remove one set from both stages and score our calibration lines by "
             "our KL: a comparison of searches, not of the papers' data or objectives"
         )
     if any(row.name == "unified" for row in rows):
-        found.append(
+        notes.append(
             "unified: both stages in one replica; tokens equal those of its plan by construction, "
             "so do times without transfer, and nothing is sent"
         )
-    found += [f"{row_title(row)}: rests on the plan of `{base}`" for row, base in bases.items()]
-    return found
+    notes += [f"{row_title(row)}: rests on the plan of `{base}`" for row, base in bases.items()]
+    return notes
 
 
 def caveats(settings: ReproduceSettings, rows: Sequence[RowOutcome], dtype: str) -> list[str]:
-    """Why numbers must not be quoted as claims."""
+    """Reasons why numbers must not be quoted as claims."""
     sets = rows[0].data if rows else {}
-    found = [
+    reasons = [
         f"{name}: {len(data.primary.dense):,} examples; points lost need 2,000"
         for name, data in sets.items()
         if data.primary.is_accuracy and len(data.primary.dense) < 2_000
     ]
-    found += [
+    reasons += [
         f"{name}: {data.num_left_out:,} tokens of text lie beyond the limit"
         for name, data in sets.items()
         if data.num_left_out
     ]
     shortest = min((data.min_prompt_tokens for data in sets.values()), default=128)
     if shortest < 128:
-        found.append(
+        reasons.append(
             f"the shortest prompt has {shortest} tokens; a reduction is quoted for 128 or more"
         )
     if dtype != "bfloat16":
-        found.append(f"the engine ran in {dtype}; a reduction is quoted in bfloat16")
+        reasons.append(f"the engine ran in {dtype}; a reduction is quoted in bfloat16")
     if 0 < settings.num_runs < 30:
-        found.append(f"{settings.num_runs} timed runs; a speed-up is quoted from 30")
+        reasons.append(f"{settings.num_runs} timed runs; a speed-up is quoted from 30")
     if not settings.split:
-        found.append("the split of the data is not stated")
-    return found
+        reasons.append("the split of the data is not stated")
+    return reasons
 
 
 def mean_accuracy(paper: Paper, row: str) -> str:
-    """For a line of progress: what a row reached."""
+    """A row's mean accuracy in words, for a line of progress."""
     number = paper.number(row, MEAN, ACCURACY)
     return "" if number is None else f", mean accuracy {number.plan:.2f}"

@@ -1,4 +1,4 @@
-"""Scales of the report's plots: a value to a share of the axis, and where the ticks stand."""
+"""Scales of the report's plots: they place a value on the axis, and choose the ticks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 LOG_FROM_RATIO = 10.0
-"""Ratio of the largest to the smallest value from which on an axis is logarithmic."""
+"""Smallest ratio of the largest to the smallest value that makes an axis logarithmic."""
 ZERO_SHARE = 0.12
 """Share of a logarithmic axis that lies between its smallest value and a zero below it."""
 _LARGEST = 1e300  # so that no difference of two values overflows
@@ -15,12 +15,12 @@ _NUM_STEPS = 4
 _MAX_DECADES = 8
 
 Tick = tuple[float, str]
-"""Share of the axis, and the label."""
+"""A tick: its share of the axis, and its label."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """An axis from ``low`` to ``high``; where it is logarithmic, a zero has a place below it."""
+    """An axis from ``low`` to ``high``; if it is logarithmic, zero has a place below it."""
 
     low: float
     high: float
@@ -29,10 +29,10 @@ class Scale:
 
     @classmethod
     def of(cls, values: Iterable[float], *, linear: bool = False) -> Scale:
-        """The axis that all finite ``values`` (below 1e300) fit on; 0 to 1 where there are none.
+        """The axis that all finite ``values`` (below 1e300) fit on; 0 to 1 if there are none.
 
-        It is logarithmic where no value is negative and the positive ones span a wide range, unless
-        it is to be ``linear``.
+        It is logarithmic if no value is negative and the positive ones span a wide range, unless
+        ``linear`` is set.
         """
         finite = [value for value in values if abs(value) < _LARGEST]
         if not finite:
@@ -48,7 +48,7 @@ class Scale:
         return cls(low, high)
 
     def at(self, value: float) -> float:
-        """Where ``value`` lies: 0 at the low end, 1 at the high end; kept within both."""
+        """The place of ``value``: 0 at the low end, 1 at the high end, and never outside."""
         if not self.is_log:
             return _within((value - self.low) / (self.high - self.low))
         if not value > 0:
@@ -59,17 +59,17 @@ class Scale:
 
     @property
     def ticks(self) -> tuple[Tick, ...]:
-        """Round values within the axis, ascending, and the zero of a logarithmic one."""
+        """Ticks at round values within the axis, ascending, with the zero of a logarithmic one."""
         zero: list[Tick] = [(0.0, "0")] if self.is_log and self.has_zero else []
         values = self._decades() if self.is_log else self._steps()
         return (*zero, *((self.at(value), _label(value)) for value in values))
 
     def _decades(self) -> list[float]:
-        """Powers of ten; with their doubles and fives where there are fewer than three."""
+        """Powers of ten; fewer than three are filled up with their doubles and fives."""
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
         for factors in ((1,), (1, 2, 5)):
-            found = [f * 10.0**p for p in range(first, last + 1) for f in factors]
-            inside = [v for v in found if self.low * (1 - 1e-9) <= v <= self.high * (1 + 1e-9)]
+            values = [f * 10.0**p for p in range(first, last + 1) for f in factors]
+            inside = [v for v in values if self.low * (1 - 1e-9) <= v <= self.high * (1 + 1e-9)]
             if len(inside) >= 3:
                 break
         return inside[:: math.ceil(len(inside) / _MAX_DECADES)] if inside else []

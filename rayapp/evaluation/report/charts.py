@@ -1,4 +1,4 @@
-"""What the report draws of a plan, block by block: plain numbers and labels, no markup."""
+"""The data of the report's drawings, block by block: plain numbers and labels, no markup."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MODE_LABELS: dict[Mode, str] = {
 
 @dataclass(frozen=True)
 class HealingRecord:
-    """A removed block and the trained neighbour that does its work, as the provenance says.
+    """A removed block and the trained neighbour that does its work, as the provenance records it.
 
-    The errors are relative mean squared ones of the pair's output, before and after training.
+    The errors are relative mean squared errors of the pair's output, before and after training.
     """
 
     stage: Stage
@@ -32,8 +32,8 @@ class HealingRecord:
 
 
 def healing_records(plan: PruningPlan) -> tuple[HealingRecord, ...]:
-    """The pairs of a healed plan; those whose record is not whole are left out."""
-    found = []
+    """The pairs of a healed plan; incomplete records are left out."""
+    records = []
     for record in plan.provenance.get("healed", ()) if plan.healed else ():
         try:
             stage, blocks = record["stage"], (int(record["removed"]), int(record["survivor"]))
@@ -41,13 +41,15 @@ def healing_records(plan: PruningPlan) -> tuple[HealingRecord, ...]:
         except (KeyError, TypeError, ValueError):
             continue
         if stage in STAGES:
-            found.append(HealingRecord(stage, *blocks, *errors))
-    return tuple(found)
+            records.append(HealingRecord(stage, *blocks, *errors))
+    return tuple(records)
 
 
 @dataclass(frozen=True)
 class BlockCell:
-    """One block of one stage in the removal map; ``hands_over``: its KV goes to decode.
+    """One block of one stage in the removal map.
+
+    ``hands_over`` says that its KV goes to decode.
 
     ``healed_by`` is the survivor that does this block's work, ``heals`` the block whose work this
     one does.
@@ -69,7 +71,7 @@ class BlockCell:
 def removal_map(
     plan: PruningPlan, num_blocks: int, healed: Sequence[HealingRecord] = ()
 ) -> dict[Stage, list[BlockCell]]:
-    """Every block's mode, per stage, and its part in a healed pair."""
+    """The removal map: every block's mode, per stage, and its part in a healed pair."""
     attended = [plan.mode("decode", block).attends for block in range(num_blocks)]
     healed_by = {(pair.stage, pair.removed): pair.survivor for pair in healed}
     heals = {(pair.stage, pair.survivor): pair.removed for pair in healed}
@@ -91,9 +93,9 @@ def removal_map(
 
 @dataclass(frozen=True)
 class TransferStrip:
-    """Which part of a prompt's KV travels for one block.
+    """The part of a prompt's KV that travels for one block.
 
-    ``first`` and ``last`` are shares of the prompt's entries; both 0 where nothing travels.
+    ``first`` and ``last`` are shares of the prompt's entries; both are 0 if nothing travels.
     """
 
     block: int
@@ -103,7 +105,7 @@ class TransferStrip:
 
 
 def transfer_strips(plan: PruningPlan, num_blocks: int, num_entries: int) -> list[TransferStrip]:
-    """One strip per block, for a prompt of ``num_entries`` tokens."""
+    """Strips of all blocks for a prompt of ``num_entries`` tokens, one per block."""
     return [_strip(plan, block, num_entries) for block in range(num_blocks)]
 
 
@@ -143,7 +145,7 @@ LEDGER_PARTS = {
 
 
 def byte_shares(totals: Mapping[str, float]) -> list[Share]:
-    """Where the bytes of the dense cache went; parts without bytes are left out."""
+    """Shares of the dense cache's bytes by their fate; shares without bytes are left out."""
     parts = [(name, int(totals.get(key, 0))) for key, name in LEDGER_PARTS.items()]
     whole = sum(max(count, 0) for _, count in parts)
     shares, start = [], 0.0

@@ -1,7 +1,7 @@
-"""Everything that is known of one plan, gathered from its directory.
+"""All findings about one plan, gathered from its directory.
 
-What lies there is used only where it is of this very plan: a plan directory can be searched again,
-get other transfer rules, or be copied. What is left out is named, with the reason.
+A file is used only if it belongs to this very plan: a plan directory can be searched again, get
+other transfer rules, or be copied. Files that are left out are named, with the reason.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ EVALUATION_FILE = "evaluation.json"
 LEDGER_FILE = "ledger.json"
 
 Read = Callable[[str], bytes | None]
-"""Reads a file of a directory; None where there is none."""
+"""A function that reads a file of a directory; it gives None if there is no such file."""
 LedgerJSON = Mapping[str, Any]
 _SUMS = ("num_transfers", "bytes_full", "bytes_sent", "overhead_bytes")
 
 
 @dataclass(frozen=True)
 class SingleEffects:
-    """Scores of one unit removed alone, by stage and unit; ``source`` says where from."""
+    """Scores of one unit removed alone, by stage and unit; ``source`` names their origin."""
 
     stages: Mapping[Stage, Mapping[str, float]]
     source: str
@@ -52,20 +52,20 @@ class SingleEffects:
 
 @dataclass(frozen=True)
 class Findings:
-    """A plan, and what was found about it; None or empty where nothing was.
+    """A plan and the findings about it; a missing finding is None or empty.
 
     Attributes:
-        plan: What it is all about.
-        evaluation: Dense beside plan.
-        ledger: What ``GET /v1/transfers`` answered.
-        trials: Of the search that found the plan, in order.
-        influence: How much blocks and parts change the hidden state of the dense model.
-        influence_lines: Lines that it was measured on; None where that is not recorded.
-        singles: What removing one unit alone costs.
+        plan: The plan itself.
+        evaluation: The evaluation of dense beside plan.
+        ledger: The answer of ``GET /v1/transfers``.
+        trials: The trials of the search that made the plan, in order.
+        influence: The changes that blocks and parts make to the dense model's hidden state.
+        influence_lines: Number of lines that the influence was measured on; None if not recorded.
+        singles: The scores of single units removed alone.
         kv: The selection that chose the plan's transfer rules.
         front: Plans of all sizes, this one among them.
-        left_out: What lies there but is not shown, and why.
-        visual: Ways to prune visual tokens of the plan's model.
+        left_out: Names of files that are not shown, with the reason.
+        visual: The comparison of ways to prune visual tokens of the plan's model.
     """
 
     plan: PruningPlan
@@ -84,12 +84,12 @@ class Findings:
 def gather(
     path: str | Path, *, evaluation: str | Path | None = None, ledger: str | Path | None = None
 ) -> Findings:
-    """What lies in a plan directory, and in that of its front where it came from one.
+    """Gather the findings in a plan directory, and in that of its front if it came from one.
 
     Args:
         path: The plan directory, or its ``plan.json``.
-        evaluation: An evaluation's JSON; ``evaluation.json`` of the directory where not given.
-        ledger: A ledger's JSON; ``ledger.json`` of the directory where not given.
+        evaluation: An evaluation's JSON; by default ``evaluation.json`` of the directory.
+        ledger: A ledger's JSON; by default ``ledger.json`` of the directory.
 
     Raises:
         PlanError: There is no plan.
@@ -119,36 +119,36 @@ def gathered(
     evaluation: EvaluationResult | None = None,
     ledger: LedgerJSON | None = None,
 ) -> Findings:
-    """What the files of a plan's directory say, and those of its front's.
+    """Gather the findings in a plan's directory and in its front's, by reading functions.
 
     Args:
         plan: The plan.
         home: Reads its directory.
         root: Reads the directory of its front, if it came from one.
-        evaluation: In place of what lies there.
-        ledger: In place of what lies there.
+        evaluation: An evaluation that replaces the directory's own.
+        ledger: A ledger that replaces the directory's own.
 
     Raises:
         DataError: A file is damaged.
     """
-    found = _Gathering(plan, home, root)
-    visual = found.visual()
+    files = _Gathering(plan, home, root)
+    visual = files.visual()
     return Findings(
         plan,
-        evaluation or found.evaluation(),
-        ledger or found.ledger(),
-        found.trials(),
-        *found.influence(),
-        found.singles(),
-        found.kv(),
-        found.front,
-        tuple(found.left_out),
+        evaluation or files.evaluation(),
+        ledger or files.ledger(),
+        files.trials(),
+        *files.influence(),
+        files.singles(),
+        files.kv(),
+        files.front,
+        tuple(files.left_out),
         visual,
     )
 
 
 def local_files(directory: Path) -> Read:
-    """Files of a local directory, which is never written."""
+    """A reader of files of a local directory, which is never written."""
 
     def read(name: str) -> bytes | None:
         try:
@@ -165,12 +165,12 @@ def local_files(directory: Path) -> Read:
 
 
 def stored_files(storage: Storage) -> Read:
-    """Files of a search's output directory, wherever that is."""
+    """A reader of files of a search's output directory, wherever that is."""
     return lambda name: storage.read_bytes(name) if storage.exists(name) else None
 
 
 def read_ledger(path: Path) -> LedgerJSON:
-    """A file with what ``GET /v1/transfers`` answered; raises :class:`DataError`."""
+    """Read a file with the answer of ``GET /v1/transfers``; raises :class:`DataError`."""
     try:
         return _ledger(path.read_bytes(), str(path))
     except OSError as error:
@@ -182,14 +182,14 @@ def read_ledger(path: Path) -> LedgerJSON:
 
 def _ledger(content: bytes, where: str) -> LedgerJSON:
     what = "what `rayapp transfers --json` prints"
-    found: LedgerJSON = read_json(content, where, what)
-    totals, links = found.get("totals"), found.get("links", [])
+    ledger: LedgerJSON = read_json(content, where, what)
+    totals, links = ledger.get("totals"), ledger.get("links", [])
     rows = [totals, *links] if isinstance(links, list) else [None]
     for row in rows:
         whole = isinstance(row, dict) and all(isinstance(row.get(key), int) for key in _SUMS)
         if not whole:
             raise DataError(f"{where}: is no ledger (sums of bytes are missing); give {what}")
-    return found
+    return ledger
 
 
 def _is_of(evaluation: EvaluationResult, plan: PruningPlan) -> bool:
@@ -197,7 +197,7 @@ def _is_of(evaluation: EvaluationResult, plan: PruningPlan) -> bool:
 
 
 class _Gathering:
-    """Reads one kind of file after the other; collects what is left out."""
+    """Reads the files of a plan, kind by kind, and collects the names of those left out."""
 
     def __init__(self, plan: PruningPlan, home: Read, root: Read | None) -> None:
         self._plan, self._home, self._root = plan, home, root
@@ -208,7 +208,7 @@ class _Gathering:
         self.left_out: list[str] = []
 
     def _read_front(self, root: Read) -> None:
-        """The front, and the searches behind it; nothing where the plan is none of its plans."""
+        """Read the front and the searches behind it, if the plan is one of the front's plans."""
         rows = read_front(root(FRONT_FILE) or b"[]", FRONT_FILE)
         if not any(row.is_of(self._plan) for row in rows):
             return
@@ -227,10 +227,10 @@ class _Gathering:
         content = self._home(EVALUATION_FILE)
         if content is None:
             return None
-        found = EvaluationResult.parse(content, source=EVALUATION_FILE)
-        if _is_of(found, self._plan):
-            return found
-        self._leave_out(EVALUATION_FILE, f"evaluates another plan ({found.plan.fingerprint})")
+        result = EvaluationResult.parse(content, source=EVALUATION_FILE)
+        if _is_of(result, self._plan):
+            return result
+        self._leave_out(EVALUATION_FILE, f"evaluates another plan ({result.plan.fingerprint})")
         return None
 
     def ledger(self) -> LedgerJSON | None:
@@ -238,7 +238,7 @@ class _Gathering:
         return None if content is None else _ledger(content, LEDGER_FILE)
 
     def trials(self) -> tuple[TrialRow, ...]:
-        """Of the first search that scored the plan."""
+        """The trials of the first search that scored the plan."""
         seen = False
         for search in self._searches:
             rows = self._trials_of(search)
@@ -258,27 +258,27 @@ class _Gathering:
         content = self._home(SENSITIVITY_FILE)
         if content is None and self._root is not None:
             content = self._root(SENSITIVITY_FILE)
-        found = None if content is None else Sensitivity.parse(content)
+        sensitivity = None if content is None else Sensitivity.parse(content)
         model = self._plan.model
-        if found and model and found.weights == model.weights_fingerprint:
-            return found
+        if sensitivity and model and sensitivity.weights == model.weights_fingerprint:
+            return sensitivity
         if content is not None:
             self._leave_out(SENSITIVITY_FILE, "is damaged, or of another model")
         return None
 
     def influence(self) -> tuple[Influence | None, int | None]:
-        """From a journal, or measured for the report; and the lines that it is of."""
+        """The influence from a journal, or measured for the report; and its number of lines."""
         for search in self._searches:
             journal = search(JOURNAL_FILE)
-            found = journal and journal_influence(journal.decode(errors="replace"))
-            if found:
+            recorded = journal and journal_influence(journal.decode(errors="replace"))
+            if recorded:
                 lines = self._plan.provenance.get("num_lines")
-                return found, lines if isinstance(lines, int) else None
+                return recorded, lines if isinstance(lines, int) else None
         measured = self._measured
         return (measured.influence, measured.num_lines) if measured else (None, None)
 
     def singles(self) -> SingleEffects | None:
-        """Measured for the report, or among the trials of the searches."""
+        """The scores of single units, measured for the report or among the searches' trials."""
         measured = self._measured
         if measured and measured.singles:
             stages = {
@@ -286,20 +286,20 @@ class _Gathering:
                 for stage in STAGES
             }
             return SingleEffects(stages, f"measured on {measured.num_lines:,} calibration lines")
-        found: dict[Stage, dict[str, float]] = {}
+        scores: dict[Stage, dict[str, float]] = {}
         for search in self._searches:
             for stage, units in single_removals(self._trials_of(search)).items():
-                found[stage] = {**units, **found.get(stage, {})}
-        return SingleEffects(found, "scored by the search") if found else None
+                scores[stage] = {**units, **scores.get(stage, {})}
+        return SingleEffects(scores, "scored by the search") if scores else None
 
     def kv(self) -> KVFindings | None:
         content = self._home(KV_FILE)
         if content is None:
             return None
-        found = read_kv(content, KV_FILE)
-        if found.is_of(self._plan):
-            return found
-        why = "is of another plan" if found.complete else "the selection did not finish"
+        selection = read_kv(content, KV_FILE)
+        if selection.is_of(self._plan):
+            return selection
+        why = "is of another plan" if selection.complete else "the selection did not finish"
         self._leave_out(KV_FILE, why)
         return None
 
@@ -307,9 +307,9 @@ class _Gathering:
         content = self._home(VISUAL_FILE)
         if content is None:
             return None
-        found = VisualQuality.parse(content, VISUAL_FILE)
-        if found.is_of(self._plan):
-            return found
+        comparison = VisualQuality.parse(content, VISUAL_FILE)
+        if comparison.is_of(self._plan):
+            return comparison
         self._leave_out(VISUAL_FILE, "is of another model")
         return None
 

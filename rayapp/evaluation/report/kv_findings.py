@@ -1,4 +1,4 @@
-"""What ``rayapp kv-select`` left in ``kv.json``, read back for the report."""
+"""The record of ``rayapp kv-select`` in ``kv.json``, read back for the report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rayapp.plan import KVTransfer, PruningPlan
 
 
 class _Shown(BaseModel):
-    """Reads the fields that the report shows, and no others: the file holds every set as well."""
+    """The fields that the report shows, without the file's other ones, which list every set."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
@@ -25,7 +25,7 @@ class MassRow(_Shown):
 
 
 class BlockEffect(_Shown):
-    """Scores of sets that differ in this one block from none cut, or from all cut."""
+    """Scores of the two sets that differ in this one block from none cut, and from all cut."""
 
     block: int
     cut_alone: float
@@ -72,7 +72,7 @@ class KVFindings(_Shown):
 
     @property
     def goal(self) -> str:
-        """What was asked for, in words."""
+        """The goal of the selection, in words."""
         wanted = self.settings
         if wanted.target_reduction is not None:
             return f"at least {wanted.target_reduction:g}x fewer bytes"
@@ -81,7 +81,7 @@ class KVFindings(_Shown):
         return f"PDTrim's rule at a mass of {wanted.threshold or 0.9:g}"
 
     def is_of(self, plan: PruningPlan) -> bool:
-        """Whether ``plan`` is what this selection chose, on the block plan that it was made for."""
+        """Whether this selection chose the rules of ``plan``, for the same block plan."""
         bare = plan.model_copy(update={"kv_transfer": {}})
         return (
             self.complete
@@ -91,7 +91,7 @@ class KVFindings(_Shown):
 
 
 def read_kv(content: bytes, where: str) -> KVFindings:
-    """A ``kv.json``; raises :class:`DataError` where it is none."""
+    """Read a ``kv.json``; raises :class:`DataError` if it is none."""
     try:
         return KVFindings.model_validate_json(content)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What tells how the numbers of a report came about, as ``(name, value)``."""
+"""The origins of a report's numbers, as ``(name, value)``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Rows = list[tuple[str, str]]
 
 
 def origins(findings: Findings) -> Rows:
-    """Plan, weights, data and machine."""
+    """The plan, weights, data and machine behind a report."""
     plan, evaluation = findings.plan, findings.evaluation
     rows = [("plan", plan.fingerprint)]
     model = plan.model or (evaluation.model if evaluation else None)
@@ -42,12 +42,12 @@ def origins(findings: Findings) -> Rows:
 
 
 def provenance(plan: PruningPlan) -> Rows:
-    """What the searches wrote into the plan; one level of objects is taken apart."""
+    """The records of the searches in the plan; one level of objects is taken apart."""
     rows: Rows = []
     for name, value in plan.provenance.items():
         if name not in _IN_SECTIONS:
             parts = value if isinstance(value, dict) else {"": value}
-            rows += [(f"{name} {key}".rstrip(), _plain(each)) for key, each in parts.items()]
+            rows += [(f"{name} {key}".rstrip(), _plain(part)) for key, part in parts.items()]
     return rows
 
 

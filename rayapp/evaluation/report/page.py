@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a plan: what it removes, why, what it costs and saves."""
+"""One self-contained HTML page about a plan: its removals, their reasons, costs and savings."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_report(path: str | Path, findings: Findings) -> Path:
     """Write :func:`render_report` to ``path``, creating its directory; returns the file.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The file cannot be written.
     """
     page, target = render_report(findings), Path(path)
     try:
@@ -63,7 +63,8 @@ def write_report(path: str | Path, findings: Findings) -> Path:
 def render_report(findings: Findings) -> str:
     """The report as HTML; it refers to nothing outside itself, and suits light and dark screens.
 
-    A section is there where its data are. Every one says what it shows, and what it does not prove.
+    A section appears if its data exist. Every section says what it shows, and what it does not
+    prove.
     """
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
@@ -99,20 +100,20 @@ def _removal(findings: Findings) -> dict[str, Any]:
 
 
 def _quality(findings: Findings) -> dict[str, Any]:
-    found = findings.evaluation
+    evaluation = findings.evaluation
     return {
-        "evaluation": found,
-        "losses": loss_chart(found) if found else None,
-        "tables": tables(found) if found else (),
+        "evaluation": evaluation,
+        "losses": loss_chart(evaluation) if evaluation else None,
+        "tables": tables(evaluation) if evaluation else (),
     }
 
 
 def _visual(findings: Findings) -> dict[str, Any]:
-    found = findings.visual
+    comparison = findings.visual
     return {
-        "visual": found,
-        "accuracy": accuracy_chart(found, findings.plan) if found else None,
-        "pictures": sample_pictures(found) if found else (),
+        "visual": comparison,
+        "accuracy": accuracy_chart(comparison, findings.plan) if comparison else None,
+        "pictures": sample_pictures(comparison) if comparison else (),
     }
 
 
@@ -148,7 +149,7 @@ def _search(findings: Findings) -> dict[str, Any]:
 
 
 def _num_blocks(findings: Findings) -> int:
-    """Blocks of the model; 0 where neither plan nor evaluation names one."""
+    """Number of the model's blocks; 0 if neither plan nor evaluation names it."""
     evaluation = findings.evaluation
     model = findings.plan.model or (evaluation.model if evaluation else None)
     return model.num_blocks if model else 0
@@ -164,7 +165,7 @@ def _subtitle(plan: PruningPlan) -> str:
 
 
 def score_words(plan: PruningPlan) -> str:
-    """What the search's scores are, from the plan's provenance; lower is better."""
+    """The meaning of the search's scores, from the plan's provenance; lower is better."""
     settings = plan.provenance.get("settings")
     settings = settings if isinstance(settings, Mapping) else {}
     kind = {"nll": "NLL of the answer"}.get(str(settings.get("objective")), "KL(dense || plan)")
@@ -174,13 +175,13 @@ def score_words(plan: PruningPlan) -> str:
 
 
 def _lines(record: Any) -> str:
-    """How many lines a search scored on, in words, as its record says."""
+    """The number of lines that a search scored on, in words, from its record."""
     lines = record.get("num_lines") if isinstance(record, Mapping) else None
     return f"{lines:,} calibration lines" if isinstance(lines, int) else "the calibration lines"
 
 
 def _facts(findings: Findings) -> list[tuple[str, str]]:
-    """The headline numbers, as ``(value, what it is)``."""
+    """The headline numbers, as ``(value, name)``."""
     plan, evaluation = findings.plan, findings.evaluation
     facts = [
         (f"{plan.removed('prefill'):g}", "blocks removed from prefill"),
@@ -201,20 +202,20 @@ def _facts(findings: Findings) -> list[tuple[str, str]]:
 
 
 def _calibration_facts(findings: Findings) -> list[tuple[str, str]]:
-    """What the searches themselves found, on the lines that they chose on."""
+    """The results of the searches themselves, on the lines that they chose on."""
     plan, kv = findings.plan, findings.kv
     score = kv.score if kv else plan.provenance.get("score")
-    found = []
+    facts = []
     if isinstance(score, float):
-        found.append((f"{score:.4g}", "score on the lines that chose the plan"))
+        facts.append((f"{score:.4g}", "score on the lines that chose the plan"))
     if kv:
-        found.append((f"{kv.reduction:.2f}x", "fewer KV bytes, the same lines"))
-    return found
+        facts.append((f"{kv.reduction:.2f}x", "fewer KV bytes, the same lines"))
+    return facts
 
 
 @dataclass(frozen=True)
 class _BytesView:
-    """Where the bytes of one prompt's dense cache go, as the plan says."""
+    """The fate of the bytes of one prompt's dense cache under the plan."""
 
     shares: list[Share]
     bytes_full: int
@@ -223,7 +224,7 @@ class _BytesView:
 
 
 def _visual_tokens_removed(mean: TaskResult) -> int:
-    """Of a mean prompt, from what they would have weighed (every token weighs the same)."""
+    """Visual tokens removed from a mean prompt, by their bytes (all tokens weigh the same)."""
     return round(mean.mean_prompt_tokens * mean.saved_by_visual_tokens_bytes / mean.bytes_full)
 
 
@@ -252,7 +253,7 @@ def _kv_effects(kv: KVFindings | None, num_blocks: int) -> Plot | None:
 
 @dataclass(frozen=True)
 class _UnitView:
-    """A plot of values by unit, and the same as a table: ``(stage, cells)``."""
+    """A plot of values by unit, and the same as rows of a table: ``(stage, cells)``."""
 
     plot: Plot
     units: tuple[str, ...]
@@ -261,11 +262,11 @@ class _UnitView:
 
 
 def _similarity(findings: Findings, num_blocks: int) -> _UnitView | None:
-    found = findings.influence
-    if found is None or not num_blocks:
+    influence = findings.influence
+    if influence is None or not num_blocks:
         return None
     values = {
-        stage: {str(b): max(0.0, v) for b, v in enumerate(found.units(stage, num_blocks))}
+        stage: {str(b): max(0.0, v) for b, v in enumerate(influence.units(stage, num_blocks))}
         for stage in STAGES
     }
     lines = findings.influence_lines
@@ -274,7 +275,7 @@ def _similarity(findings: Findings, num_blocks: int) -> _UnitView | None:
 
 
 def _threshold(plan: PruningPlan) -> dict[str, float]:
-    """One minus PDTrim's d_T, where the search split blocks by it."""
+    """A line at one minus PDTrim's d_T, if the search split blocks by it."""
     settings = plan.provenance.get("settings")
     if not isinstance(settings, Mapping):
         return {}
@@ -306,10 +307,10 @@ def _by_unit(
         special=lambda stage, unit: unit in gone["decode" if stage == "decode" else "prefill"],
         lines=lines,
     )
-    units = sorted({u for each in values.values() for u in each}, key=_unit_order)
+    units = sorted({u for by_unit in values.values() for u in by_unit}, key=_unit_order)
     rows = tuple(
-        (stage, tuple(f"{each[u]:.4g}" if u in each else "-" for u in units))
-        for stage, each in values.items()
+        (stage, tuple(f"{by_unit[u]:.4g}" if u in by_unit else "-" for u in units))
+        for stage, by_unit in values.items()
     )
     return _UnitView(plot, tuple(units), rows, note)
 
@@ -330,7 +331,7 @@ class _LedgerView:
 
 
 def _ledger(ledger: LedgerJSON | None) -> _LedgerView | None:
-    """One row per link, and their total; None where nothing was transferred."""
+    """The ledger's view: one row per link, and their total; None without transfers."""
     if not ledger or not ledger["totals"].get("num_transfers"):
         return None
     totals = ledger["totals"]

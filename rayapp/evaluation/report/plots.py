@@ -21,7 +21,7 @@ SHAPES: tuple[Shape, ...] = ("circle", "square", "triangle", "diamond")
 
 @dataclass(frozen=True)
 class Mark:
-    """One point; ``title`` says what it is, and ``is_special`` makes it stand out."""
+    """One point; ``title`` is its text, and ``is_special`` makes it stand out."""
 
     x: float
     y: float
@@ -66,15 +66,15 @@ def block_plot(
     """Values by unit (``"3"``, ``"3.attention"``, ``"3.mlp"``), one series per name.
 
     Args:
-        series: Name to unit to value.
-        num_blocks: Of the model.
-        special: Of a series' name and a unit: whether to make it stand out.
-        lines: Values to draw across, by label.
+        series: Values by the name of the series, then by unit.
+        num_blocks: Number of the model's blocks.
+        special: Says for a series' name and a unit whether the point stands out.
+        lines: Values of horizontal lines, by label.
     """
     lines = lines or {}
     values = [value for units in series.values() for value in units.values()]
     scale = Scale.of([*values, *lines.values()])
-    found = []
+    drawn = []
     for number, (name, units) in enumerate(series.items()):
         offset = (number - (len(series) - 1) / 2) * 0.14
         marks = tuple(
@@ -87,13 +87,13 @@ def block_plot(
             for unit, value in units.items()
             if math.isfinite(value)
         )
-        found.append(Series(name, SHAPES[number % len(SHAPES)], marks))
+        drawn.append(Series(name, SHAPES[number % len(SHAPES)], marks))
     across = tuple((1 - scale.at(v), f"{label}: {v:.4g}") for label, v in lines.items())
-    return Plot(tuple(found), _down(scale), across, is_log=scale.is_log)
+    return Plot(tuple(drawn), _down(scale), across, is_log=scale.is_log)
 
 
 def _column(unit: str) -> float:
-    """The block of a unit; its parts stand left and right of the middle."""
+    """The column of a unit's block; its parts stand left and right of the middle."""
     block, _, part = unit.partition(".")
     return int(block) + {"attention": -0.22, "mlp": 0.22}.get(part, 0.0)
 
@@ -103,7 +103,7 @@ TRIAL_SHAPES: dict[str, Shape] = {
     "of another size": "triangle",
     "estimate": "square",
 }
-"""What a trial is compared with, to the shape that it is drawn in."""
+"""Shapes of a trial's point, by what the trial is compared with."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ class SearchTrace:
     Attributes:
         plot: Series of candidates of the plan's size, of other sizes, and of estimates.
         best: Corners of the staircase of the best score of the plan's size so far.
-        chosen: The plan itself, or None where it was not scored here.
-        num_candidates: All, also those that are thinned out of the drawing.
-        num_compared: Candidates of the plan's size that were scored on all lines.
-        best_score: The least of their scores; None where there are none.
+        chosen: The point of the plan itself; None if it was not scored here.
+        num_candidates: Number of all candidates, including those that the drawing leaves out.
+        num_compared: Number of candidates of the plan's size that were scored on all lines.
+        best_score: The least of their scores; None if there are none.
     """
 
     plot: Plot
@@ -128,7 +128,7 @@ class SearchTrace:
 
 
 def search_trace(trials: Sequence[TrialRow], plan: PruningPlan) -> SearchTrace | None:
-    """The trace of ``trials`` in their order; None where none has a finite score."""
+    """The trace of ``trials`` in their order; None if no score is finite."""
     finite = [(index, trial) for index, trial in enumerate(trials) if math.isfinite(trial.score)]
     if not finite:
         return None
@@ -178,12 +178,12 @@ FRONT_PRICES = {
     "decode_s": ("decode", "ms per token", 1e3),
     "bytes_sent": ("KV sent", "kB per prompt", 1e-3),
 }
-"""Price to its name, its unit, and units per second or byte."""
+"""Names of the prices, with their units, and the number of units per second or byte."""
 
 
 @dataclass(frozen=True)
 class FrontPanel:
-    """The front against one price; of its series the first are other plans, the second this one."""
+    """The front against one price; the first series has other plans, the second this one."""
 
     title: str
     unit: str
@@ -191,7 +191,7 @@ class FrontPanel:
 
 
 def front_panels(rows: Sequence[FrontRow], plan: PruningPlan) -> tuple[FrontPanel, ...]:
-    """Score over each price; none without a front."""
+    """Panels with the score over each price; none without a front."""
     scores, panels = Scale.of(row.score for row in rows), []
     for field, (title, unit, factor) in FRONT_PRICES.items() if rows else ():
         prices = [factor * getattr(row, field) for row in rows]
@@ -214,7 +214,7 @@ def front_panels(rows: Sequence[FrontRow], plan: PruningPlan) -> tuple[FrontPane
 
 @dataclass(frozen=True)
 class KVPath:
-    """The sets that a selection moved to, score over bytes; ``rows`` are the same as text."""
+    """The sets that a selection moved to, as score over bytes; ``rows`` are the same as text."""
 
     plot: Plot
     num_steps: int
@@ -222,7 +222,7 @@ class KVPath:
 
 
 def kv_path(steps: Sequence[KVStep]) -> KVPath | None:
-    """The way of a selection; None where it made no step."""
+    """The path of a selection; None if it made no step."""
     if len(steps) < 2:
         return None
     scores = Scale.of(step.score for step in steps)
@@ -256,7 +256,7 @@ class LossRow:
 
 @dataclass(frozen=True)
 class LossChart:
-    """Rows over one axis of percentage points; ``zero_at`` is where nothing is lost."""
+    """Rows over one axis of percentage points; ``zero_at`` is the place of no loss."""
 
     rows: tuple[LossRow, ...]
     ticks: tuple[Tick, ...]
@@ -264,7 +264,7 @@ class LossChart:
 
 
 def loss_chart(result: EvaluationResult) -> LossChart | None:
-    """Points lost per task; None without tasks."""
+    """The chart of points lost per task; None without tasks."""
     lines = [*result.tasks, *([result.mean] if result.mean else [])]
     if not lines:
         return None
@@ -285,9 +285,9 @@ def loss_chart(result: EvaluationResult) -> LossChart | None:
 
 def removed_units(plan: PruningPlan, stage: Stage) -> frozenset[str]:
     """Units that ``stage`` does not compute: blocks, and the parts of every block."""
-    found: set[str] = set()
+    removed: set[str] = set()
     for block, mode in plan.stage(stage).blocks.items():
         gone = {"attention": not mode.attends, "mlp": not mode.has_mlp}
-        found |= {f"{block}.{part}" for part, is_gone in gone.items() if is_gone}
-        found |= {str(block)} if all(gone.values()) else set()
-    return frozenset(found)
+        removed |= {f"{block}.{part}" for part, is_gone in gone.items() if is_gone}
+        removed |= {str(block)} if all(gone.values()) else set()
+    return frozenset(removed)

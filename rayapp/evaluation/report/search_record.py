@@ -1,4 +1,4 @@
-"""What a search left in its directory, read back for the report: trials, influence, a front."""
+"""The files of a search's directory, read back for the report: trials, influence, a front."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Removal:
     decode: tuple[str, ...]
 
     def is_of(self, plan: PruningPlan) -> bool:
-        """Whether a plan removes just these."""
+        """Whether a plan removes exactly these units."""
         candidate = Candidate.from_plan(plan)
         return all(tuple(candidate.labels(stage)) == self.units(stage) for stage in STAGES)
 
     def units(self, stage: Stage) -> tuple[str, ...]:
-        """Of one stage."""
+        """The units that one stage removes."""
         return self.prefill if stage == "prefill" else self.decode
 
     @property
@@ -45,14 +45,14 @@ class Removal:
 
     @property
     def single(self) -> tuple[Stage, str] | None:
-        """Stage and unit, where one unit of one stage is all that is removed."""
+        """Stage and unit, if a single unit of one stage is all that is removed."""
         if len(self.prefill) + len(self.decode) != 1:
             return None
         return ("prefill", self.prefill[0]) if self.prefill else ("decode", self.decode[0])
 
     @property
     def size(self) -> tuple[float, ...]:
-        """Blocks removed per stage, parts counted one half."""
+        """Blocks removed from both stages, parts counted one half."""
         return tuple(sum(0.5 if "." in u else 1.0 for u in self.units(stage)) for stage in STAGES)
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class Removal:
 
 @dataclass(frozen=True)
 class TrialRow(Removal):
-    """One scored candidate; ``chunks`` are those that it was scored on."""
+    """One scored candidate; ``chunks`` is the number that it was scored on."""
 
     score: float
     chunks: int
@@ -69,9 +69,11 @@ class TrialRow(Removal):
     is_healed: bool
 
     def kind(self, size: tuple[float, ...], num_chunks: int) -> TrialKind:
-        """Whether its score competes with a plan's of ``size``, on ``num_chunks``, and if not why.
+        """The comparison of its score with that of a plan of ``size`` on ``num_chunks``.
 
-        A search also scores the dense model and, to learn from, other sizes.
+        The kind says whether the two compete, and if not, why.
+
+        A search also scores the dense model and candidates of other sizes, from which it learns.
         """
         if self.chunks < num_chunks:
             return "estimate"
@@ -135,22 +137,22 @@ def read_front(content: bytes, where: str) -> tuple[FrontRow, ...]:
 
 def single_removals(trials: Iterable[TrialRow]) -> Mapping[Stage, Mapping[str, float]]:
     """Scores of one unit removed from one stage alone, on all chunks; by stage and unit."""
-    found: dict[Stage, dict[str, float]] = {stage: {} for stage in STAGES}
+    by_stage: dict[Stage, dict[str, float]] = {stage: {} for stage in STAGES}
     rows = list(trials)
     most = max((row.chunks for row in rows), default=0)
     for row in rows:
         if row.single and row.chunks == most and not row.is_healed:
             stage, unit = row.single
-            found[stage].setdefault(unit, row.score)
-    return {stage: units for stage, units in found.items() if units}
+            by_stage[stage].setdefault(unit, row.score)
+    return {stage: units for stage, units in by_stage.items() if units}
 
 
 def read_json(content: bytes, where: str, what: str) -> Any:
-    """A JSON object; raises :class:`DataError` where it is none."""
+    """Read a JSON object; raises :class:`DataError` if the content is none."""
     try:
-        found = json.loads(content)
+        parsed = json.loads(content)
     except ValueError as error:
         raise DataError(f"{where}: is not JSON ({error}); give {what}") from None
-    if not isinstance(found, dict):
+    if not isinstance(parsed, dict):
         raise DataError(f"{where}: holds no JSON object; give {what}")
-    return found
+    return parsed

@@ -1,4 +1,4 @@
-"""Where the bytes of the dense cache go under a plan: for one prompt, before anything is sent."""
+"""The fate of the dense cache's bytes under a plan: for one prompt, before anything is sent."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ def forecast_transfer(
     *,
     num_visual_tokens_removed: int = 0,
 ) -> Mapping[str, Any]:
-    """The ledger's record of a prompt, as the plan says it will be.
+    """Forecast the ledger's record of a prompt under the plan.
 
-    Blocks are taken to hold the whole prompt (no sliding windows, which a plan does not know). The
-    header is that of a prompt without gaps: where visual tokens are removed it is a little longer.
+    The forecast assumes that blocks cache the whole prompt (no sliding windows, which a plan does
+    not know). Its header is that of a prompt without gaps; with visual tokens removed, the real one
+    is a little longer.
 
     Args:
-        plan: With its model.
+        plan: The plan, which must name its model.
         num_prompt_tokens: Length of the unpruned prompt.
         dtype: Element type of the engine.
-        num_visual_tokens_removed: Of them.
+        num_visual_tokens_removed: Number of prompt tokens that are removed visual tokens.
     """
     model = plan.model
     assert model is not None, "only plans that name their model are asked about"

@@ -1,4 +1,4 @@
-"""What the report draws of a comparison of visual pruning: plain numbers and data URLs."""
+"""The data of the report's drawings of visual pruning: plain numbers and data URLs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ NUM_COLOURS = 5
 
 @dataclass(frozen=True)
 class AccuracyChart:
-    """Exact match in percent over kept tokens, one series per method; ``rows`` say it in text.
+    """Exact match in percent over kept tokens, one series per method; ``rows`` has it as text.
 
     Attributes:
-        plot: Its line is the dense model; marks of the plan's own method stand out.
-        num_questions: In all.
-        heads: Of the columns of ``rows``.
-        rows: Name and cells of each.
+        plot: The plot; its line is the dense model, and marks of the plan's own method stand out.
+        num_questions: Number of questions in all.
+        heads: Headings of the columns of ``rows``.
+        rows: Name and cells of every row.
     """
 
     plot: Plot
@@ -31,15 +31,15 @@ class AccuracyChart:
     rows: tuple[tuple[str, tuple[str, ...]], ...]
 
 
-def accuracy_chart(found: VisualQuality, plan: PruningPlan) -> AccuracyChart:
-    """Of all methods, in the order of their rows."""
+def accuracy_chart(quality: VisualQuality, plan: PruningPlan) -> AccuracyChart:
+    """The chart of all methods, in the order of their rows."""
     own = plan.visual_tokens.method if plan.visual_tokens else None
-    dense = 100 * mean_over_tasks(found.dense)
-    across = Scale.of(found.budgets)
-    up = Scale.of([dense, *(100 * row.mean for row in found.rows)], linear=True)
+    dense = 100 * mean_over_tasks(quality.dense)
+    across = Scale.of(quality.budgets)
+    up = Scale.of([dense, *(100 * row.mean for row in quality.rows)], linear=True)
     series = []
-    for number, method in enumerate(found.methods):
-        rows = sorted((r for r in found.rows if r.method == method), key=lambda row: row.num_keep)
+    for number, method in enumerate(quality.methods):
+        rows = sorted((r for r in quality.rows if r.method == method), key=lambda row: row.num_keep)
         marks = tuple(
             Mark(
                 across.at(row.num_keep),
@@ -52,34 +52,34 @@ def accuracy_chart(found: VisualQuality, plan: PruningPlan) -> AccuracyChart:
         )
         series.append(Series(method, SHAPES[number // NUM_COLOURS % len(SHAPES)], marks))
     y_ticks = tuple((1 - share, label) for share, label in up.ticks)
-    x_ticks = tuple((across.at(budget), str(budget)) for budget in found.budgets)
+    x_ticks = tuple((across.at(budget), str(budget)) for budget in quality.budgets)
     line = (1 - up.at(dense), f"dense: {dense:.1f} %")
     plot = Plot(tuple(series), y_ticks, (line,), x_ticks, across.is_log)
-    heads = ("method, kept", *found.dense, "mean", "points lost", "at most (95 %)")
-    return AccuracyChart(plot, sum(found.num_examples.values()), heads, _rows(found))
+    heads = ("method, kept", *quality.dense, "mean", "points lost", "at most (95 %)")
+    return AccuracyChart(plot, sum(quality.num_examples.values()), heads, _rows(quality))
 
 
-def _rows(found: VisualQuality) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    shares = (*found.dense.values(), mean_over_tasks(found.dense))
+def _rows(quality: VisualQuality) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    shares = (*quality.dense.values(), mean_over_tasks(quality.dense))
     dense = ("dense", (*(f"{share:.1%}" for share in shares), "0.0", "0.0"))
     rows = tuple(
         (
             f"{row.method}, {row.num_keep}",
             (
-                *(f"{row.exact_match.get(task, 0.0):.1%}" for task in found.dense),
+                *(f"{row.exact_match.get(task, 0.0):.1%}" for task in quality.dense),
                 f"{row.mean:.1%}",
                 f"{row.mean_lost.mean:.1f}",
                 f"{row.mean_lost.upper:.1f}",
             ),
         )
-        for row in found.rows
+        for row in quality.rows
     )
     return (dense, *rows)
 
 
 @dataclass(frozen=True)
 class Photo:
-    """What a grid of tokens shows; ``name`` is unique on the page, sizes are in tokens."""
+    """The picture under a grid of tokens; ``name`` is unique on the page, sizes are in tokens."""
 
     name: str
     url: str
@@ -89,7 +89,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class KeptPicture:
-    """One method's masks, each over the photo of its place; ``is_match``: it answered rightly."""
+    """A method's masks over the photos of their places; ``is_match`` says that it was right."""
 
     method: str
     is_match: bool
@@ -98,17 +98,17 @@ class KeptPicture:
 
 @dataclass(frozen=True)
 class SamplePicture:
-    """A question and what every method keeps of its images."""
+    """A question, and the tokens that every method keeps of its images."""
 
     sample: VisualSample
     photos: tuple[Photo, ...]
     methods: tuple[KeptPicture, ...]
 
 
-def sample_pictures(found: VisualQuality) -> tuple[SamplePicture, ...]:
-    """Every sample; a photo is there once, and a mask for each method."""
+def sample_pictures(quality: VisualQuality) -> tuple[SamplePicture, ...]:
+    """All samples; a photo is stored once, with one mask per method."""
     pictures = []
-    for number, sample in enumerate(found.samples):
+    for number, sample in enumerate(quality.samples):
         photos = tuple(
             Photo(f"photo-{number}-{place}", _url(view.photo), view.columns, view.rows)
             for place, view in enumerate(sample.views)

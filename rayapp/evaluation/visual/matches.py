@@ -2,8 +2,8 @@
 
 Exact match is teacher-forced: every token of the answer, end marker included, is the likeliest
 after the right ones before it, which is what greedy decoding needs to write that answer. So a
-question is one forward pass under each rule, prompt and answer together. Prompts that are equally
-long run as one batch, whatever their rule and image; this equals the path that serves, prefill and
+question takes one forward pass per rule, prompt and answer together. Prompts of equal length run as
+one batch, whatever their rule and image. The matches equal those of the serving path, prefill and
 decode of one prompt (tested), near ties between batch shapes aside.
 Shapes: B = prompts of T tokens, C = answer tokens, V = vocabulary, R = rules, L = lines.
 """
@@ -37,12 +37,12 @@ def visual_matches(
     end_token_ids: Sequence[int] = (),
     progress: ProgressCallback = silent,
 ) -> Matches:
-    """Which questions are answered exactly under which rule, ``(R, L)``.
+    """Exact matches by rule and question, ``(R, L)``.
 
     Args:
-        prompts: Of the stage that answers.
-        rules: None keeps everything.
-        lines: Questions.
+        prompts: The prompts of the stage that answers.
+        rules: The rules of pruning; None keeps everything.
+        lines: The questions.
         end_token_ids: Tokens that may stand for the end marker beside the expected one.
         progress: Called question by question.
 
@@ -52,15 +52,15 @@ def visual_matches(
     batches = _Batches(prompts.stack, lines, end_token_ids, len(rules))
     order = sorted(range(len(lines)), key=lambda index: lines[index].images)
     for done, index in enumerate(order, start=1):
-        asked = prompts.ask(lines[index])
+        question = prompts.ask(lines[index])
         for number, rule in enumerate(rules):
-            batches.add(number, index, asked.embed(rule))
+            batches.add(number, index, question.embed(rule))
         progress("questions", done, len(lines))
     return batches.finished()
 
 
 class _Batches:
-    """Prompts that wait for others of their length."""
+    """Prompts that wait for others of their length, and the matches so far."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class _Batches:
         self._found = np.zeros((num_rules, len(lines)), dtype=np.bool_)
 
     def add(self, rule: int, index: int, prompt: PromptEmbeddings) -> None:
-        """Answer a question under a rule, as soon as its batch is full."""
+        """Add a question under a rule; its batch runs as soon as it is full."""
         num_answer = len(self._lines[index].continuation)
         key = (prompt.num_tokens, num_answer)
         self._waiting[key].append((rule, index, prompt))
@@ -84,7 +84,7 @@ class _Batches:
             self._run(key)
 
     def finished(self) -> Matches:
-        """Everything, once the prompts that still wait are run."""
+        """All matches, once the prompts that still wait are run."""
         for key in list(self._waiting):
             self._run(key)
         return self._found
@@ -103,12 +103,12 @@ class _Batches:
 def answer_logits(
     stack: BlockStack, prompts: Sequence[PromptEmbeddings], answers: Sequence[Sequence[int]]
 ) -> torch.Tensor:
-    """Logits ``(B, C, V)`` that predict each answer token; row ``i`` saw the tokens before it.
+    """Logits ``(B, C, V)`` that predict the answer tokens; row ``i`` saw the tokens before it.
 
     Args:
         stack: Runs prompts and answers.
-        prompts: Of equal length.
-        answers: Of equal length, one per prompt.
+        prompts: Prompts of equal length.
+        answers: Answers of equal length, one per prompt.
     """
     answers_BC = torch.tensor([list(answer) for answer in answers])
     num_answer = answers_BC.shape[1]

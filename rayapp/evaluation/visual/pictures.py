@@ -1,4 +1,4 @@
-"""Pictures of which visual tokens a method keeps: what a grid shows, and a mask to lay over it.
+"""Pictures of the visual tokens that a method keeps: a photo per grid, and a mask to lay over it.
 
 Shapes: C = 3 colours, Y x X = pixels.
 """
@@ -19,7 +19,7 @@ from rayapp.vision.layout import ImageLayout, PoolLayout
 CELL = 8
 """Pixels of a token's side in a mask."""
 MAX_SIDE = 336
-"""Pixels of a photo's longer side at most."""
+"""Most pixels of a photo's longer side."""
 _CLEAR, _DROPPED, _FRAME = range(3)
 _PALETTE = (0, 0, 0, 16, 20, 26, 255, 255, 255)
 _ALPHA = bytes([0, 168, 255])
@@ -31,25 +31,26 @@ def views(
     layout: ImageLayout,
     kept: Mapping[str, torch.Tensor],
 ) -> tuple[View, ...]:
-    """Every grid of an image over what it shows, with the tokens that each method keeps.
+    """Views of an image: every grid over its photo, with the tokens that each method keeps.
 
     Args:
-        processor: Of the model: the first grid lies over the picture that it makes for the tower.
-        image: As it was decoded; further grids (LLaVA-NeXT's tiles) lie over all of it.
-        layout: Of its tokens.
-        kept: By method, places among the image's tokens.
+        processor: The model's image processor: the first grid lies over the picture that it makes
+            for the tower.
+        image: The decoded image; further grids (LLaVA-NeXT's tiles) lie over all of it.
+        layout: The layout of the image's tokens.
+        kept: Places among the image's tokens, by method.
     """
-    found = []
+    grids = []
     for number, pool in enumerate(layout.pools):
         photo = image if number else _as_seen(processor, image)
         tokens = {method: _tokens(pool, places) for method, places in kept.items()}
         encoded = base64.b64encode(_photo(photo))
-        found.append(View(photo=encoded, rows=pool.rows, columns=pool.columns, kept=tokens))
-    return tuple(found)
+        grids.append(View(photo=encoded, rows=pool.rows, columns=pool.columns, kept=tokens))
+    return tuple(grids)
 
 
 def _as_seen(processor: Any, image: Image.Image) -> Image.Image:
-    """What the processor gives the tower (its first view), scaled, cropped and padded."""
+    """The picture that the tower gets from the processor (its first view), scaled and padded."""
     plain = {"do_rescale": False, "do_normalize": False}
     pixels = processor(images=[image], return_tensors="pt", **plain)["pixel_values"]
     first_CYX = pixels.reshape(-1, *pixels.shape[-3:])[0]
@@ -69,7 +70,7 @@ def _png(image: Image.Image, **options: Any) -> bytes:
 
 
 def _tokens(pool: PoolLayout, places: torch.Tensor) -> tuple[int, ...]:
-    """Indices in a grid of the places that lie in it; newlines are no tokens of it."""
+    """Indices in a grid of the places that lie in it; newlines are no tokens of a grid."""
     inside = [int(place) - pool.start for place in places if pool.start <= place < pool.stop]
     rows = [divmod(place, pool.row_length) for place in inside]
     return tuple(row * pool.columns + column for row, column in rows if column < pool.columns)
@@ -78,7 +79,8 @@ def _tokens(pool: PoolLayout, places: torch.Tensor) -> tuple[int, ...]:
 def mask(rows: int, columns: int, kept: Sequence[int]) -> bytes:
     """A PNG to lay over a grid: kept tokens clear in a white frame, all others darkened.
 
-    It is ``CELL`` pixels a token, so it looks alike over any photo, on light pages and dark ones.
+    A token has ``CELL`` pixels a side, so the mask looks alike over any photo, on light pages and
+    dark ones.
     """
     picture = Image.new("P", (columns * CELL, rows * CELL), _DROPPED)
     picture.putpalette(_PALETTE)

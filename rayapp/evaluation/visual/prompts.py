@@ -1,8 +1,8 @@
-"""One question about images under many rules of pruning: what rules share is computed once.
+"""One question about images under many rules of pruning; work that rules share is done once.
 
 An image is encoded once, the user's words are embedded once per question, FastV's attention is read
-once per question, and methods that look at no words choose once per image. What comes out is what
-:class:`rayapp.vision.reader.ImageReader` gives, bit for bit (tested).
+once per question, and methods that look at no words choose once per image. The embeddings equal
+those of :class:`rayapp.vision.reader.ImageReader`, bit for bit (tested).
 Shapes: N = tokens of an image, K = kept, M = words, E = hidden size.
 """
 
@@ -27,17 +27,17 @@ from rayapp.vision.reader import ImageCache
 from rayapp.vision.selection import EncodedImage, keep_places
 
 WORDLESS = frozenset({"diversity", "random", "grid", "downsampling", "divprune", "cls_attention"})
-"""Methods that choose by the image alone."""
+"""Names of the methods that choose by the image alone."""
 
 
 class VisualPrompts:
     """Asks questions of one prefill stage; quickest where questions about one image are adjacent.
 
     Args:
-        model: As it was loaded, with its vision tower.
+        model: The model as it was loaded, with its vision tower.
         stack: The prefill stage over it.
-        image_processor: Of the model.
-        cls_attention: Whether a rule of method ``cls_attention`` will be asked for.
+        image_processor: The model's image processor.
+        cls_attention: Whether a rule of method ``cls_attention`` will be used.
     """
 
     def __init__(
@@ -55,30 +55,30 @@ class VisualPrompts:
         self._last: tuple[Any, dict[str, list[torch.Tensor]]] = ((), {})
 
     def ask(self, line: TokenizedImageLine) -> AskedLine:
-        """One question, about to be pruned by any number of rules."""
+        """One question, ready to be pruned by any number of rules."""
         images = [self._encoded(str(path)) for path in line.images]
         if line.images != self._last[0]:
             self._last = (line.images, {})
         return AskedLine(self, line, images, self._last[1])
 
     def _encoded(self, path: str) -> EncodedImage:
-        """By path, not by content: a file is read once and for all."""
-        found = self._cache.get((path, ""))
-        if found is None:
+        """An image, encoded once; the cache is keyed by path, since files do not change."""
+        encoded = self._cache.get((path, ""))
+        if encoded is None:
             image = decode_file(path, self._limits)
-            found = self.adapter.encode(image, cls_attention=self._cls_attention)
-            self._cache.put((path, ""), found)
-        return found
+            encoded = self.adapter.encode(image, cls_attention=self._cls_attention)
+            self._cache.put((path, ""), encoded)
+        return encoded
 
 
 class AskedLine:
-    """What rules choose from, for one question.
+    """The material of one question that rules choose from.
 
     Args:
-        prompts: Whose question it is.
+        prompts: The prompts that the question belongs to.
         line: The question.
         images: Its images, encoded.
-        wordless: What methods that look at no words chose from these images so far, by rule.
+        wordless: Places that methods without words chose from these images so far, by rule.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class AskedLine:
         return [attention_T[start:stop] for start, stop in dense.image_spans]
 
     def kept(self, rule: VisualTokens) -> list[torch.Tensor]:
-        """Places kept of each image, ascending, ``(K,)`` each."""
+        """Kept places of every image, ascending, ``(K,)`` each."""
         key = rule.model_dump_json()
         if key in self._wordless:
             return self._wordless[key]
@@ -115,7 +115,7 @@ class AskedLine:
 
     @torch.inference_mode()
     def embed(self, rule: VisualTokens | None) -> PromptEmbeddings:
-        """What the prefill stage runs under ``rule``; None keeps everything."""
+        """The embeddings that the prefill stage runs under ``rule``; None keeps everything."""
         return assemble(
             self.line.asked,
             self.images,

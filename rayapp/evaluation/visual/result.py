@@ -1,4 +1,4 @@
-"""What a comparison of ways to prune visual tokens found, as ``visual_quality.json`` holds it."""
+"""The result of a comparison of ways to prune visual tokens, stored as ``visual_quality.json``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rayapp.plan import ModelSignature, PruningPlan, VisualTokens
 from rayapp.settings import Strict
 
 VISUAL_FILE = "visual_quality.json"
-"""Beside a plan, where ``rayapp report`` looks for it."""
+"""Name of the result's file beside a plan, where ``rayapp report`` looks for it."""
 RESAMPLES = 2_000
 Groups = Mapping[str, Sequence[int]]
 """Line numbers by task."""
@@ -27,8 +27,8 @@ Groups = Mapping[str, Sequence[int]]
 class VisualRow(Strict):
     """One rule beside the dense model: exact match by task, shares.
 
-    ``lost`` is in percentage points, dense minus rule; ``mean_lost`` is that of the mean over
-    tasks, which count alike. ``num_aligned`` as in a plan's rule.
+    ``lost`` is in percentage points, dense minus rule; ``mean_lost`` is the loss of the mean over
+    tasks, which count alike. ``num_aligned`` is the setting of a plan's rule.
     """
 
     method: str
@@ -40,18 +40,18 @@ class VisualRow(Strict):
 
     @property
     def mean(self) -> float:
-        """Mean over tasks."""
+        """Mean exact match over tasks."""
         return mean_over_tasks(self.exact_match)
 
     @classmethod
-    def of(cls, rule: VisualTokens, found: Matches, dense: Matches, groups: Groups) -> VisualRow:
-        """From matches ``(L,)`` of a rule that keeps a count, and of the dense model."""
-        worse = points_lost(dense, found, groups)
+    def of(cls, rule: VisualTokens, matches: Matches, dense: Matches, groups: Groups) -> VisualRow:
+        """A row from matches ``(L,)`` of a rule that keeps a count, and of the dense model."""
+        worse = points_lost(dense, matches, groups)
         return cls(
             method=rule.method,
             num_keep=int(rule.num_keep),
             num_aligned=rule.num_aligned,
-            exact_match=exact_match(found, groups),
+            exact_match=exact_match(matches, groups),
             lost={
                 task: upper_bound([each], num_resamples=RESAMPLES)
                 for task, each in zip(groups, worse, strict=True)
@@ -60,24 +60,24 @@ class VisualRow(Strict):
         )
 
 
-def exact_match(found: Matches, groups: Groups) -> dict[str, float]:
+def exact_match(matches: Matches, groups: Groups) -> dict[str, float]:
     """Share of matches ``(L,)`` by task."""
-    return {task: float(found[list(group)].mean()) for task, group in groups.items()}
+    return {task: float(matches[list(group)].mean()) for task, group in groups.items()}
 
 
 def mean_over_tasks(shares: Mapping[str, float]) -> float:
-    """Tasks count alike."""
+    """The mean over tasks, which count alike."""
     return sum(shares.values()) / len(shares)
 
 
 def points_lost(better: Matches, worse: Matches, groups: Groups) -> list[list[float]]:
-    """Per task and example, in percentage points: 100, 0 or -100."""
+    """Percentage points lost by task and example: 100, 0 or -100."""
     points_L = 100.0 * (better.astype(np.float64) - worse.astype(np.float64))
     return [points_L[list(group)].tolist() for group in groups.values()]
 
 
 class StageGain(Strict):
-    """What TrimTokenator's two stages gain over one of them alone, mean over tasks, in points.
+    """The gain of TrimTokenator's two stages over one of them alone, mean over tasks, in points.
 
     ``at_least`` is the one-sided 95 % lower bound of a paired bootstrap.
     """
@@ -91,13 +91,13 @@ class StageGain(Strict):
     def of(
         cls, num_keep: int, alone: str, both: Matches, one: Matches, groups: Groups
     ) -> StageGain:
-        """From matches ``(L,)`` of both stages, and of the one called ``alone``."""
+        """The gain from matches ``(L,)`` of both stages, and of the one called ``alone``."""
         lost = upper_bound(points_lost(one, both, groups), num_resamples=RESAMPLES)
         return cls(num_keep=num_keep, alone=alone, gain=0.0 - lost.mean, at_least=0.0 - lost.upper)
 
 
 class View(Strict):
-    """One grid of tokens over a picture of what it shows, and which of them methods keep.
+    """One grid of tokens over its picture, with the tokens that methods keep.
 
     ``photo`` is a PNG. ``kept`` holds indices in reading order, by method.
     """
@@ -119,7 +119,7 @@ class View(Strict):
 
 
 class VisualSample(Strict):
-    """A question, the right answer, and per method whether it gave that; views of its images."""
+    """A question, its right answer, whether each method gave it, and views of its images."""
 
     task: str
     question: str
@@ -132,9 +132,9 @@ class VisualSample(Strict):
 class VisualQuality(Strict):
     """Every rule on the same questions; ``dense`` is the dense model's exact match by task.
 
-    ``num_visual_tokens`` are the fewest and the most tokens of a question's images before pruning.
-    ``sweep`` are TrimTokenator rows with other shares that survive its first stage. Samples are
-    questions from the beginning of the data, none was picked.
+    ``num_visual_tokens`` has the fewest and the most tokens of a question's images before pruning.
+    ``sweep`` has TrimTokenator rows with other shares that survive its first stage. Samples are
+    questions from the beginning of the data; none was picked.
     """
 
     version: Literal[1] = 1
@@ -154,31 +154,31 @@ class VisualQuality(Strict):
     cpu_s: float
 
     def is_of(self, plan: PruningPlan) -> bool:
-        """Whether it was measured on the model that a plan is for."""
+        """Whether the result was measured on the model that a plan is for."""
         return plan.model == self.model
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """In the order of the rows."""
+        """Names of the methods, in the order of the rows."""
         return tuple(dict.fromkeys(row.method for row in self.rows))
 
     @property
     def budgets(self) -> tuple[int, ...]:
-        """Tokens kept, ascending."""
+        """Numbers of tokens kept, ascending."""
         return tuple(sorted({row.num_keep for row in self.rows}))
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """Why these numbers must not be quoted as claims; empty where they may."""
-        found = []
+        """Reasons why these numbers must not be quoted as claims; empty if they may."""
+        reasons = []
         fewest = min(self.num_examples.values())
         if fewest < CLAIM_EXAMPLES:
-            found.append(
+            reasons.append(
                 f"{fewest} questions in the smallest task; points lost need {CLAIM_EXAMPLES:,} each"
             )
         if not self.split:
-            found.append("the split of the data is not stated")
-        return tuple(found)
+            reasons.append("the split of the data is not stated")
+        return tuple(reasons)
 
     def save(self, path: str | Path) -> Path:
         """Write JSON to ``path``, creating its directory; returns the file."""
@@ -188,13 +188,13 @@ class VisualQuality(Strict):
         return target
 
     def save_beside(self, path: str | Path) -> Path:
-        """:meth:`save` into the directory ``path``, or that of the file, for its report."""
+        """Call :meth:`save` in the directory ``path``, or in that of the file, for its report."""
         home = Path(path) if Path(path).is_dir() else Path(path).parent
         return self.save(home / VISUAL_FILE)
 
     @classmethod
     def parse(cls, content: bytes, where: str) -> VisualQuality:
-        """What :meth:`save` wrote; raises :class:`DataError` where it is none."""
+        """Parse the content that :meth:`save` wrote; raises :class:`DataError` if it is none."""
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:

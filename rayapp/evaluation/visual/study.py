@@ -1,6 +1,6 @@
 """All methods of visual pruning on the same questions about images, dense beside them.
 
-Blocks are all run and all KV is kept: only visual tokens differ.
+All blocks run and all KV is kept: only visual tokens differ.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ BOTH, STAGES = "trimtokenator", ("alignment", "diversity")
 
 
 class StudySettings(Settings):
-    """What is compared.
+    """The methods, budgets and samples of a comparison.
 
-    ``budgets`` are visual tokens kept per image. ``methods`` None takes every one that the model
-    allows. ``sweep_budgets`` try TrimTokenator with every one of ``shares`` let through by its
-    first stage. ``samples`` questions are pictured, with ``sample_budget`` tokens kept (None: 64,
-    or the largest budget where 64 is none).
+    ``budgets`` are numbers of visual tokens kept per image. ``methods`` None takes every method
+    that the model allows. ``sweep_budgets`` are the budgets at which TrimTokenator's first stage
+    passes on every one of ``shares``. ``samples`` questions are pictured, with ``sample_budget``
+    tokens kept (None: 64, or the largest budget if 64 is none).
     """
 
     budgets: tuple[int, ...] = Field(min_length=1)
@@ -63,7 +63,7 @@ class StudySettings(Settings):
 
     @property
     def pictured(self) -> int:
-        """Tokens kept in pictures; raises :class:`InputError` where none of the budgets."""
+        """Number of tokens kept in pictures; raises :class:`InputError` if it is no budget."""
         if self.sample_budget is None:
             return 64 if 64 in self.budgets else max(self.budgets)
         if self.sample_budget not in self.budgets:
@@ -75,7 +75,7 @@ class StudySettings(Settings):
 
 
 def study_of(budgets: Sequence[int]) -> StudySettings:
-    """All methods at these budgets."""
+    """The study of all methods at these budgets."""
     return StudySettings(budgets=tuple(sorted(set(budgets), reverse=True)))
 
 
@@ -89,22 +89,22 @@ def compare(
     device: str = "cpu",
     progress: ProgressCallback = silent,
 ) -> VisualQuality:
-    """Exact match of every method at every budget.
+    """Measure the exact match of every method at every budget.
 
     Args:
         model: Directory of a model that takes images.
-        data: JSON lines; those about no image are left out.
-        study: What is compared.
-        settings: Limit, split and threads.
+        data: JSON lines; lines about no image are left out.
+        study: The comparison to make.
+        settings: The limit, split and threads.
         dtype: Element type; near ties between batch shapes flip less often in float32.
-        device: Where to run.
+        device: The device to run on.
         progress: Called question by question.
 
     Raises:
         ModelError: The model takes no images.
-        PlanError: A method that was asked for cannot be applied to it.
-        DataError: The data cannot be used, or hold no question about an image.
-        InputError: Pictures are asked for at another number of tokens than those compared.
+        PlanError: A chosen method cannot be applied to the model.
+        DataError: The data cannot be used, or have no question about an image.
+        InputError: The pictures' number of tokens is none of the budgets.
     """
     with num_threads(settings.num_threads):
         return _Study(Path(model), data, study, settings, dtype, device).measured(progress)
@@ -112,7 +112,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Judged:
-    """Which questions are answered rightly by the dense model, and under every rule."""
+    """The questions that the dense model, and every rule, answered rightly."""
 
     lines: list[TokenizedImageLine]
     groups: Groups
@@ -132,7 +132,7 @@ def _key(rule: VisualTokens) -> tuple[str, int, float | None]:
 
 
 class _Study:
-    """A model, questions, and what they are answered with."""
+    """A model, questions, and the methods that prune its visual tokens."""
 
     def __init__(
         self,
@@ -187,13 +187,13 @@ class _Study:
 
     @property
     def _rules(self) -> list[VisualTokens]:
-        """Every method at every budget."""
+        """Rules of every method at every budget."""
         budgets = self._study.budgets
         return [VisualTokens(method=m, num_keep=k) for m in self._methods for k in budgets]
 
     @property
     def _sweep(self) -> list[VisualTokens]:
-        """TrimTokenator with other shares, where they leave enough to choose from."""
+        """Rules of TrimTokenator with other shares, if they leave enough tokens to choose from."""
         fewest = min(counts(self._data.image_lines))
         return [
             VisualTokens(method=BOTH, num_keep=keep, num_aligned=share)
@@ -206,28 +206,28 @@ class _Study:
         lines, rules = self._data.image_lines, [*self._rules, *self._sweep]
         tasks = sorted({line.task for line in lines})
         groups = {t: [i for i, line in enumerate(lines) if line.task == t] for t in tasks}
-        dense, *found = visual_matches(
+        dense, *matches = visual_matches(
             self._prompts,
             [None, *rules],
             lines,
             end_token_ids=self._loaded.eos_token_ids,
             progress=progress,
         )
-        return _Judged(lines, groups, dense, dict(zip(map(_key, rules), found, strict=True)))
+        return _Judged(lines, groups, dense, dict(zip(map(_key, rules), matches, strict=True)))
 
     def _samples(self, judged: _Judged) -> list[VisualSample]:
-        """A question of each of the first tasks: its first, its second, ..., of several images."""
+        """One question of each of the first tasks, at another place in each, so images differ."""
         groups = [*judged.groups.values()][: self._study.samples]
         shown = [group[number % len(group)] for number, group in enumerate(groups)]
         return [self._sample(judged, index, self._pictured) for index in shown]
 
     def _sample(self, judged: _Judged, index: int, keep: int) -> VisualSample:
         line = judged.lines[index]
-        asked, decode = self._prompts.ask(line), self._loaded.tokenizer.decode
-        kept = {m: asked.kept(VisualTokens(method=m, num_keep=keep)) for m in self._methods}
+        question, decode = self._prompts.ask(line), self._loaded.tokenizer.decode
+        kept = {m: question.kept(VisualTokens(method=m, num_keep=keep)) for m in self._methods}
         shown = [
             view
-            for number, (path, image) in enumerate(zip(line.images, asked.images, strict=True))
+            for number, (path, image) in enumerate(zip(line.images, question.images, strict=True))
             for view in views(
                 self._processor,
                 decode_file(path).pixels,
@@ -246,28 +246,28 @@ class _Study:
 
 
 def counts(lines: Sequence[TokenizedImageLine]) -> list[int]:
-    """Visual tokens of each question's images before pruning."""
+    """Numbers of visual tokens of the questions' images before pruning."""
     return [len(line.prompt) - len(line.asked) + len(line.images) for line in lines]
 
 
 def _read(
     checkpoint: Checkpoint, data: Sequence[str | Path], settings: EvaluationSettings
 ) -> EvaluationData:
-    found = read_data(
+    evaluation_data = read_data(
         data,
         load_tokenizer(checkpoint.path),
         max_positions=text_config(checkpoint.config).max_position_embeddings,
         settings=settings,
         images=ImageIntake.of(checkpoint.config),
     )
-    if not found.image_lines:
+    if not evaluation_data.image_lines:
         raise DataError("the data hold no question about an image; give lines with `image`")
-    return found
+    return evaluation_data
 
 
 def _methods(reader: ImageReader, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """The methods asked for, or all that the model allows."""
-    found = []
+    """The wanted methods, or all that the model allows."""
+    methods = []
     for method in METHODS if wanted is None else wanted:
         try:
             reader.check_rule(VisualTokens(method=method, num_keep=1))
@@ -275,5 +275,5 @@ def _methods(reader: ImageReader, wanted: Sequence[str] | None) -> tuple[str, ..
             if wanted is not None:
                 raise
         else:
-            found.append(method)
-    return tuple(found)
+            methods.append(method)
+    return tuple(methods)

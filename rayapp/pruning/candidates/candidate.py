@@ -1,9 +1,10 @@
-"""One point of a search: which parts each stage skips, and which KV travels. Hashable, ordered.
+"""One point of a search: the parts that each stage skips, and the KV that travels.
 
-The parts of block ``b`` are numbered ``2 b`` (attention) and ``2 b + 1`` (MLP). Which KV a prefill
-writes follows from where decode attends (EVALUATION: modes that write KV are derived, never
-searched), so two candidates that would compute the same are the same. Most candidates leave the
-transfer to the objective; those of ``rayapp kv-select`` bring rules of their own.
+Candidates are hashable and ordered. The parts of block ``b`` are numbered ``2 b`` (attention) and
+``2 b + 1`` (MLP). Which KV a prefill writes follows from where decode attends (EVALUATION: modes
+that write KV are derived, never searched), so two candidates that would compute the same are the
+same. Most candidates leave the transfer to the objective; those of ``rayapp kv-select`` bring rules
+of their own.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ _MODES: dict[int, tuple[Mode, Mode]] = {
     MLP: (Mode.ATTENTION_ONLY, Mode.ATTENTION_ONLY),
     ATTENTION | MLP: (Mode.REMOVED, Mode.KV_ONLY),
 }
-"""Skipped parts to mode: where no KV is needed, and where it is."""
+"""Modes of a block by its skipped parts: if its KV is not needed, and if it is."""
 
 
 KVRule = tuple[int, str, str, str]
-"""Block, first, last and encoding of one transfer rule. Counts and shares are spelled in one way
-only (``"4"``, ``"0.25"``, ``"all"``), so rules that send the same are equal, sort, and are JSON."""
+"""One transfer rule: block, first, last and encoding. Counts and shares are spelled in one way only
+(``"4"``, ``"0.25"``, ``"all"``), so rules that send the same are equal, sort, and are JSON."""
 
 
 def kv_rule(block: int, rule: KVTransfer) -> KVRule:
-    """A transfer rule as candidates hold it."""
+    """A transfer rule in the form that candidates have."""
     first, last = (_spelled(amount) for amount in (rule.first, rule.last))
     if rule.keeps_all or "all" in (first, last):
         first, last = "all", "0"
@@ -72,7 +73,7 @@ class Candidate:
     """Parts that each stage skips, ascending. The order of candidates breaks ties of scores.
 
     ``kv`` holds the candidate's own transfer rules, one per block and ascending: they replace those
-    of the objective in all blocks. Empty, the objective's hold.
+    of the objective in all blocks. If ``kv`` is empty, the objective's rules apply.
     """
 
     prefill: tuple[int, ...] = ()
@@ -84,24 +85,24 @@ class Candidate:
         return self.prefill if stage == "prefill" else self.decode
 
     def removed(self, stage: Stage) -> float:
-        """Blocks removed from one stage; each part counts one half."""
+        """Number of blocks removed from one stage; each part counts one half."""
         return len(self.parts(stage)) / 2
 
     def skips(self, stage: Stage, num_blocks: int) -> tuple[int, ...]:
-        """Per block the bits of its skipped parts: 0, ``ATTENTION``, ``MLP`` or both."""
+        """Bits of the skipped parts, block by block: 0, ``ATTENTION``, ``MLP`` or both."""
         bits = [0] * num_blocks
         for part in self.parts(stage):
             bits[part // 2] |= MLP if part % 2 else ATTENTION
         return tuple(bits)
 
     def with_kv(self, rules: Mapping[int, KVTransfer]) -> Candidate:
-        """The same parts with transfer rules, where they say more than to send all that is read."""
+        """The same parts with transfer rules; a rule that sends all that is read is left out."""
         unread = {part // 2 for part in self.decode if not part % 2}
         spelled = (kv_rule(block, rules[block]) for block in sorted(rules) if block not in unread)
         return replace(self, kv=tuple(rule for rule in spelled if rule[1:] != SEND_ALL_RULE))
 
     def transfers(self, default: Mapping[int, KVTransfer]) -> Mapping[int, KVTransfer]:
-        """Transfer rules by block: the candidate's own, or ``default`` where it has none."""
+        """Transfer rules by block: the candidate's own, or ``default`` if it has none."""
         return {rule[0]: transfer_of(rule) for rule in self.kv} if self.kv else default
 
     def modes(self, stage: Stage) -> dict[int, Mode]:
@@ -126,7 +127,7 @@ class Candidate:
     ) -> PruningPlan:
         """The plan that serves this candidate; transfer rules of blocks without KV are dropped.
 
-        ``kv_transfer`` holds where the candidate has no rules of its own.
+        ``kv_transfer`` applies if the candidate has no rules of its own.
         """
         skips = self.skips("decode", model.num_blocks)
         wanted = self.transfers(kv_transfer or {})
@@ -143,7 +144,7 @@ class Candidate:
 
     @classmethod
     def from_plan(cls, plan: PruningPlan) -> Candidate:
-        """The candidate that a plan computes; KV that decode never reads is no matter."""
+        """The candidate that a plan computes; KV that decode never reads makes no difference."""
         return cls(_parts(plan.prefill), _parts(plan.decode)).with_kv(plan.kv_transfer)
 
     def labels(self, stage: Stage) -> list[str]:
@@ -167,7 +168,7 @@ class Candidate:
 
 DENSE = Candidate()
 SEND_ALL_RULE = kv_rule(0, SEND_ALL)[1:]
-"""What a rule says, its block aside, that sends all as it is."""
+"""A transfer rule without its block, which sends all entries in the model's own type."""
 
 
 def _parts(stage: StagePlan) -> tuple[int, ...]:

@@ -1,9 +1,10 @@
-"""Healing: which survivor takes over the work of a removed block, and what it was trained to.
+"""Healing: which survivor takes over the work of a removed block, and its trained tensors.
 
 Our reading of PDTrim's distillation set (arXiv:2509.04467; project default, since its method
 section is not public): a block of that set goes together with a survivor that is trained to do the
-work of both. The survivor is the next block, else the one before, full in that stage, and in one
-pair only. Where neither is free the block goes unhealed, and its real score decides.
+work of both. The survivor is the next block, else the one before; it must run in full in that
+stage, and belongs to one pair only. If neither neighbour is free the block goes unhealed, and its
+real score decides.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from rayapp.pruning.candidates.candidate import ATTENTION, MLP, Candidate
 PARTS = ATTENTION | MLP
 ABSORBS_BEFORE, ABSORBS_AFTER = 4, 8
 """Bits of a survivor, beside those of skipped parts: it does the work of the block before it, or of
-the one after it. States that depend on healed tensors thus have keys of their own."""
+the block after it. States that depend on healed tensors thus have keys of their own."""
 
 
 @dataclass(frozen=True, order=True)
 class Pair:
-    """In one stage, a removed block and its neighbour that does the work of both."""
+    """A removed block of one stage, and its neighbour that does the work of both."""
 
     stage: Stage
     removed: int
@@ -34,17 +35,17 @@ class Pair:
 
     @property
     def first(self) -> int:
-        """The block whose input the survivor gets."""
+        """The block whose input the survivor gets; it comes first in the model."""
         return min(self.removed, self.survivor)
 
     @property
     def last(self) -> int:
-        """The block whose output it is trained to give."""
+        """The block whose output the survivor is trained to give."""
         return max(self.removed, self.survivor)
 
     @property
     def mark(self) -> int:
-        """The survivor's bit."""
+        """The survivor's bit, ``ABSORBS_BEFORE`` or ``ABSORBS_AFTER``."""
         return ABSORBS_BEFORE if self.removed < self.survivor else ABSORBS_AFTER
 
     @classmethod
@@ -58,9 +59,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Healing:
-    """Per stage the blocks that are healed where they are removed, if a survivor is free.
+    """The blocks of each stage that are healed when they are removed, if a survivor is free.
 
-    ``fixed`` are pairs of a plan that is already there: they hold in place of the rule.
+    ``fixed`` are the pairs of an existing plan; they replace the rule.
     """
 
     num_blocks: int = 0
@@ -70,12 +71,12 @@ class Healing:
 
     @classmethod
     def of_all(cls, num_blocks: int) -> Healing:
-        """Every removed block is healed."""
+        """Healing of every removed block."""
         blocks = frozenset(range(num_blocks))
         return cls(num_blocks, blocks, blocks)
 
     def blocks(self, stage: Stage) -> frozenset[int]:
-        """Those of one stage."""
+        """The blocks of one stage that may be healed."""
         return self.prefill if stage == "prefill" else self.decode
 
     def pairs(self, candidate: Candidate) -> tuple[Pair, ...]:
@@ -85,8 +86,9 @@ class Healing:
     def stage_pairs(self, candidate: Candidate, stage: Stage) -> tuple[Pair, ...]:
         """The pairs that a candidate uses in one stage, ascending.
 
-        Removed blocks choose in descending order. On a line of blocks that heals as many as can be:
-        the last removed block takes a survivor that only it and blocks before it could use.
+        Removed blocks choose their survivors in descending order. On a line of blocks this heals as
+        many as possible, because the last removed block takes a survivor that only it and earlier
+        blocks could use.
         """
         if self.fixed:
             return tuple(pair for pair in self.fixed if pair.stage == stage)
@@ -105,7 +107,7 @@ class Healing:
         return tuple(sorted(pairs))
 
     def skips(self, candidate: Candidate, stage: Stage, num_blocks: int) -> tuple[int, ...]:
-        """As :meth:`Candidate.skips`, survivors marked."""
+        """Bits of every block as :meth:`Candidate.skips` gives them, with the survivors' marks."""
         skips = list(candidate.skips(stage, num_blocks))
         for pair in self.stage_pairs(candidate, stage):
             skips[pair.survivor] |= pair.mark
@@ -117,14 +119,14 @@ NO_HEALING = Healing()
 
 @dataclass(frozen=True)
 class HealedPair:
-    """A trained pair.
+    """A trained pair of blocks.
 
     Attributes:
-        pair: What was trained.
+        pair: The pair that was trained.
         tensors: The survivor's trained parameters by canonical name, on the CPU.
         loss_before: Relative mean squared error of the span's output on held-back lines, with the
             survivor as it was.
-        loss_after: The same with the healed tensors; never higher.
+        loss_after: That error with the healed tensors; it is never higher.
     """
 
     pair: Pair
@@ -134,11 +136,11 @@ class HealedPair:
 
     @property
     def weights(self) -> HealedWeights:
-        """As a stage's healed tensors."""
+        """The survivor's tensors as the healed weights of its stage."""
         return HealedWeights.of({self.pair.stage: self.tensors})
 
     def record(self) -> dict[str, Any]:
-        """For a plan's provenance."""
+        """The pair's blocks and losses, as JSON for a plan's provenance."""
         return {
             "stage": self.pair.stage,
             "removed": self.pair.removed,

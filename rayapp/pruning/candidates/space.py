@@ -1,4 +1,4 @@
-"""All candidates of given sizes: how many, in which order, and which are neighbours."""
+"""The space of all candidates of given sizes: their number, their order, and their neighbours."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Space:
     With ``shared``, both stages remove one and the same set. Decode then stands for both: methods
     see a space whose prefill removes nothing, and what leaves decode leaves prefill too.
 
-    ``prefill_allowed`` and ``decode_allowed`` are the units that may be removed at all; None is
-    all of them.
+    ``prefill_allowed`` and ``decode_allowed`` are the units that may be removed; None allows all of
+    them.
 
     Raises:
         InputError: The sizes contradict each other, the unit, or the model.
@@ -85,11 +85,11 @@ class Space:
 
     @property
     def num_units(self) -> int:
-        """Units that a stage has: blocks, or parts."""
+        """Number of units that a stage has: blocks, or parts."""
         return self.num_blocks * (2 if self.unit == "part" else 1)
 
     def count(self, stage: Stage) -> int:
-        """Units that ``stage`` removes; in a shared space decode's leave prefill too."""
+        """Number of units that ``stage`` removes; in a shared space decode's leave prefill too."""
         if self.shared and stage == "prefill":
             return 0
         return int(self._blocks(stage) * (2 if self.unit == "part" else 1))
@@ -98,9 +98,9 @@ class Space:
         """Units that may be removed from ``stage``, ascending; the coupling rule included."""
         coupled = self.shared or (stage == "prefill" and not self.kv_modes)
         allowed = {"prefill": self.prefill_allowed, "decode": self.decode_allowed}
-        sets = [allowed[each] for each in (STAGES if coupled else (stage,))]
+        sets = [allowed[member] for member in (STAGES if coupled else (stage,))]
         units = set(range(self.num_units))
-        return tuple(sorted(units.intersection(*(found for found in sets if found is not None))))
+        return tuple(sorted(units.intersection(*(limit for limit in sets if limit is not None))))
 
     @property
     def size(self) -> int:
@@ -160,7 +160,7 @@ class Space:
         return tuple(part for unit in sorted(units) for part in (2 * unit, 2 * unit + 1))
 
     def draw(self, rng: random.Random) -> Candidate:
-        """A candidate, uniform over the space."""
+        """Draw a candidate uniformly from the space."""
         prefill = tuple(rng.sample(self.pool("prefill"), self.count("prefill")))
         fixed = () if self.kv_modes else prefill
         others = [unit for unit in self.pool("decode") if unit not in fixed]
@@ -169,22 +169,22 @@ class Space:
         )
 
     def swaps(self, candidate: Candidate, stages: tuple[Stage, ...] = STAGES) -> list[Candidate]:
-        """Every neighbour, ascending: one removed unit of one stage goes back, another one leaves.
+        """Every neighbour, ascending: one removed unit of one stage comes back, another one leaves.
 
-        Without kv modes, a unit that both stages removed is swapped in both where decode gives it
+        Without kv modes, a unit that both stages removed is swapped in both if decode gives it
         back.
         """
         prefill, decode = self.units(candidate)
-        found: list[tuple[Units, Units]] = []
+        neighbours: list[tuple[Units, Units]] = []
         if "prefill" in stages:
-            found += [(units, decode) for units in _swapped(prefill, self.pool("prefill"))]
+            neighbours += [(units, decode) for units in _swapped(prefill, self.pool("prefill"))]
         if "decode" in stages:
             swapped = _swapped(decode, self.pool("decode"))
-            found += [(self._following(prefill, decode, units), units) for units in swapped]
-        return sorted({self.candidate(*units) for units in found if self._allows(*units)})
+            neighbours += [(self._following(prefill, decode, units), units) for units in swapped]
+        return sorted({self.candidate(*units) for units in neighbours if self._allows(*units)})
 
     def _following(self, prefill: Units, decode: Units, swapped: Units) -> Units:
-        """The prefill set beside a swapped decode set."""
+        """The prefill set that goes with a swapped decode set."""
         given_back = set(prefill) - set(swapped)
         if self.kv_modes or not given_back:
             return prefill

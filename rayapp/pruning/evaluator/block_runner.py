@@ -22,15 +22,15 @@ from rayapp.pruning.candidates.healing import HealedPair, Pair
 KV = tuple[torch.Tensor, torch.Tensor]
 
 RUN_MODES = {0: Mode.FULL, ATTENTION: Mode.MLP_ONLY, MLP: Mode.ATTENTION_ONLY}
-"""Skipped parts to the mode that runs the others; where both are skipped nothing runs."""
+"""The mode that runs the rest of a block, by its skipped parts; without a rest, nothing runs."""
 
 
 @dataclass
 class BlockKVSlot:
-    """A cache for one block: entries before the new ones, if any, and those that it wrote.
+    """A cache for one block: the entries before the new ones, if any, and the new entries.
 
-    The last ``room`` entries of ``prefix`` are overwritten by the new ones, as many: nothing is
-    copied then. Whoever shares such a prefix must not need what is written there.
+    With ``room``, the new entries overwrite the last ``room`` entries of ``prefix`` in place, and
+    nothing is copied. Whoever shares such a prefix must not read those entries afterwards.
     """
 
     prefix: KV | None = None
@@ -38,7 +38,7 @@ class BlockKVSlot:
     room: int = 0
 
     def update(self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, block: int) -> KV:
-        """What the block attends to: the prefix, then its own new entries."""
+        """Keys and values that the block attends to: the prefix, then its own new entries."""
         del block
         self.written = (keys_BHTD, values_BHTD)
         if self.prefix is None:
@@ -85,7 +85,7 @@ class BlockRunner:
         self.element_bytes = self.dtype.itemsize
 
     def _uniform(self, mode: Mode) -> PruningPlan:
-        """A plan whose prefill runs every block in ``mode``; decode needs no KV, so any may do."""
+        """A plan whose prefill runs all blocks in ``mode``; its decode, never run, needs no KV."""
         blocks = range(self.signature.num_blocks)
         return PruningPlan(
             model=self.signature,
@@ -110,7 +110,7 @@ class BlockRunner:
         mask: torch.Tensor | None,
         slot: BlockKVSlot,
     ) -> torch.Tensor:
-        """One block without its ``skipped`` parts; attention reads and writes ``slot``."""
+        """Run one block without its ``skipped`` parts; attention reads and writes ``slot``."""
         if skipped == ATTENTION | MLP:
             return hidden_BTE
         stack = self._stacks[RUN_MODES[skipped]]
@@ -125,7 +125,7 @@ class BlockRunner:
         mask: torch.Tensor | None,
         slot: BlockKVSlot,
     ) -> torch.Tensor:
-        """One block of a stack; all blocks of a pass share the rotation of its positions."""
+        """Run one block of a stack; all blocks of a pass share the rotation of its positions."""
         key = (hidden_BTE.dtype, hidden_BTE.device)
         if self._rotated is None or self._rotated[0] is not positions_BT or self._rotated[1] != key:
             self._rotated = (positions_BT, key, stack.rotary(hidden_BTE, positions_BT))
@@ -154,7 +154,7 @@ class BlockRunner:
         mask: torch.Tensor | None,
         slot: BlockKVSlot,
     ) -> torch.Tensor:
-        """The survivor of a pair that was added; attention reads and writes ``slot``."""
+        """Run the survivor of a pair that was added; attention reads and writes ``slot``."""
         stack = self._healed[pair]
         return self._run_one(stack, pair.survivor, hidden_BTE, positions_BT, mask, slot)
 

@@ -1,8 +1,8 @@
-"""Calibration files: JSON lines to checked, tokenised chunks of fixed content.
+"""Calibration files: JSON lines become checked, tokenised chunks of fixed content.
 
-A chunk is the unit of batching and of memory: rows of similar prompt length, padded on the right,
-cut once for all candidates. Shapes: B = lines of a chunk, T = prompt tokens, C = continuation
-tokens.
+A chunk is the unit of batching and of memory. Its rows have similar prompt lengths and are padded
+on the right; the lines are cut into chunks once, for all candidates. Shapes: B = lines of a chunk,
+T = prompt tokens, C = continuation tokens.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Chunk:
     Attributes:
         lines: Indices into :attr:`Calibration.lines`.
         prompts_BT: Prompt token ids, int64, padded on the right with 0.
-        prompt_lengths_B: Real prompt tokens.
+        prompt_lengths_B: Number of real tokens of every prompt.
         continuations_BC: Continuation token ids, int64, padded on the right with 0.
-        continuation_lengths_B: Real continuation tokens.
-        positions_BT: Of the prompt's tokens, int64; one row where none has gaps.
-        answer_positions_B: Of the first answer tokens.
-        key: Hash of the content.
+        continuation_lengths_B: Number of real tokens of every continuation.
+        positions_BT: Positions of the prompt's tokens, int64; a single row if no line has gaps.
+        answer_positions_B: Positions of the first answer tokens.
+        key: Hash of the chunk's content.
     """
 
     lines: tuple[int, ...]
@@ -50,7 +50,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A tokenised calibration set, cut into chunks; ``words`` are what its images teach a model."""
+    """A tokenised calibration set, cut into chunks.
+
+    ``words`` are the visual words that its images add to a model's vocabulary.
+    """
 
     lines: tuple[TokenizedLine, ...]
     chunks: tuple[Chunk, ...]
@@ -58,7 +61,7 @@ class Calibration:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the content and of how it is cut; file names do not count."""
+        """Hash of the set's content and of its cut into chunks; file names do not count."""
         return _digest(
             [
                 (line.task, line.prompt, line.continuation, *_about_images(line))
@@ -85,10 +88,10 @@ def load_calibration(
     Args:
         path: JSON lines ``{"prompt": str, "completion": str}``, optionally ``"task"``, and
             ``"image"`` or ``"images"``.
-        tokenizer: Tokenises prompts as the service does; names the end marker.
-        max_positions: Context of the model in tokens; None checks nothing.
+        tokenizer: Tokenises prompts as the service does, and names the end marker.
+        max_positions: Context of the model in tokens; None skips the check.
         chunk_tokens: Tokens of a chunk, padding included; a longer line is a chunk of its own.
-        images: Reads lines about images; None where the model is text-only.
+        images: Reads lines about images; None if the model is text-only.
 
     Raises:
         DataError: The file cannot be read or is empty, or a line (named) is malformed, too long or
@@ -105,12 +108,12 @@ def load_calibration(
             )
         else:
             lines.append(images.read(line, where, Path(path).parent))
-    found = cut(lines, chunk_tokens=chunk_tokens)
-    return found if images is None else replace(found, words=images.take())
+    calibration = cut(lines, chunk_tokens=chunk_tokens)
+    return calibration if images is None else replace(calibration, words=images.take())
 
 
 def cut(lines: Sequence[TokenizedLine], *, chunk_tokens: int = CHUNK_TOKENS) -> Calibration:
-    """Cut lines into chunks by prompt length, as many to a chunk as its padded size allows."""
+    """Cut lines into chunks by prompt length; a chunk takes lines until its padded size is full."""
     order = sorted(
         range(len(lines)), key=lambda i: (len(lines[i].prompt), len(lines[i].continuation), i)
     )
@@ -155,12 +158,12 @@ def _positions(
         return torch.arange(longest)[None], torch.tensor(ends)
     rows = [lines[i].positions or range(end + 1) for i, end in zip(group, ends, strict=True)]
     answers_B = torch.tensor([row[-1] for row in rows])
-    # Padding may lie anywhere: no token attends to it.
+    # Padding may have any position, since no token attends to it.
     return _padded([row[:-1] for row in rows]), answers_B
 
 
 def _about_images(line: TokenizedLine) -> tuple[object, ...]:
-    """What ids do not say of a line about images: their content, how they were pruned, and gaps."""
+    """The difference between image lines of equal ids: images' content, their pruning, gaps."""
     return (line.image_keys, line.positions) if line.image_keys else ()
 
 

@@ -1,17 +1,17 @@
-"""Scores candidates on one chunk, reusing everything that equals what was computed before.
+"""Scores candidates on one chunk, and reuses every state that an earlier candidate computed.
 
 A state is named by exactly what it depends on, and looked up before it is computed:
 
-- prefill's hidden state that enters block ``b``: the chunk and prefill's skips before ``b``, which
-  say of a survivor that it is healed, and for which neighbour;
-- the KV of block ``b``: the same, and the rule whose encoding it went through, if any;
+- prefill's hidden state that enters block ``b``: the chunk and prefill's skips before ``b``; the
+  skips of a survivor also say that it is healed, and for which neighbour;
+- the KV of block ``b``: the same names, and the rule whose encoding it went through, if any;
 - decode's hidden state that enters block ``b``: decode's skips before ``b``, and prefill's skips
   before the last block under ``b`` where decode attended, with the transfer rules of the blocks
   where it did.
 
 So a candidate restarts at its first changed block, siblings share prefixes when they come in order,
-and changes of decode alone find the whole prefill done. Results never depend on what was found: the
-same operation runs on the same shapes either way.
+and a candidate that changes decode alone reuses the whole prefill. Results never depend on which
+states were reused: the same operation runs on the same shapes either way.
 Shapes: B = lines, P = prompt tokens, D = tokens that decode runs, C = continuation tokens,
 E = hidden size, V = vocabulary.
 """
@@ -51,9 +51,12 @@ _Key = tuple[object, ...]
 
 @dataclass(frozen=True)
 class _Pass:
-    """One candidate on one chunk; ``held`` keeps what its rest needs, whatever the bound.
+    """One candidate on one chunk.
 
-    ``rules`` are those of all blocks; they send all where decode does not attend.
+    ``held`` keeps the states that the rest of the pass needs, whatever the bound of the cache.
+
+    ``rules`` are the transfer rules of all blocks; a block where decode does not attend has the
+    rule that sends all.
     """
 
     chunk: int
@@ -70,19 +73,20 @@ class _Pass:
 
 
 class Evaluator:
-    """The compute of a search on one device.
+    """The compute of a search on one device: it runs the blocks that scores and measures need.
 
     Args:
         model: The dense model.
         calibration: The chunks that are scored.
-        objective: What to compute.
-        cache_bytes: Bound of what is kept for reuse; 0 reuses nothing, with the same scores.
+        objective: The objective that scores are computed for.
+        cache_bytes: Bound of the bytes kept for reuse; with 0 nothing is reused, and scores are the
+            same.
 
     Attributes:
-        blocks_run: Blocks run so far, those of which nothing is left included.
-        forwards: Block x token forwards so far, padding included; a part counts one half, and so
+        blocks_run: Blocks run so far, counting blocks of which nothing is left too.
+        forwards: Block x token forwards so far, padding included. A part counts one half, and so
             does the KV of a block that is written without its attention.
-        masks: What each stage's tokens may attend to.
+        masks: Attention masks of both stages' tokens.
     """
 
     def __init__(
@@ -107,22 +111,22 @@ class Evaluator:
     def line_sums(
         self, candidates: Sequence[Candidate], chunk: int, healing: Healing = NO_HEALING
     ) -> list[LineSums]:
-        """Per candidate the sum over the continuation tokens of every line of ``chunk``, float64.
+        """Sums over every line's continuation tokens in ``chunk``, one row per candidate, float64.
 
-        Candidates may come in any order; ascending order shares most. The pairs that they use under
-        ``healing`` must have been added.
+        Candidates may come in any order; ascending order reuses most states. The pairs that they
+        use under ``healing`` must have been added before.
         """
         lines = self.calibration.chunks[chunk]
         valid_BC = self.inputs(chunk).valid_BC
         reference = self._reference(chunk) if self.objective.kind == "kl" else None
-        found = []
+        sums = []
         for candidate in candidates:
             run = self._pass(candidate, chunk, self.objective.kv_transfer, healing)
             logits_BCV = self._logits(run)
             values_BC = token_values(self.objective, reference, logits_BCV, lines.continuations_BC)
             sums_B = values_BC.cpu().masked_fill(~valid_BC, 0.0).sum(dim=1)
-            found.append(tuple(sums_B.tolist()))
-        return found
+            sums.append(tuple(sums_B.tolist()))
+        return sums
 
     def add_healed(self, healed: HealedPair) -> None:
         """Make a trained pair known to candidates that use it."""
@@ -168,7 +172,7 @@ class Evaluator:
         self._run(stage, block, skips[block], hidden_BTE, positions_BT, mask, slot)
 
     def inputs(self, chunk: int) -> Handoff:
-        """What both stages run on a chunk."""
+        """Inputs of both stages on a chunk."""
         if chunk not in self._inputs:
             self._inputs[chunk] = handoff(
                 self.calibration.chunks[chunk], self.objective.first_token
@@ -193,18 +197,19 @@ class Evaluator:
         return _Pass(chunk, self.inputs(chunk), prefill, decode, rules)
 
     def _reference(self, chunk: int) -> Reference:
-        """What candidates are compared with: dense stages, uncut KV."""
-        found = self._cache.get(("reference", chunk))
-        if found is None:
+        """The dense stages' outputs with uncut KV, which candidates are compared with."""
+        reference = self._cache.get(("reference", chunk))
+        if reference is None:
             logits_BCV = self._logits(self._pass(DENSE, chunk, {}))
-            found = reference_of(self.objective, logits_BCV)
-            self._cache.put(("reference", chunk), found, dense=True)
-        return found
+            reference = reference_of(self.objective, logits_BCV)
+            self._cache.put(("reference", chunk), reference, dense=True)
+        return reference
 
     def _logits(self, run: _Pass) -> torch.Tensor:
         """Logits of every continuation token, ``(B, C, V)``.
 
-        Prefill goes first where it runs to the end anyway: decode then finds all KV written.
+        If prefill runs to the end anyway, it goes first, so that all its KV is written before
+        decode.
         """
         if not run.inputs.first_from_prefill:
             return self.runner.logits(self._decode_state(run))
@@ -219,67 +224,67 @@ class Evaluator:
         """Prefill's hidden states that enter ``block``, ``(B, P, E)``."""
         start, hidden_BPE = block, None
         while start and hidden_BPE is None:
-            found = self._find(("prefill", run.chunk, run.prefill[:start]), run)
-            hidden_BPE = found[0] if found else None
+            state = self._find(("prefill", run.chunk, run.prefill[:start]), run)
+            hidden_BPE = state[0] if state else None
             start -= hidden_BPE is None
         if hidden_BPE is None:
             hidden_BPE = self.runner.embed(run.inputs.prefill_ids_BP)
         positions_BP = run.inputs.prefill_positions_BP
-        for each in range(start, block):
-            if run.prefill[each] & ATTENTION and not run.decode[each] & ATTENTION:
-                self._write_kv(run, each, hidden_BPE)
-            mask = self.masks.prefill(run.chunk, each)
+        for current in range(start, block):
+            if run.prefill[current] & ATTENTION and not run.decode[current] & ATTENTION:
+                self._write_kv(run, current, hidden_BPE)
+            mask = self.masks.prefill(run.chunk, current)
             slot = BlockKVSlot()
             hidden_BPE = self._run(
-                "prefill", each, run.prefill[each], hidden_BPE, positions_BP, mask, slot
+                "prefill", current, run.prefill[current], hidden_BPE, positions_BP, mask, slot
             )
             if slot.written:
-                self._keep_kv(run, each, slot.written)
-            self._keep(("prefill", run.chunk, run.prefill[: each + 1]), (hidden_BPE,), run)
+                self._keep_kv(run, current, slot.written)
+            self._keep(("prefill", run.chunk, run.prefill[: current + 1]), (hidden_BPE,), run)
         return hidden_BPE
 
     def _kv(self, run: _Pass, block: int) -> KV:
-        """The KV of ``block`` that decode finds: what prefill wrote, after the transfer.
+        """The KV of ``block`` that decode reads: prefill's entries after the transfer.
 
-        Like all KV here it has room for decode's own entries behind it.
+        It has room for decode's own entries behind it, as all KV in this module has.
         """
         rule = transfer_of(run.rules[block])
         if rule.encoding == "model":
             return self._written_kv(run, block)
         key = (*_kv_key(run, block), run.rules[block])
-        found = self._find(key, run)
-        if found is None:
-            found = self._encoded(self._written_kv(run, block), rule, run.inputs, block)
-            self._keep(key, found, run)
-        return found[0], found[1]
+        kv = self._find(key, run)
+        if kv is None:
+            kv = self._encoded(self._written_kv(run, block), rule, run.inputs, block)
+            self._keep(key, kv, run)
+        return kv[0], kv[1]
 
     def _written_kv(self, run: _Pass, block: int) -> KV:
         """The KV of ``block`` that prefill wrote."""
-        found = self._find(_kv_key(run, block), run)
-        if found is None and not run.prefill[block] & ATTENTION:
+        kv = self._find(_kv_key(run, block), run)
+        if kv is None and not run.prefill[block] & ATTENTION:
             self._prefill_state(run, block + 1)  # attention writes it, unless its state was kept
-            found = self._find(_kv_key(run, block), run)
-        if found is None:
+            kv = self._find(_kv_key(run, block), run)
+        if kv is None:
             return self._write_kv(run, block, self._prefill_state(run, block))
-        return found[0], found[1]
+        return kv[0], kv[1]
 
     def _write_kv(self, run: _Pass, block: int, hidden_BPE: torch.Tensor) -> KV:
-        """The KV of ``block`` from the states that enter it, without its attention."""
-        found = self._find(_kv_key(run, block), run)
-        if found is None:
+        """Write the KV of ``block`` from the states that enter it, without its attention."""
+        kv = self._find(_kv_key(run, block), run)
+        if kv is None:
             self.forwards += hidden_BPE.shape[0] * hidden_BPE.shape[1] / 2
             written = self.runner.write_kv(block, hidden_BPE, run.inputs.prefill_positions_BP)
             return self._keep_kv(run, block, written)
-        return found[0], found[1]
+        return kv[0], kv[1]
 
     def _keep_kv(self, run: _Pass, block: int, written: KV) -> KV:
-        """What prefill wrote, copied once to where every decode pass can add its own entries."""
+        """Keep prefill's entries of a block, in a copy with room for decode's own entries."""
         kv = with_room(written, run.inputs.decode_ids_BD.shape[1])
         self._keep(_kv_key(run, block), kv, run)
         return kv
 
     def _encoded(self, kv: KV, rule: KVTransfer, inputs: Handoff, block: int) -> KV:
-        """KV after an encoding and back, line by line: scales see what one prompt sends."""
+        """KV after an encoding and back, line by line: scales cover one prompt's entries."""
         keys_BHPD, values_BHPD = kv[0].clone(), kv[1].clone()
         for row, index_N in enumerate(inputs.sent_entries(rule, self.runner.windows[block])):
             index_N = index_N.to(keys_BHPD.device)
@@ -291,12 +296,12 @@ class Evaluator:
         return keys_BHPD, values_BHPD
 
     def _decode_state(self, run: _Pass, stop: int | None = None) -> torch.Tensor:
-        """Decode's hidden states that enter block ``stop``, ``(B, D, E)``; None: after the last."""
+        """Decode's hidden states ``(B, D, E)`` that enter block ``stop``; None is the end."""
         stop = self.runner.num_blocks if stop is None else stop
         start, hidden_BDE = stop, None
         while start and hidden_BDE is None:
-            found = self._find(_decode_key(run, start), run)
-            hidden_BDE = found[0] if found else None
+            state = self._find(_decode_key(run, start), run)
+            hidden_BDE = state[0] if state else None
             start -= hidden_BDE is None
         if hidden_BDE is None:
             hidden_BDE = self.runner.embed(run.inputs.decode_ids_BD)
@@ -334,7 +339,7 @@ class Evaluator:
 
     def _keep(self, key: _Key, tensors: Tensors, run: _Pass) -> None:
         self._cache.put(key, tensors, dense=run.is_dense)
-        if key[0] == "prefill":  # the pass itself goes on from the last one only
+        if key[0] == "prefill":  # the rest of a pass needs only its newest prefill state
             for old in [k for k in run.held if k[0] == "prefill"]:
                 del run.held[old]
         if key[0] != "decode":
@@ -342,7 +347,7 @@ class Evaluator:
 
 
 def _slot(run: _Pass, kv: KV) -> BlockKVSlot:
-    """Where decode's entries follow those of the prompt."""
+    """A slot in which decode's entries follow those of the prompt."""
     return BlockKVSlot(prefix=kv, room=run.inputs.decode_ids_BD.shape[1])
 
 

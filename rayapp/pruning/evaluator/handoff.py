@@ -1,8 +1,8 @@
-"""One chunk as the two stages see it: what each stage runs, and which entries decode may attend to.
+"""One chunk as the two stages see it: the tokens that they run, and the entries decode may read.
 
 Prompts are padded on the right, so entry ``k`` of a prefix lies at position ``k``, padding comes
 last, and no real token ever attends to it. Entries that a transfer rule drops stay in place and are
-masked: the same as not sending them, without a gather per rule.
+masked, which gives the same result as not sending them, without a gather per rule.
 Shapes: B = lines, P = prompt tokens that prefill runs (padded), C = continuation tokens (padded),
 D = tokens that decode runs, K = P + D entries.
 """
@@ -23,11 +23,12 @@ class Handoff:
     """Inputs of both stages for one chunk.
 
     Attributes:
-        prefill_ids_BP: What prefill runs; P may be 0 where decode runs a prompt's only token.
-        num_prefilled_B: Real entries that prefill leaves.
-        prefill_positions_BP: Positions of those tokens; one row where no line has gaps.
-        decode_ids_BD: What decode runs, teacher-forced.
-        decode_positions_BD: Positions of those tokens.
+        prefill_ids_BP: Ids of the tokens that prefill runs; P is 0 if decode runs a prompt's only
+            token.
+        num_prefilled_B: Number of real entries that prefill leaves.
+        prefill_positions_BP: Positions of prefill's tokens; a single row if no line has gaps.
+        decode_ids_BD: Ids of the tokens that decode runs, teacher-forced.
+        decode_positions_BD: Positions of decode's tokens.
         first_from_prefill: Whether the first answer token's logits come from prefill.
         valid_BC: Which continuation tokens are real.
     """
@@ -41,7 +42,7 @@ class Handoff:
     valid_BC: torch.Tensor
 
     def prefill_mask(self, window: int | None) -> torch.Tensor | None:
-        """What prompt tokens attend to in a block with this sliding window; None is causal."""
+        """Mask of prompt tokens in a block with this sliding window; None is the causal mask."""
         num_tokens = self.prefill_ids_BP.shape[1]
         if window is None or window >= num_tokens:
             return None
@@ -49,17 +50,17 @@ class Handoff:
         return ((distance_PP >= 0) & (distance_PP < window))[None, None]
 
     def sent_entries(self, rule: KVTransfer, window: int | None) -> list[torch.Tensor]:
-        """Per line the indices of the entries that travel from a block, ascending."""
+        """Indices of the entries that travel from a block, ascending, one row per line."""
         entries = []
         for num_prefilled in self.num_prefilled_B.tolist():
-            held = held_entries(num_prefilled, window)
-            first, last = rule.counts(held)
-            index_N = torch.arange(num_prefilled - held, num_prefilled)
-            entries.append(torch.cat([index_N[:first], index_N[held - last :]]))
+            num_held = held_entries(num_prefilled, window)
+            first, last = rule.counts(num_held)
+            index_N = torch.arange(num_prefilled - num_held, num_prefilled)
+            entries.append(torch.cat([index_N[:first], index_N[num_held - last :]]))
         return entries
 
     def decode_mask(self, rule: KVTransfer, window: int | None) -> torch.Tensor:
-        """What continuation tokens may attend to in a block, ``(B, 1, D, K)``, True = may."""
+        """Mask of continuation tokens in a block, ``(B, 1, D, K)``; True means visible."""
         num_entries = self.prefill_ids_BP.shape[1]
         sent_BP = torch.zeros((len(self.num_prefilled_B), num_entries), dtype=torch.bool)
         for row, index_N in enumerate(self.sent_entries(rule, window)):
@@ -75,7 +76,7 @@ class Handoff:
 
 
 def handoff(chunk: Chunk, first_token: Stage) -> Handoff:
-    """The inputs of both stages, for either stage making the first answer token."""
+    """Inputs of both stages; either of them may make the first answer token."""
     by_prefill = first_token == "prefill"
     prompt_lengths_B, continuations_BC = chunk.prompt_lengths_B, chunk.continuations_BC
     num_prefilled_B = prompt_lengths_B if by_prefill else prompt_lengths_B - 1

@@ -1,4 +1,4 @@
-"""What each stage's tokens may attend to, per chunk and block, made once."""
+"""Attention masks of each stage's tokens, made once per chunk and sliding window."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Masks:
     """Masks of all chunks, shared by blocks that have the same sliding window.
 
     Args:
-        inputs: What both stages run on a chunk.
-        windows: Sliding window per block, or None.
-        device: Where masks go.
+        inputs: Gives the inputs of both stages on a chunk.
+        windows: Sliding window of every block, or None.
+        device: Device that the masks are made for.
         dtype: Element type of attention.
     """
 
@@ -37,7 +37,7 @@ class Masks:
         self._biases: dict[tuple[object, ...], torch.Tensor] = {}
 
     def prefill(self, chunk: int, block: int) -> torch.Tensor | None:
-        """What prompt tokens may attend to in a block; None is causal."""
+        """Mask of prompt tokens in a block; None is the causal mask."""
         key = (chunk, self._windows[block])
         if key not in self._prefill:
             mask = self._inputs(chunk).prefill_mask(self._windows[block])
@@ -45,7 +45,7 @@ class Masks:
         return self._prefill[key]
 
     def decode(self, chunk: int, block: int, rule: KVRule | None = None) -> torch.Tensor:
-        """What decode's tokens may attend to in a block under a transfer rule; None sends all."""
+        """Mask of decode's tokens in a block under a transfer rule; the rule None sends all."""
         window = self._windows[block]
         key = (chunk, rule[1:3] if rule else SEND_ALL_RULE[:2], window)
         if key not in self._decode:
@@ -54,7 +54,7 @@ class Masks:
         return self._decode[key]
 
     def decode_bias(self, chunk: int, block: int, rule: KVRule) -> torch.Tensor:
-        """The same as attention's kernels want it: 0 or -inf, added to the products."""
+        """Decode's mask as attention's kernels want it: 0 or -inf, added to the products."""
         key = (chunk, rule[1:3], self._windows[block])
         if key not in self._biases:
             mask = self.decode(chunk, block, rule)

@@ -1,9 +1,9 @@
 """The score computed without any reuse, built differently: the oracle of the evaluator.
 
-Every line alone; each stage's own stack from ``apply_stage``; the prompt in one pass; its KV
-through :func:`rayapp.kv.select.select_segment` and the codec of the wire; the continuation token by
-token into a growing cache that needs no mask. Shapes: H = KV heads, N = entries, D = head
-dimension, V = vocabulary.
+Every line runs alone, on the stacks that ``apply_stage`` makes for the two stages. The prompt runs
+in one pass, its KV goes through :func:`rayapp.kv.select.select_segment` and the codec of the wire,
+and the continuation goes token by token into a growing cache that needs no mask. Shapes: H = KV
+heads, N = entries, D = head dimension, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def naive_scores(
     candidates: Sequence[Candidate],
     weights_of: Callable[[Candidate], HealedWeights | None] = lambda _: None,
 ) -> list[Score]:
-    """Scores of ``candidates``, nothing shared between them or between lines.
+    """Scores of ``candidates``, computed without sharing anything between them or between lines.
 
     ``weights_of`` gives the healed tensors that a candidate is served with.
     """
@@ -99,7 +99,7 @@ def teacher_forced(model: PreTrainedModel, plan: PruningPlan, line: TokenizedLin
 
 
 class _GrowingCache:
-    """What one sequence attends to, one token at a time; entries that left a window are dropped."""
+    """A cache of one sequence that grows token by token; it drops entries that left a window."""
 
     def __init__(self, segment: KVSegment, stack: BlockStack) -> None:
         self.position = 0

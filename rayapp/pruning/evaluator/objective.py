@@ -1,4 +1,4 @@
-"""What a score is: token values summed per line, and lines to one number (EVALUATION, "the score").
+"""Scores: token values summed per line, and lines combined to one number (EVALUATION, "the score").
 
 Everything here is float64; sums of lines are exact (``fsum``), so neither chunks nor workers change
 them.
@@ -18,7 +18,7 @@ from rayapp.models.likelihood import kl, kl_top_k, log_softmax64, nll, top_k
 from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.settings.objective import Objective
 
-_SLICE_ELEMENTS = 1 << 22  # of logits that are float64 at one time: 32 MB per copy
+_SLICE_ELEMENTS = 1 << 22  # Number of logits that are float64 at one time: 32 MB per copy.
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Score:
     """A candidate's score, lower is better, and its parts.
 
     ``lines`` holds the sums over each line's continuation tokens, for paired comparisons.
-    ``num_chunks`` is how many chunks it was scored on. Where a race ended before all were,
-    ``value`` is an estimate (:mod:`rayapp.pruning.search.racing`), and ``tasks`` are those of its
-    chunks.
+    ``num_chunks`` is how many chunks it was scored on. If it lost a race before it ran on all of
+    them, ``value`` is an estimate (:mod:`rayapp.pruning.search.racing`), and ``tasks`` cover its
+    own chunks only.
     """
 
     value: float
@@ -39,12 +39,12 @@ class Score:
 
 
 Reference = tuple[torch.Tensor, ...]
-"""What candidates are compared with: log-probabilities and probabilities, float64; where these
-would be large, logits ``(B, C, V)``; or the ``top_k`` of logits."""
+"""The dense model's outputs that candidates are compared with: log-probabilities and probabilities,
+float64; if these would be large, logits ``(B, C, V)``; or the ``top_k`` of logits."""
 
 
 def reference_of(objective: Objective, logits_BCV: torch.Tensor) -> Reference:
-    """The reference that dense logits make; bounded in memory where only the likeliest count."""
+    """The reference that dense logits make; bounded in size if only the likeliest tokens count."""
     if not objective.kl_top_k and logits_BCV.numel() <= _SLICE_ELEMENTS:
         logprobs_BCV = log_softmax64(logits_BCV)
         return logprobs_BCV, logprobs_BCV.exp()
@@ -60,7 +60,7 @@ def token_values(
     logits_BCV: torch.Tensor,
     token_ids_BC: torch.Tensor,
 ) -> torch.Tensor:
-    """The objective at every continuation token, ``(B, C)``, float64; sliced to bound memory."""
+    """The objective at every continuation token, ``(B, C)``, float64; slices bound memory."""
     token_ids_BC = token_ids_BC.to(logits_BCV.device)
     parts = []
     for rows in _slices(logits_BCV):
@@ -89,10 +89,10 @@ def combine(
     """One score from the sums of the lines that were scored.
 
     Args:
-        objective: Says how tasks weigh.
-        calibration: Gives each line's task and number of continuation tokens.
-        sums: Line index to the sum over its continuation tokens.
-        name: The candidate, for the error.
+        objective: Says how tasks are weighted.
+        calibration: Gives the task and the number of continuation tokens of every line.
+        sums: Sum over a line's continuation tokens, by line index.
+        name: The candidate's name, for the error.
 
     Raises:
         SearchError: If a line's sum is not finite.

@@ -1,4 +1,4 @@
-"""Tensors kept for reuse, within a bound of bytes."""
+"""A cache of tensors for reuse, bounded in bytes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class StateCache:
-    """Least recently used goes first; states of the dense model go only when nothing else is left.
+    """A cache that drops its least recently used states first, and the dense model's last of all.
 
-    A bound of 0 keeps nothing. Whoever is running holds its own references, so a bound that is too
-    small costs time, never a result.
+    A bound of 0 keeps nothing. A running pass has its own references, so a bound that is too small
+    costs time, never a result.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -24,7 +24,7 @@ class StateCache:
         self._others: OrderedDict[Hashable, Tensors] = OrderedDict()
 
     def get(self, key: Hashable) -> Tensors | None:
-        """What was put under ``key``, if it is still here."""
+        """The tensors that were put under ``key``, if they are still here."""
         for shelf in (self._others, self._dense):
             if key in shelf:
                 shelf.move_to_end(key)
@@ -46,6 +46,6 @@ class StateCache:
 
 
 def _nbytes(tensors: Tensors) -> int:
-    """Bytes that the tensors keep alive: whole storages, views included."""
+    """Bytes that the tensors keep alive: whole storages, also those of views."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -1,12 +1,12 @@
 """Images in calibration lines: every visual token is a word that follows the vocabulary.
 
-A search runs token ids, chunk by chunk. What the vision tower makes of an image, as many tokens as
-are kept, becomes rows of a longer embedding table, and prompts name them by ids from the end of the
-model's own on. So whatever scores, heals or measures a prompt does it with its images, and
+A search runs token ids, chunk by chunk. The embeddings that the vision tower makes of an image, one
+per visual token that is kept, become rows of a longer embedding table, and prompts name them by ids
+that follow the model's own. So scoring, healing and measuring all see a prompt with its images, and
 evaluators on other nodes need neither the files nor a tower.
 
-Candidates are compared with the dense blocks on the same visual tokens: what their pruning costs is
-for ``evaluate`` to say. Shapes: W = visual words, T = tokens run, E = hidden size.
+Candidates are compared with the dense blocks on the same visual tokens; the cost of pruning those
+tokens is measured by ``evaluate``. Shapes: W = visual words, T = tokens run, E = hidden size.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ def teach(model: PreTrainedModel, words: VisualWords | None) -> None:
 
 
 class ImageWordReader:
-    """Turns lines about images into token ids; one for all files that a model reads.
+    """Turns lines about images into token ids; one reader serves all files that a model reads.
 
     Args:
         path: Model directory.
-        tokenizer: Of the model.
-        rule: How visual tokens are pruned; None keeps all.
+        tokenizer: The model's tokenizer.
+        rule: How visual tokens are pruned; None keeps all of them.
         dtype: Element type that the model is run in.
-        device: Where the vision tower runs.
-        ends_in_text: Whether decode runs the last prompt token, which can be no image then.
+        device: The device that the vision tower runs on.
+        ends_in_text: Whether the last prompt token must be text, because decode runs it.
     """
 
     def __init__(
@@ -98,32 +98,32 @@ class ImageWordReader:
         self._next_id = self._taken = -1
 
     def read(self, line: ImageLine, where: str, directory: Path) -> TokenizedLine:
-        """A line whose paths begin at ``directory``, its kept visual tokens as ids.
+        """Tokenise a line whose paths begin at ``directory``; its kept visual tokens become ids.
 
         Raises:
             DataError: The line (named by ``where``) cannot be used.
             ModelError: The model's images are not supported.
             PlanError: The rule cannot be applied to this model.
         """
-        asked = self._lines.read(line, where, directory)
+        tokenized = self._lines.read(line, where, directory)
         try:
-            images = [self._input(path) for path in asked.images]
-            prompt = self._reader.embed(asked.asked, images, self._rule, asked.words)
+            images = [self._input(path) for path in tokenized.images]
+            prompt = self._reader.embed(tokenized.asked, images, self._rule, tokenized.words)
         except RequestError as error:
             raise DataError(f"{where}: {error}") from None
         rule = self._rule.model_dump_json() if self._rule else ""
         gapless = prompt.is_compact or not prompt.num_visual_tokens_removed
         return TokenizedLine(
-            prompt=tuple(self._ids(asked, prompt, images)),
-            continuation=asked.continuation,
-            task=asked.task,
+            prompt=tuple(self._ids(tokenized, prompt, images)),
+            continuation=tokenized.continuation,
+            task=tokenized.task,
             positions=None if gapless else (*prompt.positions_T.tolist(), prompt.next_position),
             num_removed=prompt.num_visual_tokens_removed,
             image_keys=tuple(image.digest + rule for image in images),
         )
 
     def take(self) -> VisualWords | None:
-        """The words that lines brought since they were last taken; None where they brought none."""
+        """The words that lines brought since the last call; None if they brought none."""
         if not self._rows:
             return None
         words = VisualWords(self._taken, torch.cat(self._rows))
@@ -132,7 +132,7 @@ class ImageWordReader:
 
     @cached_property
     def _reader(self) -> ImageReader:
-        """Tower, projector and embeddings; blocks only where the rule looks at their attention."""
+        """Vision tower, projector and embeddings; blocks only if the rule needs their attention."""
         check_takes_images(self._config)
         gaps = self._rule is not None and self._rule.positions == "original"
         if gaps and any(sliding_windows(self._config)):
@@ -158,10 +158,10 @@ class ImageWordReader:
         return self._inputs[path]
 
     def _ids(
-        self, asked: TokenizedImageLine, prompt: PromptEmbeddings, images: Sequence[ImageInput]
+        self, tokenized: TokenizedImageLine, prompt: PromptEmbeddings, images: Sequence[ImageInput]
     ) -> Iterator[int]:
-        """The prompt as it is run: its own ids, and those of visual words in between."""
-        own = iter([token for token in asked.asked if token != self._intake.image_token_id])
+        """Ids of the prompt as it is run: its own, with those of visual words in between."""
+        own = iter([token for token in tokenized.asked if token != self._intake.image_token_id])
         done = 0
         for image, (start, stop) in zip(images, prompt.image_spans, strict=True):
             yield from (next(own) for _ in range(done, start))
@@ -171,7 +171,7 @@ class ImageWordReader:
         yield from own
 
     def _word(self, image: ImageInput, kept_KE: torch.Tensor) -> int:
-        """The first of the words of an image; unpruned, it has the same ones in every line."""
+        """Id of the first word of an image; an unpruned image has the same words in every line."""
         if self._rule is None and image.digest in self._first_ids:
             return self._first_ids[image.digest]
         first = self._first_ids[image.digest] = self._next_id

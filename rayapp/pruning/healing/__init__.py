@@ -1,5 +1,5 @@
 """Training of the survivors that take over the work of removed blocks.
 
-What healing means for a candidate (which pairs it has) is data and lives with the candidates;
-this room trains pairs and keeps what was trained.
+The meaning of healing for a candidate (its pairs) is data and lives with the candidates; this room
+trains pairs and keeps their tensors.
 """

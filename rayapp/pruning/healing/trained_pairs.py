@@ -1,7 +1,7 @@
 """Trained pairs of a search: each trained once, kept by content under ``healed/``, and reused.
 
 A file's name is a hash of everything that its tensors depend on, so later searches in the same
-directory find what they can use, and nothing else.
+directory reuse the pairs that fit them, and no others.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ logger = logging.getLogger(__name__)
 
 DIRECTORY = "healed"
 VERSION = 1
-"""Of the training: pairs of another version are not reused."""
+"""Version of the training: pairs of another version are not reused."""
 
 OnPair = Callable[[int, int], None]
-"""Called with the number of pairs trained so far, and of those still to be trained."""
+"""A callback with the numbers of pairs trained so far and of pairs still to be trained."""
 
 
 class PairCompute(Protocol):
-    """Where pairs are trained."""
+    """The compute that trains pairs: this process, or evaluators of a cluster."""
 
     def heal(self, pairs: Sequence[Pair]) -> Iterator[HealedPair]:
-        """Train every pair once, in any order, as they finish."""
+        """Train every pair once; they come in any order, as they finish."""
         ...
 
     def add_healed(self, healed: HealedPair) -> None:
-        """Make a trained pair known to whoever computes candidates."""
+        """Make a trained pair known to the evaluators of candidates."""
         ...
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What is remembered of a pair that was added; its tensors lie in the storage."""
+    """The digest and record of a pair that was added; its tensors lie in the storage."""
 
     digest: str
     record: Mapping[str, Any]
@@ -56,7 +56,7 @@ class _Known:
 def pair_context(
     *, weights: str, data: str, first_token: Stage, dtype: str, training: Training
 ) -> dict[str, Any]:
-    """All that trained tensors depend on, but the pair: model, lines, and how they are trained."""
+    """Everything that trained tensors depend on beside the pair: model, lines, and training."""
     return {
         "version": VERSION,
         "weights": weights,
@@ -68,19 +68,19 @@ def pair_context(
 
 
 def pair_file(context: Mapping[str, Any], pair: Pair) -> str:
-    """The name of the file that keeps a pair trained in a :func:`pair_context`."""
+    """The name of the file of a pair that was trained in a :func:`pair_context`."""
     content = {**context, "pair": str(pair)}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return f"{digest[:24]}.safetensors"
 
 
 class HealedPairs:
-    """Finds, trains and keeps pairs.
+    """The trained pairs of a directory: it reads, trains and keeps them.
 
     Args:
         storage: The output directory.
-        context: What all tensors depend on, as :func:`pair_context` says.
-        compute: Where pairs are trained and used.
+        context: Everything that all tensors depend on, from :func:`pair_context`.
+        compute: The compute that trains and uses pairs.
     """
 
     def __init__(self, storage: Storage, context: Mapping[str, Any], compute: PairCompute) -> None:
@@ -90,18 +90,18 @@ class HealedPairs:
         self._known: dict[Pair, _Known] = {}
 
     def ensure(self, pairs: Iterable[Pair], on_pair: OnPair | None = None) -> None:
-        """Have pairs trained and known to the compute; those at hand are not trained again.
+        """Train all pairs that are not at hand, and make all of them known to the compute.
 
         Raises:
-            SearchError: A pair cannot be trained, or not be written.
+            SearchError: A pair cannot be trained or written.
         """
         missing = []
         for pair in sorted({*pairs} - self._known.keys()):
-            found = self._read(pair)
-            if found is None:
+            healed_pair = self._read(pair)
+            if healed_pair is None:
                 missing.append(pair)
             else:
-                self.add(found)
+                self.add(healed_pair)
         if missing and on_pair:
             on_pair(0, len(missing))
         for done, healed in enumerate(self._compute.heal(missing) if missing else (), start=1):
@@ -111,24 +111,24 @@ class HealedPairs:
                 on_pair(done, len(missing) - done)
 
     def digest(self, pair: Pair) -> str:
-        """Hash of the tensors of a pair that was ensured."""
+        """Hash of the tensors of a pair that :meth:`ensure` saw."""
         return self._known[pair].digest
 
     def record(self, pair: Pair) -> Mapping[str, Any]:
-        """What a plan's provenance says of a pair that was ensured."""
+        """The record in a plan's provenance of a pair that :meth:`ensure` saw."""
         return self._known[pair].record
 
     def weights(self, pairs: Sequence[Pair]) -> HealedWeights:
-        """All tensors of pairs, which no two survivors share, as a plan has them."""
+        """All tensors of the pairs as a plan has them; no two survivors share a tensor."""
         self.ensure(pairs)
         stages: dict[Any, dict[str, torch.Tensor]] = {stage: {} for stage in STAGES}
         for pair in pairs:
-            found = self._read(pair) or next(iter(self._compute.heal([pair])))
-            stages[pair.stage] |= found.tensors
-        return HealedWeights.of({stage: found for stage, found in stages.items() if found})
+            healed = self._read(pair) or next(iter(self._compute.heal([pair])))
+            stages[pair.stage] |= healed.tensors
+        return HealedWeights.of({stage: healed for stage, healed in stages.items() if healed})
 
     def add(self, healed: HealedPair) -> None:
-        """Take a trained pair from elsewhere."""
+        """Add a trained pair from elsewhere."""
         self._compute.add_healed(healed)
         self._known[healed.pair] = _Known(healed.weights.digest, healed.record())
 
@@ -139,12 +139,12 @@ class HealedPairs:
         name = self._name(pair)
         if not self._storage.exists(name):
             return None
-        found = _loads(pair, self._storage.read_bytes(name))
-        if found is None:
+        healed = _loads(pair, self._storage.read_bytes(name))
+        if healed is None:
             logger.warning(
                 "%s/%s: is damaged, the pair is trained again", self._storage.location, name
             )
-        return found
+        return healed
 
 
 def _dumps(healed: HealedPair) -> bytes:
@@ -153,7 +153,7 @@ def _dumps(healed: HealedPair) -> bytes:
 
 
 def _loads(pair: Pair, content: bytes) -> HealedPair | None:
-    """What :func:`_dumps` wrote; None where it is not whole."""
+    """Parse the bytes that :func:`_dumps` wrote; None if they are not whole."""
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         record = json.loads(header["__metadata__"]["record"])
@@ -165,16 +165,16 @@ def _loads(pair: Pair, content: bytes) -> HealedPair | None:
 
 
 def pairs_of_plan(plan: PruningPlan) -> list[HealedPair]:
-    """The pairs of a healed plan, with their tensors; for whoever scores that plan's variants.
+    """The pairs of a healed plan with their tensors, for scoring variants of that plan.
 
-    Which of two removed neighbours a survivor was trained for is taken from the provenance, where
-    it says; for running the plan it is no matter.
+    The provenance says which of two removed neighbours a survivor was trained for; the plan runs in
+    the same way without that record.
 
     Raises:
         PlanError: The healed tensors cannot be used.
     """
     recorded = {(r["stage"], r["survivor"]): r for r in plan.provenance.get("healed", ())}
-    found = []
+    pairs = []
     for stage, tensors in HealedWeights.load(plan).stages.items():
         by_block: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
@@ -184,7 +184,7 @@ def pairs_of_plan(plan: PruningPlan) -> list[HealedPair]:
             before = plan.mode(stage, block - 1) if block else Mode.FULL
             removed = block + 1 if before == Mode.FULL else block - 1
             losses = (float(record.get(f"relative_mse_{w}", "nan")) for w in ("before", "after"))
-            found.append(
+            pairs.append(
                 HealedPair(Pair(stage, record.get("removed", removed), block), own, *losses)
             )
-    return found
+    return pairs

@@ -1,10 +1,11 @@
 """Trains the survivor of one pair to do the work of two blocks, on the dense model's states alone.
 
-The survivor gets what enters the first block of the pair at one stage's positions, and is trained
-towards what leaves the last. In decode it attends as it will be served: to the KV that the dense
-prefill writes for it, and to its own new entries. What makes keys and values stays frozen, so both
-stages share one key space. Nothing depends on a candidate: a pair is trained once for all of them.
-All of it is a project default (our reading of PDTrim, :mod:`rayapp.pruning.candidates.healing`).
+The survivor gets the states that enter the first block of the pair at one stage's positions, and is
+trained towards the states that leave the last block. In decode it attends as it will be served: to
+the KV that the dense prefill writes for it, and to its own new entries. The modules that make keys
+and values stay frozen, so both stages share one key space. Nothing depends on a candidate: a pair
+is trained once for all of them. All of it is a project default (our reading of PDTrim,
+:mod:`rayapp.pruning.candidates.healing`).
 Shapes: B = lines, T = tokens, E = hidden size.
 """
 
@@ -40,15 +41,15 @@ FROZEN = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
 """Modules of a block that make its keys and values."""
 
 HELD_BACK_EVERY = 8
-"""Every eighth line is kept from training, and judges it."""
+"""One line in eight is not trained on, and judges the training."""
 
 BATCH_TOKENS = 2048
-"""Tokens that training runs at a time, padding included (project default)."""
+"""Number of tokens that training runs at a time, padding included (project default)."""
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """One chunk at one stage's positions; ``prefix`` is what decode finds."""
+    """One chunk at one stage's positions; ``prefix`` is the prompt's KV that decode reads."""
 
     input_BTE: torch.Tensor
     target_BTE: torch.Tensor
@@ -66,12 +67,12 @@ class Healer:
     """Trains pairs of one dense model.
 
     Args:
-        model: The dense model; left as it is.
-        lines: Of the ``heal`` split; at least ``HELD_BACK_EVERY``.
-        first_token: Where the stages divide.
-        training: How to train.
-        batch_tokens: Tokens that are run at a time, padding included.
-        cache_bytes: Bound of the dense states that are kept between pairs.
+        model: The dense model, which is left as it is.
+        lines: Lines of the ``heal`` split; at least ``HELD_BACK_EVERY`` of them.
+        first_token: The stage that makes the first answer token, where the stages divide.
+        training: Settings of the training.
+        batch_tokens: Number of tokens that are run at a time, padding included.
+        cache_bytes: Bound of the dense states kept between pairs, in bytes.
     """
 
     def __init__(
@@ -92,9 +93,9 @@ class Healer:
         self._held_back = Evaluator(model, held_back, objective, cache_bytes=share)
 
     def heal(self, pair: Pair) -> HealedPair:
-        """Train one pair: the same tensors wherever and whenever it is done on one kind of machine.
+        """Train one pair; its tensors are the same wherever it is trained on one kind of machine.
 
-        A survivor that training does not improve on the held-back lines stays as it was.
+        If training does not improve the survivor on the held-back lines, it stays as it was.
 
         Raises:
             SearchError: The dense model's own states are not finite.
@@ -113,7 +114,7 @@ class Healer:
         self._fit(survivor, train, rng)
         survivor.round()
         after = survivor.loss(held_back)
-        if not after < before:  # nor where it became infinite or no number
+        if not after < before:  # an infinite or undefined error is no improvement either
             logger.warning("healing %s: training did not help (%g, %g)", pair, before, after)
             return HealedPair(pair, dense, before, before)
         return HealedPair(pair, survivor.tensors(), before, after)
@@ -153,7 +154,7 @@ class _Survivor:
         return [p for p in self._names.values() if p.requires_grad]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Trained parameters by canonical name, in the model's element type."""
+        """The trained parameters by canonical name, in the model's element type."""
         block = f"layers.{self.pair.survivor}"
         return {
             canonical_name(f"{block}.{path}"): p.detach().to("cpu", self._dtype, copy=True)
@@ -162,7 +163,7 @@ class _Survivor:
         }
 
     def round(self) -> None:
-        """To what the model's element type can hold, which is what will run."""
+        """Round parameters to the model's element type, in which they will run."""
         with torch.no_grad():
             for parameter in self.trained:
                 parameter.copy_(parameter.to(self._dtype))
@@ -205,12 +206,12 @@ def split(lines: Sequence[TokenizedLine], chunk_tokens: int) -> tuple[Calibratio
 def _steps(
     batches: Sequence[_Batch], step_tokens: int, rng: random.Random
 ) -> Iterator[list[_Batch]]:
-    """What each step sees: batch after batch, all of them once before any comes again."""
+    """Groups of batches, one per training step; all batches come once before any comes again."""
     group: list[_Batch] = []
     while True:
         for batch in rng.sample(batches, len(batches)):
             group.append(batch)
-            enough = sum(each.num_tokens for each in group) >= step_tokens
+            enough = sum(member.num_tokens for member in group) >= step_tokens
             if enough or len(group) == len(batches):
                 yield group
                 group = []
@@ -219,18 +220,18 @@ def _steps(
 def _batches(
     evaluator: Evaluator, pair: Pair, drawn: tuple[random.Random, Training] | None = None
 ) -> list[_Batch]:
-    """All chunks with tokens at the stage's positions; ``drawn``: as many as training can see."""
+    """Chunks with tokens at the stage's positions; ``drawn`` limits them to training's need."""
     chunks = list(range(len(evaluator.calibration.chunks)))
     step_tokens, wanted = math.inf, math.inf
     if drawn is not None:
         rng, training = drawn
         chunks = rng.sample(chunks, len(chunks))
         step_tokens, wanted = training.step_tokens, training.steps * training.step_tokens
-    batches, found = list[_Batch](), 0.0
+    batches, num_tokens = list[_Batch](), 0.0
     for chunk in chunks:
-        if found < wanted:
+        if num_tokens < wanted:
             batch = _batch(evaluator, pair, chunk)
-            found += min(batch.num_tokens, step_tokens)
+            num_tokens += min(batch.num_tokens, step_tokens)
             batches += [batch] * (batch.num_tokens > 0)
     if not batches:
         raise DataError(
@@ -240,7 +241,7 @@ def _batches(
 
 
 def _batch(evaluator: Evaluator, pair: Pair, chunk: int) -> _Batch:
-    """Dense states of one chunk, as tensors that autograd may keep."""
+    """Dense states of one chunk, in tensors that autograd may keep."""
     inputs, block = evaluator.inputs(chunk), pair.survivor
     if pair.stage == "prefill":
         positions_BT = inputs.prefill_positions_BP

@@ -1,4 +1,4 @@
-"""Which KV of a plan travels, and in which encoding: sets of transfer rules, scored jointly.
+"""The choice of the KV of a plan that travels, and of its encoding: jointly scored transfer rules.
 
 Invariant: whole sets are scored with the block plan in place, because cuts that are harmless alone
 destroy retrieval together.

@@ -1,4 +1,4 @@
-"""What a plan's transfer rules weigh on a calibration set, as the ledger will count it."""
+"""Bytes that a plan's transfer rules send on a calibration set, as the ledger will count them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ class KVBytes:
     """Bytes that prompts send under any rules, headers and scales included.
 
     Args:
-        config: Of the model.
-        plan: Its modes say whose KV travels; its transfer rules are replaced.
-        prompts: What prefill runs of each; a number is a text of so many tokens.
+        config: The model's configuration.
+        plan: The plan whose modes say which KV travels; its transfer rules are replaced.
+        prompts: The part of every prompt that prefill runs; a number stands for a text of so many
+            tokens.
 
     Attributes:
-        full: What the dense model's caches of these prompts weigh.
+        full: Bytes of the dense model's caches of these prompts.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class KVBytes:
         self.full = sum(count * self.dense(p.num_tokens) for p, count in self._prompts.items())
 
     def sent(self, rules: Mapping[int, KVTransfer]) -> int:
-        """Bytes of all messages under ``rules``, by block."""
+        """Bytes of all messages under ``rules``, given by block."""
         key = _key(rules)
         if key not in self._sent:
             self._sent[key] = sum(
@@ -52,7 +53,7 @@ class KVBytes:
         return forecast_sizes(self._shape, self._dtype, plan, self._envelope, run).total_bytes
 
     def dense(self, num_prompt_tokens: int) -> int:
-        """What the dense model's cache of one prompt weighs."""
+        """Bytes of the dense model's cache of one prompt."""
         return self._shape.dense_bytes(num_prompt_tokens)
 
 

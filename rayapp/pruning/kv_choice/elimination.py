@@ -1,4 +1,4 @@
-"""Backward elimination over sets of KV levels: everything cut, then restored where it pays most.
+"""Backward elimination over sets of KV levels: cut everything, then restore where it pays most.
 
 Whole sets are scored, jointly with the block plan: single-block effects do not add up (measured:
 each block cut alone kept retrieval at 0.94 and more, all cut left 0.1 to 0.2). Project default,
@@ -7,12 +7,12 @@ after the manner of greedy selection under a knapsack constraint:
 1. Start with every block at its smallest level.
 2. Restore the (block, level) that buys most score per byte, until no restoration fits the byte
    budget, or the score is good enough. Rates of earlier rounds are upper guesses of later ones, so
-   each round measures only as many as may still win (lazy greedy).
-3. Polish: measure every single change of what was found; propose the larger moves that look best
-   if effects added up (a knapsack, solved exactly), and some at random; score those; move to the
-   best; again until nothing improves.
+   a round measures only the restorations that may still win (lazy greedy).
+3. Polish: measure every single change of the current set; propose the larger moves that would be
+   best if effects added up (a knapsack, solved exactly), and some random ones; score those; move to
+   the best set; repeat until nothing improves.
 
-Nothing here knows models: it sees scores and bytes.
+The search knows scores and bytes, and nothing of models.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from dataclasses import dataclass
 from rayapp.pruning.kv_choice.levels import KVLevels, KVSet, moved
 
 MAX_ROUNDS = 6
-"""Rounds of polish at most (project default)."""
+"""Most rounds of polish (project default)."""
 MIN_GAIN = 0.01
-"""Share by which a round of polish must improve, or it is the last (project default)."""
+"""Share by which a round of polish must improve the score, or it is the last (project default)."""
 KNAPSACK_UNITS = 300
 """Steps into which the largest change of one block is cut, to add up bytes (project default)."""
 
 ScoreSets = Callable[[Sequence[KVSet], str], list[float]]
-"""Sets, and the name of the phase that asks for them, to scores; lower is better."""
+"""A function from sets, and the name of the phase that needs them, to scores; lower is better."""
 
 
 @dataclass(frozen=True)
 class Goal:
     """Either the best score within some bytes, or the fewest bytes within some score.
 
-    Without either, the best score.
+    Without either bound, the goal is the best score.
     """
 
     max_bytes: int | None = None
     max_score: float | None = None
 
     def key(self, score: float, num_bytes: float) -> tuple[float, float, float]:
-        """Smaller is better; the first number is 0 where the goal is met."""
+        """Rank of a score and its bytes; smaller is better, and 0 is first if the goal is met."""
         if self.max_score is not None:
             return max(0.0, score - self.max_score), num_bytes, score
         over = 0.0 if self.max_bytes is None else max(0.0, num_bytes - self.max_bytes)
@@ -65,18 +65,18 @@ class Step:
 
 
 class Elimination:
-    """One search.
+    """One search for a set of levels.
 
     Args:
         levels: The sets to choose from.
-        goal: What is wanted.
-        score: Scores sets; asked again for the same ones, it should remember.
-        num_bytes: What a set weighs.
-        generation_size: Sets asked for at a time.
-        seed: Of the random pairs.
+        goal: The goal of the search.
+        score: Scores sets; it should remember the scores of sets that come again.
+        num_bytes: Gives the bytes of a set.
+        generation_size: Number of sets that are scored at a time.
+        seed: Seed of the random pairs.
 
     Attributes:
-        steps: The way to the result.
+        steps: The steps to the result.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Elimination:
         self.steps: list[Step] = []
 
     def run(self) -> KVSet:
-        """The best set that was scored; it misses the goal where no scored set meets it."""
+        """The best set that was scored; it misses the goal if no scored set meets it."""
         self._score([self._levels.smallest, self._levels.full], "start")
         self._step("start", self._levels.smallest)
         self._restore(self._levels.smallest)
@@ -106,7 +106,7 @@ class Elimination:
         return self._best()
 
     def _score(self, sets: Iterable[KVSet], phase: str) -> None:
-        new = sorted({each for each in sets if each not in self._scores})
+        new = sorted({chosen for chosen in sets if chosen not in self._scores})
         if new:
             self._scores.update(zip(new, self._ask(new, phase), strict=True))
 
@@ -130,7 +130,7 @@ class Elimination:
     def _restore(self, current: KVSet) -> None:
         """Move upwards by the best rate until nothing fits; a move may do harm, the next may pay.
 
-        The best set on the way counts, wherever the way ends.
+        The best set on the way is the result, wherever the way ends.
         """
         rates: dict[tuple[int, int], float] = {}
         while not self._is_enough(current):
@@ -151,7 +151,7 @@ class Elimination:
         moves: dict[tuple[int, int], KVSet],
         rates: dict[tuple[int, int], float],
     ) -> tuple[int, int]:
-        """The move that lowers the score most per byte, as far as stale rates let us see."""
+        """The move that lowers the score most per byte, as far as rates of earlier rounds show."""
         fresh: dict[tuple[int, int], float] = {}
         while True:
             top = max(fresh.values(), default=-math.inf)
@@ -163,13 +163,13 @@ class Elimination:
             if not waiting:
                 return min(fresh, key=lambda move: (-fresh[move], move))
             unknown = [move for rate, move in waiting if rate == -math.inf]
-            asked = unknown or [move for _, move in waiting[: self._size]]
-            self._score((moves[move] for move in asked), "restore")
-            for move in asked:
+            measured = unknown or [move for _, move in waiting[: self._size]]
+            self._score((moves[move] for move in measured), "restore")
+            for move in measured:
                 fresh[move] = rates[move] = self._rate(current, moves[move])
 
     def _rate(self, current: KVSet, target: KVSet) -> float:
-        """Score bought per byte; bytes of a header may shrink, so one at least."""
+        """Score bought per byte; a header may shrink, so the divisor is one byte at least."""
         gain = self._scores[current] - self._scores[target]
         return gain / max(1, self._bytes(target) - self._bytes(current))
 
@@ -190,22 +190,22 @@ class Elimination:
         return missed < missed_before or value < (1 - MIN_GAIN) * before
 
     def _proposals(self, current: KVSet) -> list[KVSet]:
-        """Sets of several changes that may be better, none scored before."""
+        """Sets with several changes that may be better; none was scored before."""
         effects = _Effects(self._levels, current, self._scores, self._bytes)
         guessed = {
-            each: self._goal.key(*effects.guess(each))
-            for each in (*effects.trades(), *effects.pairs())
-            if each not in self._scores
+            chosen: self._goal.key(*effects.guess(chosen))
+            for chosen in (*effects.trades(), *effects.pairs())
+            if chosen not in self._scores
         }
         best_key = self._key(current)[:3]
-        ranked = sorted((key, each) for each, key in guessed.items() if key < best_key)
-        fitting = sorted(each for each, key in guessed.items() if key[0] == 0)
+        ranked = sorted((key, chosen) for chosen, key in guessed.items() if key < best_key)
+        fitting = sorted(chosen for chosen, key in guessed.items() if key[0] == 0)
         drawn = self._random.sample(fitting, min(self._size // 2, len(fitting)))
-        return [*(each for _, each in ranked[: 2 * self._size]), *drawn]
+        return [*(chosen for _, chosen in ranked[: 2 * self._size]), *drawn]
 
 
 class _Effects:
-    """Every single change of one set, and what several would do if effects added up."""
+    """Every single change of one set, and the sum of several if effects added up."""
 
     def __init__(
         self,
@@ -218,15 +218,15 @@ class _Effects:
         self._score, self._bytes = scores[current], num_bytes(current)
         self._changes = [
             [
-                (scores[each] - self._score, num_bytes(each) - self._bytes)
+                (scores[changed] - self._score, num_bytes(changed) - self._bytes)
                 for level in range(len(choices))
-                for each in [moved(current, index, level)]
+                for changed in [moved(current, index, level)]
             ]
             for index, choices in enumerate(levels.levels)
         ]
 
     def guess(self, chosen: KVSet) -> tuple[float, float]:
-        """Score and bytes of a set."""
+        """Score and bytes of a set if effects added up."""
         changes = [self._changes[index][level] for index, level in enumerate(chosen)]
         gained, grown = (math.fsum(column) for column in zip(*changes, strict=True))
         return self._score + gained, self._bytes + grown
@@ -263,7 +263,7 @@ class _Effects:
 
 
 def _undominated(entries: dict[int, tuple[float, KVSet]]) -> dict[int, tuple[float, KVSet]]:
-    """Entries whose score is better than that of all smaller ones."""
+    """Entries whose score is better than that of all entries with fewer bytes."""
     kept: dict[int, tuple[float, KVSet]] = {}
     best = math.inf
     for size in sorted(entries):

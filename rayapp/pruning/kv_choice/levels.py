@@ -1,6 +1,6 @@
-"""What a block may send: its levels, from a short cut in the smallest encoding to all as it is.
+"""Levels of a block's KV: from a short cut in the smallest encoding to everything as it is.
 
-A set of levels, one per block where decode attends, is one choice of what travels.
+A set of levels, one per block where decode attends, is one choice of the KV that travels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ENCODINGS: dict[Encoding, tuple[Encoding, ...]] = {
     "int8": ("int8", "model"),
     "int4": ("int4", "int8", "model"),
 }
-"""Smallest encoding allowed to all that are, smallest first."""
+"""The encodings to choose from, smallest first, by the smallest encoding that is allowed."""
 
 KVSet = tuple[int, ...]
 """A level for every block of a :class:`KVLevels`, in its order."""
@@ -42,11 +42,11 @@ class KVLevels:
         cuts: Sequence[KVTransfer],
         smallest: Encoding = "model",
     ) -> KVLevels:
-        """Every cut and no cut in every allowed encoding, but for those that save nothing.
+        """Every cut and no cut in every allowed encoding, without the rules that save nothing.
 
         Args:
-            blocks: Where decode attends.
-            num_bytes: What rules weigh on the calibration set.
+            blocks: Blocks where decode attends.
+            num_bytes: Gives the bytes of rules on the calibration set.
             cuts: Which entries a block may keep, where it does not keep all.
             smallest: The smallest encoding allowed.
         """
@@ -59,12 +59,12 @@ class KVLevels:
 
     @property
     def smallest(self) -> KVSet:
-        """Every block cut as far as it goes."""
+        """The set with every block cut as far as it goes."""
         return (0,) * len(self.blocks)
 
     @property
     def full(self) -> KVSet:
-        """Nothing cut, nothing encoded: the block plan as it is."""
+        """The set with nothing cut and nothing encoded: the block plan as it is."""
         return tuple(len(levels) - 1 for levels in self.levels)
 
     @property
@@ -74,8 +74,8 @@ class KVLevels:
 
     def rules(self, chosen: KVSet) -> Mapping[int, KVTransfer]:
         """Transfer rules of a set, by block."""
-        each = zip(self.blocks, self.levels, chosen, strict=True)
-        return {block: levels[level] for block, levels, level in each}
+        triples = zip(self.blocks, self.levels, chosen, strict=True)
+        return {block: levels[level] for block, levels, level in triples}
 
     def moves(self, chosen: KVSet) -> Iterator[KVSet]:
         """All sets that differ from one in one block."""
@@ -93,10 +93,13 @@ def moved(chosen: KVSet, index: int, level: int) -> KVSet:
 def _by_bytes(
     block: int, rules: Sequence[KVTransfer], num_bytes: KVBytes
 ) -> tuple[KVTransfer, ...]:
-    """Rules that ascend in bytes; of equal ones the most exact; none that weighs what all does."""
+    """Rules in ascending order of bytes.
+
+    Of rules with equal bytes the most exact one stays, and none that is as large as all KV.
+    """
     uncut = num_bytes.sent({})
     by_size: dict[int, KVTransfer] = {}
     for rule in rules:
-        by_size[num_bytes.sent({block: rule})] = rule  # later ones are more exact, or longer
+        by_size[num_bytes.sent({block: rule})] = rule  # later rules are more exact, or longer
     kept = {size: rule for size, rule in by_size.items() if size < uncut}
     return (*(kept[size] for size in sorted(kept)), KVTransfer())

@@ -1,8 +1,8 @@
-"""``kv.json``: what a selection of KV measured and chose, and every set that it scored.
+"""``kv.json``: a selection's measurements and choice, and every set of KV that it scored.
 
-It is written after every generation, so a selection that was killed, or could not meet its goal,
-has lost nothing: the next one with the same plan, model and lines finds the scores, whatever its
-goal.
+The file is written after every generation, so a selection that was killed, or could not meet its
+goal, has lost nothing: the next one with the same plan, model and lines reuses the scores, whatever
+its goal.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ VERSION = 1
 
 
 class KVRecord:
-    """One ``kv.json``.
+    """One ``kv.json``, read and written.
 
     Args:
-        storage: Where it lies.
-        subject: What scores depend on beside the set; scores of another subject are dropped.
+        storage: The directory that the file lies in.
+        subject: Everything but the set that scores depend on; scores of another subject are
+            dropped.
 
     Attributes:
         trials: Scores by the rules of a set, those of earlier selections included.
-        num_replayed: How many of them were there before.
+        num_replayed: Number of scores that the file had before.
 
     Raises:
-        InputError: A file of this name is there, but is none of ours.
+        InputError: A file of this name exists, but rayapp did not write it.
     """
 
     def __init__(self, storage: Storage, subject: Mapping[str, Any]) -> None:
@@ -45,11 +46,11 @@ class KVRecord:
         self.num_replayed = len(self.trials)
 
     def add(self, candidate: Candidate, score: Score) -> None:
-        """Take one score; :meth:`write` keeps it."""
+        """Add one score; :meth:`write` puts it on disk."""
         self.trials[candidate.kv] = score
 
     def write(self, **body: Any) -> None:
-        """Write what is known, with these entries added to what was given before."""
+        """Write all scores, with these entries added to those of earlier calls."""
         self._body |= body
         content = {
             "complete": False,

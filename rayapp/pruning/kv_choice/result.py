@@ -1,4 +1,4 @@
-"""What a selection of KV found."""
+"""The outcome of a selection of KV."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rayapp.pruning.measures.attention_mass import BlockMass
 
 @dataclass(frozen=True)
 class BlockChoice:
-    """What was measured of one block, and what it sends.
+    """One block's measurements and the rule that it sends by.
 
     Attributes:
-        block: Its number.
-        mass: Its attention on first and last entries.
-        cut_alone: Score where this block alone is cut to its smallest level.
-        kept_alone: Score where this block alone is not cut, and every other to its smallest.
-        rule: What was chosen.
+        block: The block's number.
+        mass: The share of its attention on first and last entries.
+        cut_alone: Score with this block alone cut to its smallest level.
+        kept_alone: Score with this block alone uncut, and every other at its smallest level.
+        rule: The chosen transfer rule.
     """
 
     block: int
@@ -32,18 +32,18 @@ class BlockChoice:
 
 @dataclass(frozen=True)
 class KVSelection:
-    """What a selection found.
+    """The outcome of a selection.
 
     Attributes:
         plan: The plan with its transfer rules.
         blocks: Every block where decode attends.
-        score: Of the plan on the calibration set.
-        base_score: The same with all KV sent as it is.
-        cut_score: The same with every block at its smallest level.
-        bytes_full: What the dense caches of the calibration prompts weigh.
-        bytes_sent: What the plan sends of them, headers included.
-        steps: The way of the search.
-        evaluations: Sets scored, earlier selections included.
+        score: The plan's score on the calibration set.
+        base_score: The score with all KV sent as it is.
+        cut_score: The score with every block at its smallest level.
+        bytes_full: Bytes of the dense caches of the calibration prompts.
+        bytes_sent: Bytes of the KV that the plan sends of these prompts, headers included.
+        steps: The steps of the search.
+        evaluations: Number of sets scored, those of earlier selections included.
         seconds: Wall time.
     """
 
@@ -60,11 +60,11 @@ class KVSelection:
 
     @property
     def reduction(self) -> float:
-        """``bytes_full / bytes_sent``."""
+        """Ratio of dense bytes to sent bytes: ``bytes_full / bytes_sent``."""
         return self.bytes_full / self.bytes_sent
 
     def record(self) -> dict[str, Any]:
-        """As JSON: what was chosen, what it scores and weighs, and every block's measurements."""
+        """The selection as JSON: its choice, score and bytes, and every block's measurements."""
         return {
             "kv_transfer": plain_rules(self.plan.kv_transfer),
             "score": self.score,
@@ -77,18 +77,18 @@ class KVSelection:
             "seconds": round(self.seconds, 3),
             "blocks": [
                 {
-                    "block": each.block,
-                    "mass": each.mass.kept,
-                    "cut_alone": each.cut_alone,
-                    "kept_alone": each.kept_alone,
-                    "rule": _plain(each.rule),
+                    "block": choice.block,
+                    "mass": choice.mass.kept,
+                    "cut_alone": choice.cut_alone,
+                    "kept_alone": choice.kept_alone,
+                    "rule": _plain(choice.rule),
                 }
-                for each in self.blocks
+                for choice in self.blocks
             ],
         }
 
     def summary(self, out: str) -> str:
-        """What was found, in one line for people."""
+        """The selection in one line for people."""
         return (
             f"{out}/{PLAN_FILE}: {self.reduction:.2f}x fewer bytes, score {self.score:.5g} "
             f"({self.base_score:.5g} with all KV), {self.evaluations} sets in {self.seconds:.1f} s"

@@ -1,4 +1,4 @@
-"""Which KV of a block plan travels: measured, chosen, and written into the plan."""
+"""Select the KV of a block plan that travels: measure, choose, and write it into the plan."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from rayapp.pruning.storage import Storage
 
 
 def check_out(settings: KVSelectSettings, plan: PruningPlan) -> str:
-    """Where the result goes; raises :class:`InputError` where another plan lies there."""
+    """The directory of the result; raises :class:`InputError` if another plan lies there."""
     home = str(plan.directory) if plan.directory else "."
     out = settings.out or home
     storage = Storage(out)
@@ -51,20 +51,20 @@ def select_kv(
     *,
     on_progress: ProgressCallback | None = None,
 ) -> KVSelection:
-    """Choose, and write the plan and ``kv.json``; the modes of ``plan`` stay as they are.
+    """Choose transfer rules, and write the plan and ``kv.json``; the plan's modes stay as they are.
 
     Args:
-        score: What the scorer scores; it goes into the records.
-        settings: What is wanted.
-        plan: As it was read; its own transfer rules are replaced (``kv.json`` keeps them).
-        scorer: Without transfer rules in its objective.
-        config: Of the model.
+        score: Settings of the score; they go into the records.
+        settings: Settings of the selection.
+        plan: The plan as it was read; its own transfer rules are replaced (``kv.json`` keeps them).
+        scorer: A scorer without transfer rules in its objective.
+        config: The model's configuration.
         on_progress: Called as sets are scored.
 
     Raises:
-        InputError: No choice meets the goal: the message says what can be reached, and what was
-            scored stays in ``kv.json``. Or the output cannot be written.
-        PlanError: Decode attends nowhere, so nothing travels.
+        InputError: No choice meets the goal: the message says which goal can be reached, and the
+            scores stay in ``kv.json``. Or the output cannot be written.
+        PlanError: Decode attends in no block, so nothing travels.
     """
     return _Selection(score, settings, plan, scorer, config, on_progress).run()
 
@@ -96,7 +96,7 @@ class _Selection:
         self._record = KVRecord(self._storage, self._subject())
 
     def run(self) -> KVSelection:
-        """Measure, choose, write."""
+        """Measure, choose and write."""
         rule = self._levels.rules(self._levels.smallest)[self._levels.blocks[0]]
         cut = rule.model_copy(update={"encoding": "model"})
         scorer = self._scorer
@@ -188,8 +188,8 @@ class _Selection:
         return self._record.trials[self._candidate(chosen).kv].value
 
     def _score(self, sets: Sequence[KVSet], phase: str) -> list[float]:
-        """Scores of sets; what is known already is not scored again."""
-        candidates = [self._candidate(each) for each in sets]
+        """Scores of sets; sets with a known score are not scored again."""
+        candidates = [self._candidate(chosen) for chosen in sets]
         new = sorted({c for c in candidates if c.kv not in self._record.trials})
         before = len(self._record.trials)
 
@@ -202,9 +202,9 @@ class _Selection:
         if new:
             self._record.write()
         values = [self._record.trials[candidate.kv].value for candidate in candidates]
-        for each, value in zip(sets, values, strict=True):
-            key = self._goal.key(value, self._sent(each))
-            self._best = min(self._best or (key, each), (key, each))
+        for chosen, value in zip(sets, values, strict=True):
+            key = self._goal.key(value, self._sent(chosen))
+            self._best = min(self._best or (key, chosen), (key, chosen))
         return values
 
     def _report(self, phase: str, known: float, left: float) -> None:
@@ -231,7 +231,7 @@ class _Selection:
         return moved(self._levels.smallest, index, self._levels.full[index])
 
     def _singles(self) -> list[KVSet]:
-        """Nothing cut, everything cut, and both with one block the other way."""
+        """The sets with nothing cut, with everything cut, and both with one block the other way."""
         indices = range(len(self._levels.blocks))
         alone = [f(index) for index in indices for f in (self._cut_alone, self._kept_alone)]
         return [self._levels.full, self._levels.smallest, *alone]
@@ -250,8 +250,8 @@ class _Selection:
     def _by_mass(self, masses: Sequence[BlockMass]) -> tuple[KVSet, list[Step]]:
         """PDTrim's rule: every block whose mass reaches the threshold is cut, the others are not.
 
-        Both in the smallest encoding allowed. For a byte budget, the highest threshold that meets
-        it.
+        Cut and uncut blocks both have the smallest encoding allowed. For a byte budget, the
+        threshold is the highest one that meets it.
         """
         uncut = [_uncut(levels, self._settings.encoding) for levels in self._levels.levels]
         kept = [mass.kept for mass in masses]
@@ -301,8 +301,8 @@ class _Selection:
             seconds=time.monotonic() - self._started_s,
         )
 
-    def _write(self, found: KVSelection) -> KVSelection:
-        """``kv.json`` first, then healed tensors, the plan last: who finds it finds all of it."""
+    def _write(self, selection: KVSelection) -> KVSelection:
+        """Write ``kv.json`` first, then healed tensors, and last the plan, which needs them."""
         trace = [
             {
                 "phase": step.phase,
@@ -311,25 +311,25 @@ class _Selection:
                 "bytes_sent": step.num_bytes,
                 "reduction": self._bytes.full / step.num_bytes,
             }
-            for step in found.steps
+            for step in selection.steps
         ]
-        self._record.write(complete=True, trace=trace, **found.record())
+        self._record.write(complete=True, trace=trace, **selection.record())
         summary = {
             "settings": self._settings.identity(self._score_settings),
             "calibration": self._scorer.calibration.fingerprint,
             "num_lines": len(self._scorer.calibration.lines),
-            **{key: value for key, value in found.record().items() if key != "blocks"},
+            **{key: value for key, value in selection.record().items() if key != "blocks"},
         }
         provenance = {**self._plan.provenance, "kv_select": summary}
-        plan = found.plan.model_copy(update={"provenance": provenance})
+        plan = selection.plan.model_copy(update={"provenance": provenance})
         if self._plan.healed and self._plan.directory and self._settings.out:
             tensors = (self._plan.directory / HEALED_FILE).read_bytes()
             self._storage.write_bytes(HEALED_FILE, tensors)
         self._storage.write_bytes(PLAN_FILE, plan.dumps().encode())
-        return replace(found, plan=plan)
+        return replace(selection, plan=plan)
 
 
 def _uncut(levels: Sequence[KVTransfer], encoding: str) -> int:
-    """The level that sends all in an encoding; the last one where that saves nothing."""
-    found = [n for n, rule in enumerate(levels) if rule.keeps_all and rule.encoding == encoding]
-    return found[0] if found else len(levels) - 1
+    """The level that sends all in an encoding; the last level if that encoding saves nothing."""
+    uncut = [n for n, rule in enumerate(levels) if rule.keeps_all and rule.encoding == encoding]
+    return uncut[0] if uncut else len(levels) - 1

@@ -1,4 +1,4 @@
-"""What a selection of KV is told beside what it scores and where it computes."""
+"""Settings of a selection of KV, beside those of the score and of the compute."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from rayapp.settings import Settings
 KVMethod = Literal["elimination", "mass"]
 
 FIRST = 4
-"""Entries that a cut keeps at the start: attention sinks (StreamingLLM, arXiv:2309.17453)."""
+"""Number of entries that a cut keeps at the start: attention sinks (StreamingLLM,
+arXiv:2309.17453)."""
 RECENT = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of a prompt that a cut may keep at its end (project default)."""
 THRESHOLD = 0.9
-"""Mass from which on a block is cut: SimLayerKV's value for Llama-3 (arXiv:2410.13846); PDTrim's is
-not public."""
+"""Attention mass from which on a block is cut: SimLayerKV's value for Llama-3 (arXiv:2410.13846);
+PDTrim's is not public."""
 
 
 class KVSelectSettings(Settings):
-    """Which plan, what goal, and which choices of transfer."""
+    """Settings of a selection: the plan, the goal, and the transfer rules to choose from."""
 
     model_config = ConfigDict(title="Which KV is chosen")
 
@@ -106,13 +107,13 @@ class KVSelectSettings(Settings):
         return self
 
     def identity(self, score: ScoreSettings) -> dict[str, Any]:
-        """Everything that changes the choice, but paths; records call ``last`` ``recent``."""
+        """All settings that change the choice, without paths; records call ``last`` ``recent``."""
         own = self.model_dump(mode="json", exclude={"plan", "out", "last"})
         lines = {"score_by": score.score_by, "chunk_tokens": score.chunk_tokens}
         return {**own, "recent": list(self.last), **lines, **unusual_scores(score)}
 
     def check(self, score: ScoreSettings) -> None:
-        """Raise :class:`InputError` where the goal is no matter of the objective."""
+        """Raise :class:`InputError` if the goal does not fit the objective."""
         if self.max_kl is not None and score.objective != "kl":
             raise InputError(
                 f"max_kl={self.max_kl:g} with objective={score.objective}: scores are no KL then; "
@@ -121,13 +122,13 @@ class KVSelectSettings(Settings):
 
 
 def unusual_scores(score: ScoreSettings) -> dict[str, Any]:
-    """What else scores depend on, where it is not the default: records name it only then."""
+    """Settings of the score that are not the default; records name only these."""
     names = {"dtype", "objective", "kl_top_k"}
     return score.model_dump(mode="json", include=names, exclude_defaults=True)
 
 
 def _amount(value: object) -> object:
-    """A count or a share, also where it is written as text."""
+    """A count or a share, also if it is written as text."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,13 +1,14 @@
-"""How much of its attention each block puts on the first and last entries of a prompt.
+"""The share of each block's attention that falls on the first and last entries of a prompt.
 
-Measured on a block plan with all KV at hand, with the model's own queries and keys (rotated,
-normalised, within sliding windows), averaged over heads and tokens. Two kinds of queries:
+The share is measured on a block plan with all KV at hand, with the model's own queries and keys
+(rotated, normalised, within sliding windows), and averaged over heads and tokens. Two kinds of
+queries are measured:
 
 - ``decode``: every token that decode runs. These read the KV that travels, so PDTrim's threshold
   rule (arXiv:2509.04467: blocks that concentrate on the first and last tokens send only those) is
   applied to them. Which queries the paper means is not public: project default.
-- ``prompt``: the last token that prefill runs, all that a rule per prompt can look at before
-  anything is sent (SimLayerKV, arXiv:2410.13846).
+- ``prompt``: the last token that prefill runs, the only query that a rule per prompt can look at
+  before any KV is sent (SimLayerKV, arXiv:2410.13846).
 
 Shapes: B = lines, P = prompt tokens, D = tokens that decode runs, Q = query heads, K = entries
 attended to.
@@ -35,13 +36,13 @@ class BlockMass:
     """Shares of one block's attention, each between 0 and 1.
 
     Attributes:
-        block: Its number.
-        first: Of decode's queries, on the first entries of the prompt.
-        last: The same, on the last entries.
-        new: The same, on tokens that decode ran itself; no rule ever cuts those.
-        prompt_first: Of the last prompt token, on the first entries; None where prefill does not
+        block: The block's number.
+        first: Share of decode's queries on the first entries of the prompt.
+        last: Share of decode's queries on the last entries of the prompt.
+        new: Share of decode's queries on tokens that decode ran itself; no rule ever cuts those.
+        prompt_first: Share of the last prompt token on the first entries; None if prefill does not
             attend in this block.
-        prompt_last: The same, on the last entries.
+        prompt_last: Share of the last prompt token on the last entries.
     """
 
     block: int
@@ -53,7 +54,7 @@ class BlockMass:
 
     @property
     def kept(self) -> float:
-        """What a cut to these entries leaves of decode's attention."""
+        """Share of decode's attention that is left after a cut to these entries."""
         return self.first + self.last + self.new
 
 
@@ -61,31 +62,31 @@ class BlockMass:
 def measure_attention_mass(
     evaluator: Evaluator, candidate: Candidate, rule: KVTransfer, healing: Healing = NO_HEALING
 ) -> tuple[BlockMass, ...]:
-    """Mass by block, ascending, where decode attends; the cost is about that of two evaluations.
+    """Mass of every block where decode attends, ascending; it costs about two evaluations.
 
     Args:
-        evaluator: Model and lines.
+        evaluator: The evaluator of the model and the lines.
         candidate: The block plan; transfer rules are not applied.
-        rule: Which entries are the first and the last: of those that a block's dense cache holds.
-        healing: Which removed blocks of the plan are healed.
+        rule: Says which entries are the first and the last ones of a block's dense cache.
+        healing: Says which removed blocks of the plan are healed.
     """
     blocks = evaluator.runner.num_blocks
     prefill, decode = (candidate.skips(stage, blocks) for stage in STAGES)
     sums = {block: _Sums() for block in range(blocks) if not decode[block] & ATTENTION}
     for chunk in range(len(evaluator.calibration.chunks)):
         inputs = evaluator.inputs(chunk)
-        for block, each in sums.items():
+        for block, block_sums in sums.items():
             window = evaluator.runner.windows[block]
             regions = _regions(inputs, rule, window)
             if not prefill[block] & ATTENTION:
                 seen = _seen(evaluator, candidate, "prefill", chunk, block, healing)
-                each.add_prompt(_prompt_weights(inputs, seen, window), regions, inputs)
+                block_sums.add_prompt(_prompt_weights(inputs, seen, window), regions, inputs)
             query, keys, scaling = _seen(evaluator, candidate, "decode", chunk, block, healing)
             mask = evaluator.masks.decode(chunk, block)
             assert mask is not None, "decode always has one"
             weights_BDK = attention_weights(query, keys, mask, scaling).mean(dim=1)
-            each.add_decode(weights_BDK, regions, inputs)
-    return tuple(each.mass(block) for block, each in sums.items())
+            block_sums.add_decode(weights_BDK, regions, inputs)
+    return tuple(block_sums.mass(block) for block, block_sums in sums.items())
 
 
 def _seen(
@@ -96,7 +97,7 @@ def _seen(
     block: int,
     healing: Healing,
 ) -> _Seen:
-    """What the attention of one block sees; the last call is its own, others led up to it."""
+    """Queries and keys of one block's attention; the last observed call is the block's own."""
     seen: list[_Seen] = []
 
     def keep(query_BQTD: torch.Tensor, keys_BHKD: torch.Tensor, scaling: float) -> None:
@@ -110,19 +111,19 @@ def _seen(
 def _regions(
     inputs: Handoff, rule: KVTransfer, window: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which entries of a prompt are its first and its last, ``(B, P)`` each."""
+    """Masks of a prompt's first and last entries, ``(B, P)`` each."""
     shape = (len(inputs.num_prefilled_B), inputs.prefill_ids_BP.shape[1])
     first_BP, last_BP = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     for row, end in enumerate(inputs.num_prefilled_B.tolist()):
-        held = held_entries(end, window)
-        first, last = rule.counts(held)
-        first_BP[row, end - held : end - held + first] = True
+        num_held = held_entries(end, window)
+        first, last = rule.counts(num_held)
+        first_BP[row, end - num_held : end - num_held + first] = True
         last_BP[row, end - last : end] = True
     return first_BP, last_BP
 
 
 def _prompt_weights(inputs: Handoff, seen: _Seen, window: int | None) -> torch.Tensor:
-    """Weights ``(B, 1, P)`` of the last token that prefill ran; zeros where it ran none."""
+    """Weights ``(B, 1, P)`` of the last token that prefill ran; zeros if it ran none."""
     query_BQPD, keys_BHPD, scaling = seen
     last_B = inputs.num_prefilled_B - 1
     rows_B = torch.arange(len(last_B))
@@ -134,7 +135,7 @@ def _prompt_weights(inputs: Handoff, seen: _Seen, window: int | None) -> torch.T
 
 
 class _Sums:
-    """Sums over tokens of one block's masses, float64."""
+    """Sums of one block's masses over tokens, float64."""
 
     def __init__(self) -> None:
         self._decode = torch.zeros(3, dtype=torch.float64)
@@ -144,7 +145,7 @@ class _Sums:
     def add_decode(
         self, weights_BDK: torch.Tensor, regions: tuple[torch.Tensor, ...], inputs: Handoff
     ) -> None:
-        """Count every real token that decode ran."""
+        """Add every real token that decode ran."""
         num_old = inputs.prefill_ids_BP.shape[1]
         valid_BD = inputs.valid_BC[:, -inputs.decode_ids_BD.shape[1] :]
         real_BDK = weights_BDK.cpu().double() * valid_BD[:, :, None]
@@ -156,13 +157,13 @@ class _Sums:
     def add_prompt(
         self, weights_B1P: torch.Tensor, regions: tuple[torch.Tensor, ...], inputs: Handoff
     ) -> None:
-        """Count the last prompt token of every line that prefill ran one of."""
+        """Add the last prompt token of every line of which prefill ran one."""
         weights_BP = weights_B1P[:, 0].cpu().double()
         self._prompt += torch.stack([(weights_BP * region_BP).sum() for region_BP in regions])
         self._num_prompt += int((inputs.num_prefilled_B > 0).sum())
 
     def mass(self, block: int) -> BlockMass:
-        """Means over tokens."""
+        """Means of the masses over tokens."""
         first, last, new = (self._decode / max(1, self._num_decode)).tolist()
         prompt: list[float | None] = [None, None]
         if self._num_prompt:

@@ -1,7 +1,8 @@
-"""What each part of each block costs, per stage: measured once, then added up for any candidate.
+"""Costs of each part of each block, per stage: measured once, then added up for any candidate.
 
-One prompt alone, of the calibration set's median lengths. Blocks that share a sliding window do the
-same work, so they get the same (mean) cost, and noise never ranks candidates of one size.
+One prompt is timed alone; prompt and answer have the calibration set's median lengths. Blocks that
+share a sliding window do the same work, so they get the same (mean) cost, and noise never ranks
+candidates of one size.
 Shapes: B = 1, T = tokens, E = hidden size.
 """
 
@@ -29,7 +30,7 @@ from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.evaluator.handoff import Handoff, handoff
 
 RUNS = 5
-"""Timed runs of each part; the median counts (project default)."""
+"""Number of timed runs of each part; the median counts (project default)."""
 
 _Seconds = tuple[float, ...]
 
@@ -39,15 +40,15 @@ class Costs:
     """Seconds and bytes by block; a token of decode costs one step.
 
     Attributes:
-        prompt_tokens: Tokens that prefill was timed on, and that decode attends to.
-        answer_tokens: Tokens of an answer.
-        prefill_parts: Attention and MLP of every block, as candidates number them.
-        prefill_kv: Writing KV alone, by block.
-        decode_parts: As ``prefill_parts``, for one token.
-        prefill_rest: Everything else: embedding, final norm and head.
-        decode_rest: As ``prefill_rest``, for one token.
-        kv_bytes: KV of the prompt by block, uncut.
-        sent_bytes: The same under the transfer rules.
+        prompt_tokens: Number of tokens that prefill was timed on, and that decode attends to.
+        answer_tokens: Number of tokens of an answer.
+        prefill_parts: Seconds of attention and MLP of every block, numbered as in candidates.
+        prefill_kv: Seconds of writing KV alone, by block.
+        decode_parts: Seconds of the same parts for one token of decode.
+        prefill_rest: Seconds of everything else: embedding, final norm and head.
+        decode_rest: Seconds of the same for one token of decode.
+        kv_bytes: Bytes of the prompt's KV by block, uncut.
+        sent_bytes: Bytes of the same KV under the transfer rules.
     """
 
     prompt_tokens: int
@@ -62,7 +63,7 @@ class Costs:
 
     @classmethod
     def loads(cls, text: str) -> Costs:
-        """What :meth:`dumps` wrote, bit for bit."""
+        """Parse the text that :meth:`dumps` wrote, bit for bit."""
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in json.loads(text).items()
@@ -70,12 +71,12 @@ class Costs:
         return cls(**values)
 
     def dumps(self) -> str:
-        """As JSON."""
+        """The costs as JSON."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the model."""
+        """Number of the model's blocks."""
         return len(self.kv_bytes)
 
     def prefill_s(self, candidate: Candidate) -> float:
@@ -94,18 +95,21 @@ class Costs:
         return math.fsum([self.decode_rest, *_kept(self.decode_parts, candidate.decode)])
 
     def bytes_sent(self, candidate: Candidate) -> int:
-        """Bytes of the KV that one prompt sends, headers left out."""
+        """Bytes of the KV that one prompt sends, without headers."""
         skips = candidate.skips("decode", self.num_blocks)
         return sum(
             size for size, bits in zip(self.sent_bytes, skips, strict=True) if not bits & ATTENTION
         )
 
     def total_s(self, candidate: Candidate) -> float:
-        """Seconds from prompt to the last token, transfer left out."""
+        """Seconds from the prompt to the last token, without the transfer."""
         return self.prefill_s(candidate) + (self.answer_tokens - 1) * self.decode_s(candidate)
 
     def expected_s(self, prefill_remove: float, decode_remove: float, *, kv_modes: bool) -> float:
-        """``total_s`` of sizes: parts cost their mean; with kv modes prefill writes all KV."""
+        """Expected ``total_s`` for given sizes: parts cost their mean.
+
+        With kv modes prefill writes all KV.
+        """
         prefill = sum(self.prefill_parts) / self.num_blocks
         decode = sum(self.decode_parts) / self.num_blocks
         written = sum(self.prefill_kv) / self.num_blocks if kv_modes else 0.0
@@ -125,16 +129,16 @@ def measure_costs(evaluator: Evaluator) -> Costs:
     runner, calibration = evaluator.runner, evaluator.calibration
     prompt = int(statistics.median(len(line.prompt) for line in calibration.lines))
     answer = int(statistics.median(len(line.continuation) for line in calibration.lines))
-    line = TokenizedLine((0,) * prompt, (0, 0), "")  # decode runs one token
+    line = TokenizedLine((0,) * prompt, (0, 0), "")  # two continuation tokens: decode runs one
     inputs = handoff(cut([line]).chunks[0], "prefill")
     timed = [_time_block(runner, inputs, block) for block in range(runner.num_blocks)]
     prefill, decode, kv = (_shared(rows, runner.windows) for rows in zip(*timed, strict=True))
     rules, signature = evaluator.objective.kv_transfer, runner.signature
-    held = [held_entries(prompt, window) for window in runner.windows]
-    sizes = [_bytes(signature, runner.element_bytes, entries, SEND_ALL) for entries in held]
+    cached = [held_entries(prompt, window) for window in runner.windows]
+    sizes = [_bytes(signature, runner.element_bytes, entries, SEND_ALL) for entries in cached]
     sent = [
         _bytes(signature, runner.element_bytes, entries, rules.get(block, SEND_ALL))
-        for block, entries in enumerate(held)
+        for block, entries in enumerate(cached)
     ]
     return Costs(
         prompt_tokens=prompt,
@@ -152,7 +156,7 @@ def measure_costs(evaluator: Evaluator) -> Costs:
 def _time_block(
     runner: BlockRunner, inputs: Handoff, block: int
 ) -> tuple[list[float], list[float], list[float]]:
-    """Seconds of one block: prefill's attention and MLP, decode's, and writing KV."""
+    """Seconds of one block's work: prefill's attention and MLP, decode's, and writing KV."""
     window, device = runner.windows[block], runner.device
     prompt_BPE, token_BDE = runner.embed(inputs.prefill_ids_BP), runner.embed(inputs.decode_ids_BD)
     at_BP, at_BD = inputs.prefill_positions_BP, inputs.decode_positions_BD
@@ -167,7 +171,7 @@ def _time_block(
     def decode(skipped: int) -> object:
         return runner.run(block, skipped, token_BDE, at_BD, token_mask, BlockKVSlot(prefix))
 
-    parts = (MLP, ATTENTION)  # what is skipped to time the other one
+    parts = (MLP, ATTENTION)  # skipping a part times the other one
     return (
         [_seconds(partial(prefill, part), device) for part in parts],
         [_seconds(partial(decode, part), device) for part in parts],
@@ -176,12 +180,12 @@ def _time_block(
 
 
 def _time_rest(runner: BlockRunner, token_ids_BT: torch.Tensor) -> float:
-    """Seconds of everything around the blocks; logits are of one token."""
+    """Seconds of the work around the blocks, with logits of one token."""
     return _seconds(lambda: runner.logits(runner.embed(token_ids_BT)[:, -1:]), runner.device)
 
 
 def _seconds(action: Callable[[], object], device: torch.device) -> float:
-    """Median of ``RUNS``, after one that warms up."""
+    """Median seconds of ``RUNS`` runs, after one that warms up."""
     seconds = []
     for _ in range(1 + RUNS):
         _settle(device)
@@ -198,7 +202,7 @@ def _settle(device: torch.device) -> None:
 
 
 def _shared(rows: Sequence[Sequence[float]], windows: Sequence[int | None]) -> _Seconds:
-    """Every block's row replaced by the mean over the blocks of its window, in one line."""
+    """Costs with every block's row replaced by the mean over blocks of its window, in one line."""
     means = {}
     for window in set(windows):
         alike = [row for row, its in zip(rows, windows, strict=True) if its == window]
@@ -209,6 +213,6 @@ def _shared(rows: Sequence[Sequence[float]], windows: Sequence[int | None]) -> _
 def _bytes(
     signature: ModelSignature, element_bytes: int, num_entries: int, rule: KVTransfer
 ) -> int:
-    """Bytes that one block sends of a prompt that left ``num_entries``."""
+    """Bytes that one block sends of a prompt with ``num_entries`` entries."""
     shape = (signature.num_kv_heads, sum(rule.counts(num_entries)), signature.head_dim)
     return sum(buffer_sizes(rule.encoding, *shape, element_bytes))

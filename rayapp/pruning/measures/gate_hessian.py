@@ -1,19 +1,20 @@
-"""How the score curves in gates around the dense model: what gradients say of removals.
+"""Curvature of the score in gates around the dense model: the effect of removals by gradients.
 
 CBO (arXiv:2602.00161) multiplies the output of every part, before it joins the residual stream, by
-a gate: 1 is there, 0 is removed. Ours are per **stage** and part, and one backward pass through the
-continuation, the KV and the prompt gives the gradients of both stages, line by line: every line has
-gates of its own. In one teacher-forced pass over prompt and continuation a token's position says
-whose gates it meets; a removed attention of prefill thus still leaves the KV that decode reads.
+a gate: 1 keeps the part, 0 removes it. Our gates are per **stage** and part, and one backward pass
+through the continuation, the KV and the prompt gives the gradients of both stages, line by line:
+every line has gates of its own. In one teacher-forced pass over prompt and continuation a token's
+position decides which stage's gates it meets; an attention that is removed from prefill thus still
+leaves the KV that decode reads.
 
 The score is KL(dense || candidate). At the dense model its gradient vanishes and its Hessian is the
 Fisher matrix ``J^T (diag(p) - p p^T) J``, summed over tokens, ``J`` of the logits in the gates and
-``p`` the dense distribution. Labels drawn from ``p`` would estimate it, but where a model is sure
-the rare ones carry all of it. Project default: its root times random signs goes backward instead,
+``p`` the dense distribution. Labels drawn from ``p`` would estimate it, but if a model is sure,
+rare labels carry all of it. Project default: its root times random signs goes backward instead,
 which is unbiased as well and meets every label in every draw. ``labels="data"`` is the paper's
 variant, the outer products ``A^T A`` of gradients of the data's own likelihood.
 
-Transfer rules and healing are not looked at, and neither is the objective's kind.
+Transfer rules, healing and the objective's kind are ignored.
 Shapes: B = lines, S = stages, P = parts (two per block), M = S x P gates, prefill's first, T =
 prompt and continuation tokens, C = continuation tokens, V = vocabulary, U = units of a stage.
 """
@@ -46,7 +47,7 @@ from rayapp.pruning.settings.objective import Objective
 Labels = Literal["expected", "data"]
 
 DRAWS = 1
-"""Backward passes over each line."""
+"""Number of backward passes over each line."""
 
 
 @dataclass(frozen=True)
@@ -59,28 +60,31 @@ class GateHessian:
     rows: tuple[tuple[float, ...], ...]
 
     def units(self, num_units: int) -> NDArray[np.float64]:
-        """Over units, ``(2 U, 2 U)``: a block's gate is on both of its parts, so they add up."""
+        """The Hessian over units, ``(2 U, 2 U)``: a block's gate is on both parts; they add up."""
         gates = len(STAGES) * num_units
         parts = len(self.rows) // gates
         return np.array(self.rows).reshape(gates, parts, gates, parts).sum(axis=(1, 3))
 
 
 def measuring_cost(draws: int = DRAWS) -> int:
-    """Evaluations that a measurement counts as: a backward pass is twice a forward pass."""
+    """The cost of a measurement in evaluations: a backward pass is twice a forward pass."""
     return 1 + 2 * draws
 
 
 def measure_gate_hessian(
     evaluator: Evaluator, *, draws: int = DRAWS, labels: Labels = "expected", seed: int = 0
 ) -> GateHessian:
-    """The dense model's, on the whole calibration set, weighted as scores weigh tasks and tokens.
+    """The dense model's Hessian on the whole calibration set.
+
+    Lines are weighted as scores weigh tasks and tokens.
 
     Args:
-        evaluator: Its model keeps what a backward pass needs of one chunk at a time.
-        draws: Random signs per line that are averaged over.
-        labels: ``expected`` estimates the Hessian of the KL; ``data`` is the paper's ``A^T A``, of
-            the data's labels, for which one draw is all there is.
-        seed: Of the signs, which depend on nothing else but the line's place.
+        evaluator: The evaluator whose model is measured; the model keeps the states of one chunk at
+            a time for its backward pass.
+        draws: Number of draws of random signs per line, which are averaged.
+        labels: ``expected`` estimates the Hessian of the KL. ``data`` is the paper's ``A^T A`` of
+            the data's labels, for which there is only one draw.
+        seed: Seed of the signs, which depend on nothing else but the line's place.
 
     Raises:
         SearchError: A second derivative is not finite.
@@ -102,7 +106,7 @@ def measure_gate_hessian(
 
 
 def _line_weights(calibration: Calibration, objective: Objective) -> NDArray[np.float64]:
-    """What the sum over a line's tokens weighs in a score."""
+    """Weight of every line's sum over tokens in a score."""
     tokens: dict[str, int] = {}
     pooled = objective.score_by == "token"
     groups = ["" if pooled else line.task for line in calibration.lines]
@@ -112,7 +116,7 @@ def _line_weights(calibration: Calibration, objective: Objective) -> NDArray[np.
 
 
 class GatedModel:
-    """A dense model whose parts are multiplied by gates; it shares the weights, not the hooks.
+    """A dense model whose parts are multiplied by gates; only weights are shared with the original.
 
     Raises:
         ModelError: The architecture is not supported.
@@ -136,7 +140,7 @@ class GatedModel:
     def logits(self, gates_BSP: torch.Tensor, chunk: Chunk, first_token: Stage) -> torch.Tensor:
         """Logits of every continuation token, ``(B, C, V)``, under gates of both stages.
 
-        With gates of 0 and 1 they are those of the candidate that removes the parts at 0.
+        Gates of 0 and 1 give the logits of the candidate that removes the parts at 0.
         """
         ids_BT = _joined(chunk)
         lengths_B1 = chunk.prompt_lengths_B[:, None]
@@ -147,14 +151,14 @@ class GatedModel:
         )
         positions_BT = _joined_positions(chunk, ids_BT.shape[1])
         hidden_BTE = self._stack.run(self._stack.embed(ids_BT), positions_BT, BlockKVSlot())
-        asked_BC = lengths_B1 - 1 + torch.arange(chunk.continuations_BC.shape[1])
-        asked_BC = asked_BC.clamp(max=ids_BT.shape[1] - 1).to(hidden_BTE.device)
+        predicting_BC = lengths_B1 - 1 + torch.arange(chunk.continuations_BC.shape[1])
+        predicting_BC = predicting_BC.clamp(max=ids_BT.shape[1] - 1).to(hidden_BTE.device)
         rows_B1 = torch.arange(len(ids_BT), device=hidden_BTE.device)[:, None]
-        return self._stack.logits(hidden_BTE[rows_B1, asked_BC])
+        return self._stack.logits(hidden_BTE[rows_B1, predicting_BC])
 
 
 def _joined(chunk: Chunk) -> torch.Tensor:
-    """Prompt and continuation, but for its last token, in one row, ``(B, T)``, padded right."""
+    """Prompt and continuation without its last token, in one row, ``(B, T)``, padded right."""
     rows = [
         torch.cat([prompt_T[:num_prompt], continuation_C[: num_labels - 1]])
         for prompt_T, num_prompt, continuation_C, num_labels in zip(
@@ -169,8 +173,8 @@ def _joined(chunk: Chunk) -> torch.Tensor:
 
 
 def _joined_positions(chunk: Chunk, num_tokens: int) -> torch.Tensor:
-    """Positions of such rows, ``(B or 1, T)``; those of padding follow on."""
-    if torch.equal(chunk.answer_positions_B, chunk.prompt_lengths_B):  # no gaps
+    """Positions of the joined rows, ``(B or 1, T)``; those of padding follow on."""
+    if torch.equal(chunk.answer_positions_B, chunk.prompt_lengths_B):  # the positions have no gaps
         return torch.arange(num_tokens)[None]
     steps_T = torch.arange(num_tokens)
     lengths_B1, answers_B1 = chunk.prompt_lengths_B[:, None], chunk.answer_positions_B[:, None]
@@ -182,7 +186,7 @@ def _joined_positions(chunk: Chunk, num_tokens: int) -> torch.Tensor:
 def _gradients(
     model: GatedModel, chunk: Chunk, first_token: Stage, draws: int, labels: Labels, seed: int
 ) -> Iterator[NDArray[np.float64]]:
-    """Per draw the gradients of every line, ``(B, M)``; all draws share the forward pass."""
+    """Gradients of every line, ``(B, M)``, draw by draw; all draws share the forward pass."""
     gates_BSP = torch.ones(len(chunk.lines), len(STAGES), model.num_parts, requires_grad=True)
     logits_BCV = model.logits(gates_BSP, chunk, first_token)
     for draw in range(draws):
@@ -201,12 +205,14 @@ def _gradients(
 
 
 def _towards(labels_C: torch.Tensor, probs_CV: torch.Tensor) -> torch.Tensor:
-    """Gradient of the labels' log-likelihood in the logits."""
+    """Gradient of the labels' log-likelihood with respect to the logits."""
     return nn.functional.one_hot(labels_C.to(probs_CV.device), probs_CV.shape[-1]) - probs_CV
 
 
 def _root(probs_CV: torch.Tensor, seed: str) -> torch.Tensor:
-    """``R signs`` with ``R R^T = diag(p) - p p^T``, the Hessian of a token's KL in its logits.
+    """The product ``R signs`` with ``R R^T = diag(p) - p p^T``.
+
+    The matrix is the Hessian of a token's KL in its logits.
 
     Signs are drawn on the CPU, so that devices agree.
     """

@@ -1,4 +1,4 @@
-"""How much each block and part changes the hidden state, per stage, on the dense model.
+"""Influence: how much each block and part changes the hidden state, per stage, on the dense model.
 
 Block Influence as in ShortGPT (arXiv:2403.03853) and PDTrim (arXiv:2509.04467): one minus the
 cosine similarity of input and output, averaged over calibration tokens. Project default: prefill is
@@ -20,7 +20,7 @@ from rayapp.pruning.evaluator.evaluator import Evaluator
 
 @dataclass(frozen=True)
 class Influence:
-    """One minus similarity: lower is more redundant. By block, and by part as candidates count."""
+    """One minus similarity by block, and by part as candidates count; lower is more redundant."""
 
     prefill_blocks: tuple[float, ...]
     prefill_parts: tuple[float, ...]
@@ -39,7 +39,7 @@ def pruning_set(influence: Influence, stage: Stage, num_units: int, d_t: float) 
 
     The paper splits blocks into a pruning and a distillation set at ``d_T``. Project default, since
     its method section is not public: units of the pruning set may simply be removed; the others
-    need a survivor that was trained to do their work (healing), so without it they stay.
+    need a survivor that was trained to do their work (healing), and stay if there is none.
     """
     similarities = (1.0 - value for value in influence.units(stage, num_units))
     return frozenset(unit for unit, similarity in enumerate(similarities) if similarity >= d_t)
@@ -54,7 +54,7 @@ def distillation_set(
 
 @torch.inference_mode()
 def measure_influence(evaluator: Evaluator) -> Influence:
-    """Both stages of the dense model on the whole calibration set: the cost of one evaluation."""
+    """Influence of both stages on the whole calibration set; it costs one evaluation."""
     num_blocks = evaluator.runner.num_blocks
     prefill, decode = _Sums(num_blocks), _Sums(num_blocks)
     for chunk in range(len(evaluator.calibration.chunks)):
@@ -99,7 +99,7 @@ class _Sums:
         states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         valid_BT: torch.Tensor,
     ) -> None:
-        """Count one block on one chunk: states before it, between its parts, and after it."""
+        """Add one block on one chunk: states before it, between its parts, and after it."""
         before, between, after = (state[valid_BT.to(state.device)].double() for state in states)
         self._parts[2 * block] += _distance(before, between)
         self._parts[2 * block + 1] += _distance(between, after)
@@ -107,7 +107,7 @@ class _Sums:
         self._tokens[block] += len(before)
 
     def means(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Means over tokens of all blocks and of all parts; 0 where no token was seen."""
+        """Means over tokens for all blocks and for all parts; 0 if there was no token."""
         counts = [max(1, tokens) for tokens in self._tokens]
         blocks = tuple(total / n for total, n in zip(self._blocks, counts, strict=True))
         return blocks, tuple(total / counts[i // 2] for i, total in enumerate(self._parts))

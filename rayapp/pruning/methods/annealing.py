@@ -28,14 +28,15 @@ from rayapp.pruning.methods.similarity import most_redundant
 EVALUATIONS = 256
 HOTTEST, COLDEST = 0.5, 0.01
 STAGE_SHARE = 0.25
-"""Of all evaluations, what each stage by itself gets at most; the coupled phase gets the rest."""
+"""Share of all evaluations that every stage by itself gets at most; the coupled phase gets the
+rest."""
 
-_DRAWS = 64  # attempts to find a candidate that was not scored before, once all neighbours were
+_DRAWS = 64  # attempts to draw a candidate that was not scored before, once all neighbours were
 
 
 @dataclass(frozen=True)
 class _Phase:
-    """One annealing: over ``space``, exchanging units of ``stages`` only."""
+    """One phase of annealing: over ``space``, exchanging units of ``stages`` only."""
 
     name: str
     space: Space
@@ -43,7 +44,7 @@ class _Phase:
 
 
 class Annealing:
-    """Simulated annealing, stage by stage and then coupled."""
+    """Simulated annealing, first stage by stage and then coupled."""
 
     uses_influence = True
 
@@ -62,7 +63,7 @@ class Annealing:
         self._enter_phase()
 
     def ask(self) -> Generation | None:
-        """Neighbours of the current candidate; goes on to the next phase when this one is spent."""
+        """Propose neighbours of the current candidate; a spent phase gives way to the next one."""
         while self._phases:
             self._asked = self._propose()
             if self._asked:
@@ -72,12 +73,12 @@ class Annealing:
         return None
 
     def tell(self, scores: Sequence[float]) -> None:
-        """The best proposal is the move; accept it, or stay."""
-        told = sorted(zip(scores, self._asked, strict=True))
-        self._seen.update({candidate: score for score, candidate in told})
-        self._left -= len(told)
-        self._spent += len(told)
-        move = told[0]
+        """Take the best proposal as the move; accept it, or stay."""
+        ranked = sorted(zip(scores, self._asked, strict=True))
+        self._seen.update({candidate: score for score, candidate in ranked})
+        self._left -= len(ranked)
+        self._spent += len(ranked)
+        move = ranked[0]
         if self._accepts(move[0]):
             self._current = move
         self._phase_best = min(move, self._phase_best or move)
@@ -86,7 +87,7 @@ class Annealing:
 
     @property
     def evaluations_left(self) -> int:
-        """Of all phases together, at most."""
+        """Most evaluations that all phases together may still use."""
         return self._left if self._phases else 0
 
     def _enter_phase(self) -> None:
@@ -101,11 +102,11 @@ class Annealing:
         self._phase_best = self._current
 
     def _start_of(self, phase: _Phase) -> Candidate:
-        """What earlier phases found, and the most redundant units where none did."""
-        found = self._best.get("decode")
+        """The start of a phase: the best sets of earlier phases, else the most redundant units."""
+        best_decode = self._best.get("decode")
         decode = None
-        if found and phase.space.count("decode"):
-            decode = phase.space.units(found)[1]
+        if best_decode and phase.space.count("decode"):
+            decode = phase.space.units(best_decode)[1]
         start = most_redundant(phase.space, self._influence, decode=decode)
         if phase.name == "joint" and "prefill" in self._best:
             start = replace(start, prefill=self._best["prefill"].prefill)
@@ -125,7 +126,7 @@ class Annealing:
         return tuple(sorted(proposals))
 
     def _jump(self, phase: _Phase) -> list[Candidate]:
-        """Somewhere not seen yet, when the whole neighbourhood was."""
+        """A candidate from anywhere that was not seen yet, once all neighbours were."""
         draws = range(1, 1 + _DRAWS) if phase.stages == STAGES else range(0)
         drawn = (phase.space.draw(self._setup.rng(self._generation, index)) for index in draws)
         return [c for c in drawn if c not in self._seen][:1]

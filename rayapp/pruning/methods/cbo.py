@@ -26,7 +26,7 @@ from rayapp.pruning.methods.surrogate import MAX_VERIFIED, PER_ROOT
 
 
 class Cbo:
-    """The model's favourites, a generation at a time."""
+    """Verifies the favourites of a model of gradients, a generation at a time."""
 
     uses_influence = False
 
@@ -42,24 +42,24 @@ class Cbo:
         self._generation_size = setup.generation_size
 
     def ask(self) -> Generation | None:
-        """The best that were not verified yet."""
-        asked = self._waiting[: self._generation_size]
-        return Generation(tuple(sorted(asked)), "cbo") if asked else None
+        """The model's best candidates that were not verified yet."""
+        favourites = self._waiting[: self._generation_size]
+        return Generation(tuple(sorted(favourites)), "cbo") if favourites else None
 
     def tell(self, scores: Sequence[float]) -> None:
-        """Count them as verified; the model does not learn."""
+        """Count the candidates as verified; the model does not learn."""
         del self._waiting[: len(scores)]
 
     @property
     def evaluations_left(self) -> int:
-        """Of the allowed ones; never more than the space holds."""
+        """Evaluations that are still allowed; never more than the space has candidates."""
         return len(self._waiting)
 
 
 def quadratic_model(space: Space, hessian_MM: Array) -> Quadratic:
     """``x^T H x / 2`` over the variables of a space, in nats per token.
 
-    Where both stages remove one set, decode's units stand for both, with all that couples them.
+    If both stages remove one set, decode's units stand for both, with all that couples them.
     """
     if space.shared:
         stages = len(hessian_MM) // space.num_units

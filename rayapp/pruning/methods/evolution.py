@@ -11,8 +11,9 @@ Project defaults:
 - Both stages evolve together: ``k (n - k)`` is summed over the stages, and an exchange is drawn
   uniformly over both stages' neighbours, so the coupling rule always holds.
 - Nothing is scored twice: offspring that were scored before are drawn again.
-- The paper races offspring on growing sets. That is the evaluator's matter here, for every method;
-  without racing, each is scored on the whole calibration set.
+- The paper races offspring on growing sets. Here races are a layer under every method
+  (:mod:`rayapp.pruning.search.racing`); without one, every candidate is scored on the whole
+  calibration set.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ OFFSPRING = 32
 MAX_EXCHANGES = 3
 SWAPS_PER_GENERATION = 1.5
 
-_ATTEMPTS = 16  # draws until something that is allowed, and new, is given up
+_ATTEMPTS = 16  # number of draws after which no new, allowed candidate is expected
 
 
 class Evolution:
@@ -49,32 +50,32 @@ class Evolution:
         self._asked: tuple[Candidate, ...] = ()
 
     def ask(self) -> Generation | None:
-        """The starts, then offspring of the best so far."""
+        """The starts, then offspring of the best candidate so far."""
         wanted = min(OFFSPRING if self._parent else STARTS, self._left)
-        found: set[Candidate] = set()
+        drawn: set[Candidate] = set()
         for index in range(_ATTEMPTS * wanted):
             candidate = self._draw(index)
             if candidate not in self._seen:
-                found.add(candidate)
-            if len(found) == wanted:
+                drawn.add(candidate)
+            if len(drawn) == wanted:
                 break
-        if not found:
+        if not drawn:
             self._left = 0
             return None
-        self._asked = tuple(sorted(found))
-        self._seen |= found
+        self._asked = tuple(sorted(drawn))
+        self._seen |= drawn
         return Generation(self._asked, "evolution" if self._parent else "start")
 
     def tell(self, scores: Sequence[float]) -> None:
-        """The best of parent and offspring is the next parent."""
-        told = min(zip(scores, self._asked, strict=True))
-        self._parent = min(told, self._parent or told)
+        """Make the best of parent and offspring the next parent."""
+        best = min(zip(scores, self._asked, strict=True))
+        self._parent = min(best, self._parent or best)
         self._left -= len(scores)
         self._generation += 1
 
     @property
     def evaluations_left(self) -> int:
-        """Of the recipe's, or of the allowed ones."""
+        """Evaluations left of the recipe's number, or of the allowed one if that is smaller."""
         return self._left
 
     def _draw(self, index: int) -> Candidate:
@@ -88,7 +89,7 @@ class Evolution:
 
 
 def exchanged(space: Space, candidate: Candidate, rng: random.Random) -> Candidate:
-    """One neighbour, uniform over both stages' neighbours; itself where it has none.
+    """One neighbour, drawn uniformly over both stages; the candidate itself if it has none.
 
     Without kv modes, a unit that both stages removed is exchanged in both where decode gives it
     back.
@@ -100,12 +101,12 @@ def exchanged(space: Space, candidate: Candidate, rng: random.Random) -> Candida
         old = rng.choice(units)
         new = rng.choice([unit for unit in space.pool(stage) if unit not in units])
         both = stage == "decode" and not space.kv_modes
-        found = space.candidate(
+        neighbour = space.candidate(
             _replaced(prefill, old, new) if both or stage == "prefill" else prefill,
             _replaced(decode, old, new) if stage == "decode" else decode,
         )
-        if found in space:
-            return found
+        if neighbour in space:
+            return neighbour
     return candidate
 
 

@@ -38,7 +38,7 @@ class Exhaustive:
         return Generation(candidates, "exhaustive") if candidates else None
 
     def tell(self, scores: Sequence[float]) -> None:
-        """Nothing to learn: the order is fixed."""
+        """Learn nothing: the order is fixed."""
         self._left -= len(scores)
 
     @property

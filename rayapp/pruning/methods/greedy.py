@@ -1,9 +1,9 @@
 """SLEB's greedy removal (arXiv:2402.09025): one unit at a time, every step tries every unit.
 
 Project defaults: both stages grow together, so a step tries every further unit of either stage and
-keeps the one removal that scores best, until both sizes are met; without kv modes prefill takes
-only what decode has already given up. Where the allowed evaluations end first, the rest follows the
-scores of single units, and the last evaluation is the finished candidate's.
+keeps the one removal that scores best, until both sizes are met; without kv modes prefill gives up
+only units that decode has already given up. Where the allowed evaluations end first, the rest
+follows the scores of single units, and the last evaluation is the finished candidate's.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ class Greedy:
         self._asked: tuple[Candidate, ...] = ()
 
     def ask(self) -> Generation | None:
-        """Every way to remove one unit more."""
+        """Every candidate with one more unit removed."""
         missing = _missing(self._space, self._current)
         if not missing or not self._allowed:
             return None
-        room = self._allowed - (missing > 1)  # the finished candidate is always scored
+        room = self._allowed - (missing > 1)  # the last evaluation is the finished candidate's
         extended = self._ranked()
         fitting = extended[: int(min(room, len(extended)))]
         self._asked = tuple(sorted(fitting)) if fitting else (self._completed(),)
         return Generation(self._asked, f"greedy {len(self._current_units()) + 1}")
 
     def tell(self, scores: Sequence[float]) -> None:
-        """The best removal stays."""
-        told = list(zip(scores, self._asked, strict=True))
+        """Keep the best removal."""
+        scored = list(zip(scores, self._asked, strict=True))
         if self._current == DENSE:
-            self._singles = {candidate: score for score, candidate in told}
-        self._current = min(told)[1]
-        self._allowed -= len(told)
+            self._singles = {candidate: score for score, candidate in scored}
+        self._current = min(scored)[1]
+        self._allowed -= len(scored)
 
     @property
     def evaluations_left(self) -> int:
-        """At most: as if every step had as many choices as the next one."""
+        """Upper bound, as if every step had as many choices as the next one."""
         steps = _missing(self._space, self._current)
         return int(
             min(self._allowed, steps * len(extensions(self._space, self._current, every=True)))
@@ -60,11 +60,11 @@ class Greedy:
         return tuple(unit for units in self._space.units(self._current) for unit in units)
 
     def _ranked(self) -> list[Candidate]:
-        """Extensions, those by the best single units first."""
+        """Extensions of the current candidate; those by the best single units come first."""
         return sorted(extensions(self._space, self._current), key=self._rank_from(self._current))
 
     def _rank_from(self, before: Candidate) -> Callable[[Candidate], tuple[float, Candidate]]:
-        """Orders extensions of a candidate by the score of the added unit alone."""
+        """A sort key for extensions of a candidate: the score of the added unit alone."""
 
         def rank(extended: Candidate) -> tuple[float, Candidate]:
             added = Candidate(
@@ -85,27 +85,29 @@ class Greedy:
 def extensions(space: Space, candidate: Candidate, *, every: bool = False) -> list[Candidate]:
     """Candidates that remove one unit more of one stage, up to the sizes of ``space``.
 
-    Only those that can still grow into candidates of the space, unless ``every`` one is asked for.
+    They can still grow into candidates of the space; with ``every``, others are listed too.
     """
     prefill, decode = space.units(candidate)
-    found: list[Candidate] = []
+    candidates: list[Candidate] = []
     if len(prefill) < space.count("prefill"):
         pool = [u for u in space.pool("prefill") if every or space.kv_modes or u in decode]
-        found += [space.candidate((*prefill, u), decode) for u in pool if u not in prefill]
+        candidates += [space.candidate((*prefill, u), decode) for u in pool if u not in prefill]
     if len(decode) < space.count("decode"):
         grown = [(*decode, u) for u in space.pool("decode") if u not in decode]
-        found += [space.candidate(prefill, d) for d in grown if every or _holds_prefill(space, d)]
-    return found
+        candidates += [
+            space.candidate(prefill, d) for d in grown if every or _holds_prefill(space, d)
+        ]
+    return candidates
 
 
 def _holds_prefill(space: Space, decode: Units) -> bool:
-    """Whether prefill will find its units among decode's, once decode is complete."""
+    """Whether prefill can choose all its units among decode's, once decode is complete."""
     shared = len({*decode} & {*space.pool("prefill")})
     room = space.count("decode") - len(decode)
     return space.kv_modes or shared + room >= space.count("prefill")
 
 
 def _missing(space: Space, candidate: Candidate) -> int:
-    """Units that are still to be removed."""
+    """Number of units that are still to be removed."""
     units = space.units(candidate)
     return sum(space.count(s) - len(u) for s, u in zip(STAGES, units, strict=True))

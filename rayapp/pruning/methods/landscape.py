@@ -1,8 +1,8 @@
 """The candidates of a space that a model of their scores likes best: no candidate is scored here.
 
 A space of up to ``ENUMERATED`` candidates is looked at as a whole. In a larger one, swaps descend
-from the best sets known and from random ones, and everything that was met on the way is ranked.
-Either way only candidates of the space come out, so the coupling rule always holds. Predictions are
+from the best known sets and from random ones, and all candidates met on the way are ranked. Either
+way only candidates of the space come out, so the coupling rule always holds. Predictions are
 compared rounded, so that the last bits of a linear algebra library decide nothing.
 """
 
@@ -27,14 +27,14 @@ _DECIMALS = 9
 
 
 class Landscape:
-    """One space, seen through models of it."""
+    """One space as models of its scores see it."""
 
     def __init__(self, space: Space) -> None:
         self._space = space
         self.num_variables = len(STAGES) * space.num_units
 
     def features(self, candidates: Sequence[Candidate]) -> Array:
-        """1 where a candidate removes a unit."""
+        """A row per candidate with a 1 for every unit that it removes."""
         return features(self._space, candidates)
 
     def lowest(
@@ -50,8 +50,8 @@ class Landscape:
 
         Args:
             model: Predicts scores.
-            count: Candidates wanted; fewer come back where there are no more.
-            rng: Randomness of each restart, in spaces too large to enumerate.
+            count: Number of candidates wanted; the result has fewer if the space does.
+            rng: The random generator of a restart, by its number, in spaces too large to enumerate.
             excluded: Candidates that must not come back.
             starts: Candidates of the space to descend from, beside random ones.
         """
@@ -70,7 +70,7 @@ class Landscape:
         return candidates, self.features(candidates)
 
     def _descents(self, model: Quadratic, starts: Collection[Candidate]) -> dict[Candidate, float]:
-        """Predictions of everything met on the way down by best swaps."""
+        """Predictions of all candidates met on the way down by best swaps."""
         met = dict(zip(starts, _rounded(model, self.features(list(starts))), strict=True))
         left_from: set[Candidate] = set()
         for start in starts:

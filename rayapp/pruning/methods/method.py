@@ -1,4 +1,4 @@
-"""What a search method is: it asks for candidates by the generation, and is told scores."""
+"""The interface of search methods: they ask for candidates in generations and are told scores."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from rayapp.pruning.measures.influence import Influence
 
 @dataclass(frozen=True)
 class Setup:
-    """What a method starts from.
+    """The inputs that a method starts from.
 
     Attributes:
         space: The candidates that the search chooses from.
         evaluations: Candidates that may be scored at most; None leaves it to the method.
-        generation_size: Candidates asked at a time. It is fixed, whatever the number of workers, so
-            that their number never changes a search.
+        generation_size: Number of candidates asked for at a time. It is fixed, whatever the number
+            of workers, so that their number never changes a search.
         seed: Seed of all randomness.
-        influence: Measured on the dense model where the method uses it.
-        gate_hessian: Likewise.
+        influence: The dense model's influence, if the method uses it.
+        gate_hessian: The dense model's Hessian in its gates, if the method uses it.
     """
 
     space: Space
@@ -35,13 +35,13 @@ class Setup:
     gate_hessian: GateHessian | None = None
 
     def rng(self, generation: int, index: int) -> random.Random:
-        """Randomness of one draw."""
+        """A random generator for one draw."""
         return random.Random(f"{self.seed}/{generation}/{index}")
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Candidates that are scored together, and told in this order; ``phase`` is for people."""
+    """Candidates that are scored together, in this order; ``phase`` is a word for people."""
 
     candidates: tuple[Candidate, ...]
     phase: str
@@ -51,14 +51,17 @@ class SearchMethod(Protocol):
     """The interface of all methods."""
 
     def ask(self) -> Generation | None:
-        """The next candidates; None when the search is over. Every ask is followed by a tell."""
+        """The next candidates; None when the search is over.
+
+        Every ask is followed by a tell.
+        """
         ...
 
     def tell(self, scores: Sequence[float]) -> None:
-        """Scores of the candidates that were asked, lower is better."""
+        """Take the scores of the candidates that were asked for; lower is better."""
         ...
 
     @property
     def evaluations_left(self) -> int:
-        """Candidates that are still to be scored, at most; those that were asked included."""
+        """Most candidates that are still to be scored, including those just asked for."""
         ...

@@ -19,17 +19,17 @@ from rayapp.pruning.methods.quadratic import Quadratic, singles
 
 
 class OneShot(Probing):
-    """Singles of both stages, then the favourite."""
+    """Probes the single units of both stages, then verifies the favourite."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup, "singles", singles(setup.space))
         self._setup = setup
 
-    def favourite(self, told: Mapping[Candidate, float]) -> Candidate:
-        """The least sum; a single that the budget left out counts as the worst one told."""
+    def favourite(self, scores: Mapping[Candidate, float]) -> Candidate:
+        """The candidate with the least sum; an unscored single counts as the worst scored one."""
         landscape = Landscape(self._setup.space)
-        effects_M = np.full(landscape.num_variables, max(told.values(), default=0.0))
-        for candidate, score in told.items():
+        effects_M = np.full(landscape.num_variables, max(scores.values(), default=0.0))
+        for candidate, score in scores.items():
             effects_M[landscape.features([candidate])[0] > 0] = score
         sums = Quadratic.additive(effects_M)
         return landscape.lowest(sums, 1, rng=lambda index: self._setup.rng(0, index))[0]

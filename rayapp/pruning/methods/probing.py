@@ -1,7 +1,7 @@
 """One-shot methods: probe small changes once, then verify the one candidate that they favour.
 
-Probes change one stage only, so they are mostly no candidates of the space; the favourite is.
-Where evaluations are few, the last one is kept for the favourite.
+Probes change one stage only, so they are mostly no candidates of the space; the favourite is. If
+evaluations are few, the last one is kept for the favourite.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ class Probing(ABC):
         allowed = len(probes) if setup.evaluations is None else setup.evaluations - 1
         in_space = all(probe in setup.space for probe in probes)
         if in_space and setup.evaluations is not None:
-            allowed += 1  # the best probe is the favourite, scored already
+            allowed += 1  # the best probe is the favourite and has its score already
         self._probes = sorted(probes)[:allowed]
         self._told: dict[Candidate, float] = {}
         self._total = len(self._probes) + (not in_space)
         self._asked: tuple[Candidate, ...] = ()
 
     @abstractmethod
-    def favourite(self, told: Mapping[Candidate, float]) -> Candidate:
+    def favourite(self, scores: Mapping[Candidate, float]) -> Candidate:
         """The candidate of the space that the scores of the probes favour."""
 
     def ask(self) -> Generation | None:
-        """The next probes; the favourite once all are told."""
+        """The next probes; after all of them, the favourite."""
         start = len(self._told)
         if start < len(self._probes):
             self._asked = tuple(self._probes[start : start + self._generation_size])
@@ -51,5 +51,5 @@ class Probing(ABC):
 
     @property
     def evaluations_left(self) -> int:
-        """Probes not yet told, and the favourite."""
+        """Number of probes without a score yet, and the favourite."""
         return self._total - len(self._told)

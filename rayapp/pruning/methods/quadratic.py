@@ -5,10 +5,10 @@ CBO (arXiv:2602.00161) ranks removals by ``x^T H x`` with ``H`` from gradients. 
 the stages too. Everything below is a project default, chosen by replaying searches on exhaustively
 scored spaces of the test-bed (2 to 4 of 12 blocks removed per stage).
 
-What is modelled is the **square root** of how much a candidate loses against the dense model. The
-losses of one space span five orders of magnitude and saturate at the top: raw, the few worst sets
-would decide the fit, and a logarithm would spend it on sets that lose next to nothing. The KL is a
-squared norm for small changes, so its root is about linear in a change.
+The modelled quantity is the **square root** of how much a candidate loses against the dense model.
+The losses of one space span five orders of magnitude and saturate at the top: raw, the few worst
+sets would decide the fit, and a logarithm would spend it on sets that lose next to nothing. The KL
+is a squared norm for small changes, so its root is about linear in a change.
 Shapes: M = variables (units of prefill, then of decode), N = observations.
 """
 
@@ -32,7 +32,7 @@ PENALTY = 0.1
 
 @dataclass(frozen=True)
 class Quadratic:
-    """``linear . x + sum over i < j of pairs[i, j] x_i x_j``.
+    """The function ``linear . x + sum over i < j of pairs[i, j] x_i x_j``.
 
     ``pairs_MM`` is symmetric with a zero diagonal.
     """
@@ -41,13 +41,13 @@ class Quadratic:
     pairs_MM: Array
 
     def predict(self, features_NM: Array) -> Array:
-        """Predictions, ``(N,)``; they rank candidates, in whatever unit was fitted."""
+        """Predictions, ``(N,)``, in the unit of the fitted values; they rank candidates."""
         interactions_N = ((features_NM @ self.pairs_MM) * features_NM).sum(axis=1) / 2
         return features_NM @ self.linear_M + interactions_N
 
     @classmethod
     def additive(cls, effects_M: Array) -> Quadratic:
-        """No interactions."""
+        """A model of single effects alone, without interactions."""
         return cls(effects_M, np.zeros((len(effects_M), len(effects_M))))
 
     @classmethod
@@ -63,23 +63,23 @@ class Quadratic:
 
 
 def root_losses(scores_N: Array, dense_score: float) -> Array:
-    """What is fitted: the signed square root of scores above the dense model's."""
+    """The values to fit: signed square roots of scores above the dense model's."""
     losses_N = scores_N - dense_score
     return np.sign(losses_N) * np.sqrt(np.abs(losses_N))
 
 
 def singles(space: Space) -> list[Candidate]:
-    """Every unit that may go, removed alone, of the stages that remove any; ascending."""
-    found: list[Candidate] = []
+    """Every unit that may go, removed alone, for the stages that remove any; ascending."""
+    candidates: list[Candidate] = []
     if space.count("prefill"):
-        found += [space.candidate((unit,), ()) for unit in space.pool("prefill")]
+        candidates += [space.candidate((unit,), ()) for unit in space.pool("prefill")]
     if space.count("decode"):
-        found += [space.candidate((), (unit,)) for unit in space.pool("decode")]
-    return sorted(found)
+        candidates += [space.candidate((), (unit,)) for unit in space.pool("decode")]
+    return sorted(candidates)
 
 
 def features(space: Space, candidates: Sequence[Candidate]) -> Array:
-    """1 where a candidate removes a unit, ``(N, M)``."""
+    """A matrix ``(N, M)`` with a 1 for every unit that a candidate removes."""
     found_NM = np.zeros((len(candidates), len(STAGES) * space.num_units))
     for row, candidate in enumerate(candidates):
         prefill, decode = space.units(candidate)

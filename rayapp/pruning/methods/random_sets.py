@@ -1,4 +1,4 @@
-"""Candidates drawn uniformly over the space, none twice: what every other method must beat."""
+"""Candidates drawn uniformly over the space, none twice: the baseline of all other methods."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.methods.method import Generation, Setup
 
 EVALUATIONS = 256
-"""Candidates scored where ``--evaluations`` is not given (project default)."""
+"""Number of candidates scored if ``--evaluations`` is not given (project default)."""
 
 
 class Uniform:
@@ -28,7 +28,7 @@ class Uniform:
         if not self._left:
             return None
         drawn: set[Candidate] = set()
-        for index in itertools.count():  # ends: there are unseen candidates, and each can be drawn
+        for index in itertools.count():  # ends: unseen candidates exist, and any can be drawn
             candidate = self._setup.space.draw(self._setup.rng(self._generation, index))
             if candidate not in self._seen:
                 drawn.add(candidate)
@@ -38,11 +38,11 @@ class Uniform:
         return Generation(tuple(sorted(drawn)), "random")
 
     def tell(self, scores: Sequence[float]) -> None:
-        """Nothing to learn: draws are independent."""
+        """Learn nothing: draws are independent."""
         self._left -= len(scores)
         self._generation += 1
 
     @property
     def evaluations_left(self) -> int:
-        """Of the allowed ones; never more than the space holds."""
+        """Evaluations that are still allowed; never more than the space has candidates."""
         return self._left

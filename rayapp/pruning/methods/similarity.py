@@ -1,7 +1,8 @@
-"""One shot: remove what changes the hidden state least (ShortGPT, arXiv:2403.03853), per stage.
+"""One shot: remove the units that change the hidden state least (ShortGPT, arXiv:2403.03853).
 
-A one-shot ranking collapses on recent models (see the EvoPress paper's tables, arXiv:2410.14649):
-it is here as the baseline, and as the start of other methods.
+Every stage ranks its units by itself. A one-shot ranking collapses on recent models (see the
+EvoPress paper's tables, arXiv:2410.14649): the method serves as the baseline, and as the start of
+other methods.
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ class Similarity:
         return Generation((self._candidate,), "similarity") if self._left else None
 
     def tell(self, scores: Sequence[float]) -> None:
-        """Nothing to learn: the choice was made before."""
+        """Learn nothing: the choice was made before."""
         self._left -= len(scores)
 
     @property
     def evaluations_left(self) -> int:
-        """One, until it was scored."""
+        """One evaluation, until the candidate was scored."""
         return self._left
 
 
 def most_redundant(
     space: Space, influence: Influence, *, decode: tuple[int, ...] | None = None
 ) -> Candidate:
-    """The units of least influence per stage, around decode's units where they are given.
+    """The units of least influence per stage; decode's own may be given.
 
-    Without kv modes, prefill's are chosen among those that decode removes; so decode removes enough
-    units that prefill may remove, even if that changes the units given.
+    Without kv modes, prefill's units are chosen among those that decode removes; so decode removes
+    enough units that prefill may remove, even if that changes the given ones.
     """
     count = space.count("decode")
     wanted = decode or tuple(_least("decode", space, influence, space.pool("decode")))[:count]
@@ -65,6 +66,6 @@ def _least(
     pool: Sequence[int],
     first: tuple[int, ...] = (),
 ) -> list[int]:
-    """``pool``, those of ``first`` before the others, then the least influential."""
+    """Units of ``pool``: those of ``first`` before the others, then the least influential."""
     values = influence.units(stage, space.num_units)
     return sorted(pool, key=lambda unit: (unit not in first, values[unit], unit))

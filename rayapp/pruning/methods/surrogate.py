@@ -1,20 +1,20 @@
 """A model of block interactions, fitted to real scores, proposes; real scores decide.
 
-Ours, after CBO (arXiv:2602.00161), which solves a quadratic model from gradients at a fixed number
-of removed blocks. Carried over to two coupled stages and to parts, and fitted to measured scores in
-place of gradients, which extrapolate badly from "all there" to "removed". Everything is a project
-default:
+The method follows CBO (arXiv:2602.00161), which solves a quadratic model from gradients at a fixed
+number of removed blocks. Ours covers two coupled stages and parts, and is fitted to measured scores
+in place of gradients, which extrapolate badly from "all there" to "removed". Everything is a
+project default:
 
 1. Singles: every unit is removed alone from each stage that removes any, beside the dense model.
 2. Generation by generation, the quadratic model (:mod:`rayapp.pruning.methods.quadratic`) is fitted
-   to everything told so far, and its best candidates that were not scored yet are verified.
+   to all scores so far, and its best candidates that were not scored yet are verified.
 
 The first generation of step 2 is thus the one-shot ranking, and every later one corrects it.
-Scoring pairs between the two steps did not pay: verified candidates tell their pairs as well. The
-search on the model costs no score and knows the coupling rule. Without ``--evaluations`` their
-number grows with the square root of the space's size (``PER_ROOT``); at least a generation and at
-most ``MAX_VERIFIED`` candidates are verified. Where the allowed evaluations do not pay for step 1
-and one generation more, random candidates take its place.
+Scoring pairs between the two steps did not pay, since verified candidates say as much about their
+pairs. The search on the model costs no score and knows the coupling rule. Without ``--evaluations``
+the number of evaluations grows with the square root of the space's size (``PER_ROOT``); at least a
+generation and at most ``MAX_VERIFIED`` candidates are verified. If the allowed evaluations do not
+pay for step 1 and one generation more, random candidates replace the singles.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ PER_ROOT = 3.2
 of four, 5 % of a pair in each stage."""
 
 MAX_VERIFIED = 256
-"""Candidates verified at most where the user does not say."""
+"""Most candidates that are verified if the user gives no number."""
 
 KNOWN_STARTS = 4
-"""Best verified candidates that the model is searched from, in spaces too large to list."""
+"""Number of the best verified candidates that start a search on the model, in spaces too large to
+list."""
 
 
 class Surrogate:
-    """Singles, then the model's favourites until evaluations or candidates are spent."""
+    """Probes single units, then verifies its model's favourites until the evaluations are spent."""
 
     uses_influence = False
 
@@ -58,7 +59,7 @@ class Surrogate:
         self._asked: tuple[Candidate, ...] = ()
 
     def ask(self) -> Generation | None:
-        """Probes first, then the best of the model that were not scored."""
+        """Probes first, then the model's best candidates without a score."""
         room = min(self._left, self._setup.generation_size)
         if not room:
             return None
@@ -73,14 +74,14 @@ class Surrogate:
         return Generation(self._asked, "surrogate")
 
     def tell(self, scores: Sequence[float]) -> None:
-        """Remember, for the next fit."""
+        """Remember the scores for the next fit."""
         self._told.update(zip(self._asked, scores, strict=True))
         self._left -= len(scores)
         self._generation += 1
 
     @property
     def evaluations_left(self) -> int:
-        """Of the allowed ones; never more than probes and space hold."""
+        """Evaluations that are still allowed; never more than probes and space have candidates."""
         return self._left
 
     def _proposals(self, count: int) -> list[Candidate]:
@@ -98,14 +99,14 @@ class Surrogate:
         )
 
     def _model(self) -> Quadratic:
-        """Fitted to everything that was told."""
-        told = list(self._told)
-        scores_N = np.array([self._told[candidate] for candidate in told])
+        """A model fitted to all scores so far."""
+        candidates = list(self._told)
+        scores_N = np.array([self._told[candidate] for candidate in candidates])
         targets_N = root_losses(scores_N, self._told.get(DENSE, 0.0))
-        return Quadratic.fitted(self._landscape.features(told), targets_N)
+        return Quadratic.fitted(self._landscape.features(candidates), targets_N)
 
 
 def _evaluations(setup: Setup, num_probes: int) -> int:
-    """How many to score where the user does not say."""
+    """Number of evaluations if the user gives none."""
     wanted = math.ceil(PER_ROOT * math.sqrt(setup.space.size))
     return num_probes + min(MAX_VERIFIED, max(setup.generation_size, wanted - num_probes))

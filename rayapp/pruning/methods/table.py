@@ -18,12 +18,12 @@ from rayapp.pruning.methods.window import Window
 
 
 class MethodKind(Protocol):
-    """What the table holds: a class that makes a method of a setup."""
+    """An entry of the table: a class that makes a method from a setup."""
 
     uses_influence: bool
 
     def __call__(self, setup: Setup) -> SearchMethod:
-        """A method at its start."""
+        """Make a method at its start."""
         ...
 
 
@@ -39,7 +39,8 @@ METHODS: dict[str, MethodKind] = {
     "surrogate": Surrogate,
     "window": Window,
 }
-"""Adding a method is one file and one line here; a method says whether it ``uses_influence``."""
+"""The methods by name. Adding one is one file and one line here; a method says whether it
+``uses_influence``."""
 
 GRADIENT_METHODS = frozenset({"cbo"})
-"""Those that start from the measured Hessian in the gates."""
+"""Names of the methods that start from the measured Hessian in the gates."""

@@ -1,6 +1,6 @@
 """One contiguous window of units per stage (Gromov et al., arXiv:2403.17887).
 
-From the paper: what goes is one run of neighbouring blocks. The paper chooses it by the angular
+From the paper: the removed blocks are one run of neighbours. The paper chooses it by the angular
 distance between the hidden states before and after the window. Project default: distances over
 spans are not measured here; the windows of each stage are **compared by their real scores**, the
 other stage dense, at ``n - k + 1`` evaluations. The favourite is the pair of windows with the least
@@ -21,7 +21,7 @@ from rayapp.pruning.methods.probing import Probing
 
 
 class Window(Probing):
-    """Every window of each stage alone, then the best pair.
+    """Probes every window of each stage alone, then verifies the best pair.
 
     Raises:
         InputError: No pair of windows obeys the coupling rule.
@@ -44,25 +44,25 @@ class Window(Probing):
         probes = {probe for pair in self._pairs for probe in self._alone(pair)}
         super().__init__(setup, "windows", tuple(probes))
 
-    def favourite(self, told: Mapping[Candidate, float]) -> Candidate:
-        """The least sum; a window that the budget left out counts as the worst one told."""
-        unknown = max(told.values(), default=0.0)
+    def favourite(self, scores: Mapping[Candidate, float]) -> Candidate:
+        """The pair with the least sum; an unscored window counts as the worst scored one."""
+        unknown = max(scores.values(), default=0.0)
 
         def cost(pair: tuple[Units, Units]) -> tuple[float, Candidate]:
-            total = sum(told.get(probe, unknown) for probe in self._alone(pair))
+            total = sum(scores.get(probe, unknown) for probe in self._alone(pair))
             return total, self._space.candidate(*pair)
 
         return min(map(cost, self._pairs))[1]
 
     def _alone(self, pair: tuple[Units, Units]) -> list[Candidate]:
-        """Each stage's window, the other stage dense; of stages that remove any."""
+        """Each stage's window with the other stage dense, for the stages that remove any."""
         prefill, decode = pair
         alone = [self._space.candidate(prefill, ())] if prefill else []
         return alone + ([self._space.candidate((), decode)] if decode else [])
 
 
 def windows(space: Space, stage: Stage) -> list[Units]:
-    """Every run of the stage's size among the units that may go; the empty one where that is 0."""
+    """Every run of the stage's size among the units that may go; a size of 0 has the empty run."""
     count, pool = space.count(stage), space.pool(stage)
     starts = range(len(pool) - count + 1) if count else range(1)
     return [pool[start : start + count] for start in starts]

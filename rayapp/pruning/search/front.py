@@ -1,9 +1,9 @@
 """A front of plans: quality, prefill time, decode time and bytes, none of them worse for nothing.
 
-Every size up to those given is searched, each with its own journal under ``sizes/``, with one
-memo for all. Whatever was scored on all chunks competes. Times and bytes are the measured costs of
-the parts, added up (:mod:`rayapp.pruning.measures.costs`): estimates for choosing, not results to
-report.
+Every size up to the given ones is searched, with a journal of its own under ``sizes/`` and one memo
+of scores for all. Every candidate that was scored on all chunks competes. Times and bytes are the
+measured costs of the parts, added up (:mod:`rayapp.pruning.measures.costs`): estimates for
+choosing, not results to report.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ PRICE = ("prefill_s", "decode_s", "bytes_sent")
 
 @dataclass(frozen=True)
 class Point:
-    """One candidate and what it is judged by; less is better everywhere.
+    """One candidate and the values that it is judged by; less is better everywhere.
 
     Attributes:
-        candidate: What it removes.
-        score: On the calibration set.
+        candidate: The candidate itself.
+        score: Its score on the calibration set.
         prefill_s: Seconds of one prefill of the median prompt.
         decode_s: Seconds of one decode step.
         bytes_sent: Bytes of KV that the median prompt sends.
@@ -50,7 +50,7 @@ class Point:
 
     @property
     def price(self) -> tuple[float, float, int]:
-        """Everything but the score."""
+        """The point's values other than the score."""
         return self.prefill_s, self.decode_s, self.bytes_sent
 
 
@@ -62,7 +62,7 @@ class FrontResult:
     searches: tuple[SearchResult, ...]
 
     def summary(self, out: str) -> str:
-        """What was found, in one line for people."""
+        """The front in one line for people."""
         scored = sum(result.evaluations for result in self.searches)
         seconds = sum(result.seconds for result in self.searches)
         return (
@@ -83,17 +83,18 @@ def search_front(
 ) -> FrontResult:
     """Search every size; write ``front.json`` and ``front/NN/plan.json``, best score first.
 
-    ``search.evaluations`` are shared out evenly over the sizes; None leaves each to the method.
+    ``search.evaluations`` are shared out evenly over the sizes; None leaves their number to the
+    method.
 
     Raises:
-        InputError: As :func:`rayapp.pruning.search.run.run_search`.
-        SearchError: As there.
+        InputError: A setting is refused as in :func:`rayapp.pruning.search.run.run_search`.
+        SearchError: A search fails as it can there.
     """
     storage = Storage(search.out)
     costs = kept_costs(storage, scorer.compute, begun=search.resume)
     searches = [
-        run_search(score, each, scorer, model, environment=environment, on_progress=on_progress)
-        for each in _searches(search)
+        run_search(score, settings, scorer, model, environment=environment, on_progress=on_progress)
+        for settings in _searches(search)
     ]
     scores = _whole_scores(searches, len(scorer.calibration.chunks))
     points = undominated(_point(candidate, scores[candidate], costs) for candidate in scores)
@@ -102,7 +103,7 @@ def search_front(
 
 
 def _searches(settings: SearchSettings) -> list[SearchSettings]:
-    """The settings of each size's own search."""
+    """The settings of the searches, one per size."""
     sizes = settings.sizes()
     share = settings.evaluations and max(1, settings.evaluations // len(sizes))
     return [
@@ -140,13 +141,13 @@ def _point(candidate: Candidate, score: Score, costs: Costs) -> Point:
 def undominated(points: Iterable[Point]) -> list[Point]:
     """Points that no other beats in one respect and equals in the rest; best score first.
 
-    Of equal ones, the smaller candidate stays.
+    Of points with equal values, the smaller candidate stays.
     """
     best: dict[tuple[float, float, int], Point] = {}
     for point in sorted(points, key=lambda p: (p.score, p.price, p.candidate)):
         best.setdefault(point.price, point)
     front: list[Point] = []
-    for point in best.values():  # by score, so only those before it can beat it
+    for point in best.values():  # points come by score, so only earlier ones can beat it
         if not any(_is_cheaper(other, point) for other in front):
             front.append(point)
     return front
@@ -165,7 +166,7 @@ def _write(
     scores: Mapping[Candidate, Score],
     scorer: Scorer,
 ) -> None:
-    """The list last: whoever finds it finds every plan that it names."""
+    """Write the plans first and their list last, so that the list names no missing plan."""
     rows: list[dict[str, Any]] = []
     for number, point in enumerate(points):
         directory = f"front/{number:02d}"

@@ -1,8 +1,8 @@
 """The journal of a search: JSON lines, one per generation, so that a killed search can go on.
 
-The first line names what the search is of; then what was measured for its start (the influence, the
-Hessian in the gates), and every generation with its scores. Numbers are written so that they read
-back bit for bit.
+The first line identifies the search. The measurements that it starts from follow (the influence,
+the Hessian in the gates), then every generation with its scores. Numbers are written so that they
+read back bit for bit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Trial:
     phase: str
 
     def record(self) -> dict[str, Any]:
-        """As JSON, without the generation's number and phase."""
+        """The trial as JSON, without the generation's number and phase."""
         kv = {"kv": [list(rule) for rule in self.candidate.kv]} if self.candidate.kv else {}
         return {
             "prefill": list(self.candidate.prefill),
@@ -51,13 +51,13 @@ class Journal:
     """Appends to, and replays, one journal.
 
     Args:
-        storage: Where it lies.
-        header: What the search is of, two levels deep; a journal of another header is refused.
-        environment: Recorded beside it, but not compared.
-        resume: Whether to go on from a journal that is there.
+        storage: The directory that the journal lies in.
+        header: The search's identity, two levels deep; a journal of another header is refused.
+        environment: The environment of the run: recorded beside the header, but not compared.
+        resume: Whether to go on from an existing journal.
 
     Raises:
-        InputError: A journal is there without ``resume``, or it is of another search (the
+        InputError: A journal exists and ``resume`` is not set, or it belongs to another search (the
             differences are named).
     """
 
@@ -88,17 +88,17 @@ class Journal:
         storage.write_bytes(JOURNAL_FILE, b"".join(map(_encode, kept)))
 
     def add_influence(self, influence: Influence) -> None:
-        """Record what the search starts from."""
+        """Record the influence that the search starts from."""
         self.influence = influence
         self._append({"kind": "influence", **asdict(influence)})
 
     def add_gate_hessian(self, gate_hessian: GateHessian) -> None:
-        """Record what the search starts from."""
+        """Record the Hessian in the gates that the search starts from."""
         self.gate_hessian = gate_hessian
         self._append({"kind": "gate_hessian", **asdict(gate_hessian)})
 
     def add_generation(self, trials: Sequence[Trial]) -> None:
-        """Record one generation's scores; on disk when this returns."""
+        """Record one generation's scores; they are on disk when this returns."""
         self.generations.append(list(trials))
         records = [trial.record() for trial in trials]
         phase = trials[0].phase
@@ -109,7 +109,7 @@ class Journal:
         self._storage.append_bytes(JOURNAL_FILE, _encode(line))
 
     def _read(self) -> list[dict[str, Any]]:
-        """All whole lines; a torn last one, as a kill leaves it, is dropped."""
+        """Read all whole lines; a torn last one, as a kill leaves it, is dropped."""
         *whole, _torn = self._storage.read_text(JOURNAL_FILE).split("\n")
         lines = []
         for number, text in enumerate(whole, start=1):
@@ -145,9 +145,11 @@ def _trial(line: Mapping[str, Any], record: Mapping[str, Any]) -> Trial:
     return Trial(candidate, score, line["index"], line["phase"])
 
 
-def _check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
-    differing = _differences({k: v for k, v in found.items() if k != "environment"}, wanted)
-    prints = [each.get("model", {}).get("weights_fingerprint", "") for each in (found, wanted)]
+def _check_header(written: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+    differing = _differences({k: v for k, v in written.items() if k != "environment"}, wanted)
+    prints = [
+        header.get("model", {}).get("weights_fingerprint", "") for header in (written, wanted)
+    ]
     if len(differing) == 1 and is_outdated(*prints):
         raise InputError(f"{where}: the search {renewal_hint(where.rpartition('/')[0])}")
     if differing:
@@ -157,10 +159,10 @@ def _check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], where: st
         )
 
 
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def _differences(written: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     lines = []
-    for key in sorted({*found, *wanted}):
-        old, new = found.get(key), wanted.get(key)
+    for key in sorted({*written, *wanted}):
+        old, new = written.get(key), wanted.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             lines += [f"{key}.{difference}" for difference in _differences(old, new)]
         elif old != new:
@@ -168,12 +170,12 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     return lines
 
 
-def check_replayed(asked: Sequence[Candidate], trials: Sequence[Trial]) -> None:
+def check_replayed(proposed: Sequence[Candidate], trials: Sequence[Trial]) -> None:
     """Raise :class:`SearchError` where a method asks for other candidates than its journal says."""
-    if list(asked) != [trial.candidate for trial in trials]:
+    if list(proposed) != [trial.candidate for trial in trials]:
         raise SearchError(
             f"generation {trials[0].generation} of the journal scored {trials[0].candidate} and "
-            f"others, but the search now asks for {asked[0]}: the journal was edited, or is of "
+            f"others, but the search now asks for {proposed[0]}: the journal was edited, or is of "
             "another version; start again with another --out"
         )
 
@@ -183,7 +185,7 @@ def _encode(line: Mapping[str, Any]) -> bytes:
 
 
 def journal_influence(text: str) -> Influence | None:
-    """The influence that a search's journal holds, if any."""
+    """The influence that a search's journal records, if any."""
     for line in text.splitlines():
         if not line.startswith('{"kind": "influence"'):
             continue

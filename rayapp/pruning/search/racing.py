@@ -1,20 +1,21 @@
 """A race: a generation is scored on few chunks, its better half on twice as many, the best on all.
 
-A layer between the methods and the scorer; a method is told one score per candidate, as without.
-The rungs are nested prefixes of one order of the chunks. Chunks are cut by prompt length, so the
-order jumps through them, and it starts elsewhere in every generation: no chunk decides alone.
+The race is a layer between the methods and the scorer; a method gets one score per candidate, as it
+does without races. The rungs are nested prefixes of one order of the chunks. Chunks are cut by
+prompt length, so the order jumps through them, and it starts elsewhere in every generation: no
+chunk decides alone.
 
 From rung to rung at most the better half goes on (successive halving, arXiv:1502.07943), and of
-that half only who may still win: whose mean loss against the leader, paired line by line, is within
-``MAY_WIN`` standard errors of none.
+that half only the candidates that may still win: those whose mean loss against the leader, paired
+line by line, is within ``MAY_WIN`` standard errors of zero.
 
-Who falls out at a rung is told an estimate: the winner's score on all chunks, times the ratio of
-the two scores on the chunks that both ran. It is never as good as the winner's own, so whatever a
-method takes for the best of a generation was scored on all chunks.
-Rungs, share and bound are project defaults, chosen by replays on other calibration sets than those
-reported; EvoPress (arXiv:2410.14649) races its offspring in the same manner. The outcome depends on
-the candidates and the generation's number alone: not on workers, and not on whether the search was
-resumed.
+A candidate that falls out at a rung gets an estimated score: the winner's score on all chunks,
+times the ratio of the two scores on the chunks that both ran. The estimate is never as good as the
+winner's own score, so the candidate that a method takes for the best of a generation was scored on
+all chunks. Rungs, share and bound are project defaults, chosen by replays on other calibration sets
+than those reported; EvoPress (arXiv:2410.14649) races its offspring in the same manner. The outcome
+depends on the candidates and the generation's number alone: not on workers, and not on whether the
+search was resumed.
 """
 
 from __future__ import annotations
@@ -44,12 +45,14 @@ def race(
     *,
     on_progress: Callable[[float], None] | None = None,
 ) -> list[Score]:
-    """Scores in the order of ``candidates``; the best of them is scored on all chunks.
+    """Race a generation; its scores come in the order of ``candidates``.
+
+    The best candidate is scored on all chunks.
 
     Args:
-        scorer: Scores on any set of chunks, and remembers.
+        scorer: Scores candidates on any set of chunks, and remembers the scores.
         candidates: One generation, repetitions allowed.
-        generation: Its number, which rotates the chunks.
+        generation: The generation's number, which rotates the chunks.
         on_progress: Called with the work done so far, in candidates scored on all chunks.
 
     Raises:
@@ -68,19 +71,22 @@ def race(
         finished += len(running) * (size - last_size) / len(order)
         last_size = size
         running = _going_on(rungs[-1], _line_weights(scorer, order[:size]))
-    told = _told(rungs)
-    return [told[candidate] for candidate in candidates]
+    final = _told(rungs)
+    return [final[candidate] for candidate in candidates]
 
 
 def chunk_order(num_chunks: int, generation: int) -> list[int]:
-    """All chunks; every prefix is spread over them, and starts elsewhere in each generation."""
+    """All chunks in the order of the race.
+
+    Every prefix is spread over the set, and starts elsewhere in every generation.
+    """
     digits = max(1, (num_chunks - 1).bit_length())
     spread = [int(f"{n:0{digits}b}"[::-1], 2) for n in range(1 << digits)]
     return [(c + generation) % num_chunks for c in spread if c < num_chunks]
 
 
 def rung_sizes(num_chunks: int, num_candidates: int) -> list[int]:
-    """Chunks of every rung, growing to all; one rung where there is nobody to beat."""
+    """Numbers of chunks of the rungs, growing to all; a single rung if there is nobody to beat."""
     shares = RUNGS if num_candidates > 1 else ()
     return sorted({*(math.ceil(num_chunks * share) for share in shares), num_chunks})
 
@@ -97,7 +103,7 @@ def _ranked(scores: Mapping[Candidate, Score]) -> list[Candidate]:
 
 
 def _going_on(scores: Mapping[Candidate, Score], weights: Sequence[float]) -> list[Candidate]:
-    """The leader, and of the better half whoever may still win; ascending."""
+    """The leader, and the candidates of the better half that may still win; ascending."""
     ranked = _ranked(scores)
     leader = scores[ranked[0]]
     return sorted(
@@ -119,7 +125,7 @@ def _may_win(score: Score, leader: Score, weights: Sequence[float]) -> bool:
 
 
 def _line_weights(scorer: Scorer, chunks: Sequence[int]) -> list[float]:
-    """What one unit of each line's sum adds to the score on these chunks; lines ascending."""
+    """Weights that turn the lines' sums into the score on these chunks; lines ascending."""
     lines = scorer.calibration.lines
     scored = sorted(line for chunk in chunks for line in scorer.calibration.chunks[chunk].lines)
     by_task = scorer.objective.score_by == "task"
@@ -131,19 +137,23 @@ def _line_weights(scorer: Scorer, chunks: Sequence[int]) -> list[float]:
 
 
 def _told(rungs: Sequence[Mapping[Candidate, Score]]) -> dict[Candidate, Score]:
-    """The last rung's scores, and estimates for whoever fell out before it."""
-    told = dict(rungs[-1])
+    """Scores for the method: the last rung's, and estimates for candidates that fell out before."""
+    final = dict(rungs[-1])
     winner = _ranked(rungs[-1])[0]
     whole = rungs[-1][winner].value
     for scores in reversed(rungs[:-1]):
-        for candidate in scores.keys() - told.keys():
+        for candidate in scores.keys() - final.keys():
             estimate = _estimate(scores[candidate].value, scores[winner].value, whole)
-            told[candidate] = replace(scores[candidate], value=estimate)
-    return told
+            final[candidate] = replace(scores[candidate], value=estimate)
+    return final
 
 
 def _estimate(partly: float, winner_partly: float, winner: float) -> float:
-    """A loser's score on all chunks, from both on some; the ratio where it means something."""
+    """Estimate of a loser's score on all chunks.
+
+    It scales the winner's score by the ratio of the partial scores; if one of them is not positive,
+    where a ratio means nothing, it adds their difference instead.
+    """
     by_ratio = winner > 0 and winner_partly > 0
     estimate = winner * (partly / winner_partly) if by_ratio else winner + partly - winner_partly
     return max(estimate, math.nextafter(winner, math.inf))

@@ -42,18 +42,19 @@ VERIFIED = "verified"
 """Phase in which the best candidates of a search with races are scored on everything."""
 
 NUM_VERIFIED = 8
-"""How many of them, those included that were scored on everything before (project default)."""
+"""Number of best candidates that must have scores on everything, including those that already have
+(project default)."""
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The outcome of a search.
 
     Attributes:
         plan: The best candidate as a plan, with its provenance.
         score: Its score on the calibration set.
-        dense_score: The dense model's, under the same transfer rules.
-        trials: Everything that was scored, in order; the dense model first.
+        dense_score: The dense model's score, under the same transfer rules.
+        trials: Every candidate with its score, in order; the dense model first.
         evaluations: Candidates scored, replayed ones included.
         seconds: Wall time of this run.
     """
@@ -66,10 +67,10 @@ class SearchResult:
     seconds: float
 
     def summary(self, out: str) -> str:
-        """What was found, in one line for people."""
-        found = Candidate.from_plan(self.plan)
+        """The best plan in one line for people."""
+        best = Candidate.from_plan(self.plan)
         return (
-            f"{out}/{PLAN_FILE}: {found}, score {self.score.value:.5g} (dense "
+            f"{out}/{PLAN_FILE}: {best}, score {self.score.value:.5g} (dense "
             f"{self.dense_score.value:.5g}), {self.evaluations} evaluations in {self.seconds:.1f} s"
         )
 
@@ -85,21 +86,22 @@ def run_search(
 ) -> SearchResult:
     """Search, journal every generation, and write plan, journal and trials to ``search.out``.
 
-    A search that was killed and is run again with ``resume`` ends with the same plan: the method is
-    told the journal's scores in their order, and goes on from there.
+    A search that was killed and is run again with ``resume`` ends with the same plan: the method
+    gets the journal's scores in their order, and goes on from there.
 
     Args:
-        score: What the scorer scores; it goes into the journal and the plan.
-        search: How to search.
-        scorer: It gives every score.
+        score: Settings of the score; they go into the journal and the plan.
+        search: Settings of the search.
+        scorer: Gives every score.
         model: The model's signature, which the plan will name.
-        environment: Where scores are computed: recorded, but free to differ on resumption.
+        environment: The environment that scores are computed in: recorded, but free to differ on
+            resumption.
         on_progress: Called as candidates are scored.
 
     Raises:
         InputError: Sizes contradict each other or the model, ``out`` cannot be written, or it holds
             another search.
-        SearchError: A score is not finite, or writing failed; the journal keeps what was scored.
+        SearchError: A score is not finite, or writing failed; the journal keeps all scores so far.
     """
     return _Search(score, search, scorer, model, environment or {}, on_progress).run()
 
@@ -136,13 +138,13 @@ class _Search:
         self._replayed = 0
 
     def run(self) -> SearchResult:
-        """Generation by generation to the end."""
+        """Run generation by generation to the end."""
         replay = iter(list(self._journal.generations))
         method = self._method()
         dense = Generation((DENSE,), "dense")
         self._generation(dense, next(replay, None), left=1 + method.evaluations_left)
-        while (asked := method.ask()) is not None:
-            scores = self._generation(asked, next(replay, None), left=method.evaluations_left)
+        while (generation := method.ask()) is not None:
+            scores = self._generation(generation, next(replay, None), left=method.evaluations_left)
             method.tell(scores)
         if runners_up := self._runners_up():
             verified = Generation(runners_up, VERIFIED)
@@ -150,11 +152,11 @@ class _Search:
         return self._finish()
 
     def _runners_up(self) -> tuple[Candidate, ...]:
-        """After races: the best estimates, to be scored on all chunks before one plan is chosen."""
+        """The best estimates after races, to be scored on all chunks before a plan is chosen."""
         if not self._settings.racing:
             return ()
-        told = ((s.value, c) for c, s in self._told.items() if c in self._space)
-        best = [candidate for _, candidate in sorted(told)[:NUM_VERIFIED]]
+        scored = ((s.value, c) for c, s in self._told.items() if c in self._space)
+        best = [candidate for _, candidate in sorted(scored)[:NUM_VERIFIED]]
         return tuple(sorted(c for c in best if not self._is_scored(c)))
 
     def _method(self) -> SearchMethod:
@@ -184,15 +186,16 @@ class _Search:
         )
 
     def _generation(
-        self, asked: Generation, replayed: Sequence[Trial] | None, *, left: int
+        self, generation: Generation, replayed: Sequence[Trial] | None, *, left: int
     ) -> list[float]:
-        """Scores of one generation, from the journal or computed and written to it."""
-        candidates = asked.candidates
+        """Scores of one generation: read from the journal, or computed and written to it."""
+        candidates = generation.candidates
         number = self._number
         if replayed is None:
-            scores = self._score(asked, left)
+            scores = self._score(generation, left)
             trials = [
-                Trial(c, s, number, asked.phase) for c, s in zip(candidates, scores, strict=True)
+                Trial(c, s, number, generation.phase)
+                for c, s in zip(candidates, scores, strict=True)
             ]
             self._journal.add_generation(trials)
         else:
@@ -201,26 +204,26 @@ class _Search:
             self._replayed += len(trials)
         for trial in trials:
             self._tell(trial)
-        self._report(asked.phase, 0.0, left - len(candidates))
+        self._report(generation.phase, 0.0, left - len(candidates))
         return [trial.score.value for trial in trials]
 
-    def _score(self, asked: Generation, left: int) -> list[Score]:
-        """What was scored before is not scored again, in this run or in the one that is resumed."""
-        new = [c for c in asked.candidates if not self._is_scored(c)]
+    def _score(self, generation: Generation, left: int) -> list[Score]:
+        """Score a generation; scores from before, in this run or the resumed one, are reused."""
+        new = [c for c in generation.candidates if not self._is_scored(c)]
 
         def report(finished: float) -> None:
-            self._report(asked.phase, finished, left - finished)
+            self._report(generation.phase, finished, left - finished)
 
-        self._scorer.heal(new, lambda *pairs: self._report(asked.phase, 0.0, left, pairs))
-        if self._settings.racing and asked.phase != VERIFIED:
+        self._scorer.heal(new, lambda *pairs: self._report(generation.phase, 0.0, left, pairs))
+        if self._settings.racing and generation.phase != VERIFIED:
             scores = race(self._scorer, new, self._number, on_progress=report)
         else:
             scores = self._scorer.score_many(new, on_progress=report) if new else []
         known = self._told | dict(zip(new, scores, strict=True))
-        return [known[candidate] for candidate in asked.candidates]
+        return [known[candidate] for candidate in generation.candidates]
 
     def _is_scored(self, candidate: Candidate) -> bool:
-        """Whether its score on all chunks is known."""
+        """Whether the candidate's score on all chunks is known."""
         score = self._told.get(candidate)
         return score is not None and self._is_whole(score)
 
@@ -229,17 +232,17 @@ class _Search:
 
     @property
     def _number(self) -> int:
-        """Of the generation that comes next."""
+        """Number of the generation that comes next."""
         return self._trials[-1].generation + 1 if self._trials else 0
 
     def _tell(self, trial: Trial) -> None:
         self._trials.append(trial)
         self._told[trial.candidate] = trial.score
-        found = (trial.score.value, trial.candidate)
+        rank = (trial.score.value, trial.candidate)
         if not self._is_whole(trial.score) or trial.candidate not in self._space:
             return
-        if self._best is None or found < self._best:
-            self._best = found
+        if self._best is None or rank < self._best:
+            self._best = rank
 
     def _report(
         self, phase: str, unfinished: float, left: float, pairs: tuple[int, int] | None = None
@@ -316,7 +319,7 @@ class _Search:
 def write_plan(
     storage: Storage, plan: PruningPlan, candidate: Candidate, scorer: Scorer
 ) -> PruningPlan:
-    """Write a candidate's plan, before it the healed tensors that it was scored with, if any."""
+    """Write a candidate's plan, after the healed tensors that it was scored with, if any."""
     pairs = scorer.pairs(candidate)
     if pairs and scorer.healed is not None:
         weights = scorer.healed.weights(pairs)
@@ -330,7 +333,7 @@ def write_plan(
 
 
 def _healing(settings: SearchSettings, num_blocks: int, influence: Influence | None) -> Healing:
-    """Which removed blocks are healed."""
+    """The removed blocks that are healed."""
     if settings.heal == "all":
         return Healing.of_all(num_blocks)
     assert influence is not None, "measured before"

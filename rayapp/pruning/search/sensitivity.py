@@ -1,8 +1,9 @@
-"""What explains a search's choice: how similar blocks leave their input, and what each one costs.
+"""Measurements that explain a search's choice: blocks' influence, and the cost of single removals.
 
-Nothing here decides anything. A search that measured the influence has it in its journal, and one
-that probed single units has their scores among its trials; for the others it is measured once, and
-kept in ``sensitivity.json`` beside the plan.
+The influence says how similar blocks leave their input. No choice depends on this module. A search
+that measured the influence has it in its journal, and one that probed single units has their scores
+among its trials; for other searches both are measured once, and kept in ``sensitivity.json`` beside
+the plan.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SENSITIVITY_FILE = "sensitivity.json"
 
 
 class Singles(Strict):
-    """Scores with one block removed from one stage, the other one dense; by block.
+    """Scores with one block removed from one stage, the other one dense; ordered by block.
 
     ``dense`` is the score with nothing removed.
     """
@@ -42,12 +43,12 @@ class Singles(Strict):
     decode: tuple[float, ...]
 
     def stage(self, stage: Stage) -> tuple[float, ...]:
-        """Of one stage."""
+        """The scores of one stage, ordered by block."""
         return self.prefill if stage == "prefill" else self.decode
 
 
 class Sensitivity(Strict):
-    """What was measured of the dense model on one calibration set, without any transfer rules."""
+    """Measurements of the dense model on one calibration set, without any transfer rules."""
 
     version: Literal[1] = 1
     weights: str
@@ -58,7 +59,7 @@ class Sensitivity(Strict):
 
     @classmethod
     def parse(cls, content: bytes) -> Sensitivity | None:
-        """What was written; None where it is damaged, or of another version."""
+        """Parse a written file; None if it is damaged, or of another version."""
         try:
             return cls.model_validate_json(content)
         except ValidationError:
@@ -66,10 +67,10 @@ class Sensitivity(Strict):
 
 
 def keep_influence(storage: Storage, scorer: Scorer, weights: str) -> None:
-    """Measure the influence for the report where neither journal nor file has it.
+    """Measure the influence for the report if neither journal nor file has it.
 
-    It costs about one evaluation, which counts in no search. A value that is not finite is left
-    out: it is no reason to fail a search that is done.
+    The measurement costs about one evaluation, which counts in no search. An influence with a value
+    that is not finite is not kept: a finished search must not fail because of it.
     """
     text = storage.read_text(JOURNAL_FILE) if storage.exists(JOURNAL_FILE) else ""
     kept = _kept(storage, scorer, weights)
@@ -89,17 +90,17 @@ def measure_sensitivity(
     num_blocks: int,
     on_progress: Callable[[float, int], None] | None = None,
 ) -> Sensitivity:
-    """Influence, and the score of every block removed alone from each stage; written and returned.
+    """Measure the influence and the score of every single removal from each stage, and keep both.
 
-    What the file holds already, of the same model, lines and objective, is not measured again. The
-    cost is about ``2 * num_blocks + 2`` evaluations.
+    Measurements that the file has of the same model, lines and objective are not repeated. The cost
+    is about ``2 * num_blocks + 2`` evaluations.
 
     Args:
         storage: The plan's directory.
-        scorer: Without transfer rules in its objective, and without healing.
-        weights: Fingerprint of the model's.
-        num_blocks: Of the model.
-        on_progress: Called with the evaluations done, and all of them.
+        scorer: A scorer without transfer rules in its objective, and without healing.
+        weights: Fingerprint of the model's weights.
+        num_blocks: Number of the model's blocks.
+        on_progress: Called with the number of evaluations done, and of all of them.
 
     Raises:
         SearchError: A score is not finite, or writing failed.
@@ -112,13 +113,13 @@ def measure_sensitivity(
         return kept
     prefill = [Candidate(prefill=_block(block)) for block in range(num_blocks)]
     decode = [Candidate(decode=_block(block)) for block in range(num_blocks)]
-    asked = [DENSE, *prefill, *decode]
+    candidates = [DENSE, *prefill, *decode]
 
     def report(finished: float) -> None:
         if on_progress:
-            on_progress(finished, len(asked))
+            on_progress(finished, len(candidates))
 
-    dense, *values = [score.value for score in scorer.score_many(asked, on_progress=report)]
+    dense, *values = [score.value for score in scorer.score_many(candidates, on_progress=report)]
     singles = Singles(
         objective=objective.kind,
         score_by=objective.score_by,
@@ -126,9 +127,9 @@ def measure_sensitivity(
         prefill=tuple(values[:num_blocks]),
         decode=tuple(values[num_blocks:]),
     )
-    found = kept.model_copy(update={"singles": singles})
-    _write(storage, found)
-    return found
+    measured = kept.model_copy(update={"singles": singles})
+    _write(storage, measured)
+    return measured
 
 
 def _block(block: int) -> tuple[int, int]:
@@ -136,17 +137,17 @@ def _block(block: int) -> tuple[int, int]:
 
 
 def _kept(storage: Storage, scorer: Scorer, weights: str) -> Sensitivity:
-    """The file's content where it is of this model and these lines; otherwise nothing measured."""
+    """The file's measurements if they are of this model and these lines; otherwise empty ones."""
     empty = Sensitivity(
         weights=weights,
         calibration=scorer.calibration.fingerprint,
         num_lines=len(scorer.calibration.lines),
     )
     there = storage.exists(SENSITIVITY_FILE)
-    found = Sensitivity.parse(storage.read_bytes(SENSITIVITY_FILE)) if there else None
-    same = found and (found.weights, found.calibration) == (empty.weights, empty.calibration)
-    return found if found and same else empty
+    stored = Sensitivity.parse(storage.read_bytes(SENSITIVITY_FILE)) if there else None
+    same = stored and (stored.weights, stored.calibration) == (empty.weights, empty.calibration)
+    return stored if stored and same else empty
 
 
-def _write(storage: Storage, found: Sensitivity) -> None:
-    storage.write_bytes(SENSITIVITY_FILE, (found.model_dump_json(indent=1) + "\n").encode())
+def _write(storage: Storage, measured: Sensitivity) -> None:
+    storage.write_bytes(SENSITIVITY_FILE, (measured.model_dump_json(indent=1) + "\n").encode())

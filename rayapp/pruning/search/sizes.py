@@ -1,4 +1,4 @@
-"""How many blocks to remove per stage, for a speed-up that was asked for.
+"""How many blocks to remove per stage, to reach a target speed-up.
 
 The costs are measured once per output directory and kept beside the journal, so a search that is
 resumed removes what it began with.
@@ -22,7 +22,7 @@ COSTS_FILE = "costs.json"
 
 
 def kept_costs(storage: Storage, compute: Compute, *, begun: bool) -> Costs:
-    """The costs that a search which has ``begun`` was started with, or measured and kept now."""
+    """The costs that a ``begun`` search started with; for a new one, measure and keep them."""
     if begun and storage.exists(COSTS_FILE):
         return Costs.loads(storage.read_text(COSTS_FILE))
     costs = compute.measure(measure_costs)
@@ -31,10 +31,10 @@ def kept_costs(storage: Storage, compute: Compute, *, begun: bool) -> Costs:
 
 
 def with_sizes(settings: SearchSettings, compute: Compute) -> SearchSettings:
-    """The settings with sizes that reach ``target_speedup``; unchanged where none is asked for.
+    """The settings with sizes that reach ``target_speedup``; unchanged if there is no target.
 
     Raises:
-        InputError: No sizes reach it; the most that can be reached is named.
+        InputError: No sizes reach it; the message names the most that can be reached.
     """
     if settings.target_speedup is None:
         return settings
@@ -57,7 +57,8 @@ def with_sizes(settings: SearchSettings, compute: Compute) -> SearchSettings:
 def sizes_for(settings: SearchSettings, costs: Costs, target: float) -> tuple[float, float]:
     """The fewest blocks whose removal is expected to reach ``target`` (project default).
 
-    Of equally many, those that are spread most evenly over the stages; then the faster ones.
+    Of sizes with equally many blocks, those that are spread most evenly over the stages are taken,
+    then the faster ones.
     """
     step = 0.5 if settings.unit == "part" else 1.0
     counts = [step * n for n in range(int(costs.num_blocks / step))]

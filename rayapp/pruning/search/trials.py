@@ -20,7 +20,7 @@ def write_trials(
     trials: Sequence[Trial],
     pairs_of: Callable[[Candidate], Sequence[Pair]] = lambda _: (),
 ) -> None:
-    """Write one row per trial, in the order in which they were told.
+    """Write one row per trial, in the order in which the method got their scores.
 
     Columns: ``generation``, ``phase``, ``prefill`` and ``decode`` (removed units: ``"3"`` is a
     whole block, ``"3.attention"`` and ``"3.mlp"`` its parts), ``kv`` (transfer rules of its own:

@@ -1,7 +1,7 @@
-"""Settings in three: what is scored, where it is computed, how it is searched.
+"""Settings in three groups: the score, the compute, and the search.
 
-Whoever needs one of them takes that one. A field's name is the option of the command line that
-fills it, and its description is the option's help.
+A function takes only the groups that it needs. A field's name is the option of the command line
+that fills it, and its description is the option's help.
 
 Invariant: importing this room loads neither torch nor transformers nor ray, because the command
 line is made of it.

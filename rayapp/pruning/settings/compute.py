@@ -1,4 +1,4 @@
-"""Where scores are computed: in this process, or on evaluators of a Ray cluster."""
+"""Settings of the compute: scores come from this process, or from evaluators of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CACHE_BYTES = 1 << 30
 
 
 class ComputeSettings(Settings):
-    """Where scores are computed: nothing here changes a score by more than rounding."""
+    """The place and resources of scoring; no setting changes a score by more than rounding."""
 
     model_config = ConfigDict(title="Where it is computed")
 
@@ -34,5 +34,5 @@ class ComputeSettings(Settings):
 
     @property
     def environment(self) -> dict[str, Any]:
-        """What is recorded, but may differ between a search and its resumption."""
+        """The settings that are recorded, but may differ between a search and its resumption."""
         return self.model_dump(mode="json", include={"device", "threads"})

@@ -1,4 +1,4 @@
-"""The objective: what candidates are compared by."""
+"""The objective: the measure that candidates are compared by."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ScoreBy = Literal["task", "token"]
 
 @dataclass(frozen=True)
 class Objective:
-    """What candidates are compared by, and the part of the plan that all candidates share.
+    """The measure that candidates are compared by, and the part of the plan that all of them share.
 
     Attributes:
         kind: ``kl``: KL(dense || candidate) in nats per continuation token, against dense stages
@@ -22,9 +22,11 @@ class Objective:
         score_by: ``task``: mean over tasks of the mean over tokens; ``token``: mean over all
             tokens.
         first_token: The stage that the first answer token's logits come from.
-        kv_transfer: Rules for the KV between the stages, used where a candidate's decode attends.
-        kl_top_k: For large vocabularies: KL over the dense model's likeliest tokens, all others as
-            one outcome; never above the exact one. 0 is exact.
+        kv_transfer: Rules for the KV between the stages, in the blocks where a candidate's decode
+            attends.
+        kl_top_k: Number of the dense model's likeliest tokens that the KL counts, for large
+            vocabularies. All others are one outcome, so the KL is never above the exact one; 0 is
+            exact.
     """
 
     kind: ObjectiveKind = "kl"

@@ -1,4 +1,4 @@
-"""What is scored: a model, lines, and an objective."""
+"""Settings of a score: a model, lines, and an objective."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rayapp.pruning.settings.objective import Objective, ObjectiveKind, ScoreBy
 from rayapp.settings import DTypeName, ModelName, Revision, Settings
 
 CHUNK_TOKENS = 4096
-"""Tokens of a chunk, padding included (project default: with half as many, what a block costs
-beside its products weighs on candidates that change decode alone)."""
+"""Number of tokens of a chunk, padding included. Project default: with half as many, a block's
+costs beside its products weigh on candidates that change decode alone."""
 
 
 CalibrationFile = Annotated[
@@ -25,7 +25,7 @@ CalibrationFile = Annotated[
 
 
 class ScoreSettings(Settings):
-    """What a score is of: everything here changes scores, but the paths."""
+    """The settings that scores depend on; only paths leave scores as they are."""
 
     model_config = ConfigDict(title="What is scored")
 
@@ -73,22 +73,22 @@ class ScoreSettings(Settings):
         if not isinstance(value, str):
             return value
         try:
-            found = json.loads(value)
+            parsed = json.loads(value)
         except json.JSONDecodeError:
             raise ValueError('give a count, a share, or JSON such as {"num_keep": 64}') from None
-        return found if isinstance(found, dict) else {"num_keep": found}
+        return parsed if isinstance(parsed, dict) else {"num_keep": parsed}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a journal must agree on: everything that changes scores, but paths.
+        """The settings that a journal must agree on: all that change scores, without paths.
 
-        What was added later and is not used is left out, so that older journals go on.
+        Settings that are newer and unused are left out, so that older journals can be resumed.
         """
         unused = {name for name in ("revision", "visual_tokens") if getattr(self, name) is None}
         return self.model_dump(mode="json", exclude={"model", "calibration"} | unused)
 
     def scoring(self) -> Objective:
-        """The objective that candidates are compared by."""
+        """The objective of these settings, which candidates are compared by."""
         return Objective(
             kind=self.objective,
             score_by=self.score_by,
@@ -98,9 +98,9 @@ class ScoreSettings(Settings):
         )
 
     def following(self, plan: PruningPlan) -> ScoreSettings:
-        """The same for candidates that stand in for a plan and bring transfer rules of their own.
+        """Settings for candidates that replace a plan and bring transfer rules of their own.
 
-        First token and visual tokens are those of the plan.
+        The first token's stage and the visual tokens are those of the plan.
         """
         fixed = {"first_token": plan.first_token, "visual_tokens": plan.visual_tokens}
         return self.model_copy(update={**fixed, "kv_transfer": {}})

@@ -1,4 +1,4 @@
-"""How plans are searched: sizes, space, healing, method and budget."""
+"""Settings of a search: sizes, space, healing, method and budget."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HEALING = {"heal", "heal_steps", "heal_learning_rate"}
 
 
 class SearchSettings(Settings):
-    """How a search goes, and where its files go."""
+    """The settings of a search and of its output files."""
 
     model_config = ConfigDict(title="How it is searched")
 
@@ -127,16 +127,16 @@ class SearchSettings(Settings):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a journal must agree on: everything that changes choices, but paths."""
+        """The settings that a journal must agree on: all that change choices, without paths."""
         unused = _HEALING if self.heal == "none" else set()
         return self.model_dump(mode="json", exclude=_NOT_IDENTITY | unused)
 
     def training(self) -> Training:
-        """How survivors are trained."""
+        """The settings of the survivors' training."""
         return Training(steps=self.heal_steps, learning_rate=self.heal_learning_rate)
 
     def check_healing(self) -> None:
-        """Raise :class:`InputError` where healing contradicts another setting."""
+        """Raise :class:`InputError` if healing contradicts another setting."""
         if (self.heal == "none") != (self.heal_data is None):
             raise InputError(
                 f"heal={self.heal} with heal_data={self.heal_data}: healing needs a file of its "
@@ -160,7 +160,7 @@ class SearchSettings(Settings):
         return self.kv_modes or prefill_remove <= decode_remove
 
     def sizes(self) -> list[tuple[float, float]]:
-        """All sizes up to those given that the coupling allows, but for none at all; ascending."""
+        """All sizes up to the given ones that the coupling allows, except (0, 0); ascending."""
         step = 0.5 if self.unit == "part" else 1.0
         prefill, decode = (
             [step * n for n in range(1 + int(most / step))]
@@ -175,7 +175,7 @@ class SearchSettings(Settings):
         return pairs
 
     def check(self, num_blocks: int) -> None:
-        """Raise :class:`InputError` where settings contradict a rule, or each other."""
+        """Raise :class:`InputError` if settings contradict a rule, or each other."""
         self.check_healing()
         if self.pareto and self.target_speedup is not None:
             raise InputError(
@@ -197,7 +197,7 @@ class SearchSettings(Settings):
             )
 
     def space(self, num_blocks: int) -> Space:
-        """The candidates; raises :class:`InputError` where sizes contradict a rule."""
+        """The space of candidates; raises :class:`InputError` if sizes contradict a rule."""
         if not self.prefill_remove and not self.decode_remove:
             raise InputError(
                 "prefill_remove=0 and decode_remove=0 leave nothing to search; give "

@@ -1,23 +1,24 @@
-"""How survivors of a removal are trained."""
+"""Settings of the training of survivors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 RATE_X_WIDTH = 0.4
-"""Default learning rate times hidden size. Tuned on the test-bed (0.003 at 128), and carried to
-other widths as maximal update parametrisation does for Adam (arXiv:2203.03466)."""
+"""Default learning rate times hidden size. It was tuned on the test-bed (0.003 at 128), and is
+carried to other widths as maximal update parametrisation does for Adam (arXiv:2203.03466)."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a pair is trained.
+    """The training of a pair.
 
     Attributes:
-        steps: Steps of Adam; the learning rate follows a cosine down to zero.
-        learning_rate: At the first step; None is ``RATE_X_WIDTH / hidden size``.
-        step_tokens: Tokens at the stage's positions that a step sees at least, if there are.
-        seed: Of the order of the data.
+        steps: Number of steps of Adam; the learning rate follows a cosine down to zero.
+        learning_rate: Learning rate of the first step; None is ``RATE_X_WIDTH / hidden size``.
+        step_tokens: Smallest number of tokens at the stage's positions in a step, if there are
+            enough.
+        seed: Seed of the order of the data.
     """
 
     steps: int = 100

@@ -1,7 +1,7 @@
 """Attention for training on a CPU: plain matrix products, which bf16 makes twice as fast.
 
-torch's fused attention computes in fp32 on a CPU. What is computed is the same; a test holds packed
-rows equal to single prompts under the attention that transformers uses by itself.
+torch's fused attention computes in fp32 on a CPU. The results are the same: a test compares packed
+rows with single prompts under the attention that transformers uses by itself.
 
 Shapes: B = rows, N = visual tokens, Q = tokens of questions, T = N + Q, H = heads, d = head dim.
 """
@@ -38,7 +38,7 @@ def packed_attention(
     """Attention of packed rows, in plain matrix products.
 
     Visual tokens attend causally among themselves, a chunk of queries to the keys up to its end;
-    questions by ``question_mask``, ``(B, 1, Q, T)``. It knows no cache.
+    questions attend by ``question_mask``, ``(B, 1, Q, T)``. There is no cache.
     """
     del module, attention_mask
     groups = query.shape[1] // key.shape[1]
@@ -64,7 +64,7 @@ def plain_attention(
     scaling: float,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention without a mask: that of the vision tower."""
+    """Attention without a mask, for the vision tower."""
     del module, attention_mask
     mixed = (query * scaling @ key.mT).softmax(dim=-1) @ value
     return mixed.transpose(1, 2), None

@@ -1,4 +1,4 @@
-"""The model card: what was trained, and what the weights on disk score, measured here."""
+"""The model card: the recipe of the weights, and their scores, measured here."""
 
 from __future__ import annotations
 
@@ -87,11 +87,11 @@ tokens resemble no words. This model checks what is found on one with word targe
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What the weights on disk score.
+    """The scores of the weights on disk.
 
     Attributes:
         exact_match: Share of right answers by type.
-        num_examples: Questions behind each share.
+        num_examples: Number of questions behind each share.
         seed: Seed of the scenes.
     """
 
@@ -105,21 +105,21 @@ def measure(directory: Path, *, count: int, seed: int = 0) -> Measurement:
 
     Args:
         directory: A Hugging Face model directory.
-        count: Scenes, and so questions of each type.
+        count: Number of scenes, and so of questions of each type.
         seed: Seed of the scenes.
     """
     torch.set_num_threads(1)
     model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.bfloat16).eval()
-    asked = draw_asked_scenes("test", count, seed)
-    return Measurement(score(attend_packed(model), asked), count, seed)
+    scenes = draw_asked_scenes("test", count, seed)
+    return Measurement(score(attend_packed(model), scenes), count, seed)
 
 
 def _examples() -> str:
-    (asked,) = draw_asked_scenes("test", 1, 0)
+    (scene,) = draw_asked_scenes("test", 1, 0)
     return "\n".join(
-        f"| {each.task} | {'yes' if each.task in NAMING else 'no'} | `{each.text}` "
-        f"| `{each.answer}` |"
-        for each in asked.questions
+        f"| {question.task} | {'yes' if question.task in NAMING else 'no'} | `{question.text}` "
+        f"| `{question.answer}` |"
+        for question in scene.questions
     )
 
 
@@ -153,8 +153,8 @@ def write_card(directory: Path, run: Run, measured: Measurement) -> None:
 
     Args:
         directory: The exported model.
-        run: The run that it was exported from.
-        measured: What ``measure`` found for this directory.
+        run: The run that made the exported weights.
+        measured: The scores that ``measure`` gave for this directory.
     """
     card = _CARD.format(
         num_patches=NUM_PATCHES,

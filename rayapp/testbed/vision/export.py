@@ -31,7 +31,7 @@ def plain_model(
 
 
 def image_processor() -> CLIPImageProcessorPil:
-    """What turns a picture into pixels from -1 to 1, resized where it is of another size."""
+    """A processor of pictures to pixels from -1 to 1; pictures of another size are resized."""
     side = {"height": SIDE, "width": SIDE}
     return CLIPImageProcessorPil(
         size={"shortest_edge": SIDE},
@@ -59,8 +59,8 @@ def export_model(model: LlavaForConditionalGeneration, shape: Shape, directory: 
 
     Args:
         model: The model of a run.
-        shape: Its sizes.
-        directory: Where the files go; made if missing, files of the same names replaced.
+        shape: The sizes of the model.
+        directory: The directory of the files; made if missing, files of the same names replaced.
     """
     plain = plain_model(model, shape).to(torch.bfloat16)
     plain.generation_config = GenerationConfig(

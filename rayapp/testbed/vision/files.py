@@ -35,11 +35,11 @@ def write_questions(path: Path | str, asked: Sequence[AskedScene]) -> None:
     file = Path(path)
     (file.parent / PICTURES).mkdir(parents=True, exist_ok=True)
     lines = []
-    for each in asked:
-        digest = hashlib.sha256(each.scene.identity.encode()).hexdigest()
+    for asked_scene in asked:
+        digest = hashlib.sha256(asked_scene.scene.identity.encode()).hexdigest()
         picture = Path(PICTURES) / f"{digest[:24]}.png"
-        Image.fromarray(draw_picture(each.scene)).save(file.parent / picture)
-        for question in each.questions:
+        Image.fromarray(draw_picture(asked_scene.scene)).save(file.parent / picture)
+        for question in asked_scene.questions:
             line = {
                 "prompt": prompt_of(question.text),
                 "completion": question.answer,

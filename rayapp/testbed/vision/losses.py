@@ -31,24 +31,24 @@ from rayapp.testbed.vision.tower import (
 )
 
 _MANY = 40
-"""More questions than any row of tokens holds."""
+"""A number of questions that no row of tokens has room for."""
 
 
 @dataclass(slots=True)
 class Readings:
-    """Means of what steps reported, since they were last taken."""
+    """Means of the values that steps reported, since they were last taken."""
 
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     counts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, values: Mapping[str, float], count: float = 1.0) -> None:
-        """Count values, each the mean of ``count``."""
+        """Add values, each the mean of ``count``."""
         for name, value in values.items():
             self.sums[name] += value * count
             self.counts[name] += count
 
     def take(self) -> dict[str, float]:
-        """The means by name; starts over."""
+        """The means by name; the readings start over."""
         means = {name: round(self.sums[name] / self.counts[name], 4) for name in self.sums}
         self.sums.clear()
         self.counts.clear()
@@ -56,14 +56,14 @@ class Readings:
 
 
 def draw_scenes(recipe: Recipe, step: int) -> tuple[random.Random, list[Scene]]:
-    """The scenes of a step, and what else it draws from."""
+    """The scenes of a step, and the random generator for its other draws."""
     rng = random.Random(f"rayapp.testbed.vision/{recipe.seed}/{step}")
     stage = recipe.stages[recipe.stage_at(step)[0]]
     return rng, [draw_scene(rng, "train") for _ in range(stage.num_scenes)]
 
 
 def word_table(model: LlavaForConditionalGeneration, heads: Heads, recipe: Recipe) -> torch.Tensor:
-    """The words that patches are read as: the language model's, or a throw-away copy's."""
+    """The word table that patches are read by: the language model's, or a throw-away copy's."""
     own = model.model.language_model.embed_tokens.weight
     return own if recipe.word_targets else heads["table"]
 
@@ -81,14 +81,17 @@ def tower_step_loss(
     with torch.autocast("cpu", torch.bfloat16):
         features = visual_features(model, pixels_of(scenes), shift)
         visual_BND = visual_tokens(model, features).float()
-        told = None if windows else scene_loss(model, features, heads, labels)
+        scene_part = None if windows else scene_loss(model, features, heads, labels)
     read = patch_loss(visual_BND, word_table(model, heads, recipe), heads, labels)
     seen.add({"loss": read.loss.item(), **read.shares})
-    return read.loss if told is None else read.loss + told
+    return read.loss if scene_part is None else read.loss + scene_part
 
 
 def draw_kept(rng: random.Random, colours_BN: torch.Tensor, count: int) -> torch.Tensor:
-    """The patches ``(B, count)`` that a step shows, ascending: those of things, then any others."""
+    """The patches ``(B, count)`` that a step shows, ascending.
+
+    Patches of things come first, then any others.
+    """
     generator = torch.Generator().manual_seed(below(rng, 2**31))
     chances_BN = torch.rand(colours_BN.shape, generator=generator)
     chances_BN += (colours_BN != IDS[NOTHING]).float()
@@ -122,10 +125,10 @@ def _count_loss(
     labels: dict[str, torch.Tensor],
     seen: Readings,
 ) -> torch.Tensor:
-    """Every visual token, half-way through the blocks, is to tell what it has seen so far.
+    """The loss of counting: every visual token predicts, half-way through the blocks, its counts.
 
-    That is how many things, in all and by look, have their middle in the picture up to this token.
-    Answers alone teach counting slowly: a scene has one answer to how many things there are.
+    The counts say how many things, in all and by look, have their middle in the picture up to this
+    token. Answers alone teach counting slowly: a scene has one answer to how many things there are.
     """
     so_far_BNC = running_counts(labels).take_along_dim(kept_BN[..., None], dim=1)
     normed_BND = functional.rms_norm(halfway_BND, halfway_BND.shape[-1:])
@@ -137,7 +140,7 @@ def _count_loss(
 def _answer_loss(
     logits_KV: torch.Tensor, packed: Packed, recipe: Recipe, seen: Readings
 ) -> torch.Tensor:
-    """Every type weighs the same, however many of its questions a scene allows."""
+    """The loss of answers; every type weighs the same, however many of its questions there are."""
     supervised_BQ = packed.kinds_BQ > 0
     kinds_K, targets_K = packed.kinds_BQ[supervised_BQ], packed.targets_BQ[supervised_BQ]
     losses_K = functional.cross_entropy(logits_KV, targets_K, reduction="none")

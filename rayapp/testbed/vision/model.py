@@ -1,4 +1,4 @@
-"""The model: an ordinary ``LlavaForConditionalGeneration``, small, and how its weights start."""
+"""The model: an ordinary ``LlavaForConditionalGeneration``, small, and its first weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rayapp.testbed.vision.questions.words import END_ID, IMAGE_ID, PAD_ID, VOCA
 from rayapp.testbed.vision.scenes.scenes import PATCH, SIDE
 
 _NEAR = ((1.0, 1.5), (1.5, 1.0), (2.0, 0.5))
-"""How far away the heads of each layer of the tower look at first, in patches, and how sharply."""
+"""Distance in patches that the heads of every tower layer look at first, and their sharpness."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,8 @@ def _turns(num_waves: int) -> torch.Tensor:
 def _look_at(attention: Any, reach: float, sharpness: float) -> None:
     """Let every head of a tower layer look at the patch ``reach`` away in its own direction.
 
-    Keys are the waves of a patch, queries those of the place looked at, so their product is
-    greatest there.
+    Keys are the waves of a patch and queries are the waves of the place looked at, so their product
+    is greatest there.
     """
     heads, head_dim = attention.num_heads, attention.head_dim
     turns_W = _turns(head_dim // 4)
@@ -124,8 +124,8 @@ def new_model(shape: Shape, seed: int) -> LlavaForConditionalGeneration:
 
     Output projections of blocks are zero, norms one, everything else is scaled by its inputs. The
     tower starts with a sense of place (as ConViT, arXiv:2103.10697, does): its position embeddings
-    are waves over the grid, and the heads of its first layers look at patches nearby, one
-    direction each, so that it need not find out which patches touch.
+    are waves over the grid, and the heads of its first layers look at patches nearby, one direction
+    each, so that it need not learn which patches touch.
     """
     model = LlavaForConditionalGeneration(shape.config()).float()
     generator = torch.Generator().manual_seed(seed)

@@ -25,7 +25,7 @@ class Optimizer:
     """Both rules over named weights that change in place.
 
     Args:
-        weights: What is trained; a weight without a gradient stays as it is.
+        weights: The weights to train; a weight without a gradient stays as it is.
         matrix_lr: Learning rate of Muon.
         vector_lr: Learning rate of AdamW.
         weight_decay: Decoupled decay of the matrices, times the learning rate.
@@ -47,7 +47,7 @@ class Optimizer:
         return self.state.setdefault(f"{kind}.{name}", torch.zeros_like(like))
 
     def _stacks(self) -> Iterator[list[str]]:
-        """Names of matrices with a gradient, by shape."""
+        """Names of the matrices with a gradient, by shape."""
         by_shape: dict[torch.Size, list[str]] = defaultdict(list)
         for name, weight in self.weights.items():
             if weight.grad is not None and is_block_matrix(name, weight):
@@ -56,7 +56,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, scale: float) -> None:
-        """Take one step, learning rates times ``scale``, and forget the gradients."""
+        """Take one step with learning rates times ``scale``, and forget the gradients."""
         for names in self._stacks():
             self._update_matrices(names, self.matrix_lr * scale)
         for name, weight in self.weights.items():

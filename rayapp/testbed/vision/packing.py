@@ -1,9 +1,9 @@
-"""Many questions about one scene in one sequence, each seeing the picture and itself alone.
+"""Many questions about one scene in one sequence, where each sees only the picture and itself.
 
 A row is visual tokens, all 576 or a part, then questions with their answers end to end. Every
-question starts at the position after the picture and attends to the picture and to its own tokens
-up to here, as if it stood there alone: its logits are those of the single prompt. So one pass over
-the picture teaches some two dozen answers.
+question starts at the position after the picture and attends to the picture and to its own earlier
+tokens, as if it stood there alone: its logits are those of the single prompt. So one pass over the
+picture teaches some two dozen answers.
 
 Shapes: B = rows, N = visual tokens, Q = tokens of questions, T = N + Q,
 D = hidden size, K = supervised tokens, V = ids.
@@ -24,13 +24,13 @@ from rayapp.testbed.vision.questions.words import END_ID, IDS, PAD_ID
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Questions of B scenes.
+    """The packed questions of B scenes.
 
     Attributes:
         ids_BQ: Token ids, padded at the end.
-        places_BQ: Tokens from the start of the own question.
+        places_BQ: Number of tokens since the start of the own question.
         segments_BQ: Number of the question that a token belongs to; padding is a segment too.
-        targets_BQ: The token to predict, where supervised.
+        targets_BQ: The token to predict, at supervised places.
         kinds_BQ: 0 unsupervised; 1 + index in ``TYPES`` where the answer is predicted; and
             ``END_KIND`` where the end marker is.
     """
@@ -50,15 +50,15 @@ def _question_ids(question: Question) -> list[int]:
 
 
 def _pack_row(questions: Sequence[Question], num_tokens: int) -> list[list[int]]:
-    """Ids, places, segments, targets and kinds of one row; questions that do not fit are left."""
+    """Ids, places, segments, targets and kinds of one row; questions without room are left out."""
     columns: list[list[int]] = [[], [], [], [], []]
     for segment, question in enumerate(questions):
-        asked, answer = _question_ids(question), IDS[question.answer]
-        length = len(asked) + 1
+        prompt_ids, answer = _question_ids(question), IDS[question.answer]
+        length = len(prompt_ids) + 1
         if len(columns[0]) + length > num_tokens:
             break
         values = (
-            [*asked, answer],
+            [*prompt_ids, answer],
             range(length),
             [segment] * length,
             [*([PAD_ID] * (length - 2)), answer, END_ID],
@@ -74,13 +74,13 @@ def _pack_row(questions: Sequence[Question], num_tokens: int) -> list[list[int]]
 
 
 def pack(rows: Sequence[Sequence[Question]], num_tokens: int) -> Packed:
-    """Pack the questions of every scene into ``num_tokens`` tokens, as many as fit, in order."""
+    """Pack the questions of every scene in order into ``num_tokens`` tokens, as many as fit."""
     columns = [_pack_row(questions, num_tokens) for questions in rows]
-    return Packed(*(torch.tensor(list(each)) for each in zip(*columns, strict=True)))
+    return Packed(*(torch.tensor(list(column)) for column in zip(*columns, strict=True)))
 
 
 def question_mask(packed: Packed, num_visual: int) -> torch.Tensor:
-    """What questions may look at, ``(B, 1, Q, T)``: 0 where they may, minus infinity elsewhere."""
+    """The questions' mask, ``(B, 1, Q, T)``: 0 for visible tokens, minus infinity elsewhere."""
     segments_BQ = packed.segments_BQ
     same_BQQ = segments_BQ[:, :, None] == segments_BQ[:, None, :]
     allowed_BQQ = same_BQQ.tril()
@@ -90,7 +90,7 @@ def question_mask(packed: Packed, num_visual: int) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PackedOutput:
-    """What the language model made of packed rows.
+    """Outputs of the language model on packed rows.
 
     Attributes:
         logits_KV: Logits where ``kinds_BQ`` is not 0, fp32.
@@ -110,11 +110,11 @@ def run_packed(
     """Run the language model on packed rows.
 
     Args:
-        model: Prepared by ``attend_packed``.
+        model: A model prepared by ``attend_packed``.
         visual_BND: Visual tokens after the projector.
         packed: Questions of the same scenes.
-        kept_BN: Patches of the visual tokens, ascending, which are their positions; None where
-            they are all there.
+        kept_BN: Patches of the visual tokens, ascending, which are their positions; None if all are
+            shown.
     """
     language = model.model.language_model
     questions_BQD = language.embed_tokens(packed.ids_BQ)

@@ -1,4 +1,4 @@
-"""How the vision test-bed is trained, as data: a step depends on this and its number alone."""
+"""The recipe of the vision test-bed, as data: a step depends on this and its number alone."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ class Stage:
     """A stretch of training with its own schedule.
 
     Attributes:
-        num_steps: Steps.
-        num_scenes: Scenes of a step.
-        warmup_steps: Steps over which the learning rates rise.
-        decay_share: Share of the steps, at the end, over which they fall to zero.
-        decay_power: 1 falls in a straight line; above 1, more steps are taken at low rates.
+        num_steps: Number of steps.
+        num_scenes: Number of scenes of a step.
+        warmup_steps: Number of steps over which the learning rates rise.
+        decay_share: Share of the steps, at the end, over which the rates fall to zero.
+        decay_power: Power of the fall: 1 is a straight line; above 1, more steps are taken at low
+            rates.
         peak: Factor on the learning rates before they fall.
     """
 
@@ -39,28 +40,29 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides the weights of a run.
+    """All settings that decide the weights of a run.
 
-    First the tower and the projector learn what patches show, at first on windows of a quarter of
-    the scene; then the projector and the language model learn to answer, the tower frozen, as in
-    LLaVA's two stages: from all tokens of things and a little background, which makes steps cheap,
-    and at last from any amount of background, so that no answer leans on how much there is (shown
-    one amount only, a model may count things by the attention that background leaves them).
+    First the tower and the projector learn the labels of patches, at first on windows of a quarter
+    of the scene. Then the projector and the language model learn to answer, with the tower frozen,
+    as in LLaVA's two stages: from all tokens of things and a little background, which makes steps
+    cheap, and at last from any amount of background, so that no answer depends on its amount (if a
+    model sees one amount only, it may count things by the attention that background leaves them).
 
     Attributes:
         seed: Seed of the first weights and of every batch.
         word_targets: Whether visual tokens are drawn to the language model's own words.
         tower: The first stage.
-        window_share: Share of its steps that see windows of 12 x 12 patches.
+        window_share: Share of the first stage's steps that see windows of 12 x 12 patches.
         answers: The second stage.
-        answer_tokens: Visual tokens that it shows of a picture.
+        answer_tokens: Number of a picture's visual tokens that the second stage shows.
         lengths: The third stage.
-        length_rounds: Times that the third stage is gone through, its rates risen anew.
-        least_tokens: Visual tokens that it shows at least; up to all, their logarithm even.
-        question_tokens: Tokens of questions and answers of a scene in a step.
+        length_rounds: Number of rounds of the third stage; its rates rise anew in each.
+        least_tokens: Least number of visual tokens that the third stage shows; up to all of them,
+            uniform in the logarithm.
+        question_tokens: Number of tokens of a scene's questions and answers in a step.
         end_weight: Weight of end markers in the loss; that of answers is 1.
         patch_weight: Weight of the patches' loss after the first stage.
-        count_weight: Weight of what visual tokens have counted, after the first stage.
+        count_weight: Weight of the loss of visual tokens' counts after the first stage.
         matrix_lr: Learning rate of Muon.
         vector_lr: Learning rate of AdamW.
         weight_decay: Decoupled decay of the matrices.
@@ -96,12 +98,12 @@ class Recipe:
 
     @property
     def stages(self) -> dict[str, Stage]:
-        """The stages in order, by name."""
+        """The stages in order, with their names."""
         return {"tower": self.tower, "answers": self.answers, "lengths": self.lengths}
 
     @property
     def num_steps(self) -> int:
-        """Steps of all stages."""
+        """Number of steps of all stages."""
         lengths = self.length_rounds * self.lengths.num_steps
         return self.tower.num_steps + self.answers.num_steps + lengths
 
@@ -123,7 +125,7 @@ class Recipe:
         return step < self.window_share * self.tower.num_steps
 
     def tokens_at(self, step: int, rng: random.Random) -> int:
-        """Visual tokens that a step after the first stage shows."""
+        """Number of visual tokens that a step after the first stage shows."""
         if self.stage_at(step)[0] == "answers":
             return self.answer_tokens
         return round(self.least_tokens * (NUM_PATCHES / self.least_tokens) ** rng.random())

@@ -1,4 +1,4 @@
-"""Exact match per type of question: the share of answers that greedy decoding writes right."""
+"""Exact match per type of question: the share of answers that greedy decoding gets right."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rayapp.testbed.vision.scenes.scenes import Scene, draw_scene
 from rayapp.testbed.vision.tower import pixels_of, visual_features, visual_tokens
 
 _TOKENS = 64
-"""Tokens that hold one question of every type with its answer."""
+"""Number of tokens that one question of every type needs, with its answer."""
 
 _GROUP = 8
 
@@ -30,13 +30,13 @@ class AskedScene:
 
 
 def draw_asked_scenes(split: str, count: int, seed: int) -> list[AskedScene]:
-    """Scenes of which every type of question can be asked; the same on every machine.
+    """Draw scenes that allow every type of question; they are the same on every machine.
 
     Scene ``i`` depends on the arguments and ``i`` alone, so a smaller ``count`` gives a prefix.
 
     Args:
         split: One of ``rayapp.testbed.tasks.SPLITS``.
-        count: Scenes to draw.
+        count: Number of scenes to draw.
         seed: Seed of the draw; other seeds give other scenes of the same split.
     """
     return [_draw_asked_scene(split, seed, index) for index in range(count)]
@@ -52,10 +52,10 @@ def _draw_asked_scene(split: str, seed: int, index: int) -> AskedScene:
 
 
 @torch.inference_mode()
-def _right(model: LlavaForConditionalGeneration, asked: Sequence[AskedScene]) -> torch.Tensor:
+def _right(model: LlavaForConditionalGeneration, scenes: Sequence[AskedScene]) -> torch.Tensor:
     """Whether every answer and its end marker are the best tokens, ``(B, types)``."""
-    packed = pack([each.questions for each in asked], _TOKENS)
-    pixels = pixels_of([each.scene for each in asked]).to(model.dtype)
+    packed = pack([entry.questions for entry in scenes], _TOKENS)
+    pixels = pixels_of([entry.scene for entry in scenes]).to(model.dtype)
     visual_BND = visual_tokens(model, visual_features(model, pixels))
     best_K = run_packed(model, visual_BND, packed).logits_KV.argmax(-1)
     return _by_question(best_K, packed)
@@ -69,11 +69,12 @@ def _by_question(best_K: torch.Tensor, packed: Packed) -> torch.Tensor:
 def score(model: LlavaForConditionalGeneration, asked: Sequence[AskedScene]) -> dict[str, float]:
     """Greedy exact match of one question of every type per scene, end marker included.
 
-    Read off one pass over packed questions, whose logits are those of single prompts: an answer is
-    one token, so greedy decoding is right exactly if the best token is the right one twice.
+    One pass over packed questions suffices, because their logits are those of single prompts: an
+    answer is one token, so greedy decoding is right exactly if the best token is the right one
+    twice.
 
     Args:
-        model: Prepared by ``attend_packed``; scored in its own dtype.
+        model: A model prepared by ``attend_packed``; scored in its own dtype.
         asked: The scenes; at least one.
 
     Returns:

@@ -1,13 +1,13 @@
-"""What pretrains the vision tower and the projector: every patch tells what it shows.
+"""Pretraining of the vision tower and the projector: every patch predicts its own labels.
 
 A visual token, as the projector gives it, is read like a hidden state of the language model: its
 product with a table of words is to be large for the words of the patch, colour and shape alike (and
 a word of its own where a thing has its middle, by which things can be counted), or for the word of
-no thing. With word targets the table is the language model's own, which aligns
-pictures with words as training on captions does in LLaVA; without, it is a table of its own that is
-thrown away, so that no visual token resembles a word. Throw-away too: heads for size, middle and
-the way to it, one that makes the CLS token tell which colours and shapes a scene holds, and one
-for what visual tokens have counted (:mod:`rayapp.testbed.vision.losses`).
+no thing. With word targets the table is the language model's own, which aligns pictures with words
+as training on captions does in LLaVA; without, it is a table of its own that is thrown away, so
+that no visual token resembles a word. Other heads are thrown away as well: those for size, middle
+and the way to it, one by which the CLS token predicts the colours and shapes of a scene, and one
+for the counts of visual tokens (:mod:`rayapp.testbed.vision.losses`).
 
 Shapes: B = scenes, N = patches, D = hidden size, V = words, W = words of colours and shapes.
 """
@@ -38,9 +38,9 @@ Heads = dict[str, torch.Tensor]
 def new_heads(shape: Shape, seed: int) -> Heads:
     """The throw-away weights: ``table`` of words, ``patch`` heads and ``scene`` head.
 
-    The patch heads stay as they are drawn, small, so that visual tokens must tell size and middle
-    as loudly as words: heads that learn grow instead, and the language model, which is not given
-    them, hardly hears it.
+    The patch heads keep their small first weights, so that visual tokens must carry size and middle
+    as strongly as words. Heads that learn would grow instead, and the language model, which does
+    not have them, would hardly notice size and middle.
     """
     generator = torch.Generator().manual_seed(seed + 1)
     sizes = {
@@ -72,13 +72,13 @@ def stack_labels(scenes: Sequence[Scene]) -> dict[str, torch.Tensor]:
     """The labels of the scenes' patches, ``(B, N, ...)``, by their names in ``PatchLabels``."""
     labels = [label_patches(scene) for scene in scenes]
     return {
-        name: torch.from_numpy(np.stack([getattr(each, name) for each in labels]))
+        name: torch.from_numpy(np.stack([getattr(patches, name) for patches in labels]))
         for name in PatchLabels.__slots__
     }
 
 
 def running_counts(labels: dict[str, torch.Tensor]) -> torch.Tensor:
-    """How many things have their middle up to each patch, ``(B, N, 1 + W)``: all, then by look."""
+    """Numbers of things with their middle up to a patch, ``(B, N, 1 + W)``: all, then by look."""
     looks_W = torch.tensor(_LOOKS)
     words_BN2 = torch.stack([labels["colours_N"], labels["shapes_N"]], dim=-1)
     shows_BNW = (words_BN2[..., None] == looks_W).any(dim=2).float()
@@ -90,8 +90,9 @@ def cut_windows(grid_BN: torch.Tensor, shift: tuple[int, int]) -> torch.Tensor:
     """The four quarters of every scene, after its patches moved round by ``shift``.
 
     Args:
-        grid_BN: Something of every patch, ``(B, N, ...)``.
-        shift: Patches up and to the left; what leaves on one side comes back on the other.
+        grid_BN: A value of every patch, ``(B, N, ...)``.
+        shift: Number of patches up and to the left; those that leave on one side return on the
+            other.
 
     Returns:
         ``(4 B, N / 4, ...)``, the windows of a scene one after the other.
@@ -109,8 +110,8 @@ def visual_features(
 ) -> torch.Tensor:
     """The tower's last layer but one, CLS token first, ``(B, 1 + N, tower width)``.
 
-    With ``shift``, of windows as ``cut_windows`` cuts them, ``(4 B, 1 + N / 4, tower width)``:
-    patches keep the position embeddings that they have in the whole scene.
+    With ``shift`` the features are those of windows as ``cut_windows`` cuts them, ``(4 B, 1 + N /
+    4, tower width)``: patches keep the position embeddings that they have in the whole scene.
     """
     tower = model.model.vision_tower
     hidden = tower.pre_layrnorm(tower.embeddings(pixels))
@@ -129,7 +130,7 @@ def visual_tokens(model: LlavaForConditionalGeneration, features: torch.Tensor) 
 
 @dataclass(frozen=True, slots=True)
 class TowerReading:
-    """A loss, and shares of patches that were read right."""
+    """A loss, and the shares of patches that were read right."""
 
     loss: torch.Tensor
     shares: dict[str, float]
@@ -138,7 +139,7 @@ class TowerReading:
 def patch_loss(
     visual_BND: torch.Tensor, table_VD: torch.Tensor, heads: Heads, labels: dict[str, torch.Tensor]
 ) -> TowerReading:
-    """The loss of visual tokens against what their patches show."""
+    """The loss of visual tokens against the labels of their patches."""
     colours_BN, shapes_BN = labels["colours_N"], labels["shapes_N"]
     counted_BN = labels["weights_N"] > 0
     nothing_BN = colours_BN == IDS[NOTHING]
@@ -192,7 +193,7 @@ def scene_loss(
     heads: Heads,
     labels: dict[str, torch.Tensor],
 ) -> torch.Tensor:
-    """The loss of the CLS token, after the last layer, against the looks that a scene holds."""
+    """The loss of the CLS token, after the last layer, against the looks in a scene."""
     tower = model.model.vision_tower
     last = tower.encoder.layers[-1](features, None)
     pooled = tower.post_layernorm(last[:, 0])

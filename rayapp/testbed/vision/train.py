@@ -31,14 +31,14 @@ _CHECKPOINT_EVERY = 50
 
 @dataclass(slots=True)
 class Run:
-    """What a run has reached; the checkpoint holds all of it.
+    """The state of a run; the checkpoint has all of it.
 
     Attributes:
         recipe: The recipe.
-        model: The model, fp32.
+        model: The model in fp32.
         heads: The throw-away weights.
         optimizer: The optimiser of the stage that ``step`` belongs to, with its state.
-        step: Steps taken.
+        step: Number of steps taken.
         seconds: Wall-clock seconds spent so far.
         cpu_seconds: Seconds of CPU time spent so far.
         history: Lines of progress, oldest first.
@@ -83,7 +83,7 @@ def start_run(recipe: Recipe) -> Run:
 
 
 def save_checkpoint(run: Run, directory: Path) -> None:
-    """Write the run's checkpoint, replacing an older one only once the new one is whole."""
+    """Write the run's checkpoint; an older one is replaced only once the new one is complete."""
     state = {
         "recipe": run.recipe,
         "model": run.model.state_dict(),
@@ -98,11 +98,11 @@ def save_checkpoint(run: Run, directory: Path) -> None:
 
 
 def load_checkpoint(directory: Path, recipe: Recipe | None = None) -> Run:
-    """Read a run's own checkpoint (a pickle: only ever one that this recipe wrote).
+    """Read a run's own checkpoint (a pickle, so only one that this recipe wrote).
 
     Args:
         directory: Directory of the run.
-        recipe: Recipe to go on with; None keeps the checkpoint's.
+        recipe: The recipe to go on with; None keeps the checkpoint's.
 
     Returns:
         The run, as it was after its last checkpoint.
@@ -122,7 +122,7 @@ def load_checkpoint(directory: Path, recipe: Recipe | None = None) -> Run:
 
 
 def take_step(run: Run, seen: Readings) -> None:
-    """Take one step of whichever stage it belongs to."""
+    """Take one step of the stage that it belongs to."""
     recipe, step = run.recipe, run.step
     if step == recipe.tower.num_steps:
         run.optimizer = _optimizer(recipe, run.model, run.heads, step)
@@ -133,7 +133,7 @@ def take_step(run: Run, seen: Readings) -> None:
 
 
 class _Clock:
-    """Seconds of the run."""
+    """The seconds of the run."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -155,7 +155,7 @@ class _Clock:
 
 
 def _report(run: Run, clock: _Clock, seen: Readings) -> None:
-    """One line of progress."""
+    """Write one line of progress."""
     step_s = clock.step_s()
     means = seen.take()
     run.history.append({"step": run.step, "seconds": run.seconds, **means})
@@ -177,7 +177,7 @@ def train(run: Run, directory: Path) -> Run:
 
     Args:
         run: A fresh run, or one from ``load_checkpoint``.
-        directory: Where checkpoints go; made if missing.
+        directory: The directory of checkpoints; made if missing.
 
     Returns:
         The finished run.

@@ -56,7 +56,7 @@ def data(tmp_path_factory, lines):
 
 @torch.inference_mode()
 def forward_sum(model, prompt: str, choice: str) -> float:
-    """Log-likelihood of a choice from one plain forward, as the harness has it."""
+    """Log-likelihood of a choice from one plain forward, as the harness computes it."""
     ids = list((prompt + choice).encode())
     logprobs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
     return sum(float(logprobs[i - 1, ids[i]]) for i in range(len(prompt), len(ids)))

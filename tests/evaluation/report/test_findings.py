@@ -133,7 +133,7 @@ def test_a_plan_of_a_front(home, write, parquet, blocks_plan, tmp_path):
     assert found.singles.stages == {"prefill": {"1": 0.25}}
     assert found.influence is not None
     write("front.json", json.dumps(rows[:2]).encode())
-    assert gather(home).front == ()  # a front beside it that does not hold it
+    assert gather(home).front == ()  # a front beside it that does not list it
 
 
 @pytest.mark.parametrize(

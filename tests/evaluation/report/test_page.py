@@ -32,7 +32,7 @@ INFLUENCE = Influence(
 
 
 class Page(HTMLParser):
-    """Fails on a tag that is closed in the wrong place; collects tags with their attributes."""
+    """Fails on a tag that is closed in the wrong place, and collects tags with their attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def parsed(text: str) -> Page:
 
 @pytest.fixture
 def everything(plan, evaluation, ledger, kv_json) -> Findings:
-    """Findings with all that there can be, some of it hostile."""
+    """Findings with everything that there can be, some of it hostile."""
     mine = (("1", "2.attention", "3", "4.attention", "5.mlp"), ("3", "4.attention"))
     trials = (
         TrialRow((), (), 0.0, 3, "dense", False),

@@ -41,7 +41,7 @@ def images(tmp_path_factory, encoded_image) -> list[Path]:
 
 @pytest.fixture
 def opened(llava: Make, processor: Make) -> Make:
-    """``opened(kind, text)``: prompts over a model, and its pipeline."""
+    """A function ``opened(kind, text)``: prompts over a model, and its pipeline."""
 
     def make(kind: str, text: str) -> tuple[VisualPrompts, LocalPipeline]:
         model = llava(kind, text)
@@ -109,7 +109,7 @@ def test_matches_are_those_of_greedy_answers(opened, images, monkeypatch, batch_
         [answer.token_ids for answer in pipe.generate([pruned(x, rule) for x in lines], greedy)]
         for rule in rules
     ]
-    # What one of the rules answers is the right answer: others differ, some agree.
+    # The answer of one of the rules is the right one: other rules differ, some agree.
     lines = [replace(line, continuation=given[n % len(rules)][n]) for n, line in enumerate(lines)]
     expected = np.array([[a == x.continuation for a, x in zip(row, lines, strict=True)]
                          for row in given])  # fmt: skip
@@ -149,7 +149,7 @@ def test_wordless_methods_are_those_that_no_word_changes(opened, images) -> None
             fresh._wordless = {}
             kept.append(fresh.kept(rule)[0].tolist())
         differ |= {method} if kept[0] != kept[1] else set()
-    # Whatever is shared between questions must not depend on them.
+    # Computations that questions share must not depend on them.
     assert differ
     assert differ.isdisjoint(WORDLESS)
     assert set(METHODS) >= WORDLESS

@@ -39,7 +39,7 @@ def test_every_candidate_is_a_valid_plan_and_comes_back():
     plans = {}
     for prefill, decode in itertools.product(sets, sets):
         candidate = Candidate(prefill, decode)
-        plan = candidate.plan(MODEL)  # the plan's own rules are checked here
+        plan = candidate.plan(MODEL)  # the plan's own rules are compared here
         assert Candidate.from_plan(plan) == candidate
         assert plan.removed("prefill") == candidate.removed("prefill") == len(prefill) / 2
         assert plan.removed("decode") == candidate.removed("decode") == len(decode) / 2

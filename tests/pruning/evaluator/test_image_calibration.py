@@ -81,7 +81,7 @@ def path(tmp_path_factory, encoded_image) -> Path:
 def read(
     home: Path, path: Path, rule: VisualTokens | None, first_token: str = "prefill"
 ) -> tuple[LoadedModel, Calibration]:
-    """A model that knows the images of its calibration lines."""
+    """A model that knows the images of its calibration lines, and these lines."""
     tokenizer = load_tokenizer(home)
     images = ImageWordReader(
         home, tokenizer, rule, dtype="float32", ends_in_text=first_token == "decode"
@@ -95,7 +95,7 @@ def read(
 def serving(
     home: Path, path: Path, plan: PruningPlan
 ) -> tuple[LocalPipeline, list[tuple[str | ImagePrompt, str]]]:
-    """What serves a plan, and every line as it is asked and answered there."""
+    """A pipeline that serves a plan, with every line as a request and its answer."""
     loaded = load_model(home, dtype="float32")
     pipeline = LocalPipeline(
         loaded.model, loaded.tokenizer, plan, image_processor=load_image_processor(home)
@@ -110,7 +110,7 @@ def serving(
 
 
 def served(home: Path, path: Path, plan: PruningPlan) -> list[torch.Tensor]:
-    """Logits of every line's answer, through the path that serves."""
+    """Logits of every line's answer through the serving path."""
     pipeline, asked = serving(home, path, plan)
     tokenizer = load_tokenizer(home)
     found = []
@@ -315,7 +315,7 @@ class TestRefused:
 
 
 def test_text_keys_stay_as_they_were(calibration):
-    """Journals of text searches stay valid: images add to a key only where there are any."""
+    """Journals of text searches stay valid: images add to a key only if there are any."""
     for chunk in calibration.chunks:
         lines = [calibration.lines[i] for i in chunk.lines]
         content = [[line.prompt for line in lines], [line.continuation for line in lines]]

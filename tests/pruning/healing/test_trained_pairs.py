@@ -45,7 +45,7 @@ def settings(tmp_path_factory, save_tiny, write_calibration) -> Told:
 
 
 class Counting(LocalCompute):
-    """Counts what is trained; stops after ``limit`` pairs as a kill would."""
+    """Counts the trained pairs, and stops after ``limit`` of them as a kill would."""
 
     trained: list[Pair]
     limit: int | None = None
@@ -170,7 +170,7 @@ def test_later_searches_reuse_what_is_whole(tmp_path, settings, undisturbed):
 
 
 def test_only_the_distillation_set_is_healed(tmp_path, settings):
-    """``pair``: blocks below the threshold, whatever of them is removed."""
+    """With ``pair``, blocks below the threshold are healed, whatever part of them is removed."""
     none = search(elsewhere(settings, tmp_path / "1", heal="pair", distillation_threshold=-1))
     assert not none[1].trained
     assert none[0].plan.healed is None

@@ -36,7 +36,7 @@ def removing(prefill=(), decode=()):
 
 
 def most_healed(removed, healable):
-    """Brute force: the most removed blocks that can have a neighbour of their own."""
+    """Brute force for the most removed blocks that can have neighbours of their own."""
     free = [set(range(BLOCKS)) - set(removed)]
     choices = [[None, b - 1, b + 1] for b in removed if b in healable]
     counts = [
@@ -85,7 +85,7 @@ def test_marks_tell_pairs_apart():
 
 
 def altered(model, pair, scale=1.3):
-    """A pair that was "trained": every trained parameter of the survivor, scaled."""
+    """A pair that counts as trained: every trainable parameter of the survivor, scaled."""
     tensors = {
         canonical_name(name): p.detach() * scale
         for name, p in model.named_parameters()
@@ -95,7 +95,7 @@ def altered(model, pair, scale=1.3):
 
 
 class Altering(LocalCompute):
-    """Trains nothing; counts."""
+    """Stands in for training, and counts its calls."""
 
     def __init__(self, evaluator):
         super().__init__(evaluator)
@@ -148,7 +148,7 @@ def test_reuse_equals_the_naive_score(tiny_model, calibration, tmp_path, family,
         found = scorer.score_many(CANDIDATES)
         for got, want in zip(found, wanted, strict=True):
             assert abs(got.value - want.value) <= 1e-5 * want.value + 1e-7
-    scorer.heal_with(Healing())  # the same memo and cache: nothing healed may be found there
+    scorer.heal_with(Healing())  # the same memo and cache: no healed state may come from there
     for plain, got in zip(scorer.score_many(CANDIDATES)[1:], found[1:], strict=True):
         assert abs(got.value - plain.value) > 1e-3
 
@@ -191,7 +191,9 @@ def test_training_helps_and_leaves_keys_and_values_alone(tiny_model, lines, fami
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_the_loss_is_that_of_the_plan_that_serves_it(tiny_model, lines, pair):
-    """Held-back loss, by the model's own forward and the stack that serves, line by line."""
+    """The held-back loss equals that of the model's own forward with the serving stack, line by
+    line.
+    """
     model = tiny_model("llama")
     healed = Healer(model, lines, training=QUICK).heal(pair)
     weights = healed.weights
@@ -222,7 +224,7 @@ class Prefixed:
 
 @torch.no_grad()
 def span(model, stack, pair, line):
-    """What the survivor makes of the span's input on one line, and what the dense span does."""
+    """The survivor's output for the span's input on one line, and the dense span's output."""
     ids = torch.tensor([[*line.prompt, *line.continuation[:-1]]])
     states = model(ids, output_hidden_states=True).hidden_states
     num_prompt, dense = len(line.prompt), BlockStack(model, PruningPlan(), "prefill")

@@ -23,7 +23,7 @@ NUM_LEVELS = (4, 3, 4, 4, 3)
 
 
 def some_levels() -> KVLevels:
-    """Levels without a model: only how many there are matters here."""
+    """Levels without a model, of which only the number matters here."""
     rules = [*(KVTransfer(first=1, last=2**n) for n in range(3)), KVTransfer()]
     return KVLevels(tuple(range(5)), tuple(tuple(rules[-count:]) for count in NUM_LEVELS))
 
@@ -64,7 +64,9 @@ def optimum(landscape: Landscape, goal: Goal) -> KVSet:
 @pytest.mark.parametrize("interaction", [0.0, 0.5])
 @pytest.mark.parametrize("kind", ["bytes", "score"])
 def test_found_sets_are_near_the_best_of_all(kind, interaction):
-    """40 landscapes: nearly always the optimum, never far from it, for a part of its cost."""
+    """On 40 landscapes the set is nearly always the optimum, and never far from it, at a part of
+    the cost.
+    """
     met, asked = 0, 0
     for seed in range(40):
         landscape, rng = Landscape(seed, interaction), random.Random(-seed)
@@ -109,7 +111,7 @@ def test_a_score_that_no_set_reaches_gives_the_nearest():
 
 @pytest.mark.parametrize("first_token", ["prefill", "decode"])
 def test_brute_force_on_a_model(tiny_model, calibration, first_token):
-    """Three blocks that decode attends in, two cuts and all, in two encodings: 216 sets."""
+    """Three blocks where decode attends, two cuts and all, two encodings: 216 sets."""
     model = tiny_model("llama")
     lines = cut([line for line in calibration.lines if len(line.prompt) > 5])
     objective = Objective(first_token=first_token)

@@ -30,7 +30,7 @@ def lines() -> list[TokenizedLine]:
 
 
 def eager_weights(model, ids: tuple[int, ...]) -> list[torch.Tensor]:
-    """Per block ``(T, T)``, mean over heads."""
+    """Attention ``(T, T)`` of every block, mean over heads."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:

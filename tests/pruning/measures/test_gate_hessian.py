@@ -42,7 +42,7 @@ def small(tiny_model):
 
 
 def gradients_by_token(model, calibration: Calibration, first_token) -> list[np.ndarray]:
-    """Per line the gradients of every logit in the gates, ``(C, V, M)``, each from its own pass."""
+    """Gradients of every logit in the gates, ``(C, V, M)`` per line, one pass for every logit."""
     gated, found = GatedModel(model), {}
     for chunk in calibration.chunks:
         shape = (len(chunk.lines), 2, gated.num_parts)
@@ -71,7 +71,7 @@ def dense_logits(model, calibration: Calibration) -> list[torch.Tensor]:
 
 
 def weighted(calibration: Calibration, per_line: list[np.ndarray], score_by: str) -> np.ndarray:
-    """Means over tokens, then over tasks where they weigh equally."""
+    """Means over tokens, then over tasks if these weigh equally."""
     groups = {line.task if score_by == "task" else "" for line in calibration.lines}
     total = np.zeros_like(per_line[0])
     for group in groups:
@@ -82,7 +82,7 @@ def weighted(calibration: Calibration, per_line: list[np.ndarray], score_by: str
 
 
 def enumerated(model, calibration: Calibration, objective: Objective) -> np.ndarray:
-    """Over every token and label: its probability times the outer product of its gradient."""
+    """The sum over all tokens and labels of probability times the gradient's outer product."""
     per_line = []
     found = gradients_by_token(model, calibration, objective.first_token)
     for logits, grads_CVM in zip(dense_logits(model, calibration), found, strict=True):
@@ -146,7 +146,7 @@ def test_the_hessian_is_the_expectation_over_enumerated_labels(small, objective)
     for draws in (8, 200):
         found = np.array(measure_gate_hessian(evaluator, draws=draws).rows)
         errors.append(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
-    assert errors[1] < 0.15  # of sampling, which falls with the root of the draws
+    assert errors[1] < 0.15  # the error of sampling falls with the root of the draws
     assert errors[1] < errors[0] / 2
 
 

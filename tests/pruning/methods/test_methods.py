@@ -46,7 +46,7 @@ RNG = np.random.default_rng(7)
 CHANGES = RNG.normal(size=(2, 2 * BLOCKS, 24)) * RNG.uniform(0.05, 1, size=(2, 2 * BLOCKS, 1))
 FLAT = CHANGES.reshape(-1, CHANGES.shape[-1])
 GATE_HESSIAN = GateHessian(tuple(map(tuple, (FLAT @ FLAT.T).tolist())))
-"""Of ``interacting``, but for a factor that changes no order."""
+"""The Hessian of ``interacting``, up to a factor that changes no order."""
 Scores = Callable[[Candidate], float]
 
 SPACES = [
@@ -74,13 +74,13 @@ def label(space: object) -> str:
 
 
 def additive(candidate: Candidate) -> float:
-    """Every part costs something of its own, and nothing more."""
+    """A score to which every part adds a cost of its own, and nothing more."""
     prefill = sum(((part * 7 + 3) % 11 + 1) ** 2 for part in candidate.prefill)
     return (prefill + sum(((part * 5 + 1) % 13 + 1) ** 2 for part in candidate.decode)) / 100
 
 
 def interacting(candidate: Candidate) -> float:
-    """A squared norm of summed changes, as a KL is for small changes: parts help or hurt others."""
+    """A squared norm of summed changes, like the KL of small changes: parts help or hurt others."""
     total = CHANGES[0, list(candidate.prefill)].sum(axis=0)
     total = total + CHANGES[1, list(candidate.decode)].sum(axis=0)
     return float(1 - math.exp(-(total**2).sum() / 40))
@@ -95,7 +95,7 @@ def make(name: str, space: Space, evaluations: int | None = None, seed: int = 0)
 
 
 def run(method: SearchMethod, score: Scores) -> list[Generation]:
-    """Ask and tell to the end, holding the method to the interface."""
+    """Ask and tell to the end, and check that the method keeps the interface."""
     generations = []
     while (asked := method.ask()) is not None:
         before = method.evaluations_left

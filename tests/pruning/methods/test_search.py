@@ -39,7 +39,7 @@ def synthetic(candidate: Candidate) -> float:
 
 
 def drive(method: SearchMethod, score: Callable[[Candidate], float]) -> Iterator[list[Candidate]]:
-    """Ask and tell to the end, yielding every generation."""
+    """Ask and tell to the end, and yield every generation."""
     while (asked := method.ask()) is not None:
         before = method.evaluations_left
         assert 0 < len(asked.candidates) <= before
@@ -173,7 +173,7 @@ def test_exhaustive_finds_the_true_minimum_of_two_blocks(tiny_model, calibration
 
 @pytest.mark.slow
 def test_exhaustive_finds_the_true_minimum_on_the_testbed(testbed_path):
-    """All 66 pairs of decode blocks; the brute force runs masked models of its own."""
+    """The search meets the minimum of all 66 pairs; the brute force runs its own masked models."""
     loaded = load_model(testbed_path, dtype="float32")
     examples = [
         e for t in tasks.TASKS for e in tasks.generate(t, "calibration", 1, 7, length="short")
@@ -212,7 +212,7 @@ def _masked_score(
 
 @torch.inference_mode()
 def _masked_logprobs(model, line: TokenizedLine, removed: tuple[int, ...]) -> torch.Tensor:
-    """One plain forward of the line; ``removed`` blocks pass the continuation through."""
+    """Log-probabilities of one plain forward; ``removed`` blocks pass the continuation through."""
     ids, split = torch.tensor([[*line.prompt, *line.continuation[:-1]]]), len(line.prompt)
 
     def skip(_module, inputs, output):

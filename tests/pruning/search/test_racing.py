@@ -38,7 +38,7 @@ def test_rungs_grow_to_all_chunks():
 
 
 class Counting(LocalCompute):
-    """Counts pieces by candidate."""
+    """Counts the computed pieces by candidate."""
 
     def __init__(self, evaluator: Evaluator) -> None:
         super().__init__(evaluator)

@@ -28,7 +28,7 @@ from rayapp.pruning.storage import Storage
 
 
 class Counted(LocalCompute):
-    """Counts what is computed; ``influences`` of a value that is not finite where asked."""
+    """Counts the computed work; ``influences`` may get a value that is not finite."""
 
     def __init__(self, evaluator, *, broken: bool = False) -> None:
         super().__init__(evaluator)
@@ -67,7 +67,7 @@ def calibration():
 
 @pytest.fixture
 def opened(model, calibration, tmp_path):
-    """``opened()`` gives storage, scorer, compute and what names the model."""
+    """A function ``opened()`` with storage, scorer, compute, and the model's names."""
     names = {
         "weights": signature_of(model).weights_fingerprint,
         "num_blocks": signature_of(model).num_blocks,
@@ -112,7 +112,7 @@ def test_what_is_there_is_not_measured_again(opened):
     storage, scorer, compute, names = opened("nll")
     other = measure_sensitivity(storage, scorer, **names)
     assert other.singles.dense > 0
-    assert compute.influences == 0  # the dense model's, whatever the objective
+    assert compute.influences == 0  # these are scores of the dense model, whatever the objective
     other_model = measure_sensitivity(storage, scorer, **{**names, "weights": "other"})
     assert compute.influences == 1
     assert other_model.weights == "other"

@@ -29,7 +29,7 @@ DEFAULTS = {
     "kl_top_k": 0, "racing": False, "first_token": "prefill", "kv_transfer": {},
     "evaluations": None, "generation_size": 8, "seed": 0, "dtype": "auto", "chunk_tokens": 4096,
 }  # fmt: skip
-"""The settings of a journal from before there were three; ones with these must still go on."""
+"""Settings of a journal from before there were three groups; such journals must still go on."""
 
 
 def identity(told: Told) -> dict[str, object]:

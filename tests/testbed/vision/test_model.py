@@ -37,7 +37,9 @@ def test_a_picture_is_576_tokens(model) -> None:
 
 @torch.inference_mode()
 def test_it_answers_about_pictures_that_training_never_showed(model) -> None:
-    """The card has thousands; these are enough that a broken export or generator shows."""
+    """The card has thousands of questions; these are enough that a broken export or generator
+    shows.
+    """
     shares = score(attend_packed(model), draw_asked_scenes("test", 48, 11))
     assert set(shares) == set(TYPES)
     assert min(shares.values()) >= 0.85

@@ -71,7 +71,7 @@ ASKED = draw_asked_scenes("validation", 2, 0)
 
 @pytest.fixture(scope="module")
 def model() -> LlavaForConditionalGeneration:
-    """Weights that nothing is zero in, so that every path is felt."""
+    """A model none of whose weights is zero, so that every path has an effect."""
     drawn = attend_packed(new_model(SHAPE, 0))
     generator = torch.Generator().manual_seed(1)
     for weight in drawn.parameters():

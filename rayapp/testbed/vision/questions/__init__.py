@@ -1,1 +1,1 @@
-"""The questions about scenes, their words, and the files that hold them."""
+"""The questions about scenes, their words, and the files that store them."""

@@ -1,4 +1,4 @@
-"""What every patch of a scene shows: the targets that the vision tower is pretrained on.
+"""Labels of every patch of a scene: the targets that the vision tower is pretrained on.
 
 Shapes: N = patches in reading order, a grid of 24 x 24.
 """
@@ -24,13 +24,13 @@ _SAMPLES = 4
 
 @dataclass(frozen=True, slots=True)
 class PatchLabels:
-    """Attributes, each over the patches of one scene.
+    """The labels of one scene's patches.
 
-    ``colours_N`` and ``shapes_N`` are ids of words, int64: both those of ``NOTHING`` where the
-    patch shows no thing. ``weights_N`` is 0 where a thing covers so little of a patch that either
-    answer would do, else 1. ``geometry_N5`` holds, where a thing is shown, the logarithm of its
-    size and the way to its middle (right, down), scaled to about -1 to 1. ``middles_N`` is 1 in the
-    patch that holds the middle of a thing.
+    ``colours_N`` and ``shapes_N`` are ids of words, int64; a patch without a thing has the id of
+    ``NOTHING`` in both. ``weights_N`` is 0 if a thing covers so little of a patch that either
+    answer would do, else 1. ``geometry_N5`` has, for a patch that shows a thing, the logarithm of
+    its size and the way to its middle (right, down), scaled to about -1 to 1. ``middles_N`` is 1 in
+    the patch with the middle of a thing.
     """
 
     colours_N: NDArray[np.int64]

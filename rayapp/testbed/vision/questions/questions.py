@@ -1,9 +1,9 @@
-"""Questions about a scene, each with one right answer of one word.
+"""Questions about a scene; every question has one right answer of one word.
 
-Four types name their evidence by a word for it (``colour of the square``); four do not
-(``colour of the largest``, ``how many things``), so that what a question's words resemble is
-not the answer itself. A question is asked only where its answer is plain: what is named is there
-once, and what is asked for its place lies clear of the borders between places.
+Four types name their evidence by a word for it (``colour of the square``); four do not (``colour of
+the largest``, ``how many things``), so that what a question's words resemble is not the answer
+itself. A scene has a question only if its answer is plain: a named thing occurs once, and a thing
+whose place is the answer lies clear of the borders between places.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ NAMING = ("colour-named", "shape-named", "place-named", "count-named")
 """Types whose question names its evidence: a shape, a colour, or both."""
 
 UNNAMED = ("colour-extreme", "shape-extreme", "place-extreme", "count-all")
-"""Types whose question does not: the largest thing, the smallest thing, all things."""
+"""Types whose question does not name its evidence: the largest thing, the smallest thing, all
+things."""
 
 TYPES = (*NAMING, *UNNAMED)
 """The types, in the order in which tables list them; a type is the ``task`` of its lines."""
@@ -33,14 +34,17 @@ PLACES = (
 """Words for the ninths of a scene, from the top, from the left."""
 
 MOST_COUNTED = 3
-"""Nothing named is counted beyond this."""
+"""Largest count that is an answer about named things."""
 
 _CLEAR = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Attributes: ``text``, as the prompt holds it; ``answer``, one word; ``task``, its type."""
+    """One question about a scene.
+
+    ``text`` is the question as the prompt has it, ``answer`` is one word, and ``task`` is the type.
+    """
 
     text: str
     answer: str
@@ -48,7 +52,7 @@ class Question:
 
 
 def place_of(thing: Thing) -> str | None:
-    """The word for where a thing lies; None where its middle is too close to a border."""
+    """The word for a thing's place; None if its middle is too close to a border."""
     third = SIDE / 3
     for middle in (thing.x, thing.y):
         if min(abs(middle - third), abs(middle - 2 * third)) < _CLEAR:
@@ -57,58 +61,58 @@ def place_of(thing: Thing) -> str | None:
 
 
 def _named(scene: Scene) -> list[Question]:
-    """Colour by shape, shape by colour, place by either or both: of what is there once."""
-    asked = []
+    """Questions that name a unique thing, to ask for its colour, its shape or its place."""
+    questions = []
     shapes = Counter(thing.shape for thing in scene.things)
     colours = Counter(thing.colour for thing in scene.things)
     looks = Counter((thing.colour, thing.shape) for thing in scene.things)
     for thing in scene.things:
         names = []
         if shapes[thing.shape] == 1:
-            asked.append(Question(f"colour of the {thing.shape}", thing.colour, "colour-named"))
+            questions.append(Question(f"colour of the {thing.shape}", thing.colour, "colour-named"))
             names.append(thing.shape)
         if colours[thing.colour] == 1:
-            asked.append(Question(f"shape of the {thing.colour}", thing.shape, "shape-named"))
+            questions.append(Question(f"shape of the {thing.colour}", thing.shape, "shape-named"))
             names.append(thing.colour)
         if looks[thing.colour, thing.shape] == 1:
             names.append(f"{thing.colour} {thing.shape}")
         place = place_of(thing)
         if place is not None:
-            asked += [Question(f"where is the {name}", place, "place-named") for name in names]
-    return asked
+            questions += [Question(f"where is the {name}", place, "place-named") for name in names]
+    return questions
 
 
 def _counts(scene: Scene) -> list[Question]:
     words = Counter(word for thing in scene.things for word in (thing.shape, thing.colour))
-    asked = [
+    questions = [
         Question(f"how many {word}", str(words[word]), "count-named")
         for word in (*COLOURS, *SHAPES)
         if words[word] <= MOST_COUNTED
     ]
-    return [*asked, Question("how many things", str(len(scene.things)), "count-all")]
+    return [*questions, Question("how many things", str(len(scene.things)), "count-all")]
 
 
 def _extremes(scene: Scene) -> list[Question]:
     by_size = sorted(scene.things, key=lambda thing: thing.size)
-    asked = []
+    questions = []
     for word, thing in (("smallest", by_size[0]), ("largest", by_size[-1])):
-        asked.append(Question(f"colour of the {word}", thing.colour, "colour-extreme"))
-        asked.append(Question(f"shape of the {word}", thing.shape, "shape-extreme"))
+        questions.append(Question(f"colour of the {word}", thing.colour, "colour-extreme"))
+        questions.append(Question(f"shape of the {word}", thing.shape, "shape-extreme"))
         place = place_of(thing)
         if place is not None:
-            asked.append(Question(f"where is the {word}", place, "place-extreme"))
-    return asked
+            questions.append(Question(f"where is the {word}", place, "place-extreme"))
+    return questions
 
 
 def all_questions(scene: Scene) -> list[Question]:
-    """Every question that can be asked about a scene."""
+    """Every question that a scene allows."""
     return [*_named(scene), *_counts(scene), *_extremes(scene)]
 
 
 def _take(
     rng: random.Random, left: list[Question], key: Callable[[Question], str]
 ) -> list[Question]:
-    """The questions of one class, each class (by ``key``) as likely as the others."""
+    """Questions drawn class by class; every class (by ``key``) is as likely as the others."""
     classes = sorted({key(question) for question in left})
     chosen = classes[below(rng, len(classes))]
     return [question for question in left if key(question) == chosen]
@@ -117,13 +121,13 @@ def _take(
 def draw_questions(rng: random.Random, scene: Scene, count: int) -> list[Question]:
     """Distinct questions about a scene.
 
-    A type is drawn first, each as likely as the others; then, for counts, an answer, so that
-    counting nothing is not the rule; then one of these questions.
+    A type is drawn first, all types alike; then, for counts, an answer, so that counting nothing is
+    not the rule; then one of these questions.
 
     Args:
         rng: Source of the draw.
         scene: The scene.
-        count: Questions wanted.
+        count: Number of questions wanted.
 
     Returns:
         ``count`` questions, or all there are where they are fewer.
@@ -141,11 +145,11 @@ def draw_questions(rng: random.Random, scene: Scene, count: int) -> list[Questio
 
 
 def one_of_each(rng: random.Random, scene: Scene) -> list[Question] | None:
-    """One question of every type, in the order of ``TYPES``; None where a type has none."""
-    asked = all_questions(scene)
+    """One question of every type, in the order of ``TYPES``; None if a type has none."""
+    questions = all_questions(scene)
     drawn = []
     for task in TYPES:
-        pool = [question for question in asked if question.task == task]
+        pool = [question for question in questions if question.task == task]
         if not pool:
             return None
         if task == "count-named":

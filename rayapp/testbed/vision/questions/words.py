@@ -1,8 +1,8 @@
 """The tokenizer: a word is a token, and a scene's picture is one placeholder.
 
-An ordinary Hugging Face tokenizer of some forty words. Words are split at white space, and
-question marks count as such: ``colour of the square?`` ends with the word that it asks about, as
-``colour of the square`` does. Nothing is put before a prompt.
+The tokenizer is an ordinary Hugging Face one of some forty words. Words are split at white space,
+and question marks count as white space: ``colour of the square?`` ends with the word that it asks
+about, as ``colour of the square`` does. The tokenizer puts no token before a prompt.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ IMAGE_TOKEN = "<image>"
 SPECIAL = ("<|end|>", "<|pad|>", "<|unknown|>", IMAGE_TOKEN)
 
 NOTHING = "nothing"
-"""The word of a patch that shows no thing; no question holds it."""
+"""The word of a patch that shows no thing; no question has it."""
 
 CENTRE = "centre"
-"""The word of a patch that holds the middle of a thing, beside its colour and shape; not asked."""
+"""The word of a patch with the middle of a thing, beside colour and shape; no question has it."""
 
 COUNTS = tuple(str(count) for count in range(max(MOST_COUNTED, NUM_THINGS[1]) + 1))
 
@@ -47,7 +47,7 @@ CHAT_TEMPLATE = (
     "{%- if message['role'] == 'assistant' -%}{{ eos_token }}{%- else -%}{{ '\\n' }}{%- endif -%}"
     "{%- endfor -%}"
 )
-"""A user's picture and question, which end with white space that no token stands for."""
+"""The template of a chat: a user's picture and question end with white space, which is no token."""
 
 
 def word_tokenizer(max_positions: int) -> PreTrainedTokenizerFast:

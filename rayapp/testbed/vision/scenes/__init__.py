@@ -1,1 +1,1 @@
-"""The scenes that vision questions are about: what lies where, and how it is drawn."""
+"""The scenes that vision questions are about: the places of things, and their pictures."""

@@ -1,4 +1,4 @@
-"""From a scene to its picture: plain NumPy, the same pixels for the same scene.
+"""Draws the picture of a scene in plain NumPy: the same pixels for the same scene.
 
 Shapes: S = pixels of a side, Y x X = pixels of a window around one thing, C = 3 colours.
 """
@@ -33,11 +33,12 @@ OUTLINES: dict[str, Callable[[_Floats, _Floats], NDArray[np.bool_]]] = {
     "cross": lambda u, v: np.minimum(abs(u), abs(v)) <= 0.3,
     "ring": lambda u, v: (u * u + v * v <= 1) & (u * u + v * v >= 0.3),
 }
-"""Inside or outside, in coordinates that run from -1 to 1 across a thing, down and right."""
+"""Tests whether a point is inside a shape, in coordinates from -1 to 1 across a thing, down and
+right."""
 
 
 def _coverage(thing: Thing) -> tuple[slice, slice, _Floats]:
-    """The window of a thing, and how much of each of its pixels the thing covers, ``(Y, X)``."""
+    """The window of a thing, and the share of every pixel that the thing covers, ``(Y, X)``."""
     windows, axes = [], []
     for middle in (thing.y, thing.x):
         start = max(0, int(np.floor(middle - thing.size / 2)))
@@ -76,7 +77,7 @@ def _stroke(rng: np.random.Generator, canvas: _Floats) -> None:
 
 
 def _backdrop(rng: np.random.Generator) -> _Floats:
-    """Grey texture at two scales, and strokes."""
+    """A backdrop of grey texture at two scales, and strokes."""
     level = rng.uniform(95, 150)
     canvas = level + 28 * _smooth_field(rng, 4) + 18 * _smooth_field(rng, 16)
     least, most = _NUM_STROKES

@@ -1,10 +1,10 @@
-"""Cluttered scenes: what lies where, as plain data; splits are disjoint by the hash of a scene.
+"""Cluttered scenes as plain data; splits are disjoint by the hash of a scene.
 
 A scene holds three to six things of five shapes and six colours on a textured backdrop with thin
-strokes in the colours of things. Exactly one thing is the largest and one the smallest, each by a
-clear margin, and in which patch a thing has its middle is plain too. The hash of the whole scene
-decides its split, so no (scene, question) pair that one split asks is asked in another, nor any
-other question about that scene.
+strokes in the colours of things. Exactly one thing is the largest and one the smallest, both by a
+clear margin, and the patch of every thing's middle is unambiguous too. The hash of the whole scene
+decides its split, so no (scene, question) pair of one split appears in another, nor any other
+question about that scene.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 
 NUM_THINGS = (3, 6)
-"""Least and most things of a scene."""
+"""Least and most things in a scene."""
 
 SIZE_MARGIN = 1.25
-"""The largest thing is at least this many times as wide as any other, the smallest as narrow."""
+"""The largest thing is at least this many times as wide as any other; the smallest is as much
+narrower."""
 
 _GAP = 2.0
 _OFF_CENTRE = 1.2
@@ -56,7 +57,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Things that do not overlap, and the seed of what lies behind them."""
+    """Things that do not overlap, and the seed of the backdrop behind them."""
 
     things: tuple[Thing, ...]
     backdrop: int
@@ -86,7 +87,7 @@ def _draw_middle(rng: random.Random, edge: float) -> float:
 
 
 def _draw_sizes(rng: random.Random, count: int) -> list[float]:
-    """The largest first, the smallest last."""
+    """Sizes of a scene's things: the largest first, the smallest last."""
     middle = sorted((_between(rng, 11.0, 14.0) for _ in range(count - 2)), reverse=True)
     smallest = middle[-1] / _between(rng, SIZE_MARGIN + 0.05, 1.45)
     largest = middle[0] * _between(rng, SIZE_MARGIN + 0.05, 1.5)
@@ -106,7 +107,7 @@ def _draw_place(
 
 
 def _draw_looks(rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """Shapes and colours; a few of each, so that some repeat and others stay unique."""
+    """Shapes and colours of things, from a few of each, so that some repeat and others do not."""
     shapes = sorted(SHAPES, key=lambda _: rng.random())[: 3 + below(rng, 3)]
     colours = sorted(COLOURS, key=lambda _: rng.random())[: 3 + below(rng, 3)]
     return [
@@ -115,7 +116,7 @@ def _draw_looks(rng: random.Random, count: int) -> list[tuple[str, str]]:
 
 
 def draw_any_scene(rng: random.Random) -> Scene:
-    """A scene of whichever split."""
+    """Draw a scene of any split."""
     least, most = NUM_THINGS
     while True:
         sizes = _draw_sizes(rng, least + below(rng, most - least + 1))
@@ -135,7 +136,7 @@ def draw_any_scene(rng: random.Random) -> Scene:
 
 
 def draw_scene(rng: random.Random, split: str) -> Scene:
-    """A scene that ``split`` owns."""
+    """Draw a scene that ``split`` owns."""
     while True:
         scene = draw_any_scene(rng)
         if scene.split == split:

@@ -28,7 +28,7 @@ SEARCH = {
 
 
 class Counting(LocalCompute):
-    """Counts what is computed; stops after ``limit`` candidates as a kill would."""
+    """Counts the computed candidates, and stops after ``limit`` of them as a kill would."""
 
     def __init__(self, evaluator: Evaluator, limit: int | None = None) -> None:
         super().__init__(evaluator)
@@ -90,7 +90,7 @@ def settings(tmp_path_factory, save_tiny, write_calibration) -> Told:
 
 @pytest.fixture(scope="module")
 def evaluator(settings: Told) -> Evaluator:
-    """Of a single chunk, so that a candidate is scored once."""
+    """An evaluator with a single chunk, so that a candidate is scored once."""
     calibration = prepare(*settings).calibration
     assert len(calibration.chunks) == 1
     return open_evaluator(settings.score, settings.compute, calibration)
@@ -98,29 +98,31 @@ def evaluator(settings: Told) -> Evaluator:
 
 @pytest.fixture(scope="module")
 def undisturbed(settings: Told, evaluator: Evaluator) -> SearchResult:
-    """What the search of ``settings`` finds when nothing comes between."""
+    """The result of an undisturbed search with ``settings``."""
     return run_counted(settings, evaluator=evaluator)[0]
 
 
 @pytest.fixture(scope="module")
 def search(evaluator: Evaluator) -> Callable[..., tuple[SearchResult, Counting]]:
-    """``search(settings, limit=..., evaluator=...)``: the result, and what was computed."""
+    """A function ``search(settings, limit=..., evaluator=...)``: the result, and computed work."""
     return partial(run_counted, evaluator=evaluator)
 
 
 @pytest.fixture(scope="session")
 def elsewhere() -> Callable[..., Told]:
-    """``elsewhere(settings, out, **changes)``: the same search in another directory."""
+    """A function ``elsewhere(settings, out, **changes)``: the same search in another directory."""
     return move
 
 
 @pytest.fixture(scope="session")
 def journal() -> Callable[[Path | str], list[dict[str, Any]]]:
-    """``journal(out)``: its lines."""
+    """A function ``journal(out)``: the lines of a journal."""
     return read_journal
 
 
 @pytest.fixture(scope="session")
 def outcome() -> Callable[[SearchResult], tuple[Any, ...]]:
-    """``outcome(result)``: all that an interrupted search must share with a whole one."""
+    """A function ``outcome(result)``: everything that an interrupted search shares with a whole
+    one.
+    """
     return reduce_result

@@ -15,7 +15,7 @@ from tests.told import Told
 
 @pytest.fixture(scope="module")
 def raced(tmp_path_factory, settings) -> Told:
-    """Six chunks, of which losers see some."""
+    """Settings of a race over six chunks, of which losers see some."""
     out = str(tmp_path_factory.mktemp("raced") / "out")
     changes = {"out": out, "racing": True, "chunk_tokens": 24, "generation_size": 8}
     return settings.but(**changes)
@@ -23,7 +23,7 @@ def raced(tmp_path_factory, settings) -> Told:
 
 @pytest.fixture(scope="module")
 def race(search) -> Callable[..., tuple[SearchResult, Any]]:
-    """``race(settings, limit)``: as ``search``, by an evaluator of its own chunks."""
+    """A function ``race(settings, limit)``: as ``search``, with an evaluator of its own chunks."""
 
     def run(settings: Told, limit: int | None = None) -> tuple[SearchResult, Any]:
         evaluator = open_evaluator(settings.score, settings.compute, prepare(*settings).calibration)

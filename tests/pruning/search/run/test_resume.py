@@ -87,7 +87,7 @@ def _candidate(record: dict) -> Candidate:
 
 
 def _without_seconds_like(found: list[dict], wanted: list[dict]) -> list[dict]:
-    """``wanted`` with the seconds of ``found``, which no two runs share."""
+    """The object ``wanted`` with the seconds of ``found``, which no two runs share."""
     for line, like in zip(wanted, found, strict=True):
         for record, timed in zip(line.get("trials", []), like.get("trials", []), strict=True):
             record["seconds"] = timed["seconds"]
@@ -139,7 +139,7 @@ run_search(told.score, told.search, scorer, prepared.signature)
 
 
 def test_kill_9_of_the_process_and_resume(tmp_path, settings, search, elsewhere, journal, outcome):
-    """A real kill in the middle: however far it came, the plan is the undisturbed one."""
+    """A kill in the middle of a real process changes no plan, however far the search had come."""
     whole = elsewhere(settings, tmp_path / "whole", evaluations=150)
     killed = elsewhere(whole, tmp_path / "killed")
     file = tmp_path / "killed" / "journal.jsonl"
