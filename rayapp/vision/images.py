@@ -1,10 +1,10 @@
 """Images from strangers, decoded within bounded time and memory.
 
-What is checked before a pixel is decoded: bytes, kind (by content, which must be what the sender
-says it is), width x height, aspect ratio, animation, and the number of scans of a progressive JPEG.
-Then the image is turned upright (EXIF), laid on white where it is transparent, and made 8-bit RGB;
-colour profiles are not applied. Animated images are refused, not cut to their first frame: an image
-is never silently ignored, and neither is part of one.
+These properties are checked before a pixel is decoded: bytes, kind (the content must be of the kind
+that the sender claims), width x height, aspect ratio, animation, and the number of scans of a
+progressive JPEG. Then the image is turned upright (EXIF), laid on white where it is transparent,
+and made 8-bit RGB; colour profiles are not applied. Animated images are refused, not cut to their
+first frame: neither an image nor a part of one is ever silently ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from rayapp.errors import RequestError
 from rayapp.vision.limits import ImageLimits
 
-# Media type to Pillow's name of the format; these and no others are ever opened.
+# Pillow's format names by media type; no other format is ever opened.
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 _ALIASES = {"image/jpg": "image/jpeg"}
 _DATA_URL = re.compile(r"data:([^;,]*)(;[^,]*)?,", re.IGNORECASE)
@@ -39,7 +39,7 @@ class DecodedImage:
 
 
 def check_number(num_images: int, limits: ImageLimits) -> None:
-    """Raise :class:`RequestError` where a request holds more images than allowed."""
+    """Raise :class:`RequestError` if a request has more images than allowed."""
     if num_images > limits.max_images:
         raise RequestError(
             f"{num_images} images, but at most {limits.max_images} are allowed; send fewer"
@@ -47,10 +47,10 @@ def check_number(num_images: int, limits: ImageLimits) -> None:
 
 
 def parse_data_url(url: str, limits: ImageLimits) -> tuple[bytes, str]:
-    """Bytes and media type of a ``data:`` URL in base64.
+    """Read the bytes and media type of a ``data:`` URL in base64.
 
     Raises:
-        RequestError: It is malformed, too long, or of another kind.
+        RequestError: The URL is malformed, too long, or of another kind.
     """
     head = _DATA_URL.match(url[:256])
     if head is None or (head[2] or "").lower() != ";base64":
@@ -84,11 +84,12 @@ def decode_image(
 
     Args:
         data: The encoded image.
-        media_type: What the sender says it is; must be true. None trusts the content.
-        limits: Caps; None takes the defaults.
+        media_type: The media type that the sender claims, which must be true. None trusts the
+            content.
+        limits: Limits of an image; None takes the defaults.
 
     Raises:
-        RequestError: The image is too large, broken, animated, or not what it is said to be.
+        RequestError: The image is too large, broken, animated, or of another type than claimed.
     """
     limits = limits or ImageLimits()
     _check_bytes(len(data), limits)
@@ -129,7 +130,7 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
 
 
 def _sniff(data: bytes) -> str | None:
-    """The media type that the first bytes tell."""
+    """The media type according to the first bytes, None if it is no known one."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png"
     if data.startswith(b"\xff\xd8\xff"):
@@ -140,7 +141,7 @@ def _sniff(data: bytes) -> str | None:
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height from the header: Pillow would allocate the canvas before telling them."""
+    """Read width and height from the header: Pillow would allocate the canvas before that."""
     kind, body = data[12:16], data[20:30]
     if len(body) == 10 and kind == b"VP8X":
         return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
@@ -154,7 +155,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _decode(data: bytes, form: str, limits: ImageLimits) -> Image.Image:
-    """Upright 8-bit RGB pixels; whatever a decoder raises becomes a :class:`RequestError`."""
+    """Decode to upright 8-bit RGB pixels; a decoder's exceptions become :class:`RequestError`."""
     try:
         with Image.open(io.BytesIO(data), formats=[form]) as image:
             _check_size(*image.size, limits)
@@ -177,7 +178,7 @@ def _decode(data: bytes, form: str, limits: ImageLimits) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey: Pillow would clip, not scale
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits of grey, not scale them.
         deep = np.asarray(image)
         grey = np.where(deep == image.info.get("transparency", -1), 255, deep >> 8)
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
