@@ -1,11 +1,11 @@
 """Budgets: the number of visual tokens that an image, or a view of an image, may keep.
 
 TrimTokenator-LC (arXiv:2512.22748) measures the diversity within an image (mean cosine distance of
-its tokens) and the variation across images, and lets both guide an image's budget. The
-combination of the two, and the measure of variation by mean tokens, are project defaults: an
-image's weight is its number of tokens x (diversity + variation). Tokens are then selected image by
-image; the paper's second stage, a selection across images, is left out. Shapes: N = tokens of an
-image, D = hidden size.
+its tokens) and the variation across images, and lets both guide an image's budget. The combination
+of the two, and the measure of variation by mean tokens, are project defaults: an image's weight is
+its number of tokens x (diversity + variation). Tokens are then selected image by image; the paper's
+second stage, a selection across images, is left out.
+Shapes: N = tokens of an image, D = hidden size.
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ def _public_address(host: str, timeout_s: float) -> str:
     """Return an address of ``host``, all of whose addresses must be public."""
     lookup = ThreadPoolExecutor(max_workers=1)  # A resolver has no deadline of its own.
     try:
-        found = lookup.submit(getaddrinfo, host, None, type=SOCK_STREAM)
-        addresses = [str(entry[4][0]) for entry in found.result(timeout_s)]
+        answers = lookup.submit(getaddrinfo, host, None, type=SOCK_STREAM)
+        addresses = [str(entry[4][0]) for entry in answers.result(timeout_s)]
     except (OSError, UnicodeError, FutureTimeoutError):
         raise RequestError(f"the image's host {host!r} cannot be resolved") from None
     finally:
@@ -87,10 +87,10 @@ def _public_address(host: str, timeout_s: float) -> str:
 
 def is_public(address: str) -> bool:
     """True if an IP address, also one wrapped in another, belongs to the public internet."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    found = getattr(found, "ipv4_mapped", None) or found
-    tunnelled = any(found in network for network in _TUNNELS if network.version == found.version)
-    return found.is_global and not found.is_multicast and not tunnelled
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+    tunnelled = any(parsed in network for network in _TUNNELS if network.version == parsed.version)
+    return parsed.is_global and not parsed.is_multicast and not tunnelled
 
 
 def _download(
@@ -112,8 +112,8 @@ def _download(
             if num_bytes > limits.max_bytes:
                 raise RequestError(f"the image at {target.host} exceeds {limits.max_bytes} bytes")
             chunks.append(chunk)
-        found = {name.lower(): value.decode("latin-1") for name, value in response.headers}
-    kind = found.get(b"content-type", "").partition(";")[0].strip().lower()
+        received = {name.lower(): value.decode("latin-1") for name, value in response.headers}
+    kind = received.get(b"content-type", "").partition(";")[0].strip().lower()
     return b"".join(chunks), kind or None
 
 

@@ -93,19 +93,19 @@ def decode_image(
     """
     limits = limits or ImageLimits()
     _check_bytes(len(data), limits)
-    found = _sniff(data)
-    if found is None:
+    kind = _sniff(data)
+    if kind is None:
         raise RequestError(
             f"the image's {len(data)} bytes are no PNG, JPEG or WebP; send one of these"
         )
     claimed = None if media_type is None else media_type.lower()
-    if claimed is not None and _ALIASES.get(claimed, claimed) != found:
-        raise RequestError(f"the image is sent as {media_type!r} but holds {found}; correct one")
-    if found == "image/webp":
+    if claimed is not None and _ALIASES.get(claimed, claimed) != kind:
+        raise RequestError(f"the image is sent as {media_type!r} but holds {kind}; correct one")
+    if kind == "image/webp":
         _check_size(*_webp_size(data), limits)
-    if found == "image/jpeg" and data.count(b"\xff\xda") > _MAX_SCANS:
+    if kind == "image/jpeg" and data.count(b"\xff\xda") > _MAX_SCANS:
         raise RequestError(f"the JPEG has more than {_MAX_SCANS} scans; save it as a baseline JPEG")
-    return DecodedImage(_decode(data, FORMATS[found], limits), hashlib.sha256(data).hexdigest())
+    return DecodedImage(_decode(data, FORMATS[kind], limits), hashlib.sha256(data).hexdigest())
 
 
 def _check_bytes(num_bytes: int, limits: ImageLimits) -> None:

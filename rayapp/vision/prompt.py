@@ -138,7 +138,7 @@ class _Growing:
     def add(
         self, hidden_KE: torch.Tensor, kept_K: torch.Tensor, num_tokens: int
     ) -> tuple[int, int]:
-        """Append K kept of ``num_tokens`` tokens; return their ``(start, stop)`` in the run tokens."""
+        """Append K kept of ``num_tokens`` tokens; return their span in the tokens run."""
         start = self.num_run
         self.hidden.append(hidden_KE)
         self.places.append(kept_K + self.num_unpruned)

@@ -63,13 +63,13 @@ class ImageCache:
 
         With ``cls_attention``, an image that was encoded without it does not count.
         """
-        found = self._images.get(key)
-        if found is None or (cls_attention and found.cls_attention_N is None):
+        image = self._images.get(key)
+        if image is None or (cls_attention and image.cls_attention_N is None):
             self._misses += 1
             return None
         self._hits += 1
         self._images.move_to_end(key)
-        return found
+        return image
 
     def put(self, key: tuple[str, str], image: EncodedImage) -> None:
         """Store an image in place of the older one of its key, and drop others to make room."""
@@ -157,12 +157,12 @@ class ImageReader:
 
     def _encoded(self, image: ImageInput, *, cls_attention: bool) -> EncodedImage:
         key = (image.digest, self._fingerprint)
-        found = self.cache.get(key, cls_attention=cls_attention)
-        if found is None:
-            found = self._adapter.encode(self.intake.decode(image), cls_attention=cls_attention)
-            self.cache.put(key, found)
-        if found.num_tokens != image.num_tokens:
+        encoded = self.cache.get(key, cls_attention=cls_attention)
+        if encoded is None:
+            encoded = self._adapter.encode(self.intake.decode(image), cls_attention=cls_attention)
+            self.cache.put(key, encoded)
+        if encoded.num_tokens != image.num_tokens:
             raise IntegrityError(
-                f"an image was taken in as {image.num_tokens} tokens but has {found.num_tokens}"
+                f"an image was taken in as {image.num_tokens} tokens but has {encoded.num_tokens}"
             )
-        return found
+        return encoded

@@ -4,8 +4,8 @@ It works after the projector, in the language model's input space: keep the ``nu
 that are best aligned with the prompt's text, then the ``num_keep`` most diverse of them (RepMax),
 and put them back in spatial order. Both stages are the paper's; the default of ``num_aligned``, 0.8
 N, is a third party's choice (project default), as is the rule that without text there is nothing to
-align with, so all tokens go on to the second stage. Shapes: B = images, N = visual tokens, M = text
-tokens, D = hidden size, K = tokens kept.
+align with, so all tokens go on to the second stage.
+Shapes: B = images, N = visual tokens, M = text tokens, D = hidden size, K = tokens kept.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ relevance of every token to the instruction, scaled to 0..1. A subset's determin
 its greedy maximum is found with Chen et al.'s incremental Cholesky rows (arXiv:1709.05135), one
 kernel row per step, so no N x N matrix exists. The paper takes relevance from CLIP's text encoder.
 Here it is the mean cosine with the prompt's text embeddings in the language model's input space,
-because the served model holds no text encoder (project default). Shapes: N = tokens, M = text
-tokens, K = tokens kept, D = hidden size.
+because the served model holds no text encoder (project default).
+Shapes: N = tokens, M = text tokens, K = tokens kept, D = hidden size.
 """
 
 from __future__ import annotations

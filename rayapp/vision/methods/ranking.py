@@ -2,7 +2,7 @@
 
 Sums of floats depend on the order in which a kernel adds, so equal tokens could get unequal scores.
 Here cosines are rounded to multiples of 2^-32 and then added as integers: sums are exact, tokens
-that differ by less than that are ties, and a row gives the same in a batch as alone.
+that differ by less than that are ties, and a row gets the same result in a batch as alone.
 The arithmetic before it is float64 on a CPU, float32 on a GPU, where float64 would cost more than
 the selection may (project default); near ties may fall differently there.
 Shapes: N = tokens, D = hidden size, K = tokens kept; ``...`` = any batch dimensions.

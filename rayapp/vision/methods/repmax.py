@@ -2,8 +2,8 @@
 
 The choice is greedy: start with the token of lowest mean cosine similarity to all, then add the one
 with the lowest mean cosine similarity to those chosen. The sum of cosines to the chosen is kept up
-to date, so a step costs one pass over the tokens and no N x N matrix exists. Shapes: B = images, N
-= tokens, D = hidden size, K = tokens kept.
+to date, so a step costs one pass over the tokens and no N x N matrix exists.
+Shapes: B = images, N = tokens, D = hidden size, K = tokens kept.
 """
 
 from __future__ import annotations
