@@ -128,9 +128,9 @@ def signature_of(model: PreTrainedModel) -> ModelSignature:
     state = model.state_dict()
     named = fingerprint_names(model.config, state)
     digest = weights_digest((name, state[key]) for key, name in named.items())
-    found = signature_from(model.config, digest)
-    model.rayapp_fingerprint = found.weights_fingerprint
-    return found
+    result = signature_from(model.config, digest)
+    model.rayapp_fingerprint = result.weights_fingerprint
+    return result
 
 
 def apply_stage(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreTrainedModel:
@@ -182,7 +182,7 @@ def _share(module: Any, configs: dict[int, Any]) -> Any:
     clone.__dict__.update(module.__dict__)
     # A hook on one copy must not run in the others.
     hooks = {n: v for n, v in module.__dict__.items() if "_hooks" in n and isinstance(v, dict)}
-    clone.__dict__.update({name: found.copy() for name, found in hooks.items()})
+    clone.__dict__.update({name: hook.copy() for name, hook in hooks.items()})
     clone._parameters = dict(module._parameters)
     clone._buffers = dict(module._buffers)
     clone._modules = {

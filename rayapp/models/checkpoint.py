@@ -118,8 +118,10 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
-        found = f"only {pickles[0]}, which can run code when read" if pickles else "no weights"
-        raise ModelError(f"{path}: has {found}; save it with safetensors (`model.save_pretrained`)")
+        content = f"only {pickles[0]}, which can run code when read" if pickles else "no weights"
+        raise ModelError(
+            f"{path}: has {content}; save it with safetensors (`model.save_pretrained`)"
+        )
     return {name: file for file in files for name in _names_in(file)}
 
 

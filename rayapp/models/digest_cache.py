@@ -76,8 +76,8 @@ class WeightFiles:
         """
         states = {}
         for file in sorted({*files}):
-            found = file.stat()
-            states[file.name] = (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            status = file.stat()
+            states[file.name] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         listed = hashlib.sha256("\n".join(sorted(names)).encode())
         return cls(directory, listed.hexdigest(), states)
 

@@ -68,13 +68,13 @@ class HealedWeights:
                 f"{file}: cannot be read as safetensors ({error}); restore the file that was "
                 "written with the plan, or search again"
             ) from None
-        found = digest.hexdigest()[:24]
-        if found != plan.healed:
+        actual = digest.hexdigest()[:24]
+        if actual != plan.healed:
             raise PlanError(
-                f"{file}: holds tensors {found}, the plan names {plan.healed}; restore the file "
+                f"{file}: holds tensors {actual}, the plan names {plan.healed}; restore the file "
                 "that was written with the plan, or search again"
             )
-        return cls(found, kept)
+        return cls(actual, kept)
 
     def dumps(self) -> bytes:
         """The content of ``weights.safetensors``."""
@@ -130,8 +130,8 @@ def _attached(model: Any) -> dict[str, dict[Stage, dict[str, nn.Parameter]]]:
     """By digest and stage; copies of the model's modules share it."""
     if not hasattr(model, "rayapp_healed"):
         model.rayapp_healed = {}
-    found: dict[str, dict[Stage, dict[str, nn.Parameter]]] = model.rayapp_healed
-    return found
+    tensors: dict[str, dict[Stage, dict[str, nn.Parameter]]] = model.rayapp_healed
+    return tensors
 
 
 def _parameter(

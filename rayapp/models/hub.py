@@ -149,14 +149,14 @@ def _snapshot(repo_id: str, revision: str | None) -> Path:
 
 
 def _download(repo_id: str, revision: str | None, *, local_files_only: bool) -> Path:
-    found = snapshot_download(
+    directory = snapshot_download(
         repo_id,
         revision=revision,
         allow_patterns=list(_ALLOWED),
         ignore_patterns=list(_IGNORED),
         local_files_only=local_files_only,
     )
-    return Path(found)
+    return Path(directory)
 
 
 def _cached(repo_id: str, revision: str | None, failure: Exception) -> Path:

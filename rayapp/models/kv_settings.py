@@ -75,11 +75,11 @@ def kv_settings(
     )
     decoder["windows"] = list(windows)
     decoder["rope"] = _rope(text)
-    found = {"decoder": decoder, "tied": bool(config.tie_word_embeddings)}
+    settings = {"decoder": decoder, "tied": bool(config.tie_word_embeddings)}
     if text is not config:
-        found["projector"] = _projector(config)
-        found["tower"] = _tower(config.vision_config)
-    plain: dict[str, Any] = _plain(found)
+        settings["projector"] = _projector(config)
+        settings["tower"] = _tower(config.vision_config)
+    plain: dict[str, Any] = _plain(settings)
     return plain
 
 
@@ -87,7 +87,9 @@ def _rope(text: PreTrainedConfig) -> dict[str, Any]:
     """What the rotary embedding is computed from."""
     given = {k: v for k, v in (text.rope_parameters or {}).items() if v is not None}
     kind = given.get("rope_type", "default")
-    if kind not in _SCALED_ROPE or any(isinstance(each, Mapping) for each in given.values()):
+    if kind not in _SCALED_ROPE or any(
+        isinstance(parameter, Mapping) for parameter in given.values()
+    ):
         return given | {"max_position_embeddings": text.max_position_embeddings}
     read = _ROPE | _SCALED_ROPE[kind]
     rope = {name: given.get(name, default) for name, default in read.items()}
@@ -119,9 +121,9 @@ def _tower(vision: PreTrainedConfig) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """JSON in which equal numbers are written alike: 10000 and 10000.0 are one RoPE base."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     if isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value if value is None or isinstance(value, str | bool | float) else str(value)

@@ -86,12 +86,12 @@ def load_model(
         PlanError: The plan was made for another model, or its healed tensors cannot be used.
     """
     checkpoint = Checkpoint(path)
-    found = checkpoint.signature()
+    signature = checkpoint.signature()
     plan = plan or PruningPlan()
-    plan.check_model(found)
+    plan.check_model(signature)
     model = empty_model(checkpoint.config, dtype)
     _read_generation_config(model, checkpoint.path)
-    model.rayapp_fingerprint = found.weights_fingerprint
+    model.rayapp_fingerprint = signature.weights_fingerprint
     healed = HealedWeights.load(plan, _stages(stage)) if plan.healed else None
     needed = _needed_names(model, plan, stage, healed)
     _fill(model, checkpoint, needed, _placement(model, device))
@@ -99,7 +99,7 @@ def load_model(
         attach(model, healed)
     loaded = sum({p.data_ptr(): p.nbytes for p in model.parameters() if not p.is_meta}.values())
     loaded += attached_bytes(model)
-    return LoadedModel(model, load_tokenizer(path), found, Path(path), loaded)
+    return LoadedModel(model, load_tokenizer(path), signature, Path(path), loaded)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -161,9 +161,9 @@ def _needed_names(
         return {name for name, _ in model.named_parameters()}
     return {
         name
-        for each in _stages(stage)
-        for name in _run_names(apply_modes(model, plan, each), each)
-        if healed is None or canonical_name(name) not in healed.stages[each]
+        for single_stage in _stages(stage)
+        for name in _run_names(apply_modes(model, plan, single_stage), single_stage)
+        if healed is None or canonical_name(name) not in healed.stages[single_stage]
     }
 
 

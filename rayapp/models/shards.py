@@ -33,14 +33,14 @@ def write_shards(
         SafetensorError: Likewise, where safetensors noticed it.
     """
     shards: list[list[str]] = []
-    held: dict[str, torch.Tensor] = {}
+    shard: dict[str, torch.Tensor] = {}
     total_bytes = 0
     for name, tensor in tensors:
-        if held and _bytes(held) + tensor.nbytes > max_shard_bytes:
-            shards.append(_flush(held, directory / _draft(len(shards))))
-        held[name] = tensor
+        if shard and _bytes(shard) + tensor.nbytes > max_shard_bytes:
+            shards.append(_flush(shard, directory / _draft(len(shards))))
+        shard[name] = tensor
         total_bytes += tensor.nbytes
-    shards.append(_flush(held, directory / _draft(len(shards))))
+    shards.append(_flush(shard, directory / _draft(len(shards))))
     names = _file_names(len(shards))
     for number, name in enumerate(names):
         (directory / _draft(number)).rename(directory / name)
@@ -50,16 +50,16 @@ def write_shards(
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _bytes(held: dict[str, torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in held.values())
+def _bytes(shard: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in shard.values())
 
 
-def _flush(held: dict[str, torch.Tensor], file: Path) -> list[str]:
+def _flush(shard: dict[str, torch.Tensor], file: Path) -> list[str]:
     """Write and free what is held; returns its names. Readable by others, as other files are."""
-    save_file(held, file, metadata={"format": "pt"})
+    save_file(shard, file, metadata={"format": "pt"})
     file.chmod(0o644)
-    names = list(held)
-    held.clear()
+    names = list(shard)
+    shard.clear()
     return names
 
 

@@ -72,8 +72,8 @@ class BlockStack:
         self.attends = tuple(mode.attends for mode in modes)
         self.writes_kv = tuple(mode.writes_kv for mode in modes)
         self._check_loaded()
-        held = [next(block.parameters(), None) for block in self._decoder.layers]
-        self.devices = tuple(self.device if p is None else p.device for p in held)
+        parameters = [next(block.parameters(), None) for block in self._decoder.layers]
+        self.devices = tuple(self.device if p is None else p.device for p in parameters)
         self._is_spread = any(device != self.device for device in self.devices)
 
     def _check_loaded(self) -> None:
