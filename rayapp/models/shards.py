@@ -1,4 +1,4 @@
-"""Tensors to the safetensors files of a checkpoint, in one pass, one file in memory at a time."""
+"""Writer of a checkpoint's safetensors files, in one pass, with one file in memory at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from rayapp.models.checkpoint import INDEX_FILE
 
 MAX_SHARD_BYTES = 4 * 10**9
-"""Tensors of one file, and so what is in memory at a time (project default)."""
+"""Most bytes of tensors in one file, and so in memory at a time (project default)."""
 
 
 def write_shards(
@@ -21,16 +21,16 @@ def write_shards(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write named tensors as transformers names its files: one file, or several and an index.
+    """Write named tensors to files named as transformers does: one file, or several and an index.
 
     Args:
-        directory: Where the files go; it exists.
-        tensors: Each is read when its turn comes, and freed with its file.
-        max_shard_bytes: Tensors of one file at most; a larger tensor has a file of its own.
+        directory: The existing directory for the files.
+        tensors: Names and tensors; a tensor is read in its turn, and freed with its file.
+        max_shard_bytes: Most bytes of tensors in one file; a larger tensor has its own file.
 
     Raises:
         OSError: The files cannot be written.
-        SafetensorError: Likewise, where safetensors noticed it.
+        SafetensorError: The files cannot be written, according to safetensors.
     """
     shards: list[list[str]] = []
     shard: dict[str, torch.Tensor] = {}
@@ -55,7 +55,7 @@ def _bytes(shard: dict[str, torch.Tensor]) -> int:
 
 
 def _flush(shard: dict[str, torch.Tensor], file: Path) -> list[str]:
-    """Write and free what is held; returns its names. Readable by others, as other files are."""
+    """Write a shard to a file that others may read, free its tensors, and return their names."""
     save_file(shard, file, metadata={"format": "pt"})
     file.chmod(0o644)
     names = list(shard)
@@ -64,7 +64,7 @@ def _flush(shard: dict[str, torch.Tensor], file: Path) -> list[str]:
 
 
 def _draft(number: int) -> str:
-    """A file's name until it is known how many there are."""
+    """Temporary name of a file, until the number of files is known."""
     return f"shard-{number}"
 
 
