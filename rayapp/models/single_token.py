@@ -45,7 +45,7 @@ class SingleTokenStack:
         cache: BlockCache,
         masks: Masks,
     ) -> torch.Tensor:
-        """Hidden states ``(B, 1, E)`` after all blocks, see ``BlockStack.run`` for the arguments."""
+        """Hidden states ``(B, 1, E)`` after all blocks; the arguments of ``BlockStack.run``."""
         if self._blocks is None:
             return self._stack.run(hidden_B1E, positions_B1, cache, masks)
         rotary = self._rotary(hidden_B1E, positions_B1)

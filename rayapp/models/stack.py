@@ -102,7 +102,7 @@ class BlockStack:
     def rotary(
         self, hidden_BTE: torch.Tensor, positions_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines ``(B or 1, T, D)`` of positions, with type and device of ``hidden_BTE``."""
+        """Cosines and sines ``(B or 1, T, D)`` of positions, in the type of ``hidden_BTE``."""
         return self._decoder.rotary_emb(hidden_BTE, position_ids=positions_BT.to(hidden_BTE.device))
 
     def embed(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
