@@ -83,4 +83,4 @@ class SearchError(RayappError):
 
 
 class IntegrityError(RayappError):
-    """Our own invariant is broken: a bug. The message holds the numbers."""
+    """An invariant of rayapp is broken, which is a bug; the message has the numbers."""

@@ -100,7 +100,7 @@ def resolve(amount: int | float, num_entries: int) -> int:
 
 
 class KVTransfer(Strict):
-    """Which entries of one block travel from prefill to decode, and how they are encoded.
+    """The rule for one block's KV: the entries that travel to decode, and their encoding.
 
     Without ``first`` and ``last``, all entries travel. Counts or shares refer to the entries left
     after visual pruning, in prompt order (PDTrim's first and last tokens, arXiv:2509.04467).
@@ -133,7 +133,7 @@ SEND_ALL = KVTransfer()
 
 
 class VisualTokens(Strict):
-    """Which visual tokens the prefill stage keeps (TrimTokenator, arXiv:2509.00320, and others).
+    """The rule for visual tokens in prefill (TrimTokenator, arXiv:2509.00320, and others).
 
     ``num_keep`` counts per image. ``sharing`` says how several images of a prompt share their total
     budget: ``equal`` leaves every image its own, ``diversity`` gives more to an image whose tokens

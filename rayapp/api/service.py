@@ -45,7 +45,7 @@ class ReplicaHealth(BaseModel):
 
 
 class HealthReport(BaseModel):
-    """Whether the service can answer requests now, and which replicas would.
+    """A report whether the service can answer requests now, and which replicas would.
 
     ``ready`` is false until every pool has a replica that answers; until then ``reason`` says in
     one line which part is missing.
@@ -71,7 +71,7 @@ class ServiceDescription:
         model_name: The name that requests must give as ``model``.
         max_model_len: Most tokens of prompt and answer together.
         vocab_size: Token ids lie in ``0..vocab_size - 1``.
-        tokenizer: Turns text into tokens and back; holds the chat template, if there is one.
+        tokenizer: The model's tokenizer, with the chat template if there is one.
         plan: The plan that both stages follow.
         mode: Whether prefill and decode run in separate pools or in one.
         created: Unix time, seconds.

@@ -100,12 +100,12 @@ class EvaluatorPool:
     """The compute of a search on a running Ray cluster; close it to give the actors back.
 
     Args:
-        score: Settings of the objective; every evaluator reads the model from its path.
-        compute: The number of evaluators (``workers``), of CPUs for one (``threads``), and the
-            device: CUDA takes one GPU per evaluator.
-        calibration: The calibration set, which is sent to every evaluator once.
-        heal_data: The data on which pairs are trained, which is sent to every evaluator once.
-        training: Settings of the training of pairs.
+        score: What is scored; every evaluator reads the model from its path.
+        compute: ``workers`` evaluators, each with ``threads`` CPUs, and one GPU where ``device``
+            is CUDA.
+        calibration: Sent to every evaluator once.
+        heal_data: What pairs are trained on; sent to every evaluator once.
+        training: How pairs are trained.
         start_timeout_s: How long to wait while no evaluator at all is running.
     """
 
@@ -182,7 +182,7 @@ class EvaluatorPool:
         """Call a function on one evaluator, and on another one if that is lost.
 
         Raises:
-            SearchError: The call lost too many evaluators, or failed in one.
+            SearchError: It lost too many evaluators, or failed in one.
             ClusterError: No evaluator could be placed in time.
         """
         for _ in range(MAX_LOSSES):
@@ -247,7 +247,7 @@ class EvaluatorPool:
             evaluator.healed.add(pair)
 
     def _wait(self) -> list[Any]:
-        """Return references of work that ended; evaluators that finished starting become idle."""
+        """References of work that ended; evaluators that finished starting become idle."""
         pending = [*self._busy, *self._starting]
         timeout = None if self._busy else self._start_timeout_s
         ready, _ = ray.wait(pending, num_returns=1, timeout=timeout)

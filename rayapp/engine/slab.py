@@ -1,7 +1,7 @@
 """The slab: preallocated KV of all running sequences, for every block where decode attends.
 
-A *group* is a set of blocks that always hold the same positions, because the plan cuts them alike
-and they share one sliding window; each group counts its own entries per slot. Active slots are the
+A *group* is a set of blocks that always have the same positions, because the plan cuts them alike
+and they share one sliding window; every group counts its own entries per slot. Active slots are the
 first ``B``, without a hole, so a step reads one slice. Positions ascend within a slot, so an entry
 that fell out of a sliding window never returns: a query sees one range ``low..used`` per slot, and
 if all slots have equal ranges no mask is needed.
@@ -26,7 +26,7 @@ from rayapp.plan import PruningPlan
 
 
 class BlockGroup:
-    """Keys, values and positions of blocks that always hold the same positions.
+    """Keys, values and positions of blocks that always have entries at the same positions.
 
     Args:
         blocks: Numbers of the blocks, ascending.

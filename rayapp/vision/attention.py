@@ -25,7 +25,7 @@ FASTV_BLOCK = 2
 
 @contextmanager
 def captured_cls_attention(tower: Any, feature_layer: int | list[int]) -> Iterator[list[Any]]:
-    """In this context, a run of the tower appends its CLS attention ``(P, N)`` to the yielded list.
+    """Let every run of the tower append its CLS attention ``(P, N)`` to the yielded list.
 
     The attention is that of the block whose output the projector takes, averaged over heads
     (FasterVLM, arXiv:2412.01818); if there are several feature layers, the last one counts.

@@ -32,7 +32,7 @@ _MAX_SCANS = 100
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """8-bit RGB pixels, upright, and a digest of the bytes that they came from."""
+    """A decoded image: upright 8-bit RGB pixels, and a digest of the bytes that they came from."""
 
     pixels: Image.Image
     digest: str

@@ -71,7 +71,7 @@ def num_unpruned(token_ids: Sequence[int], image_tokens: Sequence[int]) -> int:
 
 
 def check_places(token_ids: Sequence[int], image_token_id: int, num_images: int) -> None:
-    """Raise :class:`RequestError` unless the prompt holds exactly one placeholder per image."""
+    """Raise :class:`RequestError` unless the prompt has exactly one placeholder per image."""
     num_places = sum(token == image_token_id for token in token_ids)
     if num_places != num_images:
         raise RequestError(

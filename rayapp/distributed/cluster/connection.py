@@ -17,7 +17,7 @@ import ray
 from rayapp.errors import ClusterError
 
 REACH_TIMEOUT_S = 5.0
-"""Time limit for a cluster's address to accept a connection (project default)."""
+"""How long a cluster's address may take to accept a connection (project default)."""
 
 
 @contextmanager

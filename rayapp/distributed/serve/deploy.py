@@ -122,8 +122,8 @@ def running_service(
     """Run a service, which answers for as long as the context lasts.
 
     Args:
-        settings: The settings of the service.
-        address: The address of the cluster; None uses the connection of this process.
+        settings: What to serve.
+        address: Of the cluster; None uses the connection that this process has.
         ready_s: How long every pool together may take to answer, once placement is checked.
 
     Raises:
@@ -152,7 +152,7 @@ def apply(settings: ServiceSettings) -> None:
 
 
 def _wait_ready(settings: ServiceSettings, ready_s: float) -> dict[str, Any]:
-    """Return the body of ``/health`` once it says that every pool answers."""
+    """The body of ``/health`` once it says that every pool answers."""
     until_s, reason = time.monotonic() + ready_s, "the ingress does not answer yet"
     headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
     while time.monotonic() < until_s:
