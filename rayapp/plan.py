@@ -298,7 +298,7 @@ class PruningPlan(Strict):
             content["model"] = None
         if self.healed is None:  # Plans from before healing keep their fingerprint.
             del content["healed"]
-        if self.visual_tokens and self.visual_tokens.sharing == "equal":  # from before sharing, too
+        if self.visual_tokens and self.visual_tokens.sharing == "equal":  # So do older ones.
             del content["visual_tokens"]["sharing"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -114,7 +114,7 @@ class LocalPipeline:
 
     Args:
         model: A dense Hugging Face model.
-        tokenizer: Needed for text prompts, answer text and stop strings.
+        tokenizer: The model's tokenizer, needed for text prompts, answer text and stop strings.
         plan: The plan; None runs the dense model.
         max_num_seqs: Number of sequences that decode at once.
         max_model_len: Limit of prompt and answer tokens together; None takes the model's limit.
