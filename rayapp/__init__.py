@@ -1,4 +1,4 @@
-"""rayapp: prune a language model per inference stage, and serve prefill and decode apart on Ray.
+"""A language model pruned per inference stage, with prefill and decode served apart on Ray.
 
 The one artifact is a plan (:mod:`rayapp.plan`): searched by :mod:`rayapp.pruning`, realised by
 :mod:`rayapp.models`, executed by :mod:`rayapp.engine`, served by :mod:`rayapp.distributed`.

@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and what every one of them does with errors.
+"""The command line: the list of commands, and the handling of errors that they share.
 
 A command lives in a file of :mod:`rayapp.commands`, which is imported when the command is called:
 ``rayapp --help`` waits neither for torch nor for any settings. Bad input is one line and exit code
@@ -23,7 +23,7 @@ FIND, PROVE, SERVE, LOOK, MAKE = "Find", "Prove", "Serve", "Look", "The shipped 
 
 
 class Listed(NamedTuple):
-    """A command as ``rayapp --help`` lists it: its group, and what it does in one sentence."""
+    """A command as ``rayapp --help`` lists it: its group, and a summary in one sentence."""
 
     group: str
     summary: str
@@ -56,15 +56,15 @@ COMMANDS = {
 
 
 class Commands(TyperGroup):
-    """The commands of the table above; each is imported when it is called, not to be listed."""
+    """The group of all commands in the table above, which are imported only when called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Every command's name, by group."""
+        """Return the names of all commands, by group."""
         del ctx
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A command as it is listed: name, group and summary."""
+        """Return a command as it is listed: name, group and summary."""
         del ctx
         listed = COMMANDS.get(cmd_name)
         if listed is None:
@@ -72,15 +72,15 @@ class Commands(TyperGroup):
         return TyperCommand(cmd_name, help=listed.summary, rich_help_panel=listed.group)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that is called, with its options."""
+        """Return the command that is called, with its options."""
         name, listed, rest = super().resolve_command(ctx, args)
         return name, load(name) if name and listed else None, rest
 
 
 def load(name: str) -> Any:
-    """A command with its options, from its file in :mod:`rayapp.commands`."""
+    """Load a command with its options from its file in :mod:`rayapp.commands`."""
     module = importlib.import_module(f"rayapp.commands.{name.replace('-', '_')}")
-    if hasattr(module, "app"):  # a group of commands of its own, such as `plan`
+    if hasattr(module, "app"):  # The file defines a group of commands, such as `plan`.
         made = typer.main.get_command(module.app)
     else:
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

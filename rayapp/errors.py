@@ -7,13 +7,13 @@ and exit code 1; the HTTP layer maps classes to status codes by ``status``.
 
 
 class RayappError(Exception):
-    """The root: something that rayapp noticed and can explain."""
+    """The root of all errors that rayapp notices and can explain."""
 
     status = 500
 
 
 class InputError(RayappError):
-    """The user's input breaks a rule; nothing of ours is wrong."""
+    """The user's input breaks a rule; rayapp itself works as intended."""
 
     status = 400
 
@@ -47,13 +47,13 @@ class OverloadedError(RayappError):
 
 
 class DeadlineError(RayappError):
-    """A phase of a request outlived its deadline; what it held was freed."""
+    """A phase of a request outlived its deadline; its resources were freed."""
 
     status = 504
 
 
 class CancelledRequestError(RayappError):
-    """The client went away; what the request held was freed."""
+    """The client went away; the request's resources were freed."""
 
     status = 499
 
@@ -75,12 +75,12 @@ class WireError(TransferError):
 
 
 class ClusterError(RayappError):
-    """The Ray cluster cannot satisfy what was asked: placement, capacity, or reachability."""
+    """The Ray cluster cannot be reached, or cannot provide the placement or capacity needed."""
 
 
 class SearchError(RayappError):
-    """A search cannot go on; what was scored so far is in its journal."""
+    """A search cannot go on; the scores so far are in its journal."""
 
 
 class IntegrityError(RayappError):
-    """Our own invariant is broken: a bug. The message holds the numbers."""
+    """An invariant of rayapp is broken, which is a bug; the message has the numbers."""

@@ -1,12 +1,12 @@
-"""Exports plan and model as an ordinary Hugging Face checkpoint, for tools that know no plans.
+"""Export of a plan and its model as an ordinary Hugging Face checkpoint, for tools without plans.
 
 A checkpoint has no stages and no halves of blocks. So an export is one stage (or both, if they are
-one and the same model), and only if every block is whole or gone; the blocks that stay are numbered
-anew. The decode stage of a multimodal model never sees an image and is exported as the language
-model that it is.
+one and the same model), and every block must be whole or gone; the blocks that stay are numbered
+anew. The decode stage of a multimodal model never sees an image and is exported as the
+language model that it is.
 
-Tensors are copied one by one from the source's files, so memory has room for one shard at most;
-nothing is computed, no element changes, and plain transformers gives the logits of the stage.
+Tensors are copied one by one from the source's files, so memory has one shard at most. No element
+changes, and plain transformers gives the logits of the stage.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ logger = logging.getLogger(__name__)
 RECORD_FILE = "rayapp_export.json"
 
 Progress = Callable[[str, int, int], None]
-"""A callback with the current work, the number of its finished steps, and the number of all of
-them."""
+"""Function that is called with the name of the work, and the numbers of done and of all steps."""
 
 # Files beside weights and config.json that the exported model needs as well: the tokenizer in all
 # its spellings, image processing, generation, and the terms of use.
@@ -59,24 +58,23 @@ _CARRIED_FILES = (
     "additional_chat_templates/*", "*processor_config.json", "generation_config.json",
     "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-# Keys of the source that are dropped: custom code is never run, and a path belongs to one machine.
+# Settings that are not exported: custom code is never run, and a path is of another machine.
 _DROPPED_KEYS = ("auto_map", "_name_or_path")
 
 
 @dataclass(frozen=True)
 class ExportRecord:
-    """The origin of an exported checkpoint, stored beside it as ``rayapp_export.json``.
+    """Record of the origin of an exported checkpoint, beside it as ``rayapp_export.json``.
 
     Attributes:
         rayapp_version: Version of rayapp that exported.
-        stage: The stage that the checkpoint computes.
+        stage: Stage of the plan that was exported.
         plan_fingerprint: Fingerprint of the plan.
-        healed: Digest of the plan's healed tensors; the checkpoint has those of this stage.
-        source: The model that the plan was applied to.
-        kept_blocks: Source numbers of the checkpoint's blocks, in order.
-        removed_blocks: Source numbers of the blocks that are gone.
-        not_carried: Settings of the plan that a checkpoint cannot express, one sentence per
-            setting.
+        healed: Digest of the plan's healed tensors, those of this stage being in the checkpoint.
+        source: Signature of the model that the plan was applied to.
+        kept_blocks: For every block of the checkpoint, its number in the source.
+        removed_blocks: Blocks of the source that are gone.
+        not_carried: Sentences on parts of the plan that a checkpoint cannot express.
     """
 
     rayapp_version: str
@@ -89,15 +87,15 @@ class ExportRecord:
     not_carried: tuple[str, ...]
 
     def dumps(self) -> str:
-        """The record as readable JSON text."""
+        """Return the record as human-readable JSON text."""
         return json.dumps(asdict(self) | {"source": self.source.model_dump()}, indent=2) + "\n"
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor on its way: its name in the source, name and shape in the export.
+    """A tensor to export: its name in the source, its name and shape in the export.
 
-    ``healed`` is the tensor that replaces the source's, if there is one.
+    ``healed`` is the tensor that replaces the source's, if the plan has one.
     """
 
     source: str
@@ -107,7 +105,7 @@ class _Tensor:
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:
-    """Ignore the progress."""
+    """Ignore progress; nobody watches it."""
 
 
 def export_stage(
@@ -121,21 +119,21 @@ def export_stage(
 ) -> ExportRecord:
     """Write one stage of a plan as a checkpoint that ``from_pretrained`` loads.
 
-    ``out`` appears complete or not at all.
+    After this call ``out`` is either complete or does not exist.
 
     Args:
         model: The checkpoint directory that the plan was made for.
         plan: A plan, its file or its directory.
         stage: ``prefill``, ``decode``, or ``unified``: the one model that both stages are.
         out: Directory to make; it may exist, but only empty.
-        max_shard_bytes: Most bytes of a file's tensors; a larger tensor has a file of its own.
+        max_shard_bytes: Tensors of one file at most; a larger tensor has a file of its own.
         progress: Called after every tensor.
 
     Raises:
         PlanError: The stage keeps parts of blocks, the stages differ (``unified``), no block is
             left, healed tensors cannot be used, or the plan was made for another model.
         ModelError: The model directory is not a supported, complete safetensors checkpoint.
-        InputError: ``out`` is taken or cannot be written.
+        InputError: ``out`` is in use or cannot be written.
     """
     chosen = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
     checkpoint, target = Checkpoint(model), Path(out).resolve()
@@ -170,10 +168,12 @@ def export_stage(
 
 
 def kept_blocks(plan: PruningPlan, stage: Part, num_blocks: int) -> tuple[int, ...]:
-    """The blocks of a checkpoint of ``stage``; raises :class:`PlanError` if it cannot exist."""
+    """Blocks of a checkpoint of ``stage``; a :class:`PlanError` if it cannot be exported."""
     stages: tuple[Stage, ...] = STAGES if stage == "unified" else (stage,)
-    for member in stages:
-        _check_whole(plan, member, num_blocks, "--shared" if len(stages) == 2 else "--no-kv-modes")
+    for run_stage in stages:
+        _check_whole(
+            plan, run_stage, num_blocks, "--shared" if len(stages) == 2 else "--no-kv-modes"
+        )
     removed = {s: [b for b in range(num_blocks) if plan.mode(s, b) == Mode.REMOVED] for s in stages}
     if len(stages) == 2 and removed["prefill"] != removed["decode"]:
         raise PlanError(
@@ -190,7 +190,7 @@ def kept_blocks(plan: PruningPlan, stage: Part, num_blocks: int) -> tuple[int, .
 
 
 def _check_whole(plan: PruningPlan, stage: Stage, num_blocks: int, without_kv_modes: str) -> None:
-    """Raise an error for blocks that are neither whole nor gone, with the search option to use."""
+    """Raise if a block is neither whole nor gone, and name the option to search with instead."""
     modes = {b: plan.mode(stage, b) for b in range(num_blocks)}
     halves = {b: m for b, m in modes.items() if m not in (Mode.FULL, Mode.REMOVED)}
     if not halves:
@@ -206,12 +206,12 @@ def _check_whole(plan: PruningPlan, stage: Stage, num_blocks: int, without_kv_mo
 
 
 def _healed(plan: PruningPlan, stage: Part) -> Tensors:
-    """Tensors that replace the source's, by canonical name."""
+    """Healed tensors that replace the source's, by canonical name."""
     if plan.healed is None:
         return {}
     if stage != "unified":
         return HealedWeights.load(plan, (stage,)).stages[stage]
-    prefill, decode = (HealedWeights.load(plan).stages[member] for member in STAGES)
+    prefill, decode = (HealedWeights.load(plan).stages[name] for name in STAGES)
     apart = sorted(
         name
         for name in {*prefill, *decode}
@@ -227,7 +227,7 @@ def _healed(plan: PruningPlan, stage: Part) -> Tensors:
 
 
 def _not_carried(plan: PruningPlan, stage: Part, checkpoint: Checkpoint) -> Iterator[str]:
-    """Sentences about settings of the plan that the checkpoint cannot express."""
+    """Sentences on the parts of the plan that the checkpoint cannot express."""
     ruled = sorted(b for b in plan.kv_transfer if plan.transfer(b) != SEND_ALL)
     if ruled:
         yield f"kv_transfer of blocks {ruled}: it attends to every entry, unquantised"
@@ -253,7 +253,7 @@ def _check_free(target: Path) -> None:
 
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """A new directory beside ``target`` that takes its name on success, or else is removed."""
+    """Yield a sibling of ``target``, which takes its name on success and vanishes on failure."""
     target.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -265,7 +265,7 @@ def _appearing(target: Path) -> Iterator[Path]:
 
 
 def _write_config(checkpoint: Checkpoint, record: ExportRecord, directory: Path) -> None:
-    """Write the source's config.json with fewer blocks, otherwise as its author spelled it."""
+    """Write the source's config.json with fewer blocks, but keep its author's spelling."""
     raw = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
     text = text_config(checkpoint.config)
     changes = fewer_blocks(text.to_dict(), record.kept_blocks)
@@ -282,7 +282,7 @@ def _write_config(checkpoint: Checkpoint, record: ExportRecord, directory: Path)
 
 
 def _copy_files(source: Path, directory: Path) -> None:
-    """Copy tokenizer, templates and the like; weights and code stay."""
+    """Copy tokenizer, templates and the like, but neither weights nor code."""
     for pattern in _CARRIED_FILES:
         for file in source.glob(pattern):
             if file.is_file() and file.suffix not in (".safetensors", ".py", ".bin", ".pt"):
@@ -294,10 +294,10 @@ def _copy_files(source: Path, directory: Path) -> None:
 def _tensors(
     checkpoint: Checkpoint, record: ExportRecord, directory: Path, healed: Tensors
 ) -> list[_Tensor]:
-    """The tensors of the exported configuration, with their place in the source.
+    """List the tensors that the exported configuration needs, with their names in the source.
 
-    The exported model itself, on the meta device, lists the tensors, so an incomplete source is
-    noticed before anything is read. A tied head is left out, as the embedding stands for it.
+    The names come from the exported model itself, on the meta device, so an incomplete source is
+    noticed before a tensor is read. A tied head is left out, as the embedding stands for it.
     """
     model = empty_model(AutoConfig.from_pretrained(directory, local_files_only=True))
     model.tie_weights()
@@ -334,7 +334,7 @@ def _check_healed(healed: Tensors, shapes: Mapping[str, torch.Size]) -> None:
 def _read(
     checkpoint: Checkpoint, tensors: Sequence[_Tensor], progress: Progress
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read the tensors of the export under their new names, one at a time."""
+    """Read the tensors of the export one at a time, under their new names."""
     read = checkpoint.read(tensor.source for tensor in tensors)
     for done, (wanted, (_, stored)) in enumerate(zip(tensors, read, strict=True), start=1):
         value = stored if wanted.healed is None else wanted.healed.to(stored.dtype)

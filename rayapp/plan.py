@@ -1,8 +1,8 @@
-"""The one artifact: a pruning plan says what each inference stage computes and which KV travels.
+"""A pruning plan, rayapp's artifact: the computation of both stages, and the KV that travels.
 
-Plain data, no torch. A decoder block has two parts, attention and MLP, and one product, its KV. Per
-stage and block a plan names a :class:`Mode`; blocks that are not listed are computed in full. An
-empty plan is the dense model, exactly.
+A plan is plain data and needs no torch. A decoder block has two parts, attention and MLP, and one
+product, its KV. Per stage and block a plan names a :class:`Mode`; blocks that are not listed are
+computed in full. An empty plan is exactly the dense model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PLAN_FILE = "plan.json"
 HEALED_FILE = "weights.safetensors"
 
 FINGERPRINT_MARK = "v2:"
-"""What fingerprints begin with: the version of how they are made. Those of the first have none."""
+"""Prefix of a fingerprint: the version of its scheme. The first scheme has no prefix."""
 
 Stage = Literal["prefill", "decode"]
 STAGES: tuple[Stage, ...] = ("prefill", "decode")
@@ -42,7 +42,7 @@ Sharing = Literal["equal", "diversity"]
 
 
 class Mode(StrEnum):
-    """Which of attention, MLP and KV a stage computes in one block."""
+    """Mode of a block in one stage: which of attention, MLP and KV are computed."""
 
     FULL = "full"
     ATTENTION_ONLY = "attention_only"
@@ -53,22 +53,22 @@ class Mode(StrEnum):
 
     @property
     def attends(self) -> bool:
-        """Whether attention is computed."""
+        """True if attention is computed."""
         return self in (Mode.FULL, Mode.ATTENTION_ONLY)
 
     @property
     def has_mlp(self) -> bool:
-        """Whether the MLP is computed."""
+        """True if the MLP is computed."""
         return self in (Mode.FULL, Mode.MLP_ONLY, Mode.MLP_AND_KV)
 
     @property
     def writes_kv(self) -> bool:
-        """Whether keys and values are computed and kept."""
+        """True if keys and values are computed and kept."""
         return self.attends or self in (Mode.MLP_AND_KV, Mode.KV_ONLY)
 
     @property
     def removal(self) -> float:
-        """What this mode removes: half a block for a skipped attention, half for a skipped MLP."""
+        """Share of a block that this mode removes: half for attention, and half for the MLP."""
         return 0.5 * (not self.attends) + 0.5 * (not self.has_mlp)
 
 
@@ -79,7 +79,7 @@ STAGE_MODES: dict[Stage, frozenset[Mode]] = {
 
 
 def _count_or_share(value: object) -> object:
-    """A JSON integer is a count of entries (>= 0), a JSON float a share in [0, 1]."""
+    """Check an amount: a JSON integer is a count (>= 0), a JSON float a share in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{value!r} is neither a count (integer) nor a share (decimal number)")
     if isinstance(value, int) and value < 0:
@@ -93,14 +93,14 @@ CountOrShare = Annotated[StrictInt | StrictFloat, BeforeValidator(_count_or_shar
 
 
 def resolve(amount: int | float, num_entries: int) -> int:
-    """Entries that a count or a share stands for, of ``num_entries``; shares round up."""
+    """Resolve a count or a share of ``num_entries`` to a number of entries; shares round up."""
     if isinstance(amount, int):
         return min(amount, num_entries)
     return min(math.ceil(amount * num_entries - 1e-9), num_entries)
 
 
 class KVTransfer(Strict):
-    """Which entries of one block travel from prefill to decode, and how they are encoded.
+    """The rule for one block's KV: the entries that travel to decode, and their encoding.
 
     Without ``first`` and ``last``, all entries travel. Counts or shares refer to the entries left
     after visual pruning, in prompt order (PDTrim's first and last tokens, arXiv:2509.04467).
@@ -118,11 +118,11 @@ class KVTransfer(Strict):
 
     @property
     def keeps_all(self) -> bool:
-        """Whether every entry travels whatever the prompt's length."""
+        """True if every entry travels, whatever the prompt's length."""
         return self.first is None and self.last is None
 
     def counts(self, num_entries: int) -> tuple[int, int]:
-        """``(first, last)`` entries kept; ``(num_entries, 0)`` where they cover all."""
+        """Numbers of ``(first, last)`` entries kept; ``(num_entries, 0)`` if they cover all."""
         if self.keeps_all:
             return num_entries, 0
         first, last = resolve(self.first or 0, num_entries), resolve(self.last or 0, num_entries)
@@ -133,11 +133,11 @@ SEND_ALL = KVTransfer()
 
 
 class VisualTokens(Strict):
-    """Which visual tokens the prefill stage keeps (TrimTokenator, arXiv:2509.00320, and others).
+    """The rule for visual tokens in prefill (TrimTokenator, arXiv:2509.00320, and others).
 
-    ``num_keep`` is per image. ``sharing`` is how several images of a prompt share what they keep
-    together: ``equal`` leaves each its own budget, ``diversity`` gives more to an image whose
-    tokens differ more, among themselves and from other images (after arXiv:2512.22748).
+    ``num_keep`` counts per image. ``sharing`` says how several images of a prompt share their total
+    budget: ``equal`` leaves every image its own, ``diversity`` gives more to an image whose tokens
+    differ more, among themselves and from other images (after arXiv:2512.22748).
     """
 
     method: str = "trimtokenator"
@@ -154,10 +154,10 @@ class VisualTokens(Strict):
 
 
 class ModelSignature(Strict):
-    """What a plan must agree on with the model that it is applied to.
+    """Signature of a model; a plan can be applied only to a model with its signature.
 
     ``weights_fingerprint`` stands for all weights and for every setting that changes KV
-    (:mod:`rayapp.models.fingerprint`); its mark says how it was made.
+    (:mod:`rayapp.models.fingerprint`); its mark names the scheme.
     """
 
     model_type: str
@@ -169,13 +169,13 @@ class ModelSignature(Strict):
     weights_fingerprint: str
 
 
-def is_outdated(found: str, wanted: str) -> bool:
-    """Whether a weights fingerprint bears no mark, as those of the first scheme, and ours does."""
-    return wanted.startswith(FINGERPRINT_MARK) and not re.match(r"v\d+:", found)
+def is_outdated(recorded: str, wanted: str) -> bool:
+    """True if a weights fingerprint is of the first scheme, without a mark, and ours has a mark."""
+    return wanted.startswith(FINGERPRINT_MARK) and not re.match(r"v\d+:", recorded)
 
 
 def renewal_hint(directory: str | Path | None) -> str:
-    """What to do about a fingerprint of the first scheme in ``directory``, as a clause."""
+    """Remedy for a fingerprint of the first scheme in ``directory``, as a clause of an error."""
     return (
         "names its model by a fingerprint of an earlier release, which saw samples of the weights "
         f"only; `rayapp plan renew {directory or 'DIR'} --model MODEL` checks that it is of this "
@@ -189,16 +189,17 @@ class StagePlan(Strict):
     blocks: dict[int, Mode] = Field(default_factory=dict)
 
     def mode(self, block: int) -> Mode:
-        """The mode of ``block``; full where it is not listed."""
+        """The mode of ``block``, which is full if the block is not listed."""
         return self.blocks.get(block, Mode.FULL)
 
 
 class PruningPlan(Strict):
-    """What each stage computes, which KV travels, and for which model this was found.
+    """A plan: the computation of both stages, the KV that travels, and the model's signature.
 
     ``healed`` is the digest of the tensors in ``weights.safetensors`` beside the plan
-    (:mod:`rayapp.models.healed`): what survivors of a removal were retrained to. ``directory`` is
-    where a plan was read from, so that they are found; it is no part of the plan.
+    (:mod:`rayapp.models.healed`), the retrained weights of blocks that survive a removal.
+    ``directory`` is the place that a plan was read from, and so the place of those tensors; it is
+    no part of the plan.
     """
 
     version: Literal[1] = 1
@@ -263,16 +264,16 @@ class PruningPlan(Strict):
         return self.stage(stage).mode(block)
 
     def transfer(self, block: int) -> KVTransfer:
-        """The transfer rule of ``block``: all, in the model's own type, where none is listed."""
+        """The transfer rule of ``block``; by default, all entries in the model's own type."""
         return self.kv_transfer.get(block, SEND_ALL)
 
     def removed(self, stage: Stage) -> float:
-        """Blocks removed from ``stage``, parts counted one half."""
+        """Number of blocks removed from ``stage``, a part counting one half."""
         return sum(mode.removal for mode in self.stage(stage).blocks.values())
 
     @property
     def is_empty(self) -> bool:
-        """Whether this is the dense model."""
+        """True if this is the dense model."""
         return not (
             any(m != Mode.FULL for s in STAGES for m in self.stage(s).blocks.values())
             or any(rule != SEND_ALL for rule in self.kv_transfer.values())
@@ -283,7 +284,7 @@ class PruningPlan(Strict):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that changes the computation; provenance and spelling do not."""
+        """Hash of all fields that change the computation; provenance and spelling do not count."""
         content = self.model_dump(mode="json", exclude={"provenance"})
         for stage in STAGES:
             modes = content[stage]["blocks"]
@@ -295,27 +296,28 @@ class PruningPlan(Strict):
         }
         if self.is_empty:
             content["model"] = None
-        if self.healed is None:  # plans from before healing keep their fingerprint
+        if self.healed is None:  # Plans from before healing keep their fingerprint.
             del content["healed"]
-        if self.visual_tokens and self.visual_tokens.sharing == "equal":  # from before sharing, too
+        if self.visual_tokens and self.visual_tokens.sharing == "equal":  # So do older ones.
             del content["visual_tokens"]["sharing"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def directory(self) -> Path | None:
-        """Where this plan was read from, with its healed tensors; None where it was made here."""
+        """The directory of this plan and its healed tensors; None if it was made in memory."""
         return self._directory
 
     def with_healed(self, digest: str | None, directory: Path | None = None) -> PruningPlan:
-        """The same plan with these healed tensors, to be found in ``directory``."""
+        """Return the same plan with these healed tensors, which lie in ``directory``."""
         plan = PruningPlan.model_validate({**dict(self), "healed": digest})
         plan._directory = directory
         return plan
 
     def check_model(self, signature: ModelSignature) -> None:
-        """Raise :class:`PlanError` where the plan was made for another model.
+        """Raise :class:`PlanError` if the plan was made for another model.
 
-        Only the fields that differ are named. An empty plan without a signature fits every model.
+        The error names only the fields that differ. An empty plan without a signature fits every
+        model.
         """
         if self.model is None:
             return
@@ -333,7 +335,7 @@ class PruningPlan(Strict):
 
     @classmethod
     def parse(cls, text: str, *, source: str = "plan") -> PruningPlan:
-        """A plan from JSON text; raises :class:`PlanError` with the path of every broken rule."""
+        """Parse a plan from JSON text; a :class:`PlanError` names the path of every broken rule."""
         try:
             raw = json.loads(text, object_pairs_hook=_unique_keys)
         except json.JSONDecodeError as error:
@@ -351,7 +353,7 @@ class PruningPlan(Strict):
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
-        """A plan from its file, or from the directory that holds it; raises :class:`PlanError`."""
+        """Load a plan from its file or from the file's directory; may raise :class:`PlanError`."""
         file = Path(path)
         file = file / PLAN_FILE if file.is_dir() else file
         try:
@@ -366,7 +368,7 @@ class PruningPlan(Strict):
         return plan
 
     def dumps(self) -> str:
-        """Human-readable JSON text that :meth:`parse` reads back as an equal plan."""
+        """Return human-readable JSON text, which :meth:`parse` reads back as an equal plan."""
         return (
             json.dumps(self.model_dump(mode="json", exclude_none=True), indent=2, sort_keys=False)
             + "\n"
@@ -375,7 +377,7 @@ class PruningPlan(Strict):
     def save(self, directory: str | Path) -> Path:
         """Write the plan into ``directory`` (created if missing), atomically; returns the file.
 
-        Healed tensors that lie where the plan was read from are copied with it, before it.
+        The healed tensors beside the plan's own file are copied first.
         """
         target = Path(directory) / PLAN_FILE
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -389,7 +391,7 @@ class PruningPlan(Strict):
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key that stands twice would silently lose its first value."""
+    """Build a JSON object, and refuse repeated keys: one would silently lose its first value."""
     keys = [key for key, _ in pairs]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
@@ -398,7 +400,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _explain(error: Any) -> str:
-    """One line for one pydantic error: the path of the value, and the rule."""
+    """Describe a pydantic error in one line: the path of the value, and the rule."""
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"unknown key `{path}`; remove it or correct its spelling"

@@ -1,4 +1,4 @@
-"""What all settings share: strict models, one way to check them, and the names of common options.
+"""The base of all settings: strict models, one way to check them, and types of common options.
 
 A command's options are the fields of the settings models that it fills
 (:mod:`rayapp.commands.options`), so a field's type, default and description are written once, here
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rayapp.errors import InputError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-"""Element types that a checkpoint can be loaded in, and ``auto`` for its own."""
+"""Element types in which a checkpoint can be loaded; ``auto`` is its own."""
 
 ModelName = Annotated[
     str,
@@ -60,16 +60,16 @@ class Strict(BaseModel):
 
 
 class Settings(Strict):
-    """Values that a command is given."""
+    """Settings of a command, which its options fill."""
 
     @classmethod
     def checked(cls, **values: Any) -> Self:
-        """Settings from plain values; raises :class:`InputError` naming every bad one."""
+        """Make settings from plain values; an :class:`InputError` names every bad one."""
         return checked(cls, values)
 
 
 class ModelSource(Settings):
-    """Where a model comes from."""
+    """Settings that name a model."""
 
     model_config = ConfigDict(title="The model")
 
@@ -78,7 +78,7 @@ class ModelSource(Settings):
 
 
 class ModelSettings(ModelSource):
-    """Where a model comes from, in which element type and on which device it computes."""
+    """Settings that name a model, its element type and its device."""
 
     dtype: DTypeName = "auto"
     device: Device = "cpu"
@@ -90,21 +90,21 @@ _Settings = TypeVar("_Settings", bound=BaseModel)
 def checked(
     kind: type[_Settings], values: Mapping[str, Any], name: Callable[[str], str] = str
 ) -> _Settings:
-    """Settings of a kind; raises :class:`InputError` naming every bad value.
+    """Make settings of a kind; an :class:`InputError` names every bad value.
 
     Args:
-        kind: The settings' class.
-        values: By field.
-        name: What a field is called where its value was written.
+        kind: The class of the settings.
+        values: The values by field.
+        name: Function from a field to its name in the user's input, for errors.
     """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise InputError("; ".join(_explain(each, name) for each in error.errors())) from None
+        raise InputError("; ".join(_explain(fault, name) for fault in error.errors())) from None
 
 
 def filled(values: Mapping[str, Any], *kinds: type[Settings]) -> list[Any]:
-    """One settings object of every kind, each from the values that it has a field for.
+    """Make one settings object of every kind, from the values for which it has fields.
 
     Raises:
         InputError: Values are bad, or no kind has a field for them; all of them are named.
@@ -124,7 +124,7 @@ def filled(values: Mapping[str, Any], *kinds: type[Settings]) -> list[Any]:
 
 def _explain(error: Any, name: Callable[[str], str]) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
-    if not error["loc"]:  # a rule of several values, which its message names
+    if not error["loc"]:  # The rule concerns several values, which its message names.
         return message
     field, *path = map(str, error["loc"])
     return f"{'.'.join([name(field), *path])}={error['input']!r}: {message}"

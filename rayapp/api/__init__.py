@@ -1,7 +1,8 @@
 """OpenAI's HTTP interface over a token stream.
 
-Knows HTTP, text and tokens; knows neither ray nor where tokens come from: :class:`service.Service`
-is the whole of what it asks. Every field of a request is bounded before anything is tokenized, a
-field that we cannot honour is refused by name, and a client that leaves cancels its request.
-Rejected: the OpenAI server of another engine, which would bring that engine's scheduler with it.
+This package knows HTTP, text and tokens. It knows neither Ray nor where tokens come from: the
+protocol :class:`service.Service` is its only view of the engines. Every field of a request is
+bounded before anything is tokenized, a field that we cannot honour is refused by name, and a client
+that leaves cancels its request. Rejected: the OpenAI server of another engine, which would bring
+that engine's scheduler with it.
 """

@@ -1,4 +1,4 @@
-"""Who may call, and how much a caller may send: plain ASGI, in front of every route."""
+"""Two ASGI layers in front of every route: one checks the API key, one limits body sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OPEN_PATHS = frozenset({"/health"})
 
 
 def is_authorized(headers: Headers, key_digest: str | None) -> bool:
-    """Whether the headers carry the key; without a key, everyone may call."""
+    """True if the headers carry the key, or if the server has none."""
     if key_digest is None:
         return True
     scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -24,14 +24,14 @@ def is_authorized(headers: Headers, key_digest: str | None) -> bool:
 
 
 class RequireKey:
-    """Refuses every path without the key, those of ``OPEN_PATHS`` excepted."""
+    """ASGI layer that refuses requests without the key, except for the paths in ``OPEN_PATHS``."""
 
     def __init__(self, app: ASGIApp, key_digest: str) -> None:
         self._app = app
         self._key_digest = key_digest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on what may pass."""
+        """Pass an allowed request to the app; answer any other one with 401."""
         allowed = scope["type"] == "lifespan" or (
             scope["type"] == "http"
             and (
@@ -51,14 +51,14 @@ class RequireKey:
 
 
 class LimitBody:
-    """Refuses bodies of more than ``max_bytes``, declared or not, without keeping them."""
+    """ASGI layer that refuses bodies of more than ``max_bytes`` without keeping them."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on small bodies, count large ones."""
+        """Answer 413 if the declared length is too large; else count the bytes being read."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

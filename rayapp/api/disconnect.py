@@ -1,4 +1,4 @@
-"""A client that leaves cancels what runs for it, whether its answer is streamed or not."""
+"""A client that leaves cancels the work done for it, whether its answer is streamed or not."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Result = TypeVar("Result")
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of ``work``, which is cancelled as soon as the client has left.
+    """Return the result of ``work``, or cancel ``work`` as soon as the client has left.
 
-    Only one task may listen at a time: each message is handed out once.
+    Only one task may listen at a time, because ASGI hands out every message once.
 
     Args:
         receive: The ASGI channel, after the body was read.
-        work: What runs for the client.
+        work: The coroutine that computes the client's answer.
 
     Raises:
-        CancelledRequestError: The client left; ``work`` has ended and freed what it held.
+        CancelledRequestError: The client left; ``work`` has ended and freed its resources.
     """
     running, left = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
     try:
@@ -45,11 +45,11 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events.
+    """A response that streams server-sent events.
 
     Args:
         events: Encoded events.
-        source: What the events are made from; closed when they end or the client leaves. (Closing
+        source: The generator behind ``events``; closed when they end or the client leaves. (Closing
             ``events`` alone would not do: a generator that never began does not run its end.)
     """
 
@@ -64,7 +64,7 @@ class EventStream(Response):
         self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all events; returns silently where nobody listens any more."""
+        """Send all events; return silently if the client has left."""
         with suppress(CancelledRequestError, OSError):
             async with aclosing(self._source):
                 await unless_disconnected(receive, self._send(send))

@@ -6,5 +6,5 @@ import hashlib
 
 
 def digest_of(api_key: str) -> str:
-    """What a server keeps of a key: enough to recognise it, useless to whoever reads a log."""
+    """Digest of a key: it recognises the key, and is useless to a reader of logs."""
     return hashlib.sha256(api_key.encode()).hexdigest()

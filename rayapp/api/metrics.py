@@ -1,7 +1,7 @@
-"""Numbers for Prometheus: what this process saw, and what service and ledger say when asked.
+"""Numbers for Prometheus: this process's own counters, and gauges from the service and its ledger.
 
-Names follow vLLM's words. Each process that serves HTTP counts its own requests; pools and ledger
-are of the whole service. No request id is ever a label.
+Metric names follow vLLM's. Every process that serves HTTP counts its own requests; the numbers of
+pools and ledger cover the whole service. A request id is never a label.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SAVINGS = ("visual_tokens", "blocks", "tokens", "encoding")
 
 
 class ApiMetrics:
-    """Counters and histograms of one app; nothing of it is global."""
+    """Counters and histograms of one app, in a registry of its own."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -56,15 +56,15 @@ class ApiMetrics:
         self._responses.labels(path, str(status)).inc()
 
     def count_prompt(self, num_tokens: int) -> None:
-        """Count a prompt that was let in."""
+        """Count the tokens of an accepted prompt."""
         self._prompt_tokens.inc(num_tokens)
 
     def answer_observer(self) -> AnswerObserver:
-        """Watches one answer."""
+        """Return an observer for one answer."""
         return AnswerObserver(self)
 
     def observe_finished(self, timeline: Timeline, num_tokens: int, reason: str) -> None:
-        """Enter the phases of a finished answer."""
+        """Record how long every phase of a finished answer took."""
         spans = timeline.intervals()
         for key in spans.keys() & self._seconds.keys() - {"ttft_s"}:
             self._seconds[key].observe(max(spans[key], 0.0))
@@ -73,7 +73,7 @@ class ApiMetrics:
         self._finished.labels(reason).inc()
 
     def observe_tokens(self, gap_s: float, num_tokens: int, *, first: bool) -> None:
-        """Enter a batch of tokens and the time since the one before it."""
+        """Record a batch of tokens and the time since the batch before it."""
         self._answer_tokens.inc(num_tokens)
         if first:
             self._seconds["ttft_s"].observe(gap_s)
@@ -82,14 +82,14 @@ class ApiMetrics:
             self._seconds["itl_s"].observe(gap_s / num_tokens)
 
     def render(self, health: HealthReport, transfers: dict[str, Any] | None) -> bytes:
-        """Prometheus text; without a ledger its families are left out."""
+        """Return all metrics as Prometheus text; without a ledger, its families are left out."""
         snapshot = CollectorRegistry()
         snapshot.register(_Snapshot([*_pool_gauges(health), *_ledger_counters(transfers)]))  # type: ignore[arg-type]
         return generate_latest(self._registry) + generate_latest(snapshot)
 
 
 class AnswerObserver:
-    """Feeds the metrics from the batches of one answer."""
+    """Feeds the metrics with the token batches of one answer."""
 
     def __init__(self, metrics: ApiMetrics) -> None:
         self._metrics = metrics
@@ -114,7 +114,7 @@ class AnswerObserver:
 
 
 class _Snapshot:
-    """Families that were made elsewhere."""
+    """A Prometheus collector over metric families that are complete already."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = list(families)
@@ -170,14 +170,14 @@ def _ledger_counters(transfers: dict[str, Any] | None) -> list[Metric]:
 
 
 class CountResponses:
-    """Counts every response by its route's pattern and status; plain ASGI."""
+    """ASGI layer that counts every response by its route's pattern and its status."""
 
     def __init__(self, app: ASGIApp, metrics: ApiMetrics) -> None:
         self._app = app
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything on."""
+        """Pass the request to the app and count the response when it starts."""
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Error bodies for OpenAI's clients: ``{"error": {"message", "type", "param", "code"}}``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def error_response(
     code: str | None = None,
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
-    """An error with its status; those that pass by themselves carry ``Retry-After``."""
+    """An error response; a status that may pass by itself carries the header ``Retry-After``."""
     retry = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
     body = error_body(message, status, param=param, code=code)
     return JSONResponse(body, status_code=status, headers=retry | (headers or {}))
@@ -62,7 +62,7 @@ def error_body_of(error: Exception) -> dict[str, Any]:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Turn every exception of a route into a body of this shape."""
+    """Turn every exception of a route into an error body in OpenAI's form."""
     app.add_exception_handler(RayappError, _on_rayapp_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -82,7 +82,7 @@ def _on_http_exception(_: Request, error: Exception) -> JSONResponse:
 
 
 class AnswerBugs:
-    """Answers 500 to what nobody expected, logs it, and keeps the connection; plain ASGI.
+    """ASGI layer that logs an unexpected exception, answers 500 and keeps the connection.
 
     Starlette's own handler of ``Exception`` raises it again, which costs the connection.
     """
@@ -91,7 +91,7 @@ class AnswerBugs:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything on; an exception becomes an answer unless one has begun."""
+        """Call the app; an exception becomes an answer unless the answer has already begun."""
         begun = False
 
         async def watched(message: Message) -> None:

@@ -1,4 +1,4 @@
-"""The HTTP interface: OpenAI's routes, and our own, over a token stream."""
+"""The HTTP interface: OpenAI's routes and our own, over a service that streams tokens."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ def build_app(
     """An ASGI app over ``service``, with no state outside itself.
 
     Args:
-        service: Where tokens come from.
+        service: The source of tokens.
         key_digest: :func:`rayapp.api.access.digest_of` the key. Without it every caller is served;
             with it, only ``/health`` is open.
-        max_body_bytes: Larger request bodies are refused; None depends on whether images are taken.
+        max_body_bytes: Larger request bodies are refused; None takes a default that is larger for a
+            model that takes images.
     """
     if max_body_bytes is None:
         takes_images = service.description.images is not None
@@ -82,8 +83,8 @@ class AnswerRoutes:
     """Routes that take prompts.
 
     Args:
-        service: Where tokens come from.
-        metrics: What to count in.
+        service: The source of tokens.
+        metrics: The counters of this app.
     """
 
     def __init__(self, service: Service, metrics: ApiMetrics) -> None:
@@ -119,7 +120,7 @@ class AnswerRoutes:
         return await self._answer(body, request, requests, form, prefix="chatcmpl-")
 
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
-        """The token ids that a prompt stands for, all tokens of its images counted."""
+        """Return the token ids of a prompt, with all tokens of its images."""
         self._check_model(body.model)
         if body.messages is not None:
             prompt = await self._prompts.chat(body.messages)
@@ -147,10 +148,10 @@ class AnswerRoutes:
         """One request per answer, prompt by prompt; all are checked before any begins.
 
         Args:
-            body: Parameters.
-            prompts: In tokens.
-            default: Most answer tokens where the client does not say; cut to the room left.
-            rule: How to prune visual tokens, in place of the plan's.
+            body: The request's parameters.
+            prompts: The tokenized prompts.
+            default: Limit of answer tokens if the client sent none; cut to the room that is left.
+            rule: Rule for visual tokens that replaces the plan's.
         """
         limit, requests = self._served.max_model_len, []
         for prompt in prompts:
@@ -182,7 +183,7 @@ class AnswerRoutes:
         *,
         prefix: str,
     ) -> Response:
-        """Run all requests; the status waits for the first token: it may still be an error."""
+        """Run all requests; the status waits for the first token, which may be an error."""
         num_prompt_tokens = sum(r.num_prompt_tokens for r in requests[:: body.n])
         reply = Reply(prefix + uuid.uuid4().hex, self._served.model_name, form, num_prompt_tokens)
         deltas = merged(
@@ -201,18 +202,18 @@ class AnswerRoutes:
 
 
 async def _first(deltas: Any) -> Delta:
-    """The first delta; there always is one, or an error."""
+    """Return the first delta; a stream without one has raised an error."""
     delta: Delta = await anext(deltas)
     return delta
 
 
 class ViewRoutes:
-    """Routes that only look.
+    """Routes that only read the state of the service.
 
     Args:
-        service: Whom to ask.
-        metrics: What this process counted.
-        key_digest: Of the key; whoever lacks it sees of ``/health`` only whether it is well.
+        service: The service whose state is shown.
+        metrics: The counters of this process.
+        key_digest: The key's digest; without the key, ``/health`` shows only whether all is well.
     """
 
     def __init__(self, service: Service, metrics: ApiMetrics, key_digest: str | None) -> None:
@@ -222,11 +223,11 @@ class ViewRoutes:
         self._served = service.description
 
     async def models(self) -> dict[str, Any]:
-        """The one model that is served."""
+        """List the served model, the only one."""
         return {"object": "list", "data": [self._card()]}
 
     async def model(self, name: str) -> dict[str, Any]:
-        """One model by its name."""
+        """Describe the served model if it has this name."""
         if name != self._served.model_name:
             raise NotFoundError(
                 f"model `{name}` is not served here; ask for `{self._served.model_name}`"
@@ -234,11 +235,11 @@ class ViewRoutes:
         return self._card()
 
     async def transfers(self) -> JSONResponse:
-        """The ledger of KV transfers."""
+        """Return the ledger of KV transfers."""
         return JSONResponse(await self._service.transfers())
 
     async def health(self, request: Request) -> JSONResponse:
-        """200 when every pool answers, 503 before; only the key opens the replicas' details."""
+        """Answer 200 once every pool answers, else 503; details of replicas need the key."""
         report = await self._service.health()
         content: dict[str, Any] = {"ready": report.ready, "reason": report.reason}
         if is_authorized(request.headers, self._key_digest):
@@ -246,12 +247,12 @@ class ViewRoutes:
         return JSONResponse(content, status_code=200 if report.ready else 503)
 
     async def metrics(self) -> Response:
-        """Numbers for Prometheus."""
+        """Return the metrics as Prometheus text."""
         text = self._metrics.render(await self._service.health(), await self._ledger())
         return Response(text, media_type=_METRICS_TYPE)
 
     async def page(self) -> HTMLResponse:
-        """A page for people."""
+        """Return the status page, for people."""
         health = await self._service.health()
         return HTMLResponse(status_page(self._served, health, await self._ledger()))
 

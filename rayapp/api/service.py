@@ -1,7 +1,7 @@
-"""The token-stream seam: what the HTTP layer asks of whatever generates tokens.
+"""The interface between the HTTP layer and whatever generates tokens.
 
-The one that serves runs replicas on a Ray cluster; its twin, engines in one process, lives with
-the tests. One contract test holds both.
+It has two implementations: the served one runs replicas on a Ray cluster, and its twin, engines in
+one process, lives with the tests. Both must pass the same contract test.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ Pool = Literal["prefill", "decode", "unified"]
 
 
 class ReplicaHealth(BaseModel):
-    """One replica as it describes itself.
+    """A replica's description of itself.
 
-    ``dtype`` is the element type that it computes in; ``image_cache`` is there where it prefills
-    images.
+    ``dtype`` is the element type that it computes in; ``image_cache`` is set if it prefills images.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,10 +45,10 @@ class ReplicaHealth(BaseModel):
 
 
 class HealthReport(BaseModel):
-    """Whether requests would be answered now, and by whom.
+    """A report whether the service can answer requests now, and which replicas would.
 
-    ``ready`` is false until every pool has a replica that answers; ``reason`` then says what is
-    missing, in one line.
+    ``ready`` is false until every pool has a replica that answers; until then ``reason`` says in
+    one line which part is missing.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -59,24 +58,24 @@ class HealthReport(BaseModel):
     replicas: tuple[ReplicaHealth, ...] = ()
 
     def pools(self) -> dict[str, list[ReplicaHealth]]:
-        """The replicas by pool, names ascending."""
+        """Group the replicas by pool, in ascending order of names."""
         names = sorted({replica.pool for replica in self.replicas})
         return {name: [r for r in self.replicas if r.pool == name] for name in names}
 
 
 @dataclass(frozen=True)
 class ServiceDescription:
-    """What is served, known before any replica answers.
+    """The served model, plan and limits, known before any replica answers.
 
     Args:
         model_name: The name that requests must give as ``model``.
         max_model_len: Most tokens of prompt and answer together.
         vocab_size: Token ids lie in ``0..vocab_size - 1``.
-        tokenizer: Turns text into tokens and back; holds the chat template, if there is one.
-        plan: What the stages leave out.
-        mode: Prefill and decode apart, or together.
+        tokenizer: The model's tokenizer, with the chat template if there is one.
+        plan: The plan that both stages follow.
+        mode: Whether prefill and decode run in separate pools or in one.
         created: Unix time, seconds.
-        images: Checks and counts images; None where the model takes none.
+        images: The intake that checks and counts images; None if the model takes none.
     """
 
     model_name: str
@@ -89,7 +88,7 @@ class ServiceDescription:
     images: ImageIntake | None = None
 
     def check(self, request: GenerationRequest) -> None:
-        """Raise :class:`RequestError` where a request lies outside what is served."""
+        """Raise :class:`RequestError` if the request exceeds the limits of this service."""
         request.check_limits(
             max_model_len=self.max_model_len,
             vocab_size=self.vocab_size,
@@ -102,20 +101,20 @@ class Service(Protocol):
 
     @property
     def description(self) -> ServiceDescription:
-        """What is served; constant."""
+        """The description of the service, which never changes."""
         ...
 
     def generate(
         self, request: GenerationRequest, timeline: Timeline | None = None
     ) -> AsyncGenerator[TokenBatch, None]:
-        """The answer's tokens as they appear: gap-free, none twice, the last batch finished.
+        """Generate the answer's tokens as they appear, without gaps and without repetitions.
 
-        Nothing starts before the first item is asked for. The batch that ends the answer, and only
-        that one, carries a ``finish_reason``. Closing or cancelling the generator cancels the
-        request in whatever phase it is and frees what it holds.
+        Nothing starts before the first item is awaited. Only the last batch of an answer carries a
+        ``finish_reason``. Closing or cancelling the generator cancels the request in whatever phase
+        it is and frees its resources.
 
         Args:
-            request: Tokens and sampling; the limits are checked here.
+            request: The prompt's tokens and the sampling parameters; the limits are checked here.
             timeline: Marks on this process's clock, filled as phases begin and end; the caller
                 reads it afterwards. ``first_token_s`` and ``finished_s`` are the caller's.
 
@@ -128,9 +127,9 @@ class Service(Protocol):
         ...
 
     async def health(self) -> HealthReport:
-        """Who answers now. Never raises; an unreachable pool is a reason, not an error."""
+        """Report which replicas answer; an unreachable pool is reported, never raised."""
         ...
 
     async def transfers(self) -> dict[str, Any]:
-        """The ledger: ``{"totals": {...}, "links": [...], "recent": [...]}``, merged over all."""
+        """The merged ledger: ``{"totals": {...}, "links": [...], "recent": [...]}``."""
         ...

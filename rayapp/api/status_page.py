@@ -1,4 +1,4 @@
-"""The page at ``/``: what is served, what the plan leaves out, who answers, what has travelled."""
+"""The page at ``/``: the model, its plan block by block, the replicas, and the KV transferred."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _UNITS = ("B", "KB", "MB", "GB", "TB")
 def status_page(
     description: ServiceDescription, health: HealthReport, transfers: dict[str, Any] | None
 ) -> str:
-    """The page as HTML without any reference to the outside.
+    """Return the page as HTML that loads nothing from elsewhere.
 
     Args:
-        description: What is served.
-        health: Who answers now.
-        transfers: The ledger; None where it could not be had.
+        description: The served model, plan and limits.
+        health: The replicas that answer now.
+        transfers: The ledger; None if it could not be read.
     """
     source = resources.files("rayapp.api").joinpath("status.html.jinja").read_text("utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined)
@@ -38,7 +38,7 @@ def status_page(
 
 
 def readable_bytes(num_bytes: float) -> str:
-    """``1536 -> 1.5 KB``, where a kilobyte is 1,000 bytes."""
+    """Format a number of bytes for people: ``1536 -> 1.5 KB``, a kilobyte being 1,000 bytes."""
     value, unit = float(num_bytes), 0
     while abs(value) >= 1000 and unit < len(_UNITS) - 1:
         value, unit = value / 1000, unit + 1
@@ -46,7 +46,7 @@ def readable_bytes(num_bytes: float) -> str:
 
 
 def _stage_rows(plan: PruningPlan) -> list[tuple[str, list[tuple[int, str]]]]:
-    """Per stage the blocks with their modes; no blocks where the model is unknown."""
+    """A row per stage with the mode of every block; without blocks if the model is unknown."""
     num_blocks = plan.model.num_blocks if plan.model else 0
     return [
         (stage, [(block, str(Mode(plan.mode(stage, block)))) for block in range(num_blocks)])

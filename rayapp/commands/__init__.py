@@ -1,4 +1,4 @@
-"""One file a command: its options, and the one function of :mod:`rayapp.workflows` that it calls.
+"""The commands, one per file: its options, and the function of :mod:`rayapp.workflows` to call.
 
 ``rayapp X`` and ``python jobs/X.py`` are the same command, made of the same file. Options come from
 the settings models that they fill (:mod:`rayapp.commands.options`), so nothing is declared twice.

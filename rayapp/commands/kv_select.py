@@ -1,4 +1,4 @@
-"""``rayapp kv-select``: which KV of a plan travels."""
+"""``rayapp kv-select`` chooses the KV of a plan that travels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.settings import DTYPE_HELP, DType
 
 
-# What decode's first step is, and which visual tokens it sees, is the plan's to say.
+# The plan decides decode's first step and the visual tokens that it sees.
 @command(without=("first_token", "visual_tokens", "dtype"))
 def kv_select(
     score: ScoreSettings,
@@ -33,7 +33,7 @@ def kv_select(
     from rayapp.workflows.tables import kv_table
 
     logging.getLogger("rayapp").setLevel(logging.INFO)
-    if dtype in get_args(Encoding):  # as this option was called until it meant the same everywhere
+    if dtype in get_args(Encoding):  # This option's former meaning.
         typer.echo(f"--dtype {dtype} is taken as --encoding {dtype}; say so next time", err=True)
         choice = choice.model_copy(update={"encoding": dtype})
     else:

@@ -1,9 +1,9 @@
 """Options of a command, made of the settings models that it fills.
 
-A command is a function whose parameters are settings models, and options of its own where no
-settings hold them. Every field of a model becomes an option: its name, type, default and
-description are written once, in the model. A field may say more in ``json_schema_extra``:
-``{"option": "runs"}`` is the option's name where it differs from the field's, ``{"as_text": True}``
+A command is a function whose parameters are settings models, and further options of its own.
+Every field of a model becomes an option: its name, type, default and description are written once,
+in the model. A field may say more in ``json_schema_extra``:
+``{"option": "runs"}`` is the option's name if it differs from the field's, ``{"as_text": True}``
 takes text that the model itself reads, ``{"as_texts": True}`` takes such text several times, and
 ``{"envvar": "NAME"}`` reads an environment variable. Fields that are models or mappings are no
 options.
@@ -52,12 +52,12 @@ def command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command of a function: options of its settings models in place of the models.
 
-    Settings are checked before the function is called; what breaks a rule is named by its option.
+    Settings are checked before the function is called; an error names the option at fault.
     Models that have an option in common, such as ``--seed``, all receive its value.
 
     Args:
         without: Fields that this command leaves at their defaults.
-        defaults: Of options whose default is another one in this command than elsewhere.
+        defaults: Defaults of options that differ in this command from the model's.
     """
 
     def made(function: Callable[..., None]) -> Callable[..., None]:
@@ -125,7 +125,7 @@ def option_name(name: str) -> str:
 
 
 def _taken(info: FieldInfo, extra: dict[str, Any]) -> Any:
-    """The type that typer reads for a field; None where it is no option."""
+    """The type that typer reads for a field; None if the field is no option."""
     if extra.get("as_text"):
         return str if info.is_required() else str | None
     if extra.get("as_texts"):
@@ -134,7 +134,7 @@ def _taken(info: FieldInfo, extra: dict[str, Any]) -> Any:
 
 
 def _default(info: FieldInfo, *, as_text: bool) -> Any:
-    """What an option is where it is not given; text that the model would read is left to it."""
+    """The default of an option as typer shows it; a model's own text form is left to the model."""
     if info.is_required():
         return inspect.Parameter.empty
     default = info.get_default(call_default_factory=True)
@@ -157,7 +157,7 @@ def _annotated(taken: Any, name: str, default: Any, info: FieldInfo, extra: dict
 
 
 def _on_the_command_line(annotation: Any) -> Any:
-    """The type that typer reads; None where the field is no option."""
+    """The type that typer reads for an annotation; None if the field is no option."""
     if get_origin(annotation) is Annotated:
         return _on_the_command_line(get_args(annotation)[0])
     if annotation in _PLAIN:
@@ -166,7 +166,9 @@ def _on_the_command_line(annotation: Any) -> Any:
     if origin is Literal:
         return annotation
     if origin in (Union, UnionType):
-        taken = [_on_the_command_line(each) for each in arguments if each is not NoneType]
+        taken = [
+            _on_the_command_line(argument) for argument in arguments if argument is not NoneType
+        ]
         return taken[0] | None if len(taken) == 1 and taken[0] is not None else None
     if origin in (list, tuple, frozenset) and arguments:
         inner: Any = _on_the_command_line(arguments[0])
@@ -175,7 +177,7 @@ def _on_the_command_line(annotation: Any) -> Any:
 
 
 def _filled(kind: type[BaseModel], given: Mapping[str, Any], without: frozenset[str]) -> BaseModel:
-    """A settings model from the values of its options."""
+    """Fill a settings model with the values of its options."""
     names = {option.field: option.name for option in options_of(kind)}
     taken = {field: name for field, name in names.items() if name not in without}
     values = {field: given[name] for field, name in taken.items() if given[name] is not None}

@@ -1,4 +1,4 @@
-"""``rayapp report``: all that is known of a plan on one page."""
+"""``rayapp report`` draws all that is known of a plan on one page."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def report(
 
 
 def _measure(compute: ComputeSettings, plan: Path, **scored: object) -> None:
-    """Measure what every block costs alone; the page finds it beside the plan."""
+    """Measure the cost of every block alone; the page reads it from the file beside the plan."""
     from rayapp.evaluation.progress import shown_progress
     from rayapp.pruning.settings.score import ScoreSettings
     from rayapp.workflows.sensitivity import measure

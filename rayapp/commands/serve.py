@@ -71,7 +71,7 @@ def serve(
 
 
 def _placed(device: str | None, gpus: float | None) -> dict[str, Any]:
-    """Device and GPUs of a replica; either follows from the other."""
+    """Resolve device and GPUs of a replica; if one is missing, it follows from the other."""
     device = device or ("cuda" if gpus else "cpu")
     if gpus is None:
         gpus = 1.0 if device.startswith("cuda") else 0.0

@@ -71,7 +71,7 @@ def train_testbed(
 
 
 def _mix(text: str) -> dict[str, float]:
-    """``copy=0.5,add=2`` as weights; tasks that are not named weigh 1."""
+    """Parse ``copy=0.5,add=2`` as weights of tasks; tasks that are not named weigh 1."""
     from rayapp.testbed.tasks import TASKS
 
     pairs = [part.split("=") for part in text.split(",")] if text else []

@@ -1,9 +1,9 @@
-"""``score_many`` on Ray: evaluator actors, each with its own model, bit-equal to one process.
+"""Evaluators on Ray: actors with their own models, whose scores equal one process's bit for bit.
 
-Each evaluator reads the model from its path by itself, so no weights travel. Work goes where its
-chunk was computed before, to find cached states there. A lost evaluator's work is computed again on
-another, and a new evaluator is asked for in its place; evaluators that a growing cluster places
-later join in.
+Every evaluator reads the model from its path by itself, so no weights travel. Work goes to the
+evaluator that computed its chunk before, whose cached states it can use. The work of a lost
+evaluator is computed again on another one, and a new evaluator is requested in its place.
+Evaluators that a growing cluster places later join in.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from rayapp.pruning.settings.training import DEFAULT_TRAINING, Training
 logger = logging.getLogger(__name__)
 
 Piece = Work | Pair
-"""What one evaluator does at a time: candidates on a chunk, or one pair to train."""
+"""One piece of work for an evaluator: candidates on a chunk, or a pair to train."""
 
 START_TIMEOUT_S = 180.0
 MAX_LOSSES = 3
-"""Evaluators that one piece of work may lose before the search gives up on it."""
+"""Number of evaluators that one piece of work may lose before the search gives up on it."""
 
 
 class EvaluatorServer:
-    """What runs in an actor: an evaluator, loaded in :meth:`start` so that errors arrive whole."""
+    """The actor's class: an evaluator, loaded in :meth:`start` so that errors arrive whole."""
 
     def __init__(self) -> None:
         self._evaluator: Evaluator | None = None
@@ -52,13 +52,13 @@ class EvaluatorServer:
         calibration: Calibration,
         heal_data: Calibration | None,
     ) -> None:
-        """Load the model; returns when work can be done."""
-        score = located(score)  # a model of the Hub is read, or fetched, on this node
+        """Load the model, and return when the evaluator is ready for work."""
+        score = located(score)  # A model of the Hub is read or fetched on this node.
         self._evaluator = open_evaluator(score, compute, calibration)
         self._healer = open_healer(score, compute, training, self._evaluator, heal_data)
 
     def compute(self, work: Work) -> Done:
-        """One piece of work."""
+        """Compute one piece of work."""
         return compute_one(self._ready(), work)
 
     def heal(self, pair: Pair) -> HealedPair:
@@ -67,14 +67,14 @@ class EvaluatorServer:
         return self._healer.heal(pair)
 
     def add_healed(self, healed: HealedPair) -> None:
-        """Know a trained pair from now on."""
+        """Add a trained pair to the evaluator."""
         self._ready().add_healed(healed)
 
     def alive(self) -> None:
-        """Return: who answers is there."""
+        """Return at once, to show that the actor is alive."""
 
     def measure(self, function: Callable[..., Measured], *arguments: object) -> Measured:
-        """What a function of the evaluator returns."""
+        """Call a function with the evaluator and return its result."""
         return function(self._ready(), *arguments)
 
     def _ready(self) -> Evaluator:
@@ -84,9 +84,9 @@ class EvaluatorServer:
 
 @dataclass(eq=False)
 class _Evaluator:
-    """An actor, the chunks whose states it may still hold, and starts that failed before it.
+    """An actor, the chunks whose states it may still cache, and the failed starts before it.
 
-    ``healed`` are the trained pairs that it was sent.
+    ``healed`` are the trained pairs that were sent to it.
     """
 
     actor: Any
@@ -139,11 +139,11 @@ class EvaluatorPool:
 
     @property
     def num_evaluators(self) -> int:
-        """Evaluators that are ready or computing; while none is, the number asked for."""
+        """Number of evaluators that are ready or computing, or else the wanted number."""
         return len(self._idle) + len(self._busy) or self._num_wanted
 
     def run(self, work: Sequence[Work]) -> Iterator[Done]:
-        """Every piece of work once, as it finishes.
+        """Compute every piece of work once, and yield results as they finish.
 
         Raises:
             SearchError: A piece of work lost too many evaluators, or failed in one.
@@ -152,15 +152,15 @@ class EvaluatorPool:
         yield from self._results(list(work))
 
     def heal(self, pairs: Sequence[Pair]) -> Iterator[HealedPair]:
-        """Every pair trained once, as it finishes; errors as for :meth:`run`."""
+        """Train every pair once, and yield pairs as they finish; raises as :meth:`run` does."""
         yield from self._results(list(pairs))
 
     def add_healed(self, healed: HealedPair) -> None:
-        """Keep a trained pair for evaluators: each is sent it before work that needs it."""
+        """Keep a trained pair, which is sent to an evaluator before work that needs it."""
         self._healed[healed.pair] = ray.put(healed)
 
     def _results(self, waiting: list[Any]) -> Iterator[Any]:
-        """What evaluators make of every piece, as it finishes."""
+        """Yield the evaluators' results of all pieces as they finish."""
         losses: dict[Piece, int] = {}
         while waiting or self._busy:
             self._assign(waiting)
@@ -179,7 +179,7 @@ class EvaluatorPool:
     def measure(
         self, function: Callable[..., Measured], *arguments: object, pairs: Collection[Pair] = ()
     ) -> Measured:
-        """Measured on one evaluator, on another one if it is lost.
+        """Call a function on one evaluator, and on another one if that is lost.
 
         Raises:
             SearchError: It lost too many evaluators, or failed in one.
@@ -188,15 +188,15 @@ class EvaluatorPool:
         for _ in range(MAX_LOSSES):
             while not self._idle:
                 self._wait()
-            evaluator = self._idle[0]  # and it stays there if the function fails
+            evaluator = self._idle[0]  # It stays idle if the function fails.
             self._send_pairs(evaluator, frozenset(pairs))
             try:
-                found: Measured = _fetch(evaluator.actor.measure.remote(function, *arguments))
+                measured: Measured = _fetch(evaluator.actor.measure.remote(function, *arguments))
             except RayActorError as error:
                 self._idle.remove(evaluator)
                 self._lost(evaluator, error)
                 continue
-            return found
+            return measured
         raise SearchError(f"{MAX_LOSSES} evaluators died while measuring the model; see their logs")
 
     def close(self) -> None:
@@ -220,7 +220,7 @@ class EvaluatorPool:
             self._busy[self._submitted(evaluator, piece)] = (evaluator, piece)
 
     def _chosen(self, evaluator: _Evaluator, waiting: list[Any]) -> Piece:
-        """The next pair, or work on a chunk that the evaluator knows, or that nobody does."""
+        """Choose the next pair, or work on a chunk that the evaluator or nobody has cached."""
         running = [other for other, _ in self._busy.values()]
         taken = {chunk for other in [*self._idle, *running] for chunk in other.chunks}
 
@@ -229,11 +229,11 @@ class EvaluatorPool:
                 return False, False, 0
             return piece.chunk not in evaluator.chunks, piece.chunk in taken, piece.chunk
 
-        found: Piece = min(waiting, key=rank)
-        return found
+        chosen: Piece = min(waiting, key=rank)
+        return chosen
 
     def _submitted(self, evaluator: _Evaluator, piece: Piece) -> Any:
-        """A reference to the result; calls reach an actor in the order in which they were made."""
+        """Submit a piece; return a reference to its result. An actor keeps the order of calls."""
         if isinstance(piece, Pair):
             return evaluator.actor.heal.remote(piece)
         evaluator.chunks.add(piece.chunk)
@@ -241,7 +241,7 @@ class EvaluatorPool:
         return evaluator.actor.compute.remote(piece)
 
     def _send_pairs(self, evaluator: _Evaluator, pairs: frozenset[Pair]) -> None:
-        """Have an evaluator know pairs before the calls that follow."""
+        """Send pairs to an evaluator before the calls that follow."""
         for pair in sorted(pairs - evaluator.healed):
             evaluator.actor.add_healed.remote(self._healed[pair])
             evaluator.healed.add(pair)
@@ -268,9 +268,9 @@ class EvaluatorPool:
         return [reference for reference in ready if reference in self._busy]
 
     def _lost(self, evaluator: _Evaluator, error: RayActorError) -> None:
-        """Ask for another in its place, and whether the idle ones died too, as with their node.
+        """Request a new evaluator, and check whether the idle ones died too, with their node.
 
-        Only who answers gets work again, so a piece of work counts no loss that is not its own.
+        Only evaluators that answer get work again, so a piece counts no loss that is not its own.
         """
         logger.warning("an evaluator was lost, its work is computed again: %s", _first_line(error))
         ray.kill(evaluator.actor)
@@ -300,7 +300,7 @@ def _count_loss(losses: dict[Piece, int], piece: Piece) -> None:
 
 
 def _fetch(reference: Any) -> Any:
-    """A result; errors of ours are raised as they are, others as :class:`SearchError`."""
+    """Get a result; our own errors are raised unchanged, others as :class:`SearchError`."""
     try:
         return ray.get(reference)
     except RayTaskError as error:

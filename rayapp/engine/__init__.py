@@ -1,6 +1,6 @@
 """The engine: prefill, slot-based decode and the whole path in one process, without Ray.
 
-Invariant: what happens to one request never depends on which others share its batch (up to the
+Invariant: the answer to one request never depends on which others share its batch (up to the
 rounding of batched arithmetic). A prefill engine runs prompts one by one; a decode engine keeps
 one slot per sequence, and every block of a slot has its own number of entries, since plans cut KV
 per block. Rejected: a padded batch over one common length (wrong masks once blocks are ragged),

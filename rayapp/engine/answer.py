@@ -1,4 +1,4 @@
-"""One answer while it grows: how many tokens it has, and whether the latest one ends it."""
+"""The state of one growing answer: its number of tokens, and whether the latest token ends it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from rayapp.errors import RequestError
 
 
 class Answer:
-    """Counts the tokens of an answer and watches for its end. Replaying tokens rebuilds its state.
+    """Counts the tokens of an answer and detects its end; replaying its tokens rebuilds the state.
 
     Args:
-        request: What is being answered.
+        request: The request that is answered.
         eos_token_ids: Tokens that end an answer unless the request ignores them.
-        tokenizer: Needed where the request has stop strings.
+        tokenizer: The model's tokenizer, needed if the request has stop strings.
 
     Raises:
-        RequestError: Stop strings without a tokenizer.
+        RequestError: The request has stop strings and there is no tokenizer.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Answer:
         self.num_tokens = 0
 
     def take(self, token_id: int) -> FinishReason | None:
-        """Add a token; why the answer ends with it, or None."""
+        """Add a token; return why the answer ends with it, or None if it goes on."""
         self.num_tokens += 1
         if token_id in self._ends or self._completes_stop(token_id):
             return "stop"

@@ -1,6 +1,6 @@
-"""The KV channel: how a packed segment gets from the process that prefilled to that which decodes.
+"""The KV channel carries a packed segment from the prefilling process to the decoding one.
 
-Whoever conducts a request reserves room for its KV, opens a streaming call to a prefill stage, and
+The conductor of a request reserves room for its KV, opens a streaming call to a prefill stage, and
 owns the message at the end of that call until a decode stage has fetched it::
 
     async with channel.reserved(num_bytes), aclosing(...) as stream:
@@ -8,8 +8,8 @@ owns the message at the end of that call until a decode stage has fetched it::
         async with channel.received(stream) as handle:
             ...  # in the decode stage: message = await channel.fetch(handle)
 
-A channel moves opaque bytes; what they mean is checked by :func:`rayapp.kv.wire.unpack`. The
-in-process channel is the twin of the one over Ray's object store; one contract test holds both.
+A channel moves opaque bytes; :func:`rayapp.kv.wire.unpack` checks their meaning. The in-process
+channel is the twin of the one over Ray's object store; both must pass the same contract test.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from rayapp.errors import OverloadedError, TransferError
 class MessageStream(Protocol):
     """A streaming call that prefills: it yields one small item, then a KV message.
 
-    Whoever leaves it before its end closes it.
+    A caller that does not read it to its end must close it.
     """
 
     async def first(self) -> Any:
-        """The small item; raises whatever the call raises."""
+        """Return the small item, or raise the call's exception."""
         ...
 
     async def rest(self) -> Any:
-        """The message, in the form that this channel's handles hold, once the call has ended.
+        """Return the message once the call has ended, in the form that the channel's handles store.
 
         Raises:
-            TransferError: The producer died, or its call ended without a message. What the call
-                itself raises is raised as it was, here or by :meth:`KVChannel.fetch`.
+            TransferError: The producer died, or its call ended without a message. An exception of
+                the call itself is raised unchanged, here or by :meth:`KVChannel.fetch`.
         """
         ...
 
     async def aclose(self) -> None:
-        """Cancel the call, wherever it is; harmless where it has ended."""
+        """Cancel the call in whatever phase it is; a call that has ended is left alone."""
         ...
 
 
 class KVChannel(Protocol):
-    """Moves messages between stages. A handle is opaque, and small enough to travel by itself."""
+    """Moves messages between stages; its handles are opaque, and small enough to travel alone."""
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes for which room is reserved: 0 when idle."""
+        """Number of bytes for which room is reserved: 0 when idle."""
         ...
 
     def reserved(self, num_bytes: int) -> AbstractAsyncContextManager[None]:
@@ -64,29 +64,31 @@ class KVChannel(Protocol):
         waits until the bytes fit.
 
         Raises:
-            OverloadedError: They never fit.
+            OverloadedError: The bytes exceed the limit, so they would never fit.
         """
         ...
 
     def received(self, stream: Any) -> AbstractAsyncContextManager[Any]:
-        """Own the message at the end of a stream while the context lasts; gives its handle.
+        """Own the message at the end of a stream while the context lasts; yield its handle.
 
         Args:
             stream: A :class:`MessageStream` of this channel whose first item was read, and for
                 which room was reserved before it began.
 
         Raises:
-            TransferError: As of :meth:`MessageStream.rest`.
+            TransferError: The stream ended without a message, see :meth:`MessageStream.rest`.
         """
         ...
 
     @staticmethod
     async def fetch(handle: Any) -> np.ndarray:
-        """The message behind a handle, read-only, as often as needed, in whichever process asks.
+        """Return the message behind a handle, read-only.
+
+        Any process may call this, any number of times.
 
         Raises:
-            TransferError: The message was released or lost. What the prefill raised in its place
-                is raised as it was.
+            TransferError: The message was released or lost. An exception that the prefill raised
+                instead of a message is raised unchanged.
         """
         ...
 
@@ -95,13 +97,13 @@ class ByteBudget:
     """Counts pinned bytes against a limit; every channel uses it for its accounting.
 
     Args:
-        max_bytes: Limit, None for none.
+        max_bytes: Limit of pinned bytes, None for no limit.
     """
 
     def __init__(self, max_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes
         self.pinned_bytes = 0
-        self._turn = asyncio.Lock()  # its waiters are served in the order of their arrival
+        self._turn = asyncio.Lock()  # A lock serves its waiters in the order of their arrival.
         self._given = asyncio.Event()
 
     @asynccontextmanager
@@ -128,38 +130,38 @@ class ByteBudget:
 
 
 def without_message() -> TransferError:
-    """The error of a call that ended, or whose producer died, before its message."""
+    """The error for a call that ended, or whose producer died, before it sent its message."""
     return TransferError("a prefill ended without its KV message; prefill the prompt again")
 
 
 def after_release() -> TransferError:
-    """The error of a message that nobody owns any more."""
+    """The error for a message that nobody owns any more."""
     return TransferError("the KV message was released; prefill the prompt again")
 
 
 @dataclass(eq=False)
 class LocalHandle:
-    """A message of this process, None once released."""
+    """Handle of a message in this process; the message is None once released."""
 
     message: np.ndarray | None
 
 
 class LocalStream:
-    """The items of a prefill in this process.
+    """The stream of a prefill in this process.
 
     Args:
-        items: One small item, then a 1-D uint8 message, to which nobody writes any more.
+        items: Yields one small item, then a 1-D uint8 message, to which nobody writes any more.
     """
 
     def __init__(self, items: AsyncGenerator[Any, None]) -> None:
         self._items = items
 
     async def first(self) -> Any:
-        """The small item; see :class:`MessageStream`."""
+        """Return the small item; see :class:`MessageStream`."""
         return await anext(self._items)
 
     async def rest(self) -> np.ndarray:
-        """The message, read-only; see :class:`MessageStream`."""
+        """Return the message, read-only; see :class:`MessageStream`."""
         try:
             message: np.ndarray = (await anext(self._items)).view()
         except StopAsyncIteration:
@@ -174,10 +176,10 @@ class LocalStream:
 
 
 class LocalChannel:
-    """The channel within one process: no copy, only accounting.
+    """The channel within one process: it copies nothing and only counts bytes.
 
     Args:
-        max_pinned_bytes: Most bytes under way, None for no limit.
+        max_pinned_bytes: Limit of bytes on their way, None for no limit.
     """
 
     def __init__(self, *, max_pinned_bytes: int | None = None) -> None:
@@ -185,7 +187,7 @@ class LocalChannel:
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes for which room is reserved."""
+        """Number of bytes for which room is reserved."""
         return self._budget.pinned_bytes
 
     def reserved(self, num_bytes: int) -> AbstractAsyncContextManager[None]:
@@ -203,7 +205,7 @@ class LocalChannel:
 
     @staticmethod
     async def fetch(handle: LocalHandle) -> np.ndarray:
-        """The message, read-only; see :class:`KVChannel`."""
+        """Return the message, read-only; see :class:`KVChannel`."""
         if handle.message is None:
             raise after_release()
         return handle.message

@@ -1,7 +1,7 @@
-"""Decode: slots, continuous batching, one token per active sequence and step.
+"""The decode engine: slots, continuous batching, one token per active sequence and step.
 
-Sequences join (:meth:`DecodeEngine.admit`) and leave between steps; nothing is padded, nothing
-waits for the longest. Not thread-safe: one thread (or one lock) owns an engine.
+Sequences join (:meth:`DecodeEngine.admit`) and leave between steps; nothing is padded, and no
+sequence waits for the longest. An engine is not thread-safe: one thread (or one lock) owns it.
 Shapes: B = active sequences, V = vocabulary.
 """
 
@@ -30,7 +30,7 @@ from rayapp.plan import PruningPlan
 
 @dataclass
 class _Sequence:
-    """One active slot: ``pending`` tokens are still to be fed, the next at ``position``."""
+    """A sequence in its slot: ``pending`` tokens are still to be fed, the first at ``position``."""
 
     request: GenerationRequest
     answer: Answer
@@ -42,12 +42,12 @@ class DecodeEngine:
     """Runs the decode stage for up to ``max_num_seqs`` sequences at once.
 
     Args:
-        stack: The decode stage.
-        plan: How KV was cut, and which stage samples the first token.
-        max_num_seqs: Slots.
-        max_model_len: Entries per slot and block.
+        stack: The blocks of the decode stage.
+        plan: The plan, which says how KV was cut and which stage samples the first token.
+        max_num_seqs: Number of slots.
+        max_model_len: KV entries per slot and block.
         eos_token_ids: Tokens that end an answer.
-        tokenizer: Needed for requests with stop strings.
+        tokenizer: The model's tokenizer, needed for requests with stop strings.
     """
 
     def __init__(
@@ -68,27 +68,27 @@ class DecodeEngine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._tokenizer = tokenizer
         self._slab = Slab(stack, plan, num_slots=max_num_seqs, capacity=max_model_len)
-        self._sequences: list[_Sequence] = []  # index = slot
+        self._sequences: list[_Sequence] = []  # The index of a sequence is its slot.
         self._slots: dict[str, int] = {}
 
     @property
     def num_running(self) -> int:
-        """Active sequences."""
+        """Number of active sequences."""
         return len(self._sequences)
 
     @property
     def num_free(self) -> int:
-        """Free slots."""
+        """Number of free slots."""
         return self.max_num_seqs - len(self._sequences)
 
     @property
     def slab_bytes(self) -> int:
-        """Bytes set aside for KV; fixed by ``max_num_seqs x max_model_len``."""
+        """Number of bytes set aside for KV, fixed by ``max_num_seqs x max_model_len``."""
         return self._slab.nbytes
 
     @property
     def usage(self) -> float:
-        """Share of the slab's entries in use, 0 to 1; the share of slots where no block attends."""
+        """Share of the slab's entries in use, 0 to 1; if no block attends, the share of slots."""
         if not self._slab.num_entries:
             return self.num_running / self.max_num_seqs
         return self._slab.num_used / self._slab.num_entries
@@ -102,17 +102,17 @@ class DecodeEngine:
     ) -> int:
         """Copy a segment into a free slot; the sequence takes part from the next step on.
 
-        An older attempt of the same request gives up its slot first.
+        An older attempt of the same request loses its slot first.
 
         Args:
-            request: What is being answered.
-            segment: Its prompt's KV; free to be released when this returns.
-            first: The first answer token where prefill sampled it; it is not reported again.
+            request: The request that is answered.
+            segment: The KV of its prompt, which may be released when this returns.
+            first: The first answer token if prefill sampled it; it is not reported again.
             replay: Answer tokens that the client already has, from index 0. They are fed one by one
                 and neither sampled nor reported again, and replace ``first``.
 
         Returns:
-            The slot, which may change when others leave.
+            The slot's number, which may change when other sequences leave.
 
         Raises:
             OverloadedError: No slot is free.
@@ -144,18 +144,18 @@ class DecodeEngine:
         first: TokenBatch | None = None,
         replay: Sequence[int] = (),
     ) -> MessageSizes:
-        """:meth:`admit` the segment inside a message; what the message weighed.
+        """Check a message, :meth:`admit` its segment, and return the message's sizes.
 
         Args:
-            request: What is being answered.
-            message: Its prompt's KV; free to be released when this returns.
-            envelope: Whose KV the message must hold.
-            first: As of :meth:`admit`.
-            replay: Likewise.
+            request: The request that is answered.
+            message: The packed KV of its prompt, which may be released when this returns.
+            envelope: The envelope that the message must carry.
+            first: The first answer token, as in :meth:`admit`.
+            replay: Answer tokens that the client already has, as in :meth:`admit`.
 
         Raises:
-            WireError: The message is damaged, or holds other KV. Beside it, what :meth:`admit`
-                raises.
+            WireError: The message is damaged, or carries other KV. Errors of :meth:`admit` pass
+                through as well.
         """
         self.admit(request, unpack(message, envelope), first, replay)
         return message_sizes(message)
@@ -163,14 +163,14 @@ class DecodeEngine:
     def _check_segment(self, request: GenerationRequest, segment: KVSegment) -> None:
         kept = request.num_prompt_tokens - segment.num_visual_tokens_removed
         expected = num_prefilled(self.plan, kept)
-        found = (segment.num_prompt_tokens, segment.num_prefilled)
+        lengths = (segment.num_prompt_tokens, segment.num_prefilled)
         in_images = sum(image.num_tokens for image in request.images)
-        if found != (request.num_prompt_tokens, expected) or (
+        if lengths != (request.num_prompt_tokens, expected) or (
             segment.num_visual_tokens_removed > in_images
         ):
             raise WireError(
-                f"the KV segment is of {found[0]} prompt tokens, {found[1]} of them prefilled; the "
-                f"request has {request.num_prompt_tokens}, {expected} to prefill: prefill again"
+                f"the KV segment is of {lengths[0]} prompt tokens, {lengths[1]} of them prefilled; "
+                f"the request has {request.num_prompt_tokens}, {expected} to prefill: prefill again"
             )
         self._slab.check(segment)
         entries = max((entry.num_entries for entry in segment.blocks), default=0)
@@ -183,7 +183,7 @@ class DecodeEngine:
     def _sequence(
         self, request: GenerationRequest, next_position: int, sent: tuple[int, ...]
     ) -> _Sequence:
-        """The sequence, with what it is fed first: the last prompt token, tokens already sent."""
+        """Build a sequence; its first inputs are the last prompt token and tokens sent before."""
         decodes_first = self.plan.first_token == "decode"
         if not decodes_first and not sent:
             raise IntegrityError(
@@ -215,15 +215,15 @@ class DecodeEngine:
         self._free(slot)
 
     def step(self) -> list[TokenBatch]:
-        """Run one token of every active sequence; the new answer tokens, in slot order.
+        """Run one token of every active sequence; return the new answer tokens in slot order.
 
-        Sequences that still replay report nothing. Finished ones have left when this returns.
+        Sequences that still replay report nothing. Finished sequences have left when this returns.
         """
         return self.settle(self.advance()) if self._sequences else []
 
     @torch.inference_mode()
     def advance(self) -> torch.Tensor:
-        """Feed the next token of every active sequence; logits ``(B, V)`` of what follows."""
+        """Feed the next token of every active sequence; return the logits ``(B, V)`` after it."""
         sequences = self._sequences
         tokens_B1 = torch.tensor([[sequence.pending.popleft()] for sequence in sequences])
         positions_B = np.array([sequence.position for sequence in sequences])
@@ -237,7 +237,7 @@ class DecodeEngine:
 
     @torch.inference_mode()
     def settle(self, logits_BV: torch.Tensor) -> list[TokenBatch]:
-        """Sample from the logits of :meth:`advance`, and let finished sequences go."""
+        """Sample from the logits of :meth:`advance`, and remove finished sequences."""
         due = [slot for slot, sequence in enumerate(self._sequences) if not sequence.pending]
         if len(due) < len(self._sequences):
             logits_BV = logits_BV[due]
@@ -251,12 +251,12 @@ class DecodeEngine:
             for sequence, token_id, logprob in zip(sequences, tokens, logprobs, strict=True)
         ]
         finished = [slot for slot, batch in zip(due, batches, strict=True) if batch.finish_reason]
-        for slot in reversed(finished):  # from the end: the last active slot fills each hole
+        for slot in reversed(finished):  # From the end, because the last active slot fills a hole.
             self._free(slot)
         return batches
 
     def cancel(self, request_id: str) -> bool:
-        """Free a request's slot at once; whether it held one."""
+        """Free a request's slot at once; return whether the request had one."""
         slot = self._slots.get(request_id)
         if slot is None:
             return False
@@ -276,7 +276,7 @@ class DecodeEngine:
         self._slab.clear(last)
 
     def check_integrity(self) -> None:
-        """Raise :class:`IntegrityError` with the numbers where slots and entries disagree."""
+        """Raise :class:`IntegrityError` with the numbers if slots and entries disagree."""
         active, free = len(self._sequences), self.max_num_seqs - len(self._sequences)
         names = {s.request.request_id: slot for slot, s in enumerate(self._sequences)}
         if free < 0 or names != self._slots:
@@ -297,7 +297,7 @@ class DecodeEngine:
 
 
 def _batch(sequence: _Sequence, token_id: int, logprob: TokenLogprobs | None) -> TokenBatch:
-    """Take a sampled token into its answer."""
+    """Add a sampled token to its answer; return the batch to report."""
     request, index = sequence.request, sequence.answer.num_tokens
     reason: FinishReason | None = sequence.answer.take(token_id)
     sequence.pending.append(token_id)

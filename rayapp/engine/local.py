@@ -1,6 +1,6 @@
-"""The whole path in one process: prefill, wire, decode with continuous batching. The reference.
+"""The reference path in one process: prefill, wire, decode with continuous batching.
 
-What is served over two nodes must equal this token for token.
+The service over two nodes must give the same answers token for token.
 Shapes: C = answer tokens, V = vocabulary.
 """
 
@@ -43,10 +43,10 @@ class ImagePrompt:
     """A prompt with images.
 
     Args:
-        prompt: Text or token ids, with one placeholder per image.
+        prompt: A text or token ids, with one placeholder per image.
         images: Encoded images (bytes) or files, in the order of the placeholders.
-        text: The user's words, which images are aligned with; None is the prompt itself.
-        visual_tokens: Replaces the plan's rule; None follows the plan.
+        text: The user's words, with which images are aligned; None takes the prompt itself.
+        visual_tokens: Rule for visual tokens that replaces the plan's; None follows the plan.
     """
 
     prompt: str | Sequence[int]
@@ -60,11 +60,11 @@ Prompt = str | Sequence[int] | ImagePrompt
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished answer.
+    """A finished answer.
 
-    ``token_ids`` include the end-of-sequence token where one was generated; ``text`` leaves special
-    tokens out and ends before a stop string. ``transfer`` is None where nothing was sent, because
-    the first token was the last.
+    ``token_ids`` include the end-of-sequence token if one was generated; ``text`` leaves special
+    tokens out and ends before a stop string. ``transfer`` is None if no KV was sent because the
+    first token was the last.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -77,14 +77,14 @@ class Completion:
 
 
 def with_images(text: str, images: Sequence[ImageSource], pipeline: LocalPipeline) -> ImagePrompt:
-    """A prompt of words and images, which come first unless the words hold their placeholders."""
+    """A prompt of words and images; the images come first unless the words have placeholders."""
     place = pipeline.placeholder
     prompt = with_places(text, place, len(images))
     return ImagePrompt(prompt, images, text.replace(place, ""))
 
 
 def with_places(text: str, place: str, num_images: int) -> str:
-    """A prompt with a placeholder per image, which come first unless the words hold them."""
+    """A prompt text with a placeholder per image; they come first unless the words have them."""
     return text if place in text else f"{place}\n" * num_images + text
 
 
@@ -100,7 +100,7 @@ class _Run:
     transfer: TransferRecord | None = None
 
     def add(self, batch: TokenBatch) -> None:
-        """Take the tokens of one batch."""
+        """Add the tokens of one batch."""
         now_s = time.monotonic()
         self.token_ids.extend(batch.token_ids)
         self.logprobs.extend(batch.logprobs)
@@ -114,16 +114,16 @@ class LocalPipeline:
 
     Args:
         model: A dense Hugging Face model.
-        tokenizer: Needed for text prompts, answer text and stop strings.
-        plan: None is the dense model.
-        max_num_seqs: Sequences that decode at once.
-        max_model_len: Most tokens of prompt and answer; None is the model's own limit.
-        image_processor: Needed for prompts with images
+        tokenizer: The model's tokenizer, needed for text prompts, answer text and stop strings.
+        plan: The plan; None runs the dense model.
+        max_num_seqs: Number of sequences that decode at once.
+        max_model_len: Limit of prompt and answer tokens together; None takes the model's limit.
+        image_processor: The model's image processor, needed for prompts with images
             (:func:`rayapp.vision.llava.load_image_processor`).
 
     Raises:
         ModelError: The architecture is not supported.
-        PlanError: The plan was made for another model, or prunes visual tokens that it has not.
+        PlanError: The plan was made for another model, or prunes visual tokens of a text model.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class LocalPipeline:
 
     @property
     def placeholder(self) -> str:
-        """The text that stands for an image in a prompt; raises :class:`RequestError`."""
+        """The text that stands for an image in a prompt; :class:`RequestError` without images."""
         if self.images is None or self._tokenizer is None:
             raise RequestError(_NO_IMAGES)
         return str(self._tokenizer.convert_ids_to_tokens(self.images.intake.image_token_id))
@@ -156,7 +156,7 @@ class LocalPipeline:
         prompts: Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 - frozen
     ) -> list[Completion]:
-        """Answer prompts, in their order; one set of parameters, or one each.
+        """Answer prompts in their order, with one set of parameters for all or one per prompt.
 
         Raises:
             RequestError: A prompt is empty or too long, or an image unreadable; nothing was run.
@@ -177,7 +177,7 @@ class LocalPipeline:
     def answer_logits(
         self, prompt: Sequence[int] | ImagePrompt, answer_token_ids: Sequence[int]
     ) -> torch.Tensor:
-        """Logits ``(C, V)`` that predict each given answer token, through the path that serves.
+        """Logits ``(C, V)`` that predict every given answer token, computed on the serving path.
 
         Row ``i`` saw the prompt's KV as decode gets it, and answer tokens ``0..i-1``.
         """
@@ -240,7 +240,7 @@ class LocalPipeline:
         return tuple(self._tokenizer(prompt, add_special_tokens=special)["input_ids"])
 
     def _decode_engine(self, requests: Sequence[GenerationRequest]) -> DecodeEngine:
-        """An engine with room for the longest of the requests."""
+        """Build a decode engine with room for the longest of the requests."""
         needs = [r.num_prompt_tokens + r.sampling.max_tokens for r in requests]
         return self._stages.decode_engine(
             max_num_seqs=max(1, min(self.max_num_seqs, len(requests))),

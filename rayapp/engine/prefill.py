@@ -1,8 +1,7 @@
-"""Prefill: prompts through the prefill stage, to a first token and a KV segment each.
+"""The prefill engine runs prompts and gives a first token and a KV segment per prompt.
 
-Prompts enter as embeddings: those of their tokens, and of the image tokens that are kept. Prompts
-of which equally many tokens are run may share a pass, and their segments its memory; nothing is
-ever padded.
+Prompts enter as embeddings of their words and of the image tokens that are kept. Prompts with
+equally many tokens to run may share a pass, and their segments its memory; nothing is ever padded.
 
 Shapes: B = prompts of a pass, T = prompt tokens run, V = vocabulary.
 """
@@ -31,10 +30,10 @@ from rayapp.vision.reader import CacheCounts, ImageReader
 
 @dataclass(frozen=True)
 class PrefillOutput:
-    """What a prefill leaves behind.
+    """The result of one prefill: the first token and the KV to send.
 
-    ``first`` is None where decode samples the first token (``first_token: decode``). ``segment`` is
-    None where the answer ended with its first token (``first.finish_reason`` is set): nothing
+    ``first`` is None if decode samples the first token (``first_token: decode``). ``segment`` is
+    None if the answer ended with its first token (``first.finish_reason`` is set): then no KV
     travels.
     """
 
@@ -45,12 +44,12 @@ class PrefillOutput:
 
     @property
     def finished(self) -> bool:
-        """Whether the answer is complete."""
+        """True if the answer is complete."""
         return self.first is not None and self.first.finish_reason is not None
 
 
 def check_prunable(*, takes_images: bool) -> None:
-    """Raise :class:`PlanError` where a plan that prunes visual tokens has none to prune."""
+    """Raise :class:`PlanError` if a plan prunes visual tokens of a model without images."""
     if not takes_images:
         raise PlanError(
             "the plan prunes visual tokens, but this model takes no images (or its image "
@@ -59,15 +58,15 @@ def check_prunable(*, takes_images: bool) -> None:
 
 
 class PrefillEngine:
-    """Runs prompts, one by one or those of equal length together.
+    """Runs prompts one by one, or prompts of equal length together.
 
     Args:
-        stack: The prefill stage.
-        plan: What travels, and which stage samples the first token.
-        max_model_len: Most tokens of prompt and answer together.
+        stack: The blocks of the prefill stage.
+        plan: The plan, which says what travels and which stage samples the first token.
+        max_model_len: Limit of prompt and answer tokens together.
         eos_token_ids: Tokens that end an answer.
-        tokenizer: Needed for requests with stop strings.
-        images: Reads the images of prompts; None serves text only.
+        tokenizer: The model's tokenizer, needed for requests with stop strings.
+        images: The reader of images in prompts; None serves text only.
 
     Raises:
         PlanError: The plan prunes visual tokens in a way that this model does not allow.
@@ -97,15 +96,15 @@ class PrefillEngine:
 
     @property
     def image_cache(self) -> CacheCounts | None:
-        """The cache of encoded images, None where no images are taken; any thread may ask."""
+        """State of the cache of encoded images, None without images; any thread may read it."""
         return self._images.cache.counts if self._images else None
 
     def run(self, request: GenerationRequest) -> PrefillOutput:
         """Prefill one prompt.
 
         Raises:
-            RequestError: The prompt is empty, too long, has ids outside the vocabulary, or an image
-                that cannot be read.
+            RequestError: The prompt is empty or too long, or has ids outside the vocabulary or an
+                image that cannot be read.
             PlanError: The request's own ``visual_tokens`` cannot be applied.
         """
         begun_s = time.monotonic()
@@ -115,14 +114,14 @@ class PrefillEngine:
     def run_embedded(
         self, requests: Sequence[GenerationRequest], prompts: Sequence[PromptEmbeddings]
     ) -> list[PrefillOutput]:
-        """Prefill requests that were embedded, in one pass; equal to :meth:`run` up to rounding.
+        """Prefill embedded requests in one pass; the results equal :meth:`run` up to rounding.
 
         Args:
-            requests: Within the limits.
-            prompts: As :meth:`embed` gives them, with equally many tokens to run.
+            requests: Requests within the limits.
+            prompts: The embeddings of :meth:`embed`, with equally many tokens to run.
 
         Returns:
-            One output per request; each took the seconds of the pass, without the embedding.
+            One output per request; its seconds are those of the pass, without the embedding.
 
         Raises:
             RequestError: A request lies outside the limits.
@@ -164,7 +163,7 @@ class PrefillEngine:
 
     @torch.inference_mode()
     def embed(self, request: GenerationRequest) -> PromptEmbeddings:
-        """What is run of a request that lies within the limits; raises as :meth:`run` does."""
+        """The embeddings to run for a request within the limits; raises as :meth:`run` does."""
         token_ids = request.prompt_token_ids
         if self._images is None or not request.images:
             return text_prompt(token_ids, self.stack.embed)
@@ -177,7 +176,7 @@ class PrefillEngine:
         return self._images.embed(token_ids, request.images, rule, request.text_token_ids)
 
     def compute(self, prompt: PromptEmbeddings) -> tuple[torch.Tensor | None, KVSegment]:
-        """Logits ``(V,)`` of answer token 0, None where decode computes them; and the segment."""
+        """Logits ``(V,)`` of answer token 0 (None if decode computes them), and the segment."""
         logits_BV, segments = self.compute_batch([prompt])
         return None if logits_BV is None else logits_BV[0], segments[0]
 
@@ -185,7 +184,7 @@ class PrefillEngine:
     def compute_batch(
         self, prompts: Sequence[PromptEmbeddings]
     ) -> tuple[torch.Tensor | None, list[KVSegment]]:
-        """:meth:`compute` of prompts in one pass, each at its own positions; logits ``(B, V)``.
+        """Run :meth:`compute` for several prompts at their own positions; logits ``(B, V)``.
 
         Raises:
             IntegrityError: The prompts have unequal numbers of tokens to run.
@@ -218,7 +217,7 @@ class PrefillEngine:
         return logits_BV, segments
 
     def _row(self, cache: CaptureCache, number: int) -> CaptureCache:
-        """What one prompt of a pass wrote; shares memory with ``cache``."""
+        """The KV of one prompt of a pass; it shares memory with ``cache``."""
         row = CaptureCache.for_stack(self.stack)
         for block in cache.blocks:
             keys_BHND, values_BHND = cache.entries(block)
@@ -229,7 +228,7 @@ class PrefillEngine:
 def _sample(
     requests: Sequence[GenerationRequest], answers: Sequence[Answer], logits_BV: torch.Tensor
 ) -> list[TokenBatch]:
-    """The first token of every answer."""
+    """Sample the first token of every answer."""
     params = [request.sampling for request in requests]
     tokens = choose_tokens(logits_BV, params, [0] * len(requests))
     logprobs = token_logprobs(logits_BV, tokens, params)

@@ -1,4 +1,4 @@
-"""One request: what it asks for, the tokens that leave, and when each phase of its life began."""
+"""Plain data of one request: its prompt, the batches of its answer, and its timeline."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A tokenized prompt and how to answer it. ``request_id`` is made by us, never by a client.
+    """A tokenized prompt and the parameters of its answer.
 
-    The prompt holds one placeholder per image. ``text_token_ids`` are the user's words, which
-    images are aligned with. ``visual_tokens`` replaces the plan's rule for this request: any method
-    and any budget, up to all tokens.
+    ``request_id`` is made by the server, never by a client. The prompt has one placeholder per
+    image. ``text_token_ids`` are the user's words, with which images are aligned. ``visual_tokens``
+    replaces the plan's rule for this request: any method and any budget, up to all tokens.
     """
 
     request_id: str
@@ -34,7 +34,7 @@ class GenerationRequest:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Length of the unpruned prompt, all tokens of its images counted."""
+        """Number of tokens of the unpruned prompt, with all tokens of its images."""
         in_images = sum(image.num_tokens for image in self.images)
         return len(self.prompt_token_ids) - len(self.images) + in_images
 
@@ -48,12 +48,12 @@ class GenerationRequest:
     def check_limits(
         self, *, max_model_len: int, vocab_size: int, image_token_id: int | None = None
     ) -> None:
-        """Raise :class:`RequestError` where prompt or answer lie outside what the engines can hold.
+        """Raise :class:`RequestError` if prompt or answer exceed the limits of the engines.
 
         Args:
-            max_model_len: Most tokens of prompt and answer together.
-            vocab_size: Token ids lie in ``0..vocab_size - 1``.
-            image_token_id: The placeholder; None where the model takes no images.
+            max_model_len: Limit of prompt and answer tokens together.
+            vocab_size: Size of the vocabulary: token ids lie in ``0..vocab_size - 1``.
+            image_token_id: The id of the image placeholder; None if the model takes no images.
         """
         self._check_images(image_token_id)
         length, limit = self.num_prompt_tokens, self.sampling.max_tokens
@@ -82,7 +82,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural-log probability of an answer token, and of the best ``(token id, logprob)``."""
+    """Natural-log probability of an answer token, and the best ``(token id, logprob)`` pairs."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
@@ -92,9 +92,8 @@ class TokenLogprobs:
 class TokenBatch:
     """Consecutive answer tokens of one request, the first of them at ``first_index`` of the answer.
 
-    The end-of-sequence token is included when it was generated. ``finish_reason`` is set on the
-    last batch. ``logprobs`` holds one entry per token where the request asked for them, else
-    nothing.
+    The end-of-sequence token is included if it was generated. ``finish_reason`` is set on the last
+    batch. ``logprobs`` has one entry per token if the request wants log-probabilities, else none.
     """
 
     request_id: str
@@ -107,7 +106,7 @@ class TokenBatch:
 
 @dataclass
 class Timeline:
-    """Seconds on the monotonic clock of one process at which each phase of a request began."""
+    """Seconds on the monotonic clock of one process at which the phases of a request began."""
 
     arrived_s: float = field(default_factory=time.monotonic)
     prefill_started_s: float | None = None
@@ -117,7 +116,7 @@ class Timeline:
     finished_s: float | None = None
 
     def intervals(self) -> dict[str, float]:
-        """``queue_s, prefill_s, handoff_s, ttft_s, decode_s, e2e_s``, where both ends are known."""
+        """Durations ``queue_s, prefill_s, handoff_s, ttft_s, decode_s, e2e_s`` with known ends."""
         spans = {
             "queue_s": (self.arrived_s, self.prefill_started_s),
             "prefill_s": (self.prefill_started_s, self.prefill_finished_s),
@@ -134,7 +133,7 @@ class Timeline:
 
 
 def merged(batches: list[TokenBatch]) -> TokenBatch:
-    """Consecutive batches of one attempt as one."""
+    """Merge consecutive batches of one attempt into one."""
     first, last = batches[0], batches[-1]
     return TokenBatch(
         request_id=first.request_id,
@@ -147,7 +146,7 @@ def merged(batches: list[TokenBatch]) -> TokenBatch:
 
 
 def after(batch: TokenBatch, num_sent: int) -> TokenBatch | None:
-    """What ``batch`` adds to an answer of which ``num_sent`` tokens are out; None if nothing."""
+    """The part of ``batch`` after the ``num_sent`` tokens that were sent; None if there is none."""
     skip = num_sent - batch.first_index
     if skip >= len(batch.token_ids):
         return None

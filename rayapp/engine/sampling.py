@@ -1,8 +1,8 @@
-"""Choosing the next token of many sequences at once, each by its own parameters.
+"""Sampling: the next token of many sequences at once, every one with its own parameters.
 
-The noise of an answer token is one number that depends on ``(seed, index of the token)`` alone, so
-a token never depends on its neighbours in the batch, and a replayed request goes on as it would
-have.
+The noise of an answer token is one number that depends only on ``(seed, index of the token)``. So a
+token never depends on its neighbours in the batch, and a replayed request continues as it would
+have without the interruption.
 Shapes: B = sequences, V = vocabulary.
 """
 
@@ -26,15 +26,15 @@ def noise(seed: int, index: int) -> float:
 def choose_tokens(
     logits_BV: torch.Tensor, params: Sequence[SamplingParams], indices: Sequence[int]
 ) -> list[int]:
-    """One token id per row.
+    """Choose one token id per row.
 
     Rows with ``temperature`` 0 take the largest logit, ties go to the lowest id. The others are
     drawn from ``softmax(logits / temperature)`` in float64, cut to ``top_k`` and then ``top_p``.
 
     Args:
-        logits_BV: Unmodified logits.
-        params: Parameters per row.
-        indices: Index of the token within its answer, per row.
+        logits_BV: Logits as the model computed them.
+        params: Sampling parameters of every row.
+        indices: Index of the token within its answer, for every row.
     """
     chosen: list[int] = logits_BV.argmax(dim=-1).tolist()
     drawn = [row for row, p in enumerate(params) if p.temperature > 0.0]
@@ -52,7 +52,10 @@ def choose_tokens(
 def _draw(
     logits_BV: torch.Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
 ) -> list[int]:
-    """Inverse of the cumulative distribution; tokens by falling probability, ties by lowest id."""
+    """Draw by inverting the cumulative distribution, over tokens sorted by falling probability.
+
+    Equal probabilities are sorted by token id, lowest first.
+    """
     values_BV, order_BV = torch.sort(logits_BV, dim=-1, descending=True, stable=True)
     temperature_B1 = _column([p.temperature for p in params], logits_BV)
     scaled_BV = (values_BV - values_BV[:, :1]) / temperature_B1
@@ -61,7 +64,7 @@ def _draw(
     rank_V = torch.arange(vocab_size, device=logits_BV.device)
     probabilities_BV = torch.softmax(scaled_BV.masked_fill(rank_V >= top_k_B1, -torch.inf), dim=-1)
     before_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV
-    # A token stays while those before it have not reached top_p: the first always does.
+    # A token stays while the tokens before it have not reached top_p, so the first always stays.
     top_p_B1 = _column([p.top_p for p in params], logits_BV)
     probabilities_BV = probabilities_BV.masked_fill((before_BV >= top_p_B1) & (rank_V > 0), 0.0)
     cumulative_BV = probabilities_BV.cumsum(dim=-1)
@@ -79,15 +82,15 @@ def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
 def token_logprobs(
     logits_BV: torch.Tensor, token_ids: Sequence[int], params: Sequence[SamplingParams]
 ) -> list[TokenLogprobs | None]:
-    """Log-probabilities of the chosen tokens under the unmodified logits, None where not asked for.
+    """Log-probabilities of the chosen tokens under the unmodified logits, None for a row without.
 
     A token's own value and its value among the best are the same float.
     """
     results: list[TokenLogprobs | None] = [None] * len(token_ids)
-    asked = [row for row, p in enumerate(params) if p.logprobs is not None]
-    if not asked:
+    rows = [row for row, p in enumerate(params) if p.logprobs is not None]
+    if not rows:
         return results
-    for row, logprobs_V in zip(asked, log_softmax64(logits_BV[asked]), strict=True):
+    for row, logprobs_V in zip(rows, log_softmax64(logits_BV[rows]), strict=True):
         best = params[row].logprobs or 0
         # A stable sort, because topk leaves open which of equal values comes first.
         order_V = torch.sort(logprobs_V, descending=True, stable=True).indices[:best]

@@ -1,4 +1,4 @@
-"""How an answer's tokens are chosen; plain data, without torch."""
+"""Sampling parameters of an answer as plain data, without torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from rayapp.settings import Strict
 
 
 class SamplingParams(Strict):
-    """How answer tokens are chosen and when an answer ends.
+    """Settings that choose the tokens of an answer and end it.
 
-    The noise of answer token ``i`` depends on ``(seed, i)`` alone, so a replayed request continues
-    as it would have.
+    The noise of answer token ``i`` depends only on ``(seed, i)``, so a replayed request continues
+    as it would have without the interruption.
     """
 
     model_config = ConfigDict(title="How answers are sampled")

@@ -1,13 +1,13 @@
 """The slab: preallocated KV of all running sequences, for every block where decode attends.
 
-A *group* is a set of blocks that always hold the same positions, because the plan cuts them alike
-and they share one sliding window; each group counts its own entries per slot. Active slots are the
+A *group* is a set of blocks that always have the same positions, because the plan cuts them alike
+and they share one sliding window; every group counts its own entries per slot. Active slots are the
 first ``B``, without a hole, so a step reads one slice. Positions ascend within a slot, so an entry
-that fell out of a sliding window never returns: what a query sees is one range ``low..used`` per
-slot, and where all slots have equal ranges no mask is needed.
+that fell out of a sliding window never returns: a query sees one range ``low..used`` per slot, and
+if all slots have equal ranges no mask is needed.
 
-Freed entries are zeroed. A masked entry counts with weight 0, and 0 x inf is NaN: what one request
-left behind must never reach another.
+Freed entries are zeroed. A masked entry counts with weight 0, but 0 x inf is NaN, so the numbers of
+one request must never stay for another.
 Shapes: N = blocks of a group, S = slots, H = KV heads, L = entries per slot, D = head dimension,
 B = active slots, K = entries attended to.
 """
@@ -26,14 +26,14 @@ from rayapp.plan import PruningPlan
 
 
 class BlockGroup:
-    """Keys, values and positions of blocks that always hold the same positions.
+    """Keys, values and positions of blocks that always have entries at the same positions.
 
     Args:
-        blocks: Their numbers, ascending.
-        window: Their sliding window, None for full attention.
-        shape_SHLD: Slots, KV heads, entries per slot, head dimension.
-        dtype: Of keys and values.
-        device: Of keys and values.
+        blocks: Numbers of the blocks, ascending.
+        window: The sliding window of the blocks, None for full attention.
+        shape_SHLD: Numbers of slots, KV heads, entries per slot, and the head dimension.
+        dtype: Element type of keys and values.
+        device: Device of keys and values.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class BlockGroup:
         self.used_S = np.zeros(num_slots, dtype=np.int64)
         self.low_S = np.zeros(num_slots, dtype=np.int64)
         self._slots = np.arange(num_slots)
-        # Each block's memory as rows of D: a step writes one row per active slot and head.
+        # A block's memory seen as rows of D: a step writes one row per active slot and head.
         self._key_rows = self.keys_NSHLD.flatten(1, 3).unbind()
         self._value_rows = self.values_NSHLD.flatten(1, 3).unbind()
         heads_SH = np.arange(num_slots * num_heads).reshape(num_slots, num_heads)
@@ -65,7 +65,7 @@ class BlockGroup:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
+        """Number of bytes of keys and values."""
         return self.keys_NSHLD.nbytes + self.values_NSHLD.nbytes
 
     def load(self, slot: int, entries: Sequence[BlockKV]) -> None:
@@ -87,7 +87,7 @@ class BlockGroup:
         self.used_S[target], self.low_S[target] = used, self.low_S[source]
 
     def clear(self, slot: int) -> None:
-        """Empty one slot."""
+        """Empty one slot and zero its entries."""
         used = int(self.used_S[slot])
         for tensor in (self.keys_NSHLD, self.values_NSHLD):
             tensor[:, slot, :, :used] = 0
@@ -95,7 +95,7 @@ class BlockGroup:
         self.used_S[slot] = self.low_S[slot] = 0
 
     def begin_step(self, positions_B: np.ndarray) -> torch.Tensor | None:
-        """Take one more entry in every active slot; the step's mask ``(B, 1, 1, K)``, if needed."""
+        """Claim an entry in every active slot; return a mask ``(B, 1, 1, K)`` if one is needed."""
         num_active = len(positions_B)
         slots, used_B = self._slots[:num_active], self.used_S[:num_active]
         self.positions_SL[slots, used_B] = positions_B
@@ -113,7 +113,7 @@ class BlockGroup:
         return torch.from_numpy(mask_BK).to(self.keys_NSHLD.device)[:, None, None]
 
     def _leave_window(self, positions_B: np.ndarray) -> np.ndarray:
-        """First entry that each active slot's query still sees."""
+        """Index of the first entry that the query of an active slot still sees, for every slot."""
         num_active = len(positions_B)
         low_B = self.low_S[:num_active]
         if self.window is not None:
@@ -125,7 +125,7 @@ class BlockGroup:
     def update(
         self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, index: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the step's entries (T = 1) of block number ``index`` here; what it attends to."""
+        """Write the step's entries (T = 1) of block ``index``; return the KV to attend to."""
         self._key_rows[index].index_copy_(0, self._rows, keys_BHTD.flatten(0, 2))
         self._value_rows[index].index_copy_(0, self._rows, values_BHTD.flatten(0, 2))
         return self._keys[index], self._values[index]
@@ -135,10 +135,10 @@ class Slab:
     """All groups of one decode stage; a ``BlockCache`` for steps of one token per active slot.
 
     Args:
-        stack: The decode stage.
-        plan: Which blocks attend, and how their KV was cut.
-        num_slots: Sequences that run at once.
-        capacity: Entries per slot and block.
+        stack: The blocks of the decode stage.
+        plan: The plan, which says which blocks attend and how their KV was cut.
+        num_slots: Number of sequences that run at once.
+        capacity: Number of entries per slot and block.
     """
 
     def __init__(
@@ -167,25 +167,25 @@ class Slab:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, whether used or not."""
+        """Number of bytes of keys and values, in use or not."""
         return sum(group.nbytes for group in self.groups)
 
     @property
     def num_used(self) -> int:
-        """Entries in use, summed over blocks and slots."""
+        """Number of entries in use, summed over blocks and slots."""
         return sum(len(group.blocks) * int(group.used_S.sum()) for group in self.groups)
 
     @property
     def num_entries(self) -> int:
-        """Entries that there are, summed over blocks and slots."""
+        """Number of all entries, in use or not, summed over blocks and slots."""
         return sum(len(group.blocks) * group.positions_SL.size for group in self.groups)
 
     def check(self, segment: KVSegment) -> None:
-        """Raise :class:`WireError` where a segment is not exactly what this stage attends to."""
-        found = tuple(entry.block for entry in segment.blocks)
-        if found != self.blocks:
+        """Raise :class:`WireError` if a segment is not exactly the KV that this stage needs."""
+        blocks = tuple(entry.block for entry in segment.blocks)
+        if blocks != self.blocks:
             raise WireError(
-                f"the KV segment holds blocks {list(found)}, decode attends in blocks "
+                f"the KV segment holds blocks {list(blocks)}, decode attends in blocks "
                 f"{list(self.blocks)}; "
                 "prefill and decode must run the same plan"
             )
@@ -196,12 +196,12 @@ class Slab:
             shape = (heads, positions_N.shape[0], dim)
             for block in group.blocks:
                 entry = by_block[block]
-                found_kv = {(t.dtype, tuple(t.shape)) for t in (entry.keys_HND, entry.values_HND)}
-                if found_kv != {(self._dtype, shape)} or not torch.equal(
+                layouts = {(t.dtype, tuple(t.shape)) for t in (entry.keys_HND, entry.values_HND)}
+                if layouts != {(self._dtype, shape)} or not torch.equal(
                     entry.positions_N, positions_N
                 ):
                     raise WireError(
-                        f"block {block} has keys and values {found_kv}, expected {self._dtype} "
+                        f"block {block} has keys and values {layouts}, expected {self._dtype} "
                         f"{shape} at the positions of block {group.blocks[0]}; prefill again"
                     )
 
@@ -222,7 +222,7 @@ class Slab:
             group.clear(slot)
 
     def begin_step(self, positions_B: np.ndarray) -> dict[int, torch.Tensor | None]:
-        """Take one more entry in every active slot and block; the step's masks by block."""
+        """Claim an entry in every active slot and block; return the step's masks by block."""
         masks: dict[int, torch.Tensor | None] = {}
         for group in self.groups:
             mask = group.begin_step(positions_B)
@@ -233,13 +233,13 @@ class Slab:
     def update(
         self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, block: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the step's entries of ``block``; keys and values ``(B, H, K, D)`` to attend to."""
+        """Write the step's entries of ``block``; return the KV ``(B, H, K, D)`` to attend to."""
         group, index = self._places[block]
         return group.update(keys_BHTD, values_BHTD, index)
 
 
 def _alike(stack: BlockStack, plan: PruningPlan) -> list[tuple[int, ...]]:
-    """Blocks where decode attends that share a device, and rule and window: so, equal entries."""
+    """Group the blocks where decode attends by device, rule and window, so by equal entries."""
     groups: dict[object, list[int]] = {}
     for block in range(stack.num_blocks):
         if stack.attends[block]:

@@ -1,8 +1,8 @@
 """Both stages of a plan over one model in one process, and the handoff between them.
 
-Prefill, wire, decode and the ledger's record are put together here for whoever has no network in
-between. KV is packed, checked and unpacked as if it travelled: what is served over two nodes must
-equal this token for token.
+This module joins prefill, wire, decode and the ledger's record without a network in between. KV is
+packed, checked and unpacked as if it travelled: the service over two nodes must give the same
+answers token for token.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ NODE = "local"
 
 
 class Stages:
-    """The prefill engine of a model, decode engines for it, and what passes between them.
+    """The prefill engine of a model, its decode engines, and the handoff between them.
 
     Args:
         model: A dense model, whose weights both stages share.
-        tokenizer: Needed for stop strings.
-        plan: None is the dense model.
-        max_model_len: Most tokens of prompt and answer; None is the model's own limit.
-        images: Needed for prompts with images.
+        tokenizer: The model's tokenizer, needed for stop strings.
+        plan: The plan; None runs the dense model.
+        max_model_len: Limit of prompt and answer tokens together; None takes the model's limit.
+        images: The reader of images, needed for prompts with images.
 
     Raises:
         ModelError: The architecture is not supported.
-        PlanError: The plan was made for another model, or prunes visual tokens that it has not.
+        PlanError: The plan was made for another model, or prunes visual tokens of a text model.
     """
 
     def __init__(
@@ -72,15 +72,16 @@ class Stages:
 
     @property
     def vocab_size(self) -> int:
-        """Token ids lie in ``0..vocab_size - 1``."""
+        """Size of the vocabulary: token ids lie in ``0..vocab_size - 1``."""
         return self._decode_stack.vocab_size
 
     def decode_engine(self, *, max_num_seqs: int, max_model_len: int | None = None) -> DecodeEngine:
-        """An idle engine of the decode stage.
+        """Build an idle engine of the decode stage.
 
         Args:
-            max_num_seqs: Sequences that decode at once.
-            max_model_len: Most tokens of prompt and answer; None is the limit of both stages.
+            max_num_seqs: Number of sequences that decode at once.
+            max_model_len: Limit of prompt and answer tokens together; None takes the limit of both
+                stages.
         """
         return DecodeEngine(
             self._decode_stack,
@@ -101,15 +102,13 @@ class Stages:
         """Prefill a request and hand its KV over to a decode engine.
 
         Args:
-            request: What to answer.
-            decode: One of :meth:`decode_engine` with a free slot.
-            timeline: Gets the marks of prefill and handoff.
-            deliver: Called with the first answer token, where prefill samples it, as soon as it is
-                there.
+            request: The request to answer.
+            decode: An engine from :meth:`decode_engine` with a free slot.
+            timeline: The timeline in which prefill and handoff are marked.
+            deliver: Called with the first answer token as soon as prefill has sampled it.
 
         Returns:
-            The transfer's record; None where nothing was sent, because the first token was the
-            last.
+            The transfer's record; None if no KV was sent because the first token was the last.
         """
         timeline.prefill_started_s = time.monotonic()
         output = self.prefill.run(request)
@@ -131,14 +130,14 @@ class Stages:
         first: TokenBatch | None = None,
         replay: Sequence[int] = (),
     ) -> TransferRecord:
-        """Send a prompt's KV as a message into a slot of a decode engine; the transfer's record.
+        """Send a prompt's KV as a message into a slot of a decode engine; return the record.
 
         Args:
-            request: What is being answered.
-            segment: Its prompt's KV.
-            decode: Has a free slot.
-            first: As of :meth:`rayapp.engine.decode.DecodeEngine.admit`.
-            replay: Likewise.
+            request: The request that is answered.
+            segment: The KV of its prompt.
+            decode: A decode engine with a free slot.
+            first: The first answer token, as in :meth:`rayapp.engine.decode.DecodeEngine.admit`.
+            replay: Answer tokens that the client already has, as in the same method.
         """
         envelope = Envelope(
             request_id=request.request_id,

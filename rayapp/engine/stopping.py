@@ -1,4 +1,4 @@
-"""Answer text as it grows: incremental detokenisation that ends before a stop string.
+"""Text of a growing answer: incremental detokenisation that ends before a stop string.
 
 Pushing tokens one by one or many at once gives the same text, so the decode engine (which ends a
 sequence at a stop string) and the HTTP layer (which streams its text) always agree.
@@ -15,8 +15,8 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 _REPLACEMENT = "\ufffd"
-# An incomplete character is at most three bytes, and a token holds at least one: what still ends in
-# a replacement character after this many tokens is not an incomplete character but broken text.
+# An incomplete character is at most three bytes, and a token has at least one: a text that still
+# ends in a replacement character after this many tokens is broken, not incomplete.
 _MAX_PENDING_TOKENS = 8
 _NUM_CONTEXT_TOKENS = 4
 
@@ -25,10 +25,10 @@ class TextStream:
     """The text of one answer, released once it can neither change nor be part of a stop string.
 
     Args:
-        tokenizer: Turns tokens into text; special tokens are left out.
-        stop: Strings before which the text ends; empty ones are ignored.
-        context: What precedes the answer (its prompt): some tokenizers spell a word's leading space
-            only where something stands before it.
+        tokenizer: The model's tokenizer; special tokens are left out of the text.
+        stop: Strings before which the text ends; empty strings are ignored.
+        context: The tokens before the answer (its prompt): some tokenizers spell the leading space
+            of a word only if a token stands before it.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class TextStream:
     ) -> None:
         self._pieces = _pieces_of(tokenizer, context)
         self._stop = tuple(s for s in stop if s)
-        self._held = ""
+        self._unreleased = ""
         self.stopped = False
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """Take the next tokens; the text that they release. Nothing is taken once ``stopped``."""
+        """Add the next tokens and return the text that they release; nothing once ``stopped``."""
         released = []
         for token_id in token_ids:
             if self.stopped:
@@ -53,35 +53,35 @@ class TextStream:
         return "".join(released)
 
     def flush(self) -> str:
-        """The text held back, at the end of the answer; nothing where a stop string ended it."""
+        """Return the text not yet released at the end of an answer; empty after a stop string."""
         if self.stopped:
             return ""
         released = self._take(self._pieces.flush())
         if not self.stopped:
-            released, self._held = released + self._held, ""
+            released, self._unreleased = released + self._unreleased, ""
         return released
 
     def _take(self, piece: str) -> str:
         if not self._stop:
             return piece
-        text = self._held + piece
-        found = [at for at in map(text.find, self._stop) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
+        text = self._unreleased + piece
+        matches = [at for at in map(text.find, self._stop) if at >= 0]
+        if matches:
+            self.stopped, self._unreleased = True, ""
+            return text[: min(matches)]
         keep = max(_overlap(text, stop) for stop in self._stop)
-        self._held = text[len(text) - keep :]
+        self._unreleased = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop`` without completing it."""
+    """Length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class _Pieces(Protocol):
-    """Tokens to pieces of text that no later token changes."""
+    """Turns tokens into pieces of text that no later token changes."""
 
     def push(self, token_id: int) -> str: ...
 
@@ -96,7 +96,7 @@ def _pieces_of(tokenizer: PreTrainedTokenizerBase, context: Sequence[int]) -> _P
 
 @lru_cache(maxsize=8)
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether every token stands for bytes in GPT-2's table (Llama 3, Qwen, the test-bed)."""
+    """True if every token stands for bytes in GPT-2's table (Llama 3, Qwen, the test-bed)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return False
@@ -112,7 +112,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 @lru_cache(maxsize=1)
 def _byte_of_symbol() -> dict[str, int]:
-    """GPT-2's table: the printable character that stands for each byte."""
+    """GPT-2's table from printable characters to the bytes that they stand for."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}
@@ -120,7 +120,7 @@ def _byte_of_symbol() -> dict[str, int]:
 
 
 class _BytePieces:
-    """Byte-level tokenizers: bytes through an incremental UTF-8 decoder, constant work a token."""
+    """Pieces of byte-level tokenizers: an incremental UTF-8 decoder, constant work per token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -131,12 +131,12 @@ class _BytePieces:
         if token_id in self._special:
             return ""
         symbols = self._tokenizer.convert_ids_to_tokens(token_id)
-        if symbols is None:  # a row of the head beyond the vocabulary
+        if symbols is None:  # This id is a row of the head beyond the vocabulary.
             return ""
         table = _byte_of_symbol()
         try:
             raw = bytes(table[symbol] for symbol in symbols)
-        except KeyError:  # an added token, spelt as text
+        except KeyError:  # An added token is spelt as text.
             raw = symbols.encode("utf-8")
         return self._utf8.decode(raw)
 
@@ -145,7 +145,7 @@ class _BytePieces:
 
 
 class _WindowPieces:
-    """Any other tokenizer: decode a window with and without the new tokens, take the difference.
+    """Pieces of any other tokenizer: a window decoded with the new tokens, minus without them.
 
     The window begins at tokens already released, because pieces depend on what stands before them
     (leading spaces, byte fallback).

@@ -1,6 +1,6 @@
 """Caches that a stack of blocks writes to: one captures a prefill, one continues from a prefix.
 
-Both have ``update(keys_BHTD, values_BHTD, block)`` and return what the new tokens may attend to.
+Both have ``update(keys_BHTD, values_BHTD, block)``, which returns the KV that new tokens attend to.
 Shapes: B = prompts of equal length, H = KV heads, T = new tokens, N = entries of a block's prefix,
 C = continuation tokens, K = N + C, D = head dimension.
 """
@@ -17,36 +17,36 @@ from rayapp.errors import IntegrityError
 
 
 class StackShape(Protocol):
-    """What a cache needs to know of a model; every ``BlockStack`` has it."""
+    """The properties of a model that its caches depend on; every ``BlockStack`` has them."""
 
     @property
     def windows(self) -> Sequence[int | None]:
-        """Sliding window per block, None where attention is full."""
+        """Sliding window of every block, None for full attention."""
 
     @property
     def num_kv_heads(self) -> int:
-        """KV heads of every block."""
+        """Number of KV heads of a block."""
 
     @property
     def head_dim(self) -> int:
-        """Values per head."""
+        """Number of values per head."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of keys and values."""
+        """Element type of keys and values."""
 
 
 def held_entries(num_tokens: int, window: int | None) -> int:
-    """Entries that a block's dense cache holds after ``num_tokens`` prompt tokens.
+    """Number of entries in a block's dense cache after ``num_tokens`` prompt tokens.
 
-    A sliding-window block holds what the next token can see besides itself: ``window - 1`` at most
-    (the rule of transformers' ``DynamicSlidingWindowLayer``).
+    A sliding-window block keeps the entries that the next token can see besides itself, at most
+    ``window - 1`` (the rule of transformers' ``DynamicSlidingWindowLayer``).
     """
     return num_tokens if window is None else min(num_tokens, window - 1)
 
 
 class CaptureCache:
-    """Keeps what each block wrote in one pass over whole prompts; a prefill writes into it.
+    """The cache that a prefill fills: it keeps the KV of every block from one pass over prompts.
 
     A block that is run again replaces its entries, so :meth:`fork` and a run from a later block
     give the cache of a candidate that differs from there on.
@@ -79,13 +79,13 @@ class CaptureCache:
     def update(
         self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, block: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep what the block's dense cache would hold; attention sees all T tokens."""
+        """Keep the entries that the block's dense cache would have; attention sees all T tokens."""
         num_tokens = keys_BHTD.shape[2]
-        held = held_entries(num_tokens, self.windows[block])
-        if held == num_tokens:
+        num_kept = held_entries(num_tokens, self.windows[block])
+        if num_kept == num_tokens:
             self._entries[block] = (keys_BHTD, values_BHTD)
-        else:  # cloned, or the window's view would keep the whole prompt alive
-            start = num_tokens - held
+        else:  # A view of the window would keep the whole prompt alive.
+            start = num_tokens - num_kept
             self._entries[block] = (
                 keys_BHTD[:, :, start:].clone(),
                 values_BHTD[:, :, start:].clone(),
@@ -93,7 +93,7 @@ class CaptureCache:
         return keys_BHTD, values_BHTD
 
     def entries(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(keys_BHND, values_BHND)`` of ``block``; N = 0 and B = 1 where nothing was run."""
+        """Return ``(keys_BHND, values_BHND)`` of ``block``; N = 0 and B = 1 if nothing was run."""
         if block in self._entries:
             return self._entries[block]
         if self._entries:
@@ -105,7 +105,7 @@ class CaptureCache:
         return empty, empty.clone()
 
     def num_entries(self, block: int) -> int:
-        """Entries that ``block`` holds."""
+        """Number of entries of ``block``."""
         return int(self.entries(block)[0].shape[2])
 
     @property
@@ -115,7 +115,7 @@ class CaptureCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values held."""
+        """Number of bytes of all keys and values."""
         return sum(keys.nbytes + values.nbytes for keys, values in self._entries.values())
 
     def fork(self, *, before: int | None = None) -> CaptureCache:
@@ -132,9 +132,9 @@ class CaptureCache:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What one block's decode starts from.
+    """The KV from which one block's decode starts.
 
-    ``positions`` are ``(N,)``, or ``(B, N)`` where they differ between prompts.
+    ``positions`` are ``(N,)``, or ``(B, N)`` if they differ between prompts.
     """
 
     keys_BHND: torch.Tensor
@@ -143,15 +143,15 @@ class Prefix:
 
     @property
     def num_entries(self) -> int:
-        """Entries per prompt."""
+        """Number of entries per prompt."""
         return int(self.keys_BHND.shape[2])
 
 
 class PrefixCache:
     """A fixed prefix per block, each of its own length, for teacher-forced continuations.
 
-    The continuation is run in one call. New entries are returned, never kept, so one cache serves
-    any number of continuations and candidates.
+    A continuation is run in one call. New entries are returned, never kept, so one cache serves any
+    number of continuations and candidates.
     """
 
     def __init__(self, prefixes: Mapping[int, Prefix], windows: Sequence[int | None]) -> None:
@@ -161,7 +161,7 @@ class PrefixCache:
     def update(
         self, keys_BHCD: torch.Tensor, values_BHCD: torch.Tensor, block: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(keys_BHKD, values_BHKD)``: the block's prefix, then the new entries."""
+        """Return ``(keys_BHKD, values_BHKD)``: the block's prefix, then the new entries."""
         prefix = self._prefix(block)
         if not prefix.num_entries:
             return keys_BHCD, values_BHCD
@@ -171,7 +171,7 @@ class PrefixCache:
         )
 
     def repeated(self, counts_B: torch.Tensor) -> PrefixCache:
-        """A row for each of several continuations of every prompt, ``counts_B`` (int64) of them."""
+        """A cache with a row per continuation: ``counts_B`` (int64) tells how many a prompt has."""
         prefixes = {
             block: Prefix(
                 prefix.keys_BHND.repeat_interleave(counts_B.to(prefix.keys_BHND.device), dim=0),
@@ -184,13 +184,13 @@ class PrefixCache:
         return PrefixCache(self.prefixes | prefixes, self.windows)
 
     def masks(self, positions: torch.Tensor) -> dict[int, torch.Tensor]:
-        """What each continuation token may attend to, per block; True = may.
+        """Masks of every block: the entries that a continuation token may attend to; True = may.
 
         A token at position q sees an entry at position k where ``k <= q``, and ``q - k < window``
         in a sliding-window block. Blocks with equal positions and window share one tensor.
 
         Args:
-            positions: Positions of the continuation, ascending, ``(C,)`` or ``(B, C)``.
+            positions: Positions of the continuation's tokens, ascending, ``(C,)`` or ``(B, C)``.
 
         Returns:
             Bool tensors ``(B or 1, 1, C, N + C)`` by block, for the ``masks`` of

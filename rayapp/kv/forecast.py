@@ -1,4 +1,4 @@
-"""What the KV message of a prompt will weigh, to the byte, before anything is computed."""
+"""Forecast of the size of a prompt's KV message, exact to the byte, before anything is computed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rayapp.plan import KVTransfer, PruningPlan
 
 @dataclass(frozen=True)
 class RunPrompt:
-    """A prompt as prefill runs it.
+    """The lengths and positions of a prompt as prefill runs it.
 
-    ``num_tokens`` are those of the unpruned prompt, ``num_removed`` the visual tokens of it that
-    are not run; ``positions`` are those of the tokens run where gaps were left, None: 0, 1, ...
+    ``num_tokens`` counts the unpruned prompt, and ``num_removed`` its visual tokens that are not
+    run. ``positions`` are those of the tokens that are run, if gaps were left; None is 0, 1, ...
     """
 
     num_tokens: int
@@ -29,7 +29,7 @@ class RunPrompt:
 
 
 def forecast_envelope(plan: PruningPlan) -> Envelope:
-    """The envelope of a request that the service has not got yet; its id is as long as they are."""
+    """The envelope of a request that does not exist yet; its id is as long as a real one."""
     weights = plan.model.weights_fingerprint if plan.model else ""
     return Envelope("0" * 32, 0, plan.fingerprint, weights)
 
@@ -41,29 +41,29 @@ def forecast_sizes(
     envelope: Envelope,
     prompt: RunPrompt,
 ) -> MessageSizes:
-    """What :func:`rayapp.kv.wire.message_sizes` will say of a prompt.
+    """Forecast the result of :func:`rayapp.kv.wire.message_sizes` for a prompt.
 
-    Only the lengths of the envelope's names matter, and only by the 64 bytes that headers are
-    padded to.
+    Of the envelope only the lengths of its names matter, and only by the 64 bytes to which headers
+    are padded.
 
     Args:
-        shape: Of the model whose KV is sent.
-        dtype: Its element type.
-        plan: Says what travels.
-        envelope: Whose KV it is.
-        prompt: What prefill runs.
+        shape: The shape of the cache whose KV is sent.
+        dtype: The element type of the model.
+        plan: The plan, which says what travels.
+        envelope: The envelope of the message.
+        prompt: The prompt as prefill runs it.
     """
     tokens = num_prefilled(plan, prompt.num_tokens - prompt.num_removed)
     blocks = sent_blocks(plan, shape.num_blocks)
     runs = [_runs(plan.transfer(b), tokens, shape.windows[b], prompt.positions) for b in blocks]
-    counts = [sum(length for _, length in each) for each in runs]
+    counts = [sum(length for _, length in block_runs) for block_runs in runs]
     encodings = [plan.transfer(block).encoding for block in blocks]
     sizes = [
         buffer_sizes(encoding, shape.num_kv_heads, count, shape.head_dim, shape.element_bytes)
         for encoding, count in zip(encodings, counts, strict=True)
     ]
     offsets, body_bytes = layout(sizes)
-    # Not validated: a rule that a header could break is noticed where the message is packed.
+    # This header is not validated: packing the message notices any broken rule.
     entries = tuple(
         BlockHeader.model_construct(
             block=block, encoding=encoding, num_entries=count, runs=run, offsets=offset
@@ -94,11 +94,11 @@ def forecast_sizes(
 def _runs(
     rule: KVTransfer, num_tokens: int, window: int | None, positions: tuple[int, ...] | None
 ) -> tuple[tuple[int, int], ...]:
-    """The runs of positions that a rule keeps of a block, as the header writes them."""
-    held = held_entries(num_tokens, window)
-    first, last = rule.counts(held)
+    """The runs of positions that a rule keeps in one block, as the header writes them."""
+    num_entries = held_entries(num_tokens, window)
+    first, last = rule.counts(num_entries)
     if positions is not None:
-        entries_N = torch.tensor(positions[:num_tokens])[num_tokens - held :]
-        return runs_of(entries_N[kept_entries(rule, held)])
-    runs = ((num_tokens - held, first), (num_tokens - last, last))
+        entries_N = torch.tensor(positions[:num_tokens])[num_tokens - num_entries :]
+        return runs_of(entries_N[kept_entries(rule, num_entries)])
+    runs = ((num_tokens - num_entries, first), (num_tokens - last, last))
     return tuple(run for run in runs if run[1])

@@ -1,4 +1,4 @@
-"""The header of a KV message: what is inside, as strictly validated JSON.
+"""The header of a KV message describes its content as strictly validated JSON.
 
 Sizes are bounded and must agree with each other and with the message before anything is allocated,
 so the largest allocation that a hostile header can cause is a small multiple of the message itself.
@@ -36,7 +36,7 @@ Run = tuple[TokenCount, Annotated[int, Field(ge=1, le=MAX_TOKENS)]]
 
 
 def aligned(num_bytes: int) -> int:
-    """``num_bytes`` rounded up to the alignment of buffers."""
+    """Round ``num_bytes`` up to the alignment of buffers."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -45,9 +45,10 @@ class _Strict(BaseModel):
 
 
 class BlockHeader(_Strict):
-    """One block: where its buffers begin (after the header) and at which positions its entries sit.
+    """The header of one block: where its buffers begin, and the positions of its entries.
 
-    ``runs`` are ``(first position, length)``, ascending, neither touching nor overlapping.
+    Offsets count from the end of the message's header. ``runs`` are ``(first position, length)``
+    pairs, ascending, which neither touch nor overlap.
     """
 
     block: Annotated[int, Field(ge=0, lt=MAX_BLOCKS)]
@@ -68,7 +69,7 @@ class BlockHeader(_Strict):
 
 
 class Header(_Strict):
-    """The whole header; names and limits are the wire format, version 1."""
+    """The header of a message; its names and limits define version 1 of the wire format."""
 
     request_id: Annotated[str, Field(max_length=256)]
     attempt: Annotated[int, Field(ge=0, lt=2**31)]
@@ -107,7 +108,7 @@ class Header(_Strict):
         return self
 
     def _check_offsets(self) -> None:
-        """There is one valid layout: buffers in order, each on the next aligned offset."""
+        """Refuse any layout but the valid one: buffers in order, on the next aligned offset."""
         expected = layout([self.sizes(entry) for entry in self.blocks])[0]
         for entry, offsets in zip(self.blocks, expected, strict=True):
             if entry.offsets != offsets:
@@ -117,7 +118,7 @@ class Header(_Strict):
                 )
 
     def sizes(self, entry: BlockHeader) -> tuple[int, ...]:
-        """Bytes of each buffer of ``entry``."""
+        """Number of bytes of every buffer of the block ``entry``."""
         itemsize = DTYPES[self.dtype].itemsize
         return buffer_sizes(
             entry.encoding, self.num_kv_heads, entry.num_entries, self.head_dim, itemsize
@@ -125,21 +126,21 @@ class Header(_Strict):
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of all buffers, without padding."""
+        """Number of bytes of all buffers, without padding."""
         return sum(sum(self.sizes(entry)) for entry in self.blocks)
 
     @property
     def body_bytes(self) -> int:
-        """Bytes after the header, padding included."""
+        """Number of bytes after the header, padding included."""
         return layout([self.sizes(entry) for entry in self.blocks])[1]
 
     def dump(self) -> bytes:
-        """Compact JSON, UTF-8; what only visual pruning needs is left out elsewhere."""
+        """Write compact JSON in UTF-8; fields for visual pruning appear only in its messages."""
         return self.model_dump_json(exclude_defaults=True).encode()
 
     @classmethod
     def parse(cls, text: bytes) -> Header:
-        """A header from JSON; raises :class:`WireError` with the path of the first broken rule."""
+        """Parse a header; a :class:`WireError` names the path of the first broken rule."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
@@ -151,7 +152,7 @@ class Header(_Strict):
 
 
 def layout(sizes: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], int]:
-    """Aligned offsets of every block's buffers after the header, and where the last one ends."""
+    """Aligned offsets of the buffers of every block after the header, and the last buffer's end."""
     offsets, end = [], 0
     for block_sizes in sizes:
         begins = []
@@ -163,7 +164,7 @@ def layout(sizes: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], int
 
 
 def runs_of(positions_N: torch.Tensor) -> tuple[tuple[int, int], ...]:
-    """Ascending positions as ``(first position, length)`` runs."""
+    """Write ascending positions as ``(first position, length)`` runs."""
     positions = positions_N.tolist()
     runs: list[tuple[int, int]] = []
     begin = 0
@@ -175,6 +176,6 @@ def runs_of(positions_N: torch.Tensor) -> tuple[tuple[int, int], ...]:
 
 
 def positions_of(runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """The positions of ``runs``, int64; inverse of :func:`runs_of`."""
+    """Positions of ``runs`` as int64; the inverse of :func:`runs_of`."""
     pieces = [torch.arange(start, start + length) for start, length in runs]
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)

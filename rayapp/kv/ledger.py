@@ -1,7 +1,8 @@
-"""The ledger: what every transfer weighed, and what each part of the plan saved, to the byte.
+"""The ledger records the bytes of every transfer, and the bytes saved by every part of the plan.
 
-``bytes_full = bytes_sent - overhead_bytes + savings``. The savings telescope in a fixed order:
-visual tokens, blocks, tokens, encoding; each is what remains after the ones before it.
+The identity ``bytes_full = bytes_sent - overhead_bytes + savings`` holds to the byte. The savings
+are counted in a fixed order, every one on what remains after those before it: visual tokens,
+blocks, tokens, encoding.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ RECENT_RECORDS = 1000
 
 @dataclass(frozen=True)
 class KVShape:
-    """What the cache of a model is made of; plain data, so it travels between processes."""
+    """The dimensions of a model's cache as plain data, so that they travel between processes."""
 
     num_blocks: int
     num_kv_heads: int
@@ -44,7 +45,7 @@ class KVShape:
 
     @classmethod
     def of(cls, stack: StackShape) -> KVShape:
-        """The shape of a ``BlockStack``, or of a capture cache."""
+        """Read the shape of a ``BlockStack`` or of a capture cache."""
         return cls(
             num_blocks=len(stack.windows),
             num_kv_heads=stack.num_kv_heads,
@@ -55,7 +56,7 @@ class KVShape:
 
     @classmethod
     def of_config(cls, config: PreTrainedConfig, dtype: torch.dtype) -> KVShape:
-        """The shape of a model's cache from its configuration alone, in an element type."""
+        """Derive the shape of a model's cache from its configuration and an element type."""
         text = text_config(config)
         return cls(
             num_blocks=text.num_hidden_layers,
@@ -67,18 +68,18 @@ class KVShape:
 
     @property
     def entry_bytes(self) -> int:
-        """Bytes of one entry of one block: a key and a value of every KV head."""
+        """Number of bytes of one entry of one block: a key and a value of every KV head."""
         return 2 * self.num_kv_heads * self.head_dim * self.element_bytes
 
     def dense_bytes(self, num_tokens: int, blocks: Iterable[int] | None = None) -> int:
-        """What the dense cache of ``num_tokens`` weighs in ``blocks`` (in all by default)."""
+        """Number of bytes of the dense cache of ``num_tokens`` in ``blocks`` (all by default)."""
         chosen = range(self.num_blocks) if blocks is None else blocks
         return self.entry_bytes * sum(held_entries(num_tokens, self.windows[b]) for b in chosen)
 
 
 @dataclass(frozen=True)
 class Route:
-    """Which attempt of which request went from where to where."""
+    """Route of a transfer: the request, its attempt, the sending and the receiving node."""
 
     request_id: str
     attempt: int
@@ -88,7 +89,7 @@ class Route:
 
 @dataclass(frozen=True)
 class TransferTimes:
-    """Seconds to publish the message and to fetch it; ``hidden_s`` of them behind other work."""
+    """Seconds to publish and to fetch a message; ``hidden_s`` of them overlap other work."""
 
     put_s: float = 0.0
     fetch_s: float = 0.0
@@ -97,7 +98,7 @@ class TransferTimes:
 
 @dataclass(frozen=True)
 class TransferRecord:
-    """One transfer attempt; the identity of the module's docstring holds or it cannot be made."""
+    """Record of one transfer attempt; it cannot be made unless the module's identity holds."""
 
     request_id: str
     attempt: int
@@ -141,19 +142,19 @@ def account(
     num_visual_tokens_removed: int = 0,
     times: TransferTimes | None = None,
 ) -> TransferRecord:
-    """The record of one transfer; expected sizes follow from the plan, sent ones from the message.
+    """Make the record of one transfer, and check the sent bytes against those the plan implies.
 
     Args:
-        shape: Of the model whose KV was sent.
+        shape: The shape of the cache whose KV was sent.
         plan: The plan under which it was sent.
-        sizes: :func:`rayapp.kv.wire.message_sizes` of the message.
-        route: Request, attempt and nodes.
-        num_prompt_tokens: Unpruned prompt length, visual tokens counted.
-        num_visual_tokens_removed: Of them.
-        times: As measured; ``gb_per_s`` is bytes sent over ``fetch_s``, None where that is 0.
+        sizes: The sizes of the message, from :func:`rayapp.kv.wire.message_sizes`.
+        route: The request, its attempt and the nodes.
+        num_prompt_tokens: Length of the unpruned prompt, visual tokens included.
+        num_visual_tokens_removed: Number of visual tokens that were not run.
+        times: The measured seconds; ``gb_per_s`` is bytes sent over ``fetch_s``, None if that is 0.
 
     Raises:
-        IntegrityError: If the payload is not what the plan sends of this prompt.
+        IntegrityError: The payload is not what the plan sends of this prompt.
     """
     times = times or TransferTimes()
     num_tokens = num_prompt_tokens - num_visual_tokens_removed
@@ -191,7 +192,7 @@ def account(
 def _kept_bytes(
     shape: KVShape, plan: PruningPlan, attending: Sequence[int], num_prefilled: int
 ) -> tuple[int, int]:
-    """Bytes of the entries that travel: in the model's type, and as encoded."""
+    """Number of bytes of the entries that travel: in the model's type, and as encoded."""
     raw = encoded = 0
     for block in attending:
         rule = plan.transfer(block)
@@ -211,7 +212,7 @@ def _gb_per_s(num_bytes: int, seconds: float) -> float | None:
 
 @dataclass
 class Totals:
-    """Sums over transfers, named as in :class:`TransferRecord`."""
+    """Sums over transfers; the fields have the names of :class:`TransferRecord`."""
 
     num_transfers: int = 0
     num_prompt_tokens: int = 0
@@ -228,18 +229,18 @@ class Totals:
     hidden_s: float = 0.0
 
     def add(self, other: Totals | TransferRecord) -> None:
-        """Add the sums of ``other``, or one record."""
+        """Add one record, or the sums of other transfers."""
         self.num_transfers += other.num_transfers if isinstance(other, Totals) else 1
         for column in fields(self)[1:]:
             setattr(self, column.name, getattr(self, column.name) + getattr(other, column.name))
 
     @property
     def reduction_factor(self) -> float | None:
-        """``bytes_full / bytes_sent``; None where nothing was sent."""
+        """Ratio ``bytes_full / bytes_sent``; None if nothing was sent."""
         return self.bytes_full / self.bytes_sent if self.bytes_sent else None
 
     def as_json(self) -> dict[str, Any]:
-        """All sums, ``gb_per_s`` over all fetches, and ``reduction_factor``."""
+        """Return all sums, ``gb_per_s`` over all fetches, and ``reduction_factor``."""
         return {
             **asdict(self),
             "gb_per_s": _gb_per_s(self.bytes_sent, self.fetch_s),
@@ -249,7 +250,7 @@ class Totals:
 
 @dataclass
 class Ledger:
-    """Totals, totals per link, and the most recent records of one process.
+    """The ledger of one process: totals, totals per link, and the most recent records.
 
     Every method is synchronous, so tasks of one event loop cannot interleave in it; a ledger
     pickles.
@@ -264,14 +265,14 @@ class Ledger:
         self.recent = deque(maxlen=self.capacity)
 
     def add(self, record: TransferRecord) -> None:
-        """Enter one transfer attempt."""
+        """Add the record of one transfer attempt."""
         self.totals.add(record)
         self._link(record.source_node, record.destination_node).add(record)
         self.recent.append(record)
 
     @classmethod
     def merge(cls, ledgers: Iterable[Ledger], *, capacity: int = RECENT_RECORDS) -> Ledger:
-        """One ledger of several ingress replicas; ``recent`` takes from each in turn."""
+        """Merge the ledgers of several ingress replicas; ``recent`` alternates between them."""
         merged = cls(capacity=capacity)
         sources = list(ledgers)
         for ledger in sources:
@@ -285,7 +286,7 @@ class Ledger:
         return merged
 
     def as_json(self) -> dict[str, Any]:
-        """``{"totals": {...}, "links": [...], "recent": [...]}``, the newest record last."""
+        """Return ``{"totals": {...}, "links": [...], "recent": [...]}``, the newest record last."""
         links = [
             {"source_node": source, "destination_node": destination, **totals.as_json()}
             for (source, destination), totals in sorted(self.links.items())

@@ -1,4 +1,4 @@
-"""Encodings for the transfer alone: int8 and int4, symmetric, decoded before decode attends.
+"""Encodings that only the transfer uses: symmetric int8 and int4, decoded before decode attends.
 
 Keys are scaled per channel (their outliers sit in fixed channels), values per token, both per KV
 head (KIVI, arXiv:2402.02750, measured that this split loses least; the bit layout is ours). Scales
@@ -19,17 +19,18 @@ from rayapp.plan import Encoding
 
 LEVELS: dict[Encoding, int] = {"int8": 127, "int4": 7}
 SCALE_DTYPE = torch.float16
-MIN_SCALE = 2.0**-16  # below it float16 is so coarse that a rounded scale could overflow codes
+MIN_SCALE = 2.0**-16  # Below it float16 is so coarse that a rounded scale could overflow codes.
 _MAX_SCALE = torch.finfo(SCALE_DTYPE).max
 
 
 def buffer_sizes(
     encoding: Encoding, num_kv_heads: int, num_entries: int, head_dim: int, element_bytes: int
 ) -> tuple[int, ...]:
-    """Bytes of each buffer of one block, in the order in which they travel.
+    """Number of bytes of every buffer of one block, in the order in which buffers travel.
 
-    ``model``: keys, values. Otherwise: key codes, key scales, value codes, value scales. A block
-    without entries has buffers of 0 bytes, scales included.
+    The encoding ``model`` has two buffers: keys, values. The others have four: key codes, key
+    scales, value codes, value scales. A block without entries has buffers of 0 bytes, also for
+    scales.
     """
     numbers = num_kv_heads * num_entries * head_dim
     if encoding == "model":
@@ -43,10 +44,10 @@ def buffer_sizes(
 def encode(
     keys_HND: torch.Tensor, values_HND: torch.Tensor, encoding: Encoding
 ) -> tuple[torch.Tensor, ...]:
-    """The buffers of one block as tensors, in the order of :func:`buffer_sizes`; any device.
+    """Encode one block as buffers in the order of :func:`buffer_sizes`, on the tensors' device.
 
     Raises:
-        TransferError: If a group is not finite, or too large for a float16 scale.
+        TransferError: Numbers are not finite, or too large for a float16 scale.
     """
     if encoding == "model":
         return keys_HND, values_HND
@@ -62,7 +63,7 @@ def decode(
     shape_HND: tuple[int, int, int],
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(keys_HND, values_HND)`` in ``dtype`` from the flat or shaped buffers of one block."""
+    """Decode the flat or shaped buffers of one block to ``(keys_HND, values_HND)`` in ``dtype``."""
     if encoding == "model":
         keys, values = buffers
         return keys.view(shape_HND), values.view(shape_HND)
@@ -85,7 +86,7 @@ def decode(
 def round_trip(
     keys_BHND: torch.Tensor, values_BHND: torch.Tensor, encoding: Encoding
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What arrives of what was sent, bit for bit; any leading dimensions."""
+    """Encode and decode: the result equals the received KV bit for bit; any leading dimensions."""
     if encoding == "model" or not keys_BHND.shape[-2]:
         return keys_BHND, values_BHND
     keys = _dequantize(*_quantize(keys_BHND, encoding, dim=-2), keys_BHND.dtype)
@@ -96,7 +97,7 @@ def round_trip(
 def _quantize(
     numbers: torch.Tensor, encoding: Encoding, *, dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes and float16 scales; a scale belongs to all numbers along ``dim``."""
+    """Return int8 codes and float16 scales; a scale belongs to all numbers along ``dim``."""
     levels = LEVELS[encoding]
     if not numbers.shape[-2]:
         return numbers.to(torch.int8), numbers.new_empty(0, dtype=SCALE_DTYPE)
@@ -117,7 +118,7 @@ def _dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
 
 
 def _pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """Codes in -7..7 as offset nibbles, two per byte, the earlier one low; an odd end is padded."""
+    """Pack codes in -7..7 as offset nibbles, two per byte, the earlier one low; pad an odd end."""
     nibbles = (codes.flatten() + 8).to(torch.uint8)
     if nibbles.numel() % 2:
         nibbles = torch.cat([nibbles, nibbles.new_zeros(1)])

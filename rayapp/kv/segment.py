@@ -1,4 +1,4 @@
-"""KV segments: keys and values of one prompt that decode will attend to, positions per block.
+"""A KV segment: the keys and values of one prompt that decode attends to, with their positions.
 
 Shapes: H = KV heads, N = entries of one block, D = head dimension.
 """
@@ -14,7 +14,7 @@ from rayapp.plan import Encoding
 
 @dataclass(frozen=True)
 class BlockKV:
-    """The kept entries of one block; ``positions_N`` ascend."""
+    """The kept entries of one block; their ``positions_N`` ascend."""
 
     block: int
     keys_HND: torch.Tensor
@@ -24,23 +24,23 @@ class BlockKV:
 
     @property
     def num_entries(self) -> int:
-        """Entries kept."""
+        """Number of entries that were kept."""
         return int(self.positions_N.shape[0])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values in the model's own type."""
+        """Number of bytes of keys and values in the model's own type."""
         return self.keys_HND.nbytes + self.values_HND.nbytes
 
 
 @dataclass(frozen=True)
 class KVSegment:
-    """What travels for one prompt, blocks ascending.
+    """The KV that travels for one prompt, blocks ascending.
 
-    ``num_prompt_tokens`` is the unpruned length T, ``num_visual_tokens_removed`` of them were not
-    run. ``num_prefilled`` counts the tokens that prefill ran: all others, or one less where decode
-    runs the last prompt token (``first_token: decode``). ``is_compact``: positions were numbered
-    anew, without the gaps of removed tokens.
+    ``num_prompt_tokens`` is the unpruned length T, of which ``num_visual_tokens_removed`` were not
+    run. ``num_prefilled`` counts the tokens that prefill ran: all others, or one less if decode
+    runs the last prompt token (``first_token: decode``). ``is_compact`` is true if positions were
+    numbered anew, without the gaps of removed tokens.
     """
 
     blocks: tuple[BlockKV, ...]
@@ -57,5 +57,5 @@ class KVSegment:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values in the model's own type."""
+        """Number of bytes of all keys and values in the model's own type."""
         return sum(entry.nbytes for entry in self.blocks)

@@ -1,4 +1,4 @@
-"""Which entries travel: a plan's transfer rules applied to what a prefill wrote.
+"""The choice of entries that travel: a plan's transfer rules applied to the KV of a prefill.
 
 Shapes: B = prompts, H = KV heads, N = entries a block holds, K = entries kept, T = tokens run,
 D = head dimension. Positions are given, never assumed to be 0..T-1: pruned visual tokens leave
@@ -23,12 +23,12 @@ def kept_entries(rule: KVTransfer, num_entries: int) -> torch.Tensor:
 
 
 def num_prefilled(plan: PruningPlan, num_prompt_tokens: int) -> int:
-    """Prompt tokens that prefill runs: T, or T - 1 where decode runs the last one."""
+    """Number of prompt tokens that prefill runs: T, or T - 1 if decode runs the last one."""
     return num_prompt_tokens - (plan.first_token == "decode")
 
 
 def sent_blocks(plan: PruningPlan, num_blocks: int) -> tuple[int, ...]:
-    """Blocks whose KV travels, ascending: those where decode attends."""
+    """Blocks whose KV travels, ascending: the blocks where decode attends."""
     return tuple(block for block in range(num_blocks) if plan.mode("decode", block).attends)
 
 
@@ -41,22 +41,22 @@ def select_segment(
     num_visual_tokens_removed: int = 0,
     is_compact: bool = False,
 ) -> KVSegment:
-    """The segment of one prompt that decode needs.
+    """Select the segment that decode needs of one prompt.
 
     Tensors may be views of the cache; :func:`rayapp.kv.wire.pack` copies them. An empty cache (a
-    prompt of one token under ``first_token: decode``) gives every block with no entries.
+    prompt of one token under ``first_token: decode``) gives a segment whose blocks have no entries.
 
     Args:
-        plan: Says where decode attends, what travels and how it is encoded.
-        cache: What the prefill of this one prompt wrote.
+        plan: The plan, which says where decode attends, what travels and how it is encoded.
+        cache: The KV that the prefill of this one prompt wrote.
         positions_T: Positions of the tokens that prefill ran, ascending.
-        num_prompt_tokens: Unpruned prompt length.
-        num_visual_tokens_removed: Tokens of it that were not run.
-        is_compact: Whether positions leave no gaps where tokens were removed.
+        num_prompt_tokens: Length of the unpruned prompt.
+        num_visual_tokens_removed: Number of its tokens that were not run.
+        is_compact: True if positions leave no gaps where tokens were removed.
 
     Raises:
-        IntegrityError: If a block holds another number of entries than its window and the positions
-        say.
+        IntegrityError: A block has another number of entries than its window and the positions
+            imply.
     """
     blocks = []
     for block in sent_blocks(plan, len(cache.windows)):
@@ -78,14 +78,14 @@ def select_segment(
 
 
 def select_prefix(plan: PruningPlan, cache: CaptureCache, positions_T: torch.Tensor) -> PrefixCache:
-    """What decode would hold after the handoff of a batch: selected, encoded and decoded again.
+    """The KV that decode would have after the handoff of a batch: selected, encoded and decoded.
 
-    Equal to :func:`select_segment`, the wire and back for each prompt, without the bytes in
-    between.
+    The result equals :func:`select_segment`, packing and unpacking for every prompt, without the
+    bytes in between.
 
     Args:
-        plan: As for :func:`select_segment`.
-        cache: What the prefill of B prompts of equal length wrote.
+        plan: The plan, which says where decode attends, what travels and how it is encoded.
+        cache: The KV that the prefill of B prompts of equal length wrote.
         positions_T: Positions of the tokens that prefill ran, equal for all prompts.
     """
     prefixes = {}

@@ -1,4 +1,4 @@
-"""A KV segment as one message: prefix, JSON header, aligned raw buffers; no pickle anywhere.
+"""The wire format of a KV segment: prefix, JSON header, aligned raw buffers; no pickle anywhere.
 
 ::
 
@@ -59,7 +59,7 @@ _CODE_DTYPES: dict[Encoding, torch.dtype] = {"int8": torch.int8, "int4": torch.u
 
 @dataclass(frozen=True)
 class Envelope:
-    """Whose KV this is; decode refuses a message whose envelope is not the one that it expects."""
+    """The identity of a message's KV; decode refuses a message with another envelope."""
 
     request_id: str
     attempt: int
@@ -69,23 +69,23 @@ class Envelope:
 
 @dataclass(frozen=True)
 class MessageSizes:
-    """What a message weighs: ``payload_bytes`` of keys, values and scales; the rest is overhead."""
+    """Bytes of a message: ``payload_bytes`` are keys, values and scales; the rest is overhead."""
 
     payload_bytes: int
     overhead_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        """The whole message."""
+        """Number of bytes of the whole message."""
         return self.payload_bytes + self.overhead_bytes
 
 
 def pack(segment: KVSegment, envelope: Envelope) -> Message:
-    """``segment`` as one contiguous message; each buffer is copied once, from any device.
+    """Pack ``segment`` as one contiguous message; every buffer is copied once, from any device.
 
     Raises:
-        IntegrityError: If the blocks disagree on type or shape, or the positions on the entries.
-        TransferError: If numbers cannot be sent in the encoding that the plan asks for.
+        IntegrityError: The blocks disagree on type or shape, or the positions on the entries.
+        TransferError: Numbers cannot be sent in the plan's encoding.
     """
     header, buffers = _describe(segment, envelope)
     text = header.dump()
@@ -109,15 +109,15 @@ def pack(segment: KVSegment, envelope: Envelope) -> Message:
 
 
 def unpack(message: Message, expected: Envelope) -> KVSegment:
-    """The segment inside ``message``, on the CPU.
+    """Return the segment inside ``message``, on the CPU.
 
-    **Read only.** Blocks in the model's own type are views of ``message``, which may be shared
-    memory of an object store: writing through them would change it for every reader, and torch
-    cannot forbid it. Copy them into memory of your own. Quantised blocks are decoded into fresh
-    tensors.
+    **The segment is read-only.** Blocks in the model's own type are views of ``message``, which may
+    be shared memory of an object store: writing through them would change it for every reader, and
+    torch cannot forbid it. Copy them into memory of your own. Quantised blocks are decoded into
+    fresh tensors.
 
     Raises:
-        WireError: If the message is damaged, malformed, or not the one in ``expected``.
+        WireError: The message is damaged or malformed, or its envelope is not ``expected``.
     """
     header_bytes = _check_prefix(message)
     _check_crc(message)
@@ -135,7 +135,7 @@ def unpack(message: Message, expected: Envelope) -> KVSegment:
 
 
 def message_sizes(message: Message) -> MessageSizes:
-    """What ``message`` weighs, from its header; ``total_bytes`` equals ``message.nbytes``."""
+    """Read the sizes of ``message`` from its header; ``total_bytes`` equals ``message.nbytes``."""
     payload_bytes = _read_header(message, _check_prefix(message))[0].payload_bytes
     return MessageSizes(payload_bytes, message.nbytes - payload_bytes)
 
@@ -178,7 +178,7 @@ def _describe_block(entry: BlockKV, offsets: tuple[int, ...]) -> BlockHeader:
 
 
 def _common_shape(segment: KVSegment) -> tuple[torch.dtype, int, int]:
-    """Type, KV heads and head dimension of all blocks; nominal ones where there is no block."""
+    """Type, KV heads and head dimension of all blocks; nominal values if there is no block."""
     shapes = {
         (tensor.dtype, tensor.shape[0], tensor.shape[2])
         for entry in segment.blocks
@@ -225,7 +225,7 @@ def _check_crc(message: Message) -> None:
 
 
 def _check_prefix(message: Message) -> int:
-    """Bytes of the header, of a message whose declared sizes are its own."""
+    """Check a message's prefix against its real size; return the number of bytes of its header."""
     if not (
         isinstance(message, np.ndarray)
         and message.dtype == np.uint8
@@ -256,7 +256,7 @@ def _check_prefix(message: Message) -> int:
 
 
 def _read_header(message: Message, header_bytes: int) -> tuple[Header, int]:
-    """The validated header, and where the buffers begin."""
+    """Return the validated header, and the offset at which the buffers begin."""
     body_at = PREFIX_BYTES + aligned(header_bytes)
     header = Header.parse(message[PREFIX_BYTES : PREFIX_BYTES + header_bytes].tobytes())
     if body_at + header.body_bytes != message.nbytes:
@@ -269,10 +269,10 @@ def _read_header(message: Message, header_bytes: int) -> tuple[Header, int]:
 
 def _check_envelope(header: Header, expected: Envelope) -> None:
     for field in fields(Envelope):
-        found, wanted = getattr(header, field.name), getattr(expected, field.name)
-        if found != wanted:
+        actual, wanted = getattr(header, field.name), getattr(expected, field.name)
+        if actual != wanted:
             raise WireError(
-                f"the KV message has {field.name} {found!r}, expected {wanted!r}; "
+                f"the KV message has {field.name} {actual!r}, expected {wanted!r}; "
                 f"it belongs elsewhere and was not used: prefill again"
             )
 
@@ -294,7 +294,10 @@ def _read_block(header: Header, entry: BlockHeader, body: torch.Tensor) -> Block
 
 
 class _Shared:
-    """An array's memory without its read-only flag, of which torch would warn; keeps it alive."""
+    """Memory of an array without its read-only flag, about which torch would warn.
+
+    It keeps the array alive.
+    """
 
     def __init__(self, array: Message) -> None:
         self.array = array
@@ -303,5 +306,5 @@ class _Shared:
 
 
 def _shared_tensor(message: Message) -> torch.Tensor:
-    """``message`` as a tensor, without a copy; nobody may write to it."""
+    """View ``message`` as a tensor without a copy; nobody may write to it."""
     return torch.from_numpy(np.asarray(_Shared(message)))

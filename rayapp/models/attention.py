@@ -1,11 +1,13 @@
-"""Attention as the stages run it: transformers' sdpa, with short cuts that repeat no key or value.
+"""The attention kernel of all stages: transformers' sdpa, with short cuts that repeat no KV head.
 
-With one query token per sequence, the query heads that share a KV head become queries of that head,
-so no grouped-query kernel is needed: on a CPU 5 to 30 % faster than ``enable_gqa``, and masks are
-welcome. So they do with a few query tokens on a CPU under a mask that is added, in fp32, and in
-plain products: the fused kernel's tiles are made for more. With many, or under a bool mask, a CPU
-takes the grouped-query kernel, which equals repeating; on a GPU a mask would send that kernel to
-its slow path (not measured here).
+There are four cases. With one query token per sequence, the query heads that share a KV head become
+queries of that head, so no grouped-query kernel is needed: on a CPU that is 5 to 30 % faster than
+``enable_gqa``, and it takes masks. With a few query tokens on a CPU, in fp32 and under a mask that
+is added, query heads are packed in the same way and plain products are used, because the tiles of
+the fused kernel are made for more queries. With many query tokens on a CPU, or under a bool mask,
+the grouped-query kernel is used, whose result equals repeating the KV heads. In all other cases
+transformers' own function runs: on a GPU a mask would send the grouped-query kernel to its slow
+path (not measured here).
 Shapes: B = batch, Q = query heads, H = KV heads, T = query tokens, K = entries attended to,
 D = head dimension.
 """
@@ -26,8 +28,8 @@ PACKED_SDPA = "rayapp_packed_sdpa"
 _FEW = 32
 
 Observer = Callable[[torch.Tensor, torch.Tensor, float], None]
-"""Called with the queries ``BQTD`` and keys ``BHKD`` of a block as rotated and normalised, and the
-scale of their products."""
+"""Function that receives a block's queries ``BQTD`` and keys ``BHKD``, rotated and normalised, and
+the scale of their products."""
 
 _observers: list[Observer] = []
 
@@ -45,14 +47,14 @@ def observed_attention(observer: Observer) -> Iterator[None]:
 def attention_weights(
     query_BQTD: torch.Tensor, keys_BHKD: torch.Tensor, mask: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Attention weights ``(B, Q, T, K)`` in float32, as the kernels only imply them.
+    """Compute the attention weights ``(B, Q, T, K)``, which the kernels never form, in float32.
 
     Args:
         query_BQTD: Queries; those of head ``q`` read KV head ``q // (Q / H)``.
-        keys_BHKD: Keys.
-        mask: Bool, broadcasts to ``(B, 1, T, K)``, True = may attend; a query that may attend to
-            nothing weighs nothing.
-        scaling: Of the products.
+        keys_BHKD: Keys of the attended entries.
+        mask: Bool mask that broadcasts to ``(B, 1, T, K)``, True = may attend; a query that may
+            attend to no entry has weights of zero.
+        scaling: Factor of the products.
     """
     groups = query_BQTD.shape[1] // keys_BHKD.shape[1]
     keys_BQKD = keys_BHKD.float().repeat_interleave(groups, dim=1)
@@ -109,9 +111,9 @@ def _few_queries(
     bias: torch.Tensor,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Attention outputs ``(B, T, Q, D)`` in plain products.
+    """Compute attention outputs ``(B, T, Q, D)`` with plain matrix products.
 
-    Every query must have something to attend to, unlike in the fused kernels; ``bias`` broadcasts
+    Every query must have an entry to attend to, unlike in the fused kernels; ``bias`` broadcasts
     to ``(B, 1, T, K)``.
     """
     batch, num_heads, count, dim = query_BQTD.shape

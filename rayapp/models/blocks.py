@@ -22,8 +22,8 @@ from rayapp.plan import Mode, ModelSignature, PruningPlan, Stage
 
 SUPPORTED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 MULTIMODAL_TYPES = ("llava", "llava_next")
-# These recompute their frequencies from the longest sequence seen: keys of one prompt would depend
-# on its neighbours, and an entry could not travel without its context.
+# These kinds of RoPE recompute their frequencies from the longest sequence seen: keys of one prompt
+# would depend on its neighbours, and an entry could not travel without its context.
 _STATEFUL_ROPE = ("dynamic", "longrope")
 
 # Earlier releases of transformers wrote these into checkpoints.
@@ -34,12 +34,12 @@ _MLP_PARTS = ("post_attention_layernorm", "mlp")
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The decoder's configuration: the model's own, or that of the language model inside it."""
+    """Configuration of the decoder: the model's own, or that of the language model inside it."""
     return config.get_text_config(decoder=True)
 
 
 def check_supported(config: PreTrainedConfig) -> None:
-    """Raise :class:`ModelError` naming the architecture where stages cannot be applied to it."""
+    """Raise :class:`ModelError` if stages cannot be applied to the architecture, and name it."""
     text = text_config(config)
     kind = config.model_type if text is config else f"{config.model_type} over {text.model_type}"
     outer_known = text is config or config.model_type in MULTIMODAL_TYPES
@@ -57,10 +57,10 @@ def check_supported(config: PreTrainedConfig) -> None:
 
 
 def find_decoder(model: nn.Module) -> Any:
-    """The module that holds ``embed_tokens``, ``layers``, ``norm`` and ``rotary_emb``."""
+    """Return the module that has ``embed_tokens``, ``layers``, ``norm`` and ``rotary_emb``."""
     outer: Any = model
     decoder = outer.get_decoder() if hasattr(outer, "get_decoder") else outer
-    # LLaVA answers with the wrapper in some releases; the language model lies just below it.
+    # LLaVA returns the wrapper in some releases; the language model lies just below it.
     return getattr(decoder, "language_model", decoder)
 
 
@@ -71,7 +71,7 @@ def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """The sliding window of every block in tokens, its own token counted; None attends to all."""
+    """Sliding window of every block in tokens, its own token included; None for full attention."""
     text = text_config(config)
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None)
@@ -87,7 +87,7 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def signature(config: PreTrainedConfig, fingerprint: str) -> ModelSignature:
-    """What a plan must agree on, from a configuration and the model's fingerprint."""
+    """Make the signature that a plan must agree with, from a configuration and a fingerprint."""
     text = text_config(config)
     return ModelSignature(
         model_type=config.model_type,
@@ -107,10 +107,10 @@ def signature_from(config: PreTrainedConfig, digest: str) -> ModelSignature:
 
 
 def fingerprint_names(config: PreTrainedConfig, names: Iterable[str]) -> dict[str, str]:
-    """Tensor name to its name in the fingerprint, the same in a checkpoint and in memory.
+    """Map tensor names to their names in the fingerprint, the same in a checkpoint and in memory.
 
-    A tied head is left out, and buffers that follow from the configuration: checkpoints may hold
-    them or not.
+    A tied head is left out, and so are buffers that follow from the configuration: some checkpoints
+    have them and some do not.
     """
     left_out = (*_BUFFERS, *(["lm_head.weight"] if config.tie_word_embeddings else []))
     return {name: canonical_name(name) for name in names if not name.endswith(left_out)}
@@ -119,7 +119,7 @@ def fingerprint_names(config: PreTrainedConfig, names: Iterable[str]) -> dict[st
 def signature_of(model: PreTrainedModel) -> ModelSignature:
     """The signature of a model in memory; its fingerprint is computed once, then kept on the model.
 
-    A loaded model carries its checkpoint's fingerprint, also where only a stage of it was read.
+    A loaded model carries its checkpoint's fingerprint, even if only one stage of it was read.
     """
     check_supported(model.config)
     known = getattr(model, "rayapp_fingerprint", None)
@@ -128,17 +128,17 @@ def signature_of(model: PreTrainedModel) -> ModelSignature:
     state = model.state_dict()
     named = fingerprint_names(model.config, state)
     digest = weights_digest((name, state[key]) for key, name in named.items())
-    found = signature_from(model.config, digest)
-    model.rayapp_fingerprint = found.weights_fingerprint
-    return found
+    result = signature_from(model.config, digest)
+    model.rayapp_fingerprint = result.weights_fingerprint
+    return result
 
 
 def apply_stage(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreTrainedModel:
-    """The model that one stage of a plan runs: same class, same parameters, skipped parts gone.
+    """Build the model that one stage of a plan runs: same class, same parameters, fewer parts.
 
     The result has its own module structure and configuration, and shares every parameter with
-    ``model``, which is left as it was: both stages of a plan can live beside the dense model at no
-    cost in memory. Only where the plan is healed do the stage's healed tensors replace parameters.
+    ``model``, which is left unchanged: both stages of a plan can live beside the dense model at no
+    cost in memory. Only if the plan is healed do the stage's healed tensors replace parameters.
     Blocks keep their numbers. The result's ``forward`` works as usual with explicit
     ``position_ids``; the engines run it block by block (:class:`rayapp.models.stack.BlockStack`).
 
@@ -164,7 +164,7 @@ def apply_stage(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreT
 
 
 def apply_modes(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreTrainedModel:
-    """:func:`apply_stage` without healed tensors: which parts run, on the model's own weights."""
+    """Apply only the modes of a stage: :func:`apply_stage` without healed tensors."""
     check_supported(model.config)
     plan.check_model(signature_of(model))
     staged = _share(model, {})
@@ -177,12 +177,12 @@ def apply_modes(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreT
 
 
 def _share(module: Any, configs: dict[int, Any]) -> Any:
-    """A copy of the module tree in which tensors are shared and configurations are not."""
+    """Copy a module tree; tensors are shared with the original, configurations are not."""
     clone = module.__class__.__new__(module.__class__)
     clone.__dict__.update(module.__dict__)
-    # A hook on one copy must not run in the others.
+    # A hook on one copy must not run in another copy.
     hooks = {n: v for n, v in module.__dict__.items() if "_hooks" in n and isinstance(v, dict)}
-    clone.__dict__.update({name: found.copy() for name, found in hooks.items()})
+    clone.__dict__.update({name: hook.copy() for name, hook in hooks.items()})
     clone._parameters = dict(module._parameters)
     clone._buffers = dict(module._buffers)
     clone._modules = {
@@ -196,9 +196,9 @@ def _share(module: Any, configs: dict[int, Any]) -> Any:
 
 
 class PartialBlock(nn.Module):
-    """A pre-norm decoder block of which only some parts are computed; the rest is not even held.
+    """A pre-norm decoder block that has only the parts that are computed.
 
-    Parts keep the names that they have in the full block, so that a checkpoint's tensor names hold.
+    Parts keep the names that they have in the full block, so that a checkpoint's tensor names fit.
     """
 
     def __init__(self, block: Any, mode: Mode) -> None:
@@ -225,7 +225,7 @@ class PartialBlock(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Hidden states ``(B, T, E)`` in and out; ``past_key_values`` takes the KV, if any."""
+        """Compute the block's hidden states ``(B, T, E)``; ``past_key_values`` receives the KV."""
         parts: Any = self
         if self.mode.writes_kv:
             attended, _ = parts.self_attn(

@@ -1,4 +1,4 @@
-"""A checkpoint directory: which tensors it holds, and where. Safetensors only, never pickles."""
+"""A checkpoint directory and the index of its tensors; safetensors only, never pickles."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
 class Checkpoint:
-    """The configuration and the tensors of one model directory; tensors are read when asked for.
+    """The configuration and the tensors of one model directory; tensors are read on demand.
 
     Raises:
-        ModelError: No directory, no or broken configuration, unsupported architecture, or weights
-            in another format than safetensors.
+        ModelError: The directory or its configuration is missing or broken, the architecture is
+            not supported, or the weights are in another format than safetensors.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -62,11 +62,11 @@ class Checkpoint:
                 yield name, opened[file].get_tensor(name)
 
     def signature(self) -> ModelSignature:
-        """The model's signature; reads all weights, unless they were hashed before."""
+        """Return the model's signature; it reads all weights, unless they were hashed before."""
         return signature_from(self.config, self._digest())
 
     def _digest(self) -> str:
-        """The digest of all weights, kept for the next time where the files are large."""
+        """Return the digest of all weights; for large files it is kept for the next time."""
         named = fingerprint_names(self.config, self.names())
         files = self._weight_files(named)
         known = files.cached_digest() if files.num_bytes >= MIN_BYTES else None
@@ -82,7 +82,7 @@ class Checkpoint:
         return digest
 
     def _weight_files(self, named: Mapping[str, str]) -> WeightFiles:
-        """Where the tensors of the fingerprint lie, ``named`` as :func:`fingerprint_names` says."""
+        """Files of the fingerprint's tensors; ``named`` comes from :func:`fingerprint_names`."""
         lines = [f"{name} is {key} of {self.files[key].name}" for key, name in named.items()]
         try:
             return WeightFiles.of(self.path, self.files.values(), lines)
@@ -105,7 +105,7 @@ def _read_config(path: Path) -> PreTrainedConfig:
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:
-    """Tensor name to file, from the index or from the headers of all safetensors files."""
+    """Map tensor names to files, from the index or from the headers of all safetensors files."""
     index = path / INDEX_FILE
     if index.is_file():
         try:
@@ -118,8 +118,10 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
-        found = f"only {pickles[0]}, which can run code when read" if pickles else "no weights"
-        raise ModelError(f"{path}: has {found}; save it with safetensors (`model.save_pretrained`)")
+        content = f"only {pickles[0]}, which can run code when read" if pickles else "no weights"
+        raise ModelError(
+            f"{path}: has {content}; save it with safetensors (`model.save_pretrained`)"
+        )
     return {name: file for file in files for name in _names_in(file)}
 
 

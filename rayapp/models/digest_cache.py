@@ -1,9 +1,9 @@
-"""Digests of weights that were computed before, kept beside the checkpoint or in the user's cache.
+"""A cache of weight digests, kept beside the checkpoint or in the user's cache directory.
 
 A digest is used only while every file has the size and the times that it had when it was hashed.
-The time of the last change of status counts too: a file that is replaced by one of the same size
-and time of writing, as copies and archives have, is noticed. Whatever is damaged, or of another
-version, is no digest; writers replace the file whole, and the last one wins.
+The time of the last change of status counts too, so a file that is replaced by one of the same size
+and time of writing, as copies and archives have, is noticed. A cache file that is damaged or of
+another version is ignored; writers replace the file whole, and the last one wins.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ logger = logging.getLogger(__name__)
 
 CACHE_FILE = ".rayapp-weights.json"
 MIN_BYTES = 64 << 20
-"""Smaller checkpoints are hashed each time: that takes no longer than a look for a file (project
-default)."""
+"""Size from which on a digest is cached: a smaller checkpoint is hashed as fast as a cache file is
+read (project default)."""
 
 SETTLED_S = 2.0
-"""Age of a file from which on a further change shows in its times: no filesystem in use counts them
-in longer ticks."""
+"""Age of a file from which on a further change shows in its times: no common filesystem has coarser
+time stamps."""
 
 FileState = tuple[int, int, int]
-"""Size in bytes, and the times of writing and of the last change of status, in nanoseconds."""
+"""The state of a file: size in bytes, times of writing and of the last change of status in ns."""
 
 
 class _Entry(BaseModel):
-    """What the cache file holds."""
+    """The content of the cache file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -53,9 +53,9 @@ class WeightFiles:
     """The files of a checkpoint as they are now.
 
     Attributes:
-        directory: Where they lie.
-        names: Hash of what is hashed: names of tensors, and the files that they are read from.
-        states: By the name of the file.
+        directory: The directory of the files.
+        names: Hash of the names of the tensors, and of the files that they are read from.
+        states: State of every file, by its name.
     """
 
     directory: Path
@@ -64,36 +64,36 @@ class WeightFiles:
 
     @classmethod
     def of(cls, directory: Path, files: Iterable[Path], names: Iterable[str]) -> WeightFiles:
-        """Look at files; those that are links count as what they point to.
+        """Read the state of files; links count as the files that they point to.
 
         Args:
-            directory: Of the checkpoint.
-            files: Of its weights.
-            names: A line on every tensor that is hashed, in any order.
+            directory: The directory of the checkpoint.
+            files: The files of its weights.
+            names: One line per tensor that is hashed, in any order.
 
         Raises:
-            OSError: One of them cannot be found.
+            OSError: One of the files does not exist.
         """
         states = {}
         for file in sorted({*files}):
-            found = file.stat()
-            states[file.name] = (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            status = file.stat()
+            states[file.name] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         listed = hashlib.sha256("\n".join(sorted(names)).encode())
         return cls(directory, listed.hexdigest(), states)
 
     @property
     def num_bytes(self) -> int:
-        """All files together."""
+        """Number of bytes of all files together."""
         return sum(size for size, _, _ in self.states.values())
 
     @property
     def is_settled(self) -> bool:
-        """Whether a change that begins now shows in the times of the file."""
+        """True if a change that begins now will show in the times of the files."""
         newest_ns = max((max(times) for _, *times in self.states.values()), default=0)
         return time.time_ns() - newest_ns >= SETTLED_S * 1e9
 
     def cached_digest(self) -> str | None:
-        """The digest that was kept of these very files; None where there is none."""
+        """Return the digest that was kept of exactly these files, None if there is none."""
         wanted = (FINGERPRINT_MARK, self.names, self.states)
         for file in self._places():
             entry = _read(file)
@@ -102,7 +102,7 @@ class WeightFiles:
         return None
 
     def keep_digest(self, digest: str) -> None:
-        """Keep a digest where that can be written: beside the files, else in the user's cache."""
+        """Keep a digest beside the files, or in the user's cache if that is not writable."""
         entry = _Entry(scheme=FINGERPRINT_MARK, names=self.names, files=self.states, digest=digest)
         for file in self._places():
             try:
@@ -113,7 +113,7 @@ class WeightFiles:
                 return
 
     def _places(self) -> list[Path]:
-        """Where a digest may lie, the first first."""
+        """Cache files in which a digest may lie, in the order of preference."""
         home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
         named = hashlib.sha256(str(self.directory.resolve()).encode()).hexdigest()
         return [self.directory / CACHE_FILE, Path(home) / "rayapp" / "weights" / f"{named}.json"]
@@ -127,7 +127,7 @@ def _read(file: Path) -> _Entry | None:
 
 
 def _write(file: Path, entry: _Entry) -> None:
-    """Replace the file whole, readable by others as weights are."""
+    """Replace a cache file as a whole; it is readable by others, as weights are."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f"{file.name}.", dir=file.parent)
     draft = Path(name)

@@ -1,8 +1,8 @@
-"""A short name for what a model computes, whatever the place and the float type it lies in.
+"""The fingerprint of a model: a short name for its function, whatever its place and float type.
 
-It is made of two parts: a digest of every byte of the weights, and the settings that change KV
-(:mod:`rayapp.models.kv_settings`). It tells models apart; it is no defence against forgery. What is
-computed in bfloat16 and in float32 has one fingerprint: replicas compare their type beside it.
+It has two parts: a digest of every byte of the weights, and the settings that change KV
+(:mod:`rayapp.models.kv_settings`). It tells models apart; it is no defence against forgery. A model
+in bfloat16 and in float32 has the same fingerprint, so replicas compare their type beside it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import torch
 
 from rayapp.plan import FINGERPRINT_MARK
 
-# Part of the scheme: a tensor's digest is that of the digests of its chunks. 32 MiB each, so that
-# threads share out a large tensor, and no copy of it is ever whole in memory.
+# The size of chunks is a part of the scheme: a tensor's digest is that of its chunks' digests. A
+# chunk has 32 MiB, so that threads share out a large tensor, and it is never copied as a whole.
 _CHUNK_ELEMENTS = 1 << 24
 _MAX_THREADS = 8
-"""Threads that hash: beyond so many, memory and disks are the limit (project default)."""
+"""Most threads that hash: beyond it, memory and disks are the limit (project default)."""
 
 _LENGTH = 24
-"""Characters of a fingerprint, its mark included. As many as in the first scheme, so that headers
-of KV messages weigh what they weighed."""
+"""Number of characters of a fingerprint, its mark included. It is that of the first scheme, so that
+headers of KV messages keep their size."""
 
 # A multimodal checkpoint calls its tensors `language_model.model.layers...`, the model in memory
-# `model.language_model.layers...`: containers that only group others are left out of the name.
+# `model.language_model.layers...`: containers that only group modules are left out of the name.
 _CONTAINERS = frozenset({"model", "language_model", "vision_model"})
 
 
@@ -43,8 +43,8 @@ def model_fingerprint(settings: Mapping[str, Any], weights: str) -> str:
     """The fingerprint of a model, marked with the version of this scheme.
 
     Args:
-        settings: What beside the weights changes KV, as plain JSON.
-        weights: As :func:`weights_digest` gives it.
+        settings: The settings beside the weights that change KV, as plain JSON.
+        weights: The digest that :func:`weights_digest` returns.
     """
     content = json.dumps({"settings": settings, "weights": weights}, sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()
@@ -55,7 +55,7 @@ def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Hash of names, shapes and all elements of all tensors, in any order.
 
     Elements are rounded to bfloat16, so a checkpoint and its copy in float32 have one digest.
-    Memory holds a few chunks besides the tensors themselves, which are taken one by one.
+    Tensors are taken one by one; memory has a few chunks beside the current one.
     """
     chunks: dict[str, list[bytes]] = defaultdict(list)
     for name, digest in _chunk_digests(tensors):
@@ -68,7 +68,7 @@ def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def _chunk_digests(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, bytes]]:
-    """Name with shape, and digest, of every chunk: those of a tensor in order."""
+    """Generate the tensor's name with shape, and the digest, of every chunk in order."""
     threads = min(_MAX_THREADS, os.cpu_count() or 1)
     pending: deque[tuple[str, Future[bytes]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="fingerprint") as pool:

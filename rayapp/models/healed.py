@@ -1,7 +1,7 @@
-"""Healed tensors: what replaces parameters of one stage, beside the plan that names them.
+"""Healed tensors replace parameters of one stage, and lie beside the plan that names them.
 
-A plan directory holds only the tensors that healing changed, as an adapter directory does. They are
-named ``prefill.`` or ``decode.`` and the parameter's canonical name; the plan holds the digest of
+A plan directory has only the tensors that healing changed, as an adapter directory does. Their
+names are ``prefill.`` or ``decode.`` and the parameter's canonical name; the plan has the digest of
 all of them. On a model they are kept by that digest, beside its own parameters, so that several
 plans live over one model.
 """
@@ -32,7 +32,7 @@ _BLOCKS = "layers"
 class HealedWeights:
     """Healed tensors by stage and canonical parameter name (``layers.3.mlp.up_proj.weight``).
 
-    ``digest`` is that of all stages, also where only one was read.
+    ``digest`` is that of all stages, even if only one was read.
     """
 
     digest: str
@@ -40,7 +40,7 @@ class HealedWeights:
 
     @classmethod
     def of(cls, stages: Mapping[Stage, Tensors]) -> HealedWeights:
-        """Tensors at hand, with their digest."""
+        """Make healed weights from tensors in memory, and compute their digest."""
         digest = hashlib.sha256()
         for name, tensor in sorted(_named(stages).items()):
             _update(digest, name, tensor)
@@ -48,7 +48,7 @@ class HealedWeights:
 
     @classmethod
     def load(cls, plan: PruningPlan, stages: Sequence[Stage] = STAGES) -> HealedWeights:
-        """The healed tensors of a plan for these stages, from the directory it was read from.
+        """Load the healed tensors of a plan for these stages, from the directory of the plan.
 
         Raises:
             PlanError: The file is missing, unreadable, or not the one that the plan names.
@@ -68,20 +68,20 @@ class HealedWeights:
                 f"{file}: cannot be read as safetensors ({error}); restore the file that was "
                 "written with the plan, or search again"
             ) from None
-        found = digest.hexdigest()[:24]
-        if found != plan.healed:
+        actual = digest.hexdigest()[:24]
+        if actual != plan.healed:
             raise PlanError(
-                f"{file}: holds tensors {found}, the plan names {plan.healed}; restore the file "
+                f"{file}: holds tensors {actual}, the plan names {plan.healed}; restore the file "
                 "that was written with the plan, or search again"
             )
-        return cls(found, kept)
+        return cls(actual, kept)
 
     def dumps(self) -> bytes:
-        """The content of ``weights.safetensors``."""
+        """Write the content of ``weights.safetensors`` as bytes."""
         return save({name: tensor.contiguous() for name, tensor in _named(self.stages).items()})
 
     def save(self, directory: str | Path) -> Path:
-        """Write the file that lies beside a plan; returns it."""
+        """Write the file that lies beside a plan, and return its path."""
         target = Path(directory) / HEALED_FILE
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(self.dumps())
@@ -89,12 +89,13 @@ class HealedWeights:
 
 
 def attach(model: PreTrainedModel, healed: HealedWeights) -> None:
-    """Keep healed tensors on the model: in its element type, on the device of their block, once.
+    """Keep healed tensors on the model, in its element type and on the device of their block.
 
-    The model's own parameters stay as they are.
+    The model's own parameters do not change, and a second call with the same tensors does nothing.
 
     Raises:
-        PlanError: A tensor is of another model: no parameter of a block, or of another shape.
+        PlanError: A tensor belongs to another model: it is no parameter of a block, or has another
+            shape.
     """
     known = _attached(model).setdefault(healed.digest, {})
     parameters = {canonical_name(name): p for name, p in model.named_parameters()}
@@ -106,12 +107,12 @@ def attach(model: PreTrainedModel, healed: HealedWeights) -> None:
 def healed_parameters(
     model: PreTrainedModel, plan: PruningPlan, stage: Stage
 ) -> Mapping[str, nn.Parameter]:
-    """What replaces the model's parameters in one stage of a plan, by canonical name.
+    """Healed parameters of one stage of a plan, by the canonical name of those that they replace.
 
     Tensors that were not attached are read from the directory of the plan.
 
     Raises:
-        PlanError: They cannot be found, or do not fit the plan or the model.
+        PlanError: The healed tensors are missing, or do not fit the plan or the model.
     """
     if plan.healed is None:
         return {}
@@ -121,17 +122,17 @@ def healed_parameters(
 
 
 def attached_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all healed tensors that the model keeps."""
+    """Number of bytes of all healed tensors that the model keeps."""
     kept = (p for stages in _attached(model).values() for s in stages.values() for p in s.values())
     return sum(parameter.nbytes for parameter in kept)
 
 
 def _attached(model: Any) -> dict[str, dict[Stage, dict[str, nn.Parameter]]]:
-    """By digest and stage; copies of the model's modules share it."""
+    """Healed parameters on the model, by digest and stage; copies of its modules share them."""
     if not hasattr(model, "rayapp_healed"):
         model.rayapp_healed = {}
-    found: dict[str, dict[Stage, dict[str, nn.Parameter]]] = model.rayapp_healed
-    return found
+    tensors: dict[str, dict[Stage, dict[str, nn.Parameter]]] = model.rayapp_healed
+    return tensors
 
 
 def _parameter(
@@ -153,7 +154,7 @@ def _parameter(
 
 
 def _device(name: str, parameters: Mapping[str, nn.Parameter]) -> torch.device:
-    """The device of the block: its frozen parameters are there also where this one was not read."""
+    """Device of the tensor's block, whose frozen parameters are there even if this one is not."""
     block = ".".join(name.split(".")[:2])
     there: Iterable[nn.Parameter] = (
         p for n, p in parameters.items() if n.startswith(f"{block}.") and not p.is_meta

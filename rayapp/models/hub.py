@@ -1,8 +1,8 @@
-"""Where a model lies: a directory as it is, or a snapshot of a model on the Hub.
+"""The location of a model: a directory of the user's, or a snapshot of a model on the Hub.
 
 Nothing here imports torch. Safetensors, configurations, tokenizers and templates are fetched, never
-pickles and never code. A snapshot is a directory like any other once it is there: whoever computes
-on another machine passes :attr:`ModelLocation.pinned` to :func:`locate` there, and gets the same.
+pickles and never code. A snapshot is a directory like any other once it is there. Another machine
+gets the same model by passing :attr:`ModelLocation.pinned` to :func:`locate`.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ _ALLOWED = (*_AT_ROOT, "*.jinja")
 _IGNORED = (*(f"*/{pattern}" for pattern in _AT_ROOT), "consolidated*", "pytorch_model*", ".*")
 
 _ANSWER_S = 10.0
-"""How long the Hub may take to say what a name stands for (project default)."""
+"""Time limit for the Hub's answer about a model's name (project default)."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# Of git's names those that are no way out of the cache's directory of names.
+# Names of git revisions, except names that would lead out of the cache's directory of names.
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]*")
 
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """A model's directory, and where it comes from if that is the Hub.
+    """A model's directory, and its origin if that is the Hub.
 
     Attributes:
-        directory: What :class:`rayapp.models.checkpoint.Checkpoint` and all others read.
+        directory: The directory that :class:`rayapp.models.checkpoint.Checkpoint` reads.
         repo_id: The model's name on the Hub; None for a directory of the user's own.
-        revision: The commit that lies in ``directory``; None likewise.
+        revision: The commit that lies in ``directory``; None for a directory of the user's own.
     """
 
     directory: Path
@@ -60,30 +60,30 @@ class ModelLocation:
 
     @property
     def name(self) -> str:
-        """What to call the model: its id, or its directory's name."""
+        """The name of the model: its id, or its directory's name."""
         return self.repo_id or self.directory.absolute().name
 
     @property
     def pinned(self) -> str:
-        """What :func:`locate` finds the same model by, on any machine that can reach it."""
+        """A name for :func:`locate` that gives the same model on any machine that can reach it."""
         if self.repo_id is None:
             return str(self.directory.absolute())
         return f"{self.repo_id}@{self.revision}"
 
     @property
     def provenance(self) -> dict[str, dict[str, str]]:
-        """What a plan records: the key ``model`` where it was on the Hub, else nothing."""
+        """The entry ``model`` of a plan's provenance; empty if the model is not from the Hub."""
         if self.repo_id is None or self.revision is None:
             return {}
         return {"model": {"id": self.repo_id, "revision": self.revision}}
 
 
 def locate(model: str | Path, revision: str | None = None) -> ModelLocation:
-    """The directory of a model, fetched from the Hub where it is an id and not in the cache yet.
+    """Locate a model; one that has an id and is not in the cache yet is fetched from the Hub.
 
     Args:
-        model: A directory, an id ``owner/name``, or one with its revision, ``owner/name@commit``.
-        revision: Branch, tag or commit of an id; None is its main branch.
+        model: A directory, an id ``owner/name``, or an id with revision, ``owner/name@commit``.
+        revision: Branch, tag or commit of an id; None takes its main branch.
 
     Raises:
         ModelError: There is no such directory or model, or it is neither in the cache nor can be
@@ -115,7 +115,7 @@ def locate(model: str | Path, revision: str | None = None) -> ModelLocation:
 
 
 def from_directory(directory: str | Path) -> ModelLocation:
-    """A directory that is there; one of the Hub's cache says by its path what lies in it."""
+    """Locate an existing directory; a path in the Hub's cache tells its model and commit."""
     *_, repo, snapshots, commit = ("", "", *Path(directory).absolute().parts)
     parts = repo.split("--")
     is_snapshot = snapshots == "snapshots" and _COMMIT.fullmatch(commit)
@@ -125,7 +125,7 @@ def from_directory(directory: str | Path) -> ModelLocation:
 
 
 def _is_id(name: str) -> bool:
-    """Whether a name can be a model's on the Hub. Ids without an owner are too like paths."""
+    """True if a name can be a model's id; one without an owner looks too much like a path."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -134,9 +134,10 @@ def _is_id(name: str) -> bool:
 
 
 def _snapshot(repo_id: str, revision: str | None) -> Path:
-    """The directory of a snapshot; from the cache alone where the Hub does not answer for it."""
+    """Return the directory of a snapshot, from the cache alone if the Hub does not answer."""
     try:
-        # Quick to fail: downloading would wait for a dead network as long as the system does.
+        # This call fails quickly: a download would wait for a dead network as long as the system
+        # does.
         HfApi().model_info(repo_id, revision=revision, timeout=_ANSWER_S)
     except Exception as error:  # noqa: BLE001 - whatever the HTTP client raises has one remedy
         return _cached(repo_id, revision, error)
@@ -149,28 +150,28 @@ def _snapshot(repo_id: str, revision: str | None) -> Path:
 
 
 def _download(repo_id: str, revision: str | None, *, local_files_only: bool) -> Path:
-    found = snapshot_download(
+    directory = snapshot_download(
         repo_id,
         revision=revision,
         allow_patterns=list(_ALLOWED),
         ignore_patterns=list(_IGNORED),
         local_files_only=local_files_only,
     )
-    return Path(found)
+    return Path(directory)
 
 
 def _cached(repo_id: str, revision: str | None, failure: Exception) -> Path:
     try:
-        found = _download(repo_id, revision, local_files_only=True)
-    except Exception:  # noqa: BLE001 - missing, incomplete or unreadable: what failed first is told
+        directory = _download(repo_id, revision, local_files_only=True)
+    except Exception:  # noqa: BLE001 - missing, incomplete or unreadable: the first failure is told
         _refuse(repo_id, revision, failure)
     if not isinstance(failure, OfflineModeIsEnabled):
         logger.warning("%s: the cache is used, as the Hub said: %s", repo_id, _reason(failure))
-    return found
+    return directory
 
 
 def _refuse(repo_id: str, revision: str | None, failure: Exception) -> NoReturn:
-    """Say what went wrong, and what to do about it."""
+    """Raise a :class:`ModelError` with the cause of a failure and its remedy."""
     at = f" at revision {revision!r}" if revision else ""
     fetch = f"hf download {repo_id}" + (f" --revision {revision}" if revision else "")
     cache = f"is not in the cache, or not whole ({constants.HF_HUB_CACHE})"

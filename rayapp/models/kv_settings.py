@@ -1,12 +1,11 @@
-"""Everything in a model's configuration that changes its KV, in one spelling.
+"""The settings of a model's configuration that change its KV, in one spelling.
 
-Numbers are taken from the parsed configuration, so it is no matter which release of transformers
-wrote it, nor whether a default was written out. Settings are listed by name: one that a later
-release adds, with a default that computes what was computed before, is no other model. The tests
-list what is known to leave KV alone; a setting that stands in neither list fails them.
+Numbers are taken from the parsed configuration, so neither the release of transformers that wrote
+it nor the spelling out of defaults matters. Settings are listed by name: if a later release adds
+one whose default computes what was computed before, the model is still the same. The tests list the
+settings that are known not to change KV; a setting that stands in neither list fails them.
 
-How a prompt becomes tokens and an image pixels is left out: that is the tokenizer's and the image
-processor's, which a model in memory does not have.
+The settings of tokenizer and image processor are left out, because a model in memory has neither.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _TOWER = (
 _KNOWN_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 _ROPE = {"rope_type": "default", "rope_theta": None, "partial_rotary_factor": 1.0}
-"""Parameters of every kind of RoPE, with what holds where they are absent."""
+"""Parameters of every kind of RoPE, with their defaults."""
 
 _SCALED_ROPE: dict[str, dict[str, Any]] = {
     "default": {},
@@ -54,8 +53,8 @@ _SCALED_ROPE: dict[str, dict[str, Any]] = {
         "truncate": True,
     },
 }
-"""Parameters that a kind of RoPE reads besides. Of a kind that is not listed all count, and so they
-do where every kind of block has a RoPE of its own."""
+"""Further parameters by kind of RoPE, with their defaults. For a kind that is not listed, all
+parameters of the configuration count, and also if every kind of block has a RoPE of its own."""
 
 
 def kv_settings(
@@ -64,8 +63,8 @@ def kv_settings(
     """Settings that change KV beside the weights, as plain JSON.
 
     Args:
-        config: Of the whole model.
-        text: Of its decoder; the same object where the model is text-only.
+        config: The configuration of the whole model.
+        text: The configuration of its decoder; the same object for a text-only model.
         windows: The sliding window of every block.
     """
     decoder = {name: getattr(text, name) for name in _DECODER}
@@ -75,31 +74,33 @@ def kv_settings(
     )
     decoder["windows"] = list(windows)
     decoder["rope"] = _rope(text)
-    found = {"decoder": decoder, "tied": bool(config.tie_word_embeddings)}
+    settings = {"decoder": decoder, "tied": bool(config.tie_word_embeddings)}
     if text is not config:
-        found["projector"] = _projector(config)
-        found["tower"] = _tower(config.vision_config)
-    plain: dict[str, Any] = _plain(found)
+        settings["projector"] = _projector(config)
+        settings["tower"] = _tower(config.vision_config)
+    plain: dict[str, Any] = _plain(settings)
     return plain
 
 
 def _rope(text: PreTrainedConfig) -> dict[str, Any]:
-    """What the rotary embedding is computed from."""
+    """Parameters from which the rotary embedding is computed."""
     given = {k: v for k, v in (text.rope_parameters or {}).items() if v is not None}
     kind = given.get("rope_type", "default")
-    if kind not in _SCALED_ROPE or any(isinstance(each, Mapping) for each in given.values()):
+    if kind not in _SCALED_ROPE or any(
+        isinstance(parameter, Mapping) for parameter in given.values()
+    ):
         return given | {"max_position_embeddings": text.max_position_embeddings}
     read = _ROPE | _SCALED_ROPE[kind]
     rope = {name: given.get(name, default) for name, default in read.items()}
-    if "factor" in rope and rope["factor"] is None:  # yarn then takes it from the lengths
+    if "factor" in rope and rope["factor"] is None:  # Yarn then derives it from the lengths.
         rope["max_position_embeddings"] = text.max_position_embeddings
-    if rope.get("attention_factor") is not None:  # and what it would be made of is not read
+    if rope.get("attention_factor") is not None:  # Its ingredients are then not read.
         rope |= {"mscale": None, "mscale_all_dim": None}
     return rope
 
 
 def _projector(config: PreTrainedConfig) -> dict[str, Any]:
-    """From which of the tower's outputs the visual tokens are made, and how."""
+    """Settings of the projector, and the outputs of the tower that it projects."""
     projector = {name: getattr(config, name, None) for name in _PROJECTOR}
     layers = config.vision_feature_layer
     outputs = config.vision_config.num_hidden_layers + 1
@@ -109,7 +110,7 @@ def _projector(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _tower(vision: PreTrainedConfig) -> dict[str, Any]:
-    """What the vision tower computes; of a tower that is not known, all that it is told."""
+    """Settings of the vision tower; for an unknown tower, its whole configuration."""
     if vision.model_type in _KNOWN_TOWERS:
         return {name: getattr(vision, name) for name in _TOWER}
     unread = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures"}
@@ -117,11 +118,11 @@ def _tower(vision: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON in which equal numbers are written alike: 10000 and 10000.0 are one RoPE base."""
+    """Convert to JSON that writes equal numbers alike: 10000 and 10000.0 are one RoPE base."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     if isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value if value is None or isinstance(value, str | bool | float) else str(value)

@@ -1,4 +1,4 @@
-"""Logits to likelihoods: the only place for NLL and KL, in float64.
+"""Likelihoods of logits: the only place where NLL and KL are computed, in float64.
 
 At a KL of 6e-4, a float32 reduction alone errs by 1.4e-5; hence float64 throughout.
 Shapes: C = continuation tokens (any leading shape works), V = vocabulary.
@@ -20,7 +20,7 @@ def nll(logits_CV: torch.Tensor, token_ids_C: torch.Tensor) -> torch.Tensor:
 
 
 def nll_of(logprobs_CV: torch.Tensor, token_ids_C: torch.Tensor) -> torch.Tensor:
-    """The same from log-probabilities that are already at hand."""
+    """Compute the same from log-probabilities that are already at hand."""
     return -logprobs_CV.gather(-1, token_ids_C[..., None].to(logprobs_CV.device)).squeeze(-1)
 
 
@@ -30,12 +30,12 @@ def kl(dense_logits_CV: torch.Tensor, plan_logits_CV: torch.Tensor) -> torch.Ten
 
 
 def kl_of(dense_logprobs_CV: torch.Tensor, plan_logprobs_CV: torch.Tensor) -> torch.Tensor:
-    """The same from log-probabilities that are already at hand."""
+    """Compute the same from log-probabilities that are already at hand."""
     return (dense_logprobs_CV.exp() * (dense_logprobs_CV - plan_logprobs_CV)).sum(-1)
 
 
 def top_k(logits_CV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The ``k`` likeliest tokens of each distribution, and everything else as one outcome.
+    """Reduce every distribution to its ``k`` likeliest tokens and one outcome for all others.
 
     Returns:
         Log-probabilities ``(C, k)`` and token ids ``(C, k)`` of the likeliest tokens, likeliest
@@ -51,8 +51,8 @@ def kl_top_k(
 ) -> torch.Tensor:
     """KL(dense || plan) over the outcomes that :func:`top_k` tells apart, ``(C,)``, float64.
 
-    Never above the exact KL (data processing). What is missing is exactly the dense mass of the
-    other tokens times the KL between the two distributions among them.
+    The result never exceeds the exact KL (data processing). The difference is exactly the dense
+    mass of the other tokens times the KL between the two distributions among them.
     """
     top_CK, ids_CK, others_C = dense
     plan_CV = log_softmax64(plan_logits_CV)

@@ -40,9 +40,9 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory. Tensors that its stage does not run stay empty, on the meta device.
+    """A model in memory; tensors that its stage does not run stay empty, on the meta device.
 
-    ``parameter_bytes`` counts what was really read, tied tensors once.
+    ``parameter_bytes`` counts the bytes that were really read, tied tensors once.
     """
 
     model: PreTrainedModel
@@ -58,7 +58,7 @@ class LoadedModel:
 
 
 def eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """Every token that ends an answer: the generation configuration's, else the model's."""
+    """Every token that ends an answer: the generation configuration's, or else the model's."""
     for config in (getattr(model, "generation_config", None), model.config):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
@@ -78,20 +78,20 @@ def load_model(
 
     With a ``stage``, only the tensors that this stage of ``plan`` runs are read (``unified``: the
     union of both stages), besides embeddings, final norm and head; the rest stays on the meta
-    device and costs nothing. Healed tensors of the plan are read as well, and what they replace is
-    not. ``device="auto"`` spreads the blocks over all GPUs that the process sees.
+    device and costs no memory. Healed tensors of the plan are read in place of the parameters that
+    they replace. ``device="auto"`` spreads the blocks over all GPUs that the process sees.
 
     Raises:
         ModelError: The directory is not a supported, complete safetensors checkpoint.
         PlanError: The plan was made for another model, or its healed tensors cannot be used.
     """
     checkpoint = Checkpoint(path)
-    found = checkpoint.signature()
+    signature = checkpoint.signature()
     plan = plan or PruningPlan()
-    plan.check_model(found)
+    plan.check_model(signature)
     model = empty_model(checkpoint.config, dtype)
     _read_generation_config(model, checkpoint.path)
-    model.rayapp_fingerprint = found.weights_fingerprint
+    model.rayapp_fingerprint = signature.weights_fingerprint
     healed = HealedWeights.load(plan, _stages(stage)) if plan.healed else None
     needed = _needed_names(model, plan, stage, healed)
     _fill(model, checkpoint, needed, _placement(model, device))
@@ -99,13 +99,13 @@ def load_model(
         attach(model, healed)
     loaded = sum({p.data_ptr(): p.nbytes for p in model.parameters() if not p.is_meta}.values())
     loaded += attached_bytes(model)
-    return LoadedModel(model, load_tokenizer(path), found, Path(path), loaded)
+    return LoadedModel(model, load_tokenizer(path), signature, Path(path), loaded)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory; raises :class:`ModelError` where there is none.
+    """Load the tokenizer of a model directory; raises :class:`ModelError` if there is none.
 
-    A chat template that lies beside it for the model's processor is its own too.
+    It also gets the chat template that some models keep beside it for their processor.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -123,17 +123,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def read_signature(path: str | Path) -> ModelSignature:
-    """The signature of a checkpoint; as :meth:`Checkpoint.signature`."""
+    """Read the signature of a checkpoint, see :meth:`Checkpoint.signature`."""
     return Checkpoint(path).signature()
 
 
 def compute_dtype(config: PreTrainedConfig, dtype: str = "auto") -> torch.dtype:
-    """The element type that a model is loaded in; ``auto`` is the checkpoint's own."""
+    """Element type in which a model is loaded; ``auto`` takes the checkpoint's own."""
     return DTYPES.get(dtype) or config.dtype or torch.float32
 
 
 def empty_model(config: PreTrainedConfig, dtype: DType = "auto") -> PreTrainedModel:
-    """The model on the meta device; buffers that no checkpoint holds (rotary ones) are real."""
+    """Build the model on the meta device; buffers that no checkpoint has (rotary ones) are real."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}")
     target = compute_dtype(config, dtype)
@@ -161,9 +161,9 @@ def _needed_names(
         return {name for name, _ in model.named_parameters()}
     return {
         name
-        for each in _stages(stage)
-        for name in _run_names(apply_modes(model, plan, each), each)
-        if healed is None or canonical_name(name) not in healed.stages[each]
+        for single_stage in _stages(stage)
+        for name in _run_names(apply_modes(model, plan, single_stage), single_stage)
+        if healed is None or canonical_name(name) not in healed.stages[single_stage]
     }
 
 
@@ -177,7 +177,7 @@ def _run_names(staged: PreTrainedModel, stage: Stage) -> list[str]:
 
 
 def _placement(model: PreTrainedModel, device: str | torch.device) -> dict[str, torch.device]:
-    """Module name prefix to device: all on one, or whole blocks spread evenly over all GPUs."""
+    """Map module name prefixes to devices: one for all, or blocks spread evenly over all GPUs."""
     if device != "auto" or torch.cuda.device_count() < 2:
         single = "cpu" if device == "auto" and not torch.cuda.is_available() else device
         return {"": torch.device("cuda" if single == "auto" else single)}
@@ -189,7 +189,7 @@ def _placement(model: PreTrainedModel, device: str | torch.device) -> dict[str, 
 
 
 def _device_of(name: str, placement: dict[str, torch.device]) -> torch.device:
-    """The device of the longest prefix that covers ``name``."""
+    """Return the device of the longest prefix that covers ``name``."""
     prefixes = [p for p in placement if not p or name == p or name.startswith(f"{p}.")]
     return placement[max(prefixes, key=len)]
 
@@ -200,7 +200,7 @@ def _fill(
     needed: set[str],
     placement: dict[str, torch.device],
 ) -> None:
-    """Read the needed tensors into the empty model, in its element type, and tie what is tied."""
+    """Read the needed tensors into the empty model, in its element type, and tie tied tensors."""
     keys = {canonical_name(key): key for key in checkpoint.names()}
     stored = {keys[c]: n for n in sorted(needed) if (c := canonical_name(n)) in keys}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -226,7 +226,7 @@ def _fill(
 
 
 def _move_buffers(model: PreTrainedModel, placement: dict[str, torch.device]) -> None:
-    """Move buffers only: parameters that were left out cannot be moved."""
+    """Move only buffers to their devices: parameters that were left out cannot be moved."""
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(_device_of(f"{prefix}.{name}".lstrip("."), placement)))

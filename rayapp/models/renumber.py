@@ -1,4 +1,4 @@
-"""A model with fewer blocks, numbered anew: its settings and its tensor names."""
+"""Settings and tensor names of a model with fewer blocks, whose blocks are numbered anew."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _BLOCK = re.compile(r"\blayers\.(\d+)\.")
 def fewer_blocks(text: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
     """The settings of a decoder's configuration that change when only ``kept`` blocks stay.
 
-    Lists with one entry per block lose the entries of the others; lists that happen to be as long,
-    such as end tokens, stay.
+    Lists with one entry per block lose the entries of removed blocks; other lists that happen to be
+    as long, such as end tokens, stay.
     """
     before = text["num_hidden_layers"]
     changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
     for key, value in text.items():
         if "layer" in key and isinstance(value, list) and len(value) == before:
             changes[key] = [value[block] for block in kept]
-    # Qwen's blocks from this number on have the sliding window, where there is one.
+    # Qwen's blocks from this number on have the sliding window, if there is one.
     if "max_window_layers" in text:
         changes["max_window_layers"] = sum(b < text["max_window_layers"] for b in kept)
     return changes
@@ -33,6 +33,6 @@ def name_before(canonical: str, kept: Sequence[int]) -> str:
 
 
 def renumbered(stored: str, canonical: str) -> str:
-    """A name as its checkpoint spells it, with the block number of the canonical name."""
+    """Rewrite a name as spelt in its checkpoint with the block number of the canonical name."""
     match = _BLOCK.match(canonical)
     return _BLOCK.sub(match[0], stored, count=1) if match else stored

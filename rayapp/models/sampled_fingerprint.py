@@ -19,7 +19,7 @@ _CHUNK_ELEMENTS = 256
 
 
 def sampled_fingerprint(checkpoint: Checkpoint) -> str:
-    """What plans of the first scheme call the weights of this checkpoint."""
+    """Fingerprint of the first scheme for the weights of this checkpoint, as old plans have it."""
     digest = hashlib.sha256()
     nested = checkpoint.config.model_type in MULTIMODAL_TYPES
     tied = text_config(checkpoint.config).tie_word_embeddings

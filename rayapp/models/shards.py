@@ -1,4 +1,4 @@
-"""Tensors to the safetensors files of a checkpoint, in one pass, one file in memory at a time."""
+"""Writer of a checkpoint's safetensors files, in one pass, with one file in memory at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from rayapp.models.checkpoint import INDEX_FILE
 
 MAX_SHARD_BYTES = 4 * 10**9
-"""Tensors of one file, and so what is in memory at a time (project default)."""
+"""Most bytes of tensors in one file, and so in memory at a time (project default)."""
 
 
 def write_shards(
@@ -21,26 +21,26 @@ def write_shards(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write named tensors as transformers names its files: one file, or several and an index.
+    """Write named tensors to files named as transformers does: one file, or several and an index.
 
     Args:
-        directory: Where the files go; it exists.
-        tensors: Each is read when its turn comes, and freed with its file.
-        max_shard_bytes: Tensors of one file at most; a larger tensor has a file of its own.
+        directory: The existing directory for the files.
+        tensors: Names and tensors; a tensor is read in its turn, and freed with its file.
+        max_shard_bytes: Most bytes of tensors in one file; a larger tensor has its own file.
 
     Raises:
         OSError: The files cannot be written.
-        SafetensorError: Likewise, where safetensors noticed it.
+        SafetensorError: The files cannot be written, according to safetensors.
     """
     shards: list[list[str]] = []
-    held: dict[str, torch.Tensor] = {}
+    shard: dict[str, torch.Tensor] = {}
     total_bytes = 0
     for name, tensor in tensors:
-        if held and _bytes(held) + tensor.nbytes > max_shard_bytes:
-            shards.append(_flush(held, directory / _draft(len(shards))))
-        held[name] = tensor
+        if shard and _bytes(shard) + tensor.nbytes > max_shard_bytes:
+            shards.append(_flush(shard, directory / _draft(len(shards))))
+        shard[name] = tensor
         total_bytes += tensor.nbytes
-    shards.append(_flush(held, directory / _draft(len(shards))))
+    shards.append(_flush(shard, directory / _draft(len(shards))))
     names = _file_names(len(shards))
     for number, name in enumerate(names):
         (directory / _draft(number)).rename(directory / name)
@@ -50,21 +50,21 @@ def write_shards(
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _bytes(held: dict[str, torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in held.values())
+def _bytes(shard: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in shard.values())
 
 
-def _flush(held: dict[str, torch.Tensor], file: Path) -> list[str]:
-    """Write and free what is held; returns its names. Readable by others, as other files are."""
-    save_file(held, file, metadata={"format": "pt"})
+def _flush(shard: dict[str, torch.Tensor], file: Path) -> list[str]:
+    """Write a shard to a file that others may read, free its tensors, and return their names."""
+    save_file(shard, file, metadata={"format": "pt"})
     file.chmod(0o644)
-    names = list(held)
-    held.clear()
+    names = list(shard)
+    shard.clear()
     return names
 
 
 def _draft(number: int) -> str:
-    """A file's name until it is known how many there are."""
+    """Temporary name of a file, until the number of files is known."""
     return f"shard-{number}"
 
 

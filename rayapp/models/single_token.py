@@ -1,7 +1,7 @@
 """The blocks of a stage for one token per sequence, without the machinery of modules.
 
 Decoding small batches is bound by Python: a call of a module costs more than the product inside it.
-Here each block is a few functions over the same parameters, with the same operations in the same
+Here a block is a few functions over the same parameters, with the same operations in the same
 order, so results are those of :class:`rayapp.models.stack.BlockStack`. A block that is not plain
 (hooks, replaced layers, a mode that only writes KV) runs as the module that it is.
 Shapes: B = sequences, E = hidden size, Q = query heads, H = KV heads, D = head dimension.
@@ -24,7 +24,7 @@ Block = Callable[[torch.Tensor, Rotary, torch.Tensor | None, BlockCache], torch.
 
 
 class SingleTokenStack:
-    """Runs the blocks of ``stack`` for one token per sequence; hooks set later are not noticed."""
+    """Runs the blocks of ``stack`` for one token per sequence; hooks set later are ignored."""
 
     def __init__(self, stack: BlockStack) -> None:
         self._stack = stack
@@ -35,7 +35,7 @@ class SingleTokenStack:
 
     @property
     def is_plain(self) -> bool:
-        """Whether every block takes the short way."""
+        """True if every block runs as plain functions."""
         return self._blocks is not None
 
     def run(
@@ -45,7 +45,7 @@ class SingleTokenStack:
         cache: BlockCache,
         masks: Masks,
     ) -> torch.Tensor:
-        """Hidden states ``(B, 1, E)`` after all blocks; arguments as for ``BlockStack.run``."""
+        """Hidden states ``(B, 1, E)`` after all blocks; the arguments of ``BlockStack.run``."""
         if self._blocks is None:
             return self._stack.run(hidden_B1E, positions_B1, cache, masks)
         rotary = self._rotary(hidden_B1E, positions_B1)
@@ -55,7 +55,7 @@ class SingleTokenStack:
 
 
 def _plain_block(number: int, block: nn.Module) -> Block | None:
-    """``block`` as a function, None where it must be called as a module."""
+    """Return ``block`` as a function, None if it must be called as a module."""
     if any(_is_hooked(module) for module in block.modules()):
         return None
     linears = [module for name, module in block.named_modules() if name.endswith("_proj")]
@@ -83,7 +83,7 @@ def _is_hooked(module: Any) -> bool:
 
 
 def _norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The RMS norm of every supported family."""
+    """Return the RMS norm of a module as a function, which all supported families share."""
     weight_E, epsilon = module.weight, module.variance_epsilon
 
     def norm(x: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,7 @@ def _attention(number: int, norm_module: Any, attention: Any) -> Block:
 
 
 def _rotate(x_BRD: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Rotary positions as all supported families apply them; cosine and sine ``(B or 1, 1, D)``."""
+    """Apply rotary positions as all supported families do; cosine and sine ``(B or 1, 1, D)``."""
     cos_B1D, sin_B1D = rotary
     one_BRD, two_BRD = x_BRD.chunk(2, dim=-1)
     return x_BRD * cos_B1D + torch.cat((-two_BRD, one_BRD), dim=-1) * sin_B1D

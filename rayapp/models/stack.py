@@ -27,12 +27,12 @@ from rayapp.plan import PruningPlan, Stage
 
 
 class BlockCache(Protocol):
-    """What a block writes its KV to, and attends to in return."""
+    """A cache to which a block writes its KV, and from which it gets the KV to attend to."""
 
     def update(
         self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, block: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take new entries of ``block``; return all keys and values to attend to, ``BHKD``."""
+        """Add new entries of ``block``; return all keys and values to attend to, ``BHKD``."""
         ...
 
 
@@ -45,10 +45,10 @@ class BlockStack:
     Args:
         model: A dense model, or one that was loaded for this stage.
         plan: The plan; an empty one runs the dense model.
-        stage: Which stage of it to run.
+        stage: The stage of the plan to run.
 
     Raises:
-        ModelError: Unsupported architecture, or tensors of this stage were not loaded.
+        ModelError: The architecture is not supported, or tensors of this stage were not loaded.
         PlanError: The plan was made for another model.
     """
 
@@ -57,7 +57,7 @@ class BlockStack:
         self.stage: Stage = stage
         self._decoder: Any = find_decoder(self.model)
         text = text_config(self.model.config)
-        # Only sdpa treats "no mask" as causal where it must be.
+        # Only sdpa treats a missing mask as causal attention where that is needed.
         for config in (self.model.config, text, self._decoder.config):
             config._attn_implementation = PACKED_SDPA
         for attention in (m for m in self._decoder.modules() if hasattr(m, "num_key_value_groups")):
@@ -72,8 +72,8 @@ class BlockStack:
         self.attends = tuple(mode.attends for mode in modes)
         self.writes_kv = tuple(mode.writes_kv for mode in modes)
         self._check_loaded()
-        held = [next(block.parameters(), None) for block in self._decoder.layers]
-        self.devices = tuple(self.device if p is None else p.device for p in held)
+        parameters = [next(block.parameters(), None) for block in self._decoder.layers]
+        self.devices = tuple(self.device if p is None else p.device for p in parameters)
         self._is_spread = any(device != self.device for device in self.devices)
 
     def _check_loaded(self) -> None:
@@ -91,22 +91,22 @@ class BlockStack:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """Device of the embeddings, where token ids enter."""
         return self._decoder.embed_tokens.weight.device
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The block modules of this stage."""
+        """The modules of this stage's blocks."""
         return self._decoder.layers
 
     def rotary(
         self, hidden_BTE: torch.Tensor, positions_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines ``(B or 1, T, D)`` of positions, where and in what ``hidden`` is."""
+        """Cosines and sines ``(B or 1, T, D)`` of positions, in the type of ``hidden_BTE``."""
         return self._decoder.rotary_emb(hidden_BTE, position_ids=positions_BT.to(hidden_BTE.device))
 
     def embed(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
-        """Hidden states ``(B, T, E)`` that enter block 0."""
+        """Embed token ids as the hidden states ``(B, T, E)`` that enter block 0."""
         return self._decoder.embed_tokens(token_ids_BT.to(self.device))
 
     def run(
@@ -120,18 +120,18 @@ class BlockStack:
         stop: int | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Hidden states ``(B, T, E)`` after blocks ``start`` to ``stop`` (exclusive; default: all).
+        """Run blocks ``start`` to ``stop`` (exclusive; default: all); return hidden states.
 
         Args:
-            hidden_BTE: What enters block ``start``.
+            hidden_BTE: Hidden states that enter block ``start``.
             positions_BT: Position of every token in the unpruned sequence, int64, ``(B or 1, T)``.
-            cache: Receives KV, and answers with what to attend to.
-            masks: Per block a boolean mask that broadcasts to ``(B, 1, T, K)``, True = may attend.
-                A block without one is causal where T == K (its sliding window honoured), and sees
-                all entries where T == 1.
-            start: First block to run.
-            stop: Block before which to stop.
-            rotary: What :meth:`rotary` gives for these positions, where it is at hand.
+            cache: The cache that receives KV, and returns the KV to attend to.
+            masks: Boolean masks by block, which broadcast to ``(B, 1, T, K)``, True = may attend.
+                A block without one is causal if T == K (its sliding window honoured), and sees all
+                entries if T == 1.
+            start: The first block to run.
+            stop: The block before which to stop.
+            rotary: The result of :meth:`rotary` for these positions, if it is at hand.
         """
         positions_BT = positions_BT.to(hidden_BTE.device)
         rotary = self.rotary(hidden_BTE, positions_BT) if rotary is None else rotary
@@ -155,7 +155,7 @@ class BlockStack:
     def _window_masks(self, positions_BT: torch.Tensor) -> Masks:
         """Masks of the sliding-window blocks over a fresh prompt that spans more than the window.
 
-        Positions decide, not the number of tokens: pruned prompts have gaps.
+        The span is counted in positions, not in tokens, because pruned prompts have gaps.
         """
         windows = {w for w in self.windows if w is not None}
         if not windows or not positions_BT.numel():

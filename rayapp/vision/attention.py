@@ -1,7 +1,7 @@
 """Attention scores that methods rank by: the tower's CLS token, and the prompt's last token.
 
-Neither is a by-product of fast attention kernels, which never form the weights: the one row that is
-needed is computed from the queries and keys of one block.
+Fast attention kernels never form the weights, so the single row that a score needs is computed here
+from the queries and keys of one block.
 Shapes: P = views of an image, N = tokens, T = prompt tokens, E = hidden size, H = KV heads,
 G = query heads per KV head, D = head dimension.
 """
@@ -19,16 +19,16 @@ from torch import nn
 from rayapp.errors import ModelError, PlanError
 from rayapp.models.stack import BlockStack
 
-# FastV's K (arXiv:2403.06764): the paper finds block 2 a good trade-off.
+# FastV's K (arXiv:2403.06764): the paper calls block 2 a good trade-off.
 FASTV_BLOCK = 2
 
 
 @contextmanager
 def captured_cls_attention(tower: Any, feature_layer: int | list[int]) -> Iterator[list[Any]]:
-    """While open, every run of the tower appends its CLS attention ``(P, N)`` to the list given.
+    """Let every run of the tower append its CLS attention ``(P, N)`` to the yielded list.
 
-    It is that of the block whose output the projector takes, averaged over heads (FasterVLM,
-    arXiv:2412.01818); of several feature layers the last counts.
+    The attention is that of the block whose output the projector takes, averaged over heads
+    (FasterVLM, arXiv:2412.01818); if there are several feature layers, the last one counts.
 
     Raises:
         ModelError: The tower has no CLS token.
@@ -95,12 +95,12 @@ def last_token_attention(
 
 
 class _PassThrough:
-    """A cache that keeps nothing."""
+    """A cache that keeps nothing and returns new entries only."""
 
     def update(
         self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, block: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What came in."""
+        """Return the new entries unchanged."""
         del block
         return keys_BHTD, values_BHTD
 

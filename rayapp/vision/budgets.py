@@ -1,9 +1,9 @@
-"""How many visual tokens each image, and each view of an image, may keep.
+"""Budgets: the number of visual tokens that an image, or a view of an image, may keep.
 
 TrimTokenator-LC (arXiv:2512.22748) measures the diversity within an image (mean cosine distance of
-its tokens) and the variation across images, and lets both guide each image's budget. How the two
-combine, and how variation is measured from mean tokens, is a project default: an image's weight is
-its number of tokens x (diversity + variation). Each image is then selected separately; the paper's
+its tokens) and the variation across images, and lets both guide an image's budget. The combination
+of the two, and the measure of variation by mean tokens, are project defaults: an image's weight is
+its number of tokens x (diversity + variation). Tokens are then selected image by image; the paper's
 second stage, a selection across images, is left out.
 Shapes: N = tokens of an image, D = hidden size.
 """
@@ -23,11 +23,11 @@ from rayapp.vision.methods.ranking import fixed_point, unit_rows
 def largest_remainder(
     weights: Sequence[float | Fraction], total: int, limits: Sequence[int]
 ) -> list[int]:
-    """``total`` shared in proportion to ``weights``, in whole numbers, none above its limit.
+    """Share ``total`` in proportion to ``weights``, in whole numbers, none above its limit.
 
-    What a limit cuts off is shared among the others. The remainders go to the largest fractions,
-    ties to the lowest index. Without any weight, all weigh the same. The sum is
-    ``min(total, sum(limits))``.
+    The surplus above a limit is shared among the others. The remainders go to the largest
+    fractions, ties to the lowest index. If all weights are zero, they count as equal. The sum of
+    the result is ``min(total, sum(limits))``.
     """
     left = min(total, sum(limits))
     exact = [Fraction(weight) for weight in weights]
@@ -47,7 +47,7 @@ def largest_remainder(
 
 
 def _rounded(shares: list[int], quota: dict[int, Fraction], total: int) -> list[int]:
-    """``shares`` with the quotas added, rounded so that they add up to ``total``."""
+    """Add the quotas to ``shares``, rounded so that the sum is ``total``."""
     floors = {index: int(part) for index, part in quota.items()}
     surplus = total - sum(floors.values())
     by_fraction = sorted(quota, key=lambda index: (floors[index] - quota[index], index))
@@ -59,16 +59,16 @@ def _rounded(shares: list[int], quota: dict[int, Fraction], total: int) -> list[
 def image_budgets(
     num_keep: int | float, sizes: Sequence[int], weights: Sequence[float] | None = None
 ) -> list[int]:
-    """Tokens that each image keeps.
+    """Numbers of tokens that the images keep.
 
     Args:
-        num_keep: Count or share per image.
-        sizes: Visual tokens of each image.
+        num_keep: Count or share of tokens per image.
+        sizes: Number of visual tokens of every image.
         weights: None gives every image its own count or share of its tokens. Otherwise the same
-            total is shared in proportion to these, at least one token to each image.
+            total is shared in proportion to the weights, with at least one token per image.
 
     Raises:
-        PlanError: An image would keep nothing.
+        PlanError: An image would keep no token.
     """
     own = [resolve(num_keep, size) for size in sizes]
     if not all(own):
@@ -90,14 +90,14 @@ def diversity_weights(images: Sequence[torch.Tensor]) -> list[float]:
     for number, unit_ND in enumerate(units):
         others = [other for other in range(len(units)) if other != number]
         variation = 1.0 - (means[others] @ means[number]).mean() if others else 0.0
-        # Rounded, so that equal images weigh the same.
+        # Weights are rounded, so that equal images weigh the same.
         weight = fixed_point(torch.as_tensor(mean_distance(unit_ND) + variation))
         weights.append(unit_ND.shape[0] * float(weight) / 2.0**32)
     return weights
 
 
 def mean_distance(units_ND: torch.Tensor) -> float:
-    """Mean of 1 - cosine over all pairs of different tokens; O(N D), no pair is looked at."""
+    """Mean of 1 - cosine over all pairs of different tokens, in O(N D) without forming pairs."""
     num_tokens = units_ND.shape[0]
     if num_tokens < 2:
         return 0.0

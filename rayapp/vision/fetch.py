@@ -1,10 +1,10 @@
 """The bytes of an image that a request names: a ``data:`` URL, or an address on an allow-list.
 
-A fetch must not become a way into the network that the service runs in. So: only hosts that were
-allowed by name; the name is resolved once, every address that it resolves to must be public, and
-the connection goes to that very address (a second look-up could answer differently); redirects are
-refused, proxies of the environment are not used, bytes are capped, and one deadline holds for
-everything, however slowly the bytes drip.
+A fetch must not become a way into the network that the service runs in. So only hosts on the list
+are fetched from. A name is resolved once, all its addresses must be public, and the connection goes
+to that very address (a second look-up could answer differently). Redirects are refused, proxies of
+the environment are not used, bytes are capped, and one deadline covers the whole fetch, however
+slowly the bytes drip.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from rayapp.vision.images import parse_data_url
 from rayapp.vision.limits import ImageLimits
 
 _PORTS = {"http": 80, "https": 443}
-# Public by the registry, but they carry an IPv4 address inside, which may not be.
+# These networks are public, but their addresses contain an IPv4 address that may not be.
 _TUNNELS = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "2002::/16", "2001::/32")))
 
 
 def image_bytes(url: str, limits: ImageLimits) -> tuple[bytes, str | None]:
-    """Bytes of the image, and the media type that its sender claims.
+    """Return the bytes of an image, and the media type that its sender claims.
 
     Raises:
         RequestError: The URL is malformed, not allowed, or does not answer with an image in time.
@@ -69,11 +69,11 @@ def _allowed(url: str, limits: ImageLimits) -> httpx.URL:
 
 
 def _public_address(host: str, timeout_s: float) -> str:
-    """An address of ``host``; all of its addresses must be public."""
-    lookup = ThreadPoolExecutor(max_workers=1)  # a resolver knows no deadline of its own
+    """Return an address of ``host``, all of whose addresses must be public."""
+    lookup = ThreadPoolExecutor(max_workers=1)  # A resolver has no deadline of its own.
     try:
-        found = lookup.submit(getaddrinfo, host, None, type=SOCK_STREAM)
-        addresses = [str(entry[4][0]) for entry in found.result(timeout_s)]
+        answers = lookup.submit(getaddrinfo, host, None, type=SOCK_STREAM)
+        addresses = [str(entry[4][0]) for entry in answers.result(timeout_s)]
     except (OSError, UnicodeError, FutureTimeoutError):
         raise RequestError(f"the image's host {host!r} cannot be resolved") from None
     finally:
@@ -86,11 +86,11 @@ def _public_address(host: str, timeout_s: float) -> str:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet, whatever it is wrapped in."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    found = getattr(found, "ipv4_mapped", None) or found
-    tunnelled = any(found in network for network in _TUNNELS if network.version == found.version)
-    return found.is_global and not found.is_multicast and not tunnelled
+    """True if an IP address, also one wrapped in another, belongs to the public internet."""
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+    tunnelled = any(parsed in network for network in _TUNNELS if network.version == parsed.version)
+    return parsed.is_global and not parsed.is_multicast and not tunnelled
 
 
 def _download(
@@ -112,13 +112,13 @@ def _download(
             if num_bytes > limits.max_bytes:
                 raise RequestError(f"the image at {target.host} exceeds {limits.max_bytes} bytes")
             chunks.append(chunk)
-        found = {name.lower(): value.decode("latin-1") for name, value in response.headers}
-    kind = found.get(b"content-type", "").partition(";")[0].strip().lower()
+        received = {name.lower(): value.decode("latin-1") for name, value in response.headers}
+    kind = received.get(b"content-type", "").partition(";")[0].strip().lower()
     return b"".join(chunks), kind or None
 
 
 class _PinnedBackend(httpcore.SyncBackend):
-    """Connects to one address, whatever name is asked for, and never past the deadline."""
+    """A network backend that connects to one address for any host name, until a deadline."""
 
     def __init__(self, address: str, deadline_s: float) -> None:
         self._address = address
@@ -132,7 +132,7 @@ class _PinnedBackend(httpcore.SyncBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        """A connection to the pinned address."""
+        """Open a connection to the pinned address."""
         stream = super().connect_tcp(self._address, port, timeout=_left(self._deadline_s))
         return _DeadlineStream(stream, self._deadline_s)
 

@@ -1,10 +1,10 @@
 """Images from strangers, decoded within bounded time and memory.
 
-What is checked before a pixel is decoded: bytes, kind (by content, which must be what the sender
-says it is), width x height, aspect ratio, animation, and the number of scans of a progressive JPEG.
-Then the image is turned upright (EXIF), laid on white where it is transparent, and made 8-bit RGB;
-colour profiles are not applied. Animated images are refused, not cut to their first frame: an image
-is never silently ignored, and neither is part of one.
+These properties are checked before a pixel is decoded: bytes, kind (the content must be of the kind
+that the sender claims), width x height, aspect ratio, animation, and the number of scans of a
+progressive JPEG. Then the image is turned upright (EXIF), laid on white where it is transparent,
+and made 8-bit RGB; colour profiles are not applied. Animated images are refused, not cut to their
+first frame: neither an image nor a part of one is ever silently ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from rayapp.errors import RequestError
 from rayapp.vision.limits import ImageLimits
 
-# Media type to Pillow's name of the format; these and no others are ever opened.
+# Pillow's format names by media type; no other format is ever opened.
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 _ALIASES = {"image/jpg": "image/jpeg"}
 _DATA_URL = re.compile(r"data:([^;,]*)(;[^,]*)?,", re.IGNORECASE)
@@ -32,14 +32,14 @@ _MAX_SCANS = 100
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """8-bit RGB pixels, upright, and a digest of the bytes that they came from."""
+    """A decoded image: upright 8-bit RGB pixels, and a digest of the bytes that they came from."""
 
     pixels: Image.Image
     digest: str
 
 
 def check_number(num_images: int, limits: ImageLimits) -> None:
-    """Raise :class:`RequestError` where a request holds more images than allowed."""
+    """Raise :class:`RequestError` if a request has more images than allowed."""
     if num_images > limits.max_images:
         raise RequestError(
             f"{num_images} images, but at most {limits.max_images} are allowed; send fewer"
@@ -47,10 +47,10 @@ def check_number(num_images: int, limits: ImageLimits) -> None:
 
 
 def parse_data_url(url: str, limits: ImageLimits) -> tuple[bytes, str]:
-    """Bytes and media type of a ``data:`` URL in base64.
+    """Read the bytes and media type of a ``data:`` URL in base64.
 
     Raises:
-        RequestError: It is malformed, too long, or of another kind.
+        RequestError: The URL is malformed, too long, or of another kind.
     """
     head = _DATA_URL.match(url[:256])
     if head is None or (head[2] or "").lower() != ";base64":
@@ -84,27 +84,28 @@ def decode_image(
 
     Args:
         data: The encoded image.
-        media_type: What the sender says it is; must be true. None trusts the content.
-        limits: Caps; None takes the defaults.
+        media_type: The media type that the sender claims, which must be true. None trusts the
+            content.
+        limits: Limits of an image; None takes the defaults.
 
     Raises:
-        RequestError: The image is too large, broken, animated, or not what it is said to be.
+        RequestError: The image is too large, broken, animated, or of another type than claimed.
     """
     limits = limits or ImageLimits()
     _check_bytes(len(data), limits)
-    found = _sniff(data)
-    if found is None:
+    kind = _sniff(data)
+    if kind is None:
         raise RequestError(
             f"the image's {len(data)} bytes are no PNG, JPEG or WebP; send one of these"
         )
     claimed = None if media_type is None else media_type.lower()
-    if claimed is not None and _ALIASES.get(claimed, claimed) != found:
-        raise RequestError(f"the image is sent as {media_type!r} but holds {found}; correct one")
-    if found == "image/webp":
+    if claimed is not None and _ALIASES.get(claimed, claimed) != kind:
+        raise RequestError(f"the image is sent as {media_type!r} but holds {kind}; correct one")
+    if kind == "image/webp":
         _check_size(*_webp_size(data), limits)
-    if found == "image/jpeg" and data.count(b"\xff\xda") > _MAX_SCANS:
+    if kind == "image/jpeg" and data.count(b"\xff\xda") > _MAX_SCANS:
         raise RequestError(f"the JPEG has more than {_MAX_SCANS} scans; save it as a baseline JPEG")
-    return DecodedImage(_decode(data, FORMATS[found], limits), hashlib.sha256(data).hexdigest())
+    return DecodedImage(_decode(data, FORMATS[kind], limits), hashlib.sha256(data).hexdigest())
 
 
 def _check_bytes(num_bytes: int, limits: ImageLimits) -> None:
@@ -129,7 +130,7 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
 
 
 def _sniff(data: bytes) -> str | None:
-    """The media type that the first bytes tell."""
+    """The media type according to the first bytes, None if it is no known one."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png"
     if data.startswith(b"\xff\xd8\xff"):
@@ -140,7 +141,7 @@ def _sniff(data: bytes) -> str | None:
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height from the header: Pillow would allocate the canvas before telling them."""
+    """Read width and height from the header: Pillow would allocate the canvas before that."""
     kind, body = data[12:16], data[20:30]
     if len(body) == 10 and kind == b"VP8X":
         return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
@@ -154,7 +155,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _decode(data: bytes, form: str, limits: ImageLimits) -> Image.Image:
-    """Upright 8-bit RGB pixels; whatever a decoder raises becomes a :class:`RequestError`."""
+    """Decode to upright 8-bit RGB pixels; a decoder's exceptions become :class:`RequestError`."""
     try:
         with Image.open(io.BytesIO(data), formats=[form]) as image:
             _check_size(*image.size, limits)
@@ -177,7 +178,7 @@ def _decode(data: bytes, form: str, limits: ImageLimits) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey: Pillow would clip, not scale
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits of grey, not scale them.
         deep = np.asarray(image)
         grey = np.where(deep == image.info.get("transparency", -1), 255, deep >> 8)
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

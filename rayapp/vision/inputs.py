@@ -1,7 +1,7 @@
-"""What a request carries of an image: its bytes, and how many tokens it stands for.
+"""An image as a request carries it: its bytes, and the number of its tokens.
 
-The count follows from the image's size and the model's configuration alone, so whoever takes a
-request in knows its unpruned length without a vision tower.
+The number follows from the image's size and the model's configuration alone, so the process that
+accepts a request knows its unpruned length without a vision tower.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ImageSource = bytes | str | Path
 class ImageInput:
     """One encoded image of a prompt; ``num_tokens`` are its tokens in the unpruned prompt.
 
-    ``data`` is empty where a request has left prefill behind.
+    ``data`` is empty once a request has left prefill behind.
     """
 
     data: bytes
@@ -36,17 +36,17 @@ class ImageInput:
 
     @property
     def without_data(self) -> ImageInput:
-        """The same image for a stage that never looks at it."""
+        """The same image without bytes, for a stage that never reads them."""
         return ImageInput(b"", self.digest, self.num_tokens)
 
 
 @dataclass(frozen=True)
 class ImageIntake:
-    """Checks and counts images for one model; loads nothing of it.
+    """Checks images and counts their tokens for one model, without loading any of its weights.
 
     Args:
-        config: Of a model that takes images.
-        limits: What one request may send.
+        config: The configuration of a model that takes images.
+        limits: Limits of the images in one request.
     """
 
     config: PreTrainedConfig
@@ -54,40 +54,41 @@ class ImageIntake:
 
     @property
     def image_token_id(self) -> int:
-        """The placeholder: one of them stands for an image in a prompt."""
+        """The id of the placeholder, which stands for one image in a prompt."""
         return int(self.config.image_token_id)
 
     @classmethod
     def of(cls, config: PreTrainedConfig, limits: ImageLimits | None = None) -> ImageIntake | None:
-        """The intake of a model, None where it is text-only."""
+        """Make the intake of a model, None if it is text-only."""
         if config.model_type not in MULTIMODAL_TYPES:
             return None
         return cls(config, limits or ImageLimits())
 
     def take(self, data: bytes, media_type: str | None = None) -> ImageInput:
-        """An image that was decoded once, so that a broken one is refused before it waits.
+        """Accept an image: it is decoded once, so that a broken one is refused before it waits.
 
         Raises:
-            RequestError: It cannot be decoded within the limits.
+            RequestError: The image cannot be decoded within the limits.
         """
         image = decode_image(data, media_type, limits=self.limits)
         return ImageInput(data, image.digest, self.num_tokens(image.pixels))
 
     def take_all(self, sources: Sequence[ImageSource]) -> tuple[ImageInput, ...]:
-        """The images of one prompt, from bytes or files.
+        """Accept the images of one prompt, from bytes or files.
 
         Raises:
-            RequestError: Too many, unreadable, or not to be decoded within the limits.
+            RequestError: There are too many images, or one of them is unreadable or outside the
+                limits.
         """
         check_number(len(sources), self.limits)
         return tuple(self.take(_bytes(source, self.limits)) for source in sources)
 
     def num_tokens(self, pixels: Image.Image) -> int:
-        """Tokens that an image stands for, newlines included."""
+        """Number of tokens of an image in the prompt, newlines included."""
         return image_layout(self.config, (pixels.height, pixels.width)).num_tokens
 
     def decode(self, image: ImageInput) -> DecodedImage:
-        """The pixels of an image that was taken in; raises :class:`RequestError`."""
+        """Decode an accepted image to pixels, or raise :class:`RequestError`."""
         if hashlib.sha256(image.data).hexdigest() != image.digest:
             raise RequestError("an image's bytes are not those of its digest; send it again")
         return decode_image(image.data, limits=self.limits)

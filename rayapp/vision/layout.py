@@ -1,8 +1,8 @@
-"""How the tokens of one image lie in the prompt: pools that are pruned, and newlines that follow.
+"""The layout of one image's tokens in the prompt: pools that are pruned, and newline tokens.
 
 LLaVA-1.5 gives one pool, a grid in reading order. LLaVA-NeXT gives two: the base view, then the
 merged grid of its tiles, in which every row ends with a newline token. Newlines are neither scored
-nor budgeted: one is kept exactly where its row keeps a token.
+nor budgeted: a newline is kept exactly if its row keeps a token.
 Shapes: N = all tokens of the image, newlines included; K = tokens kept; P = tiles, R x S = the
 merged grid.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 # The modelling code of LLaVA-NeXT takes most of a second to import, and every process of a service
-# comes by here: it is imported where an image of such a model is laid out.
+# imports this module. So that code is imported only when an image of such a model is laid out.
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,21 @@ class PoolLayout:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that can be scored."""
+        """Number of tokens that can be scored."""
         return self.rows * self.columns
 
     @property
     def row_length(self) -> int:
-        """Tokens per row, its newline included."""
+        """Number of tokens per row, its newline included."""
         return self.columns + self.has_newlines
 
     @property
     def stop(self) -> int:
-        """Where the next pool begins."""
+        """Index in the image's tokens at which the next pool begins."""
         return self.start + self.rows * self.row_length
 
     def places(self, chosen_K: torch.Tensor) -> torch.Tensor:
-        """Places in the image's tokens of chosen grid tokens, then of the newlines they keep."""
+        """Places of chosen grid tokens in the image's tokens, then of the newlines they keep."""
         rows_K = chosen_K // self.columns
         tokens_K = self.start + rows_K * self.row_length + chosen_K % self.columns
         if not self.has_newlines:
@@ -53,7 +53,7 @@ class PoolLayout:
         return torch.cat([tokens_K, newlines])
 
     def tokens(self, features_N: torch.Tensor) -> torch.Tensor:
-        """The grid tokens' rows of per-token values ``(N, ...)``, newlines left out."""
+        """Select the rows of grid tokens from per-token values ``(N, ...)``, without newlines."""
         mine = features_N[self.start : self.stop]
         by_row = mine.unflatten(0, (self.rows, self.row_length))[:, : self.columns]
         return by_row.flatten(0, 1)
@@ -61,22 +61,22 @@ class PoolLayout:
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """The pools of one image, one after the other."""
+    """The layout of one image: its pools, one after the other."""
 
     pools: tuple[PoolLayout, ...]
 
     @property
     def num_tokens(self) -> int:
-        """All tokens of the image in the prompt, newlines included."""
+        """Number of all tokens of the image in the prompt, newlines included."""
         return self.pools[-1].stop
 
     @property
     def num_visual(self) -> int:
-        """Tokens that can be scored: all but newlines."""
+        """Number of tokens that can be scored: all but newlines."""
         return sum(pool.num_tokens for pool in self.pools)
 
     def keep(self, chosen: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Places kept, ascending, ``(K,)``, from the grid indices chosen in each pool."""
+        """Kept places ``(K,)``, ascending, from the grid indices chosen in every pool."""
         places = [pool.places(kept) for pool, kept in zip(self.pools, chosen, strict=True)]
         return torch.cat(places).sort().values
 
@@ -93,7 +93,7 @@ def image_layout(config: Any, size: tuple[int, int]) -> ImageLayout:
 
 
 def num_views(config: Any, size: tuple[int, int]) -> int:
-    """Views that the tower sees of an image of ``(height, width)`` pixels: the base, and tiles."""
+    """Number of views of an image of ``(height, width)`` pixels: the base view and its tiles."""
     if config.model_type != "llava_next":
         return 1
     down, across = _grid(config, size)
@@ -111,7 +111,7 @@ def merged_grid(config: Any, tiles_PN: torch.Tensor, size: tuple[int, int]) -> t
 
 
 def _grid(config: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """Tiles down and across."""
+    """Numbers of tiles down and across."""
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
     side = config.vision_config.image_size

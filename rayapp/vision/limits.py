@@ -9,14 +9,14 @@ from pydantic import ConfigDict, Field, field_validator
 from rayapp.settings import Strict
 
 IMAGE_CACHE_BYTES = 768 * 2**20
-"""Of encoded images: about 150 of LLaVA-1.5-7B in 16 bits (project default)."""
+"""Size of the cache of encoded images: about 150 of LLaVA-1.5-7B in 16 bits (project default)."""
 
-MOST_PIXELS = 89_478_485  # from here on Pillow warns of bombs, from twice as many it refuses
+MOST_PIXELS = 89_478_485  # Above it Pillow warns of bombs, above twice as many it refuses.
 _HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 
 
 class ImageLimits(Strict):
-    """What one request may send (the numbers are project defaults)."""
+    """Limits of the images that one request may send (the numbers are project defaults)."""
 
     model_config = ConfigDict(title="What requests may send of images")
 
@@ -58,7 +58,7 @@ class ImageLimits(Strict):
     @field_validator("allowed_hosts")
     @classmethod
     def _are_hosts(cls, hosts: frozenset[str]) -> frozenset[str]:
-        """Names in lower case, as they are looked up; whatever is no name would never match."""
+        """Lower the case of host names for look-ups, and refuse strings that could never match."""
         names = frozenset(host.lower() for host in hosts)
         wrong = sorted(name for name in names if not _HOST.fullmatch(name))
         if wrong:

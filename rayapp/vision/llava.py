@@ -1,7 +1,7 @@
-"""LLaVA-1.5 and LLaVA-NeXT: from an image to projected tokens, from a prompt to embeddings.
+"""The adapter of LLaVA-1.5 and LLaVA-NeXT: it encodes images and builds the prompt's embeddings.
 
-The vision tower and the projector run as the model's own ``get_image_features`` runs them. What is
-cached was encoded alone: among others an image's features are the same up to rounding only.
+The vision tower and the projector run as the model's own ``get_image_features`` runs them. Cached
+features were encoded alone: encoded among other images they are the same only up to rounding.
 Shapes: N = tokens of an image, newlines included; P = views (base and tiles), C = channels,
 R x S = the merged grid, M = text tokens, E = hidden size.
 """
@@ -29,7 +29,7 @@ from rayapp.vision.selection import EncodedImage, keep_places, keep_places_of_pr
 
 
 def check_takes_images(config: PreTrainedConfig) -> None:
-    """Raise :class:`ModelError` naming the architecture where this room has no adapter for it."""
+    """Raise :class:`ModelError` if there is no adapter for the architecture, and name it."""
     if config.model_type not in MULTIMODAL_TYPES:
         raise ModelError(
             f"model type {config.model_type!r} takes no images here; "
@@ -43,10 +43,10 @@ def check_takes_images(config: PreTrainedConfig) -> None:
 
 
 def load_image_processor(path: str | Path) -> Any:
-    """The image processor of a model directory, without torchvision.
+    """Load the image processor of a model directory, without torchvision.
 
     Raises:
-        ModelError: There is none, or it cannot be read.
+        ModelError: The directory has no image processor, or it cannot be read.
     """
     try:
         return AutoImageProcessor.from_pretrained(
@@ -60,7 +60,7 @@ def load_image_processor(path: str | Path) -> Any:
 
 
 def image_processor_of(path: str | Path, config: PreTrainedConfig) -> Any | None:
-    """The image processor of a model that takes images, None where it is text-only."""
+    """Load the image processor of a model that takes images; None for a text-only model."""
     if config.model_type not in MULTIMODAL_TYPES:
         return None
     check_takes_images(config)
@@ -69,10 +69,10 @@ def image_processor_of(path: str | Path, config: PreTrainedConfig) -> Any | None
 
 @dataclass(frozen=True)
 class PreparedImages:
-    """Images as the tower takes them, scaled and normalised.
+    """Input of the tower: scaled and normalised images.
 
-    ``pixels`` are of all images; ``sizes`` are their ``(height, width)`` before scaling, None for a
-    tower that sees one view of each.
+    ``pixels`` are those of all images; ``sizes`` are their ``(height, width)`` before scaling, None
+    for a tower that sees one view per image.
     """
 
     images: tuple[DecodedImage, ...]
@@ -84,14 +84,14 @@ class LlavaAdapter:
     """Encodes images and builds the embeddings of prompts for one prefill stage.
 
     Args:
-        model: Holds tower and projector. The model as it was loaded, not a stage's copy of it:
+        model: The model with tower and projector, as it was loaded. A stage's copy would not do:
             copies share the hooks with which transformers records hidden states, and a second
             copy that installs them records everything twice.
         stack: The prefill stage over the same model.
-        image_processor: As :func:`load_image_processor` gives it.
+        image_processor: The processor that :func:`load_image_processor` returns.
 
     Raises:
-        ModelError: Another multimodal model, a text model, or a tower that was not loaded.
+        ModelError: The model is of another kind or text-only, or its tower was not loaded.
     """
 
     def __init__(self, model: PreTrainedModel, stack: BlockStack, image_processor: Any) -> None:
@@ -114,8 +114,9 @@ class LlavaAdapter:
         """Run the vision tower and the projector once over one image.
 
         Args:
-            image: As :mod:`rayapp.vision.images` decodes it.
-            cls_attention: Also keep the tower's CLS attention, for method ``cls_attention``.
+            image: An image that :mod:`rayapp.vision.images` decoded.
+            cls_attention: Whether to keep the tower's CLS attention too, for method
+                ``cls_attention``.
         """
         return self.encode_prepared(self.prepare([image]), cls_attention=cls_attention)[0]
 
@@ -123,7 +124,7 @@ class LlavaAdapter:
     def encode_prepared(
         self, prepared: PreparedImages, *, cls_attention: bool = False
     ) -> list[EncodedImage]:
-        """:meth:`encode` of several images in one run; their features share one memory."""
+        """Run :meth:`encode` for several images at once; their features share one memory."""
         model, layer = self._model.model, self._config.vision_feature_layer
         parameter = next(model.vision_tower.parameters())
         pixels = prepared.pixels.to(parameter.device, parameter.dtype)
@@ -142,7 +143,7 @@ class LlavaAdapter:
         ]
 
     def _layout(self, num_tokens: int, image: DecodedImage) -> ImageLayout:
-        """Where the pools lie; raises :class:`ModelError` where the tokens are no such grid."""
+        """Layout of an image's pools; a :class:`ModelError` if its tokens do not fit the grid."""
         layout = image_layout(self._config, (image.pixels.height, image.pixels.width))
         if layout.num_tokens != num_tokens:
             raise ModelError(
@@ -154,7 +155,7 @@ class LlavaAdapter:
     def _per_image(
         self, prepared: PreparedImages, views_PN: torch.Tensor
     ) -> list[torch.Tensor | None]:
-        """Scores of every image ``(N,)``, from those of all views of all images."""
+        """Scores ``(N,)`` of every image, from the scores of all views of all images."""
         if prepared.sizes is None:
             return [self._in_prompt_order(view_1N, None) for view_1N in views_PN.split(1)]
         sizes = [tuple(size) for size in prepared.sizes.tolist()]
@@ -164,7 +165,7 @@ class LlavaAdapter:
     def _in_prompt_order(
         self, views_PN: torch.Tensor, size: tuple[int, int] | None
     ) -> torch.Tensor:
-        """Scores of every view's tokens as the prompt has them, 0 at newlines, ``(N,)``."""
+        """Scores ``(N,)`` of all views in the order of the prompt's tokens, 0 at newlines."""
         if size is None:
             return views_PN[0]
         merged_RS = merged_grid(self._config, views_PN[1:], size)
@@ -186,18 +187,18 @@ class LlavaAdapter:
         *,
         text_token_ids: Sequence[int] = (),
     ) -> PromptEmbeddings:
-        """What the prefill stage runs.
+        """Build the embeddings that the prefill stage runs.
 
         Args:
             token_ids: The whole prompt, one placeholder per image.
-            images: In prompt order.
-            rule: How to prune; None keeps everything.
-            text_token_ids: The user turn's tokens, without template and system prompt: what images
-                are aligned with.
+            images: The encoded images in prompt order.
+            rule: The rule to prune by; None keeps all tokens.
+            text_token_ids: The user turn's tokens, without template and system prompt, with which
+                images are aligned.
 
         Raises:
             RequestError: Placeholders and images do not match.
-            PlanError: The rule names no method, or its numbers contradict each other.
+            PlanError: The rule names no method, or its numbers are contradictory.
         """
         if rule is None or not images:
             return self._assemble(token_ids, images, None)
@@ -219,17 +220,18 @@ class LlavaAdapter:
         *,
         texts: Sequence[Sequence[int]],
     ) -> list[PromptEmbeddings]:
-        """:meth:`embed_prompt` of several prompts, their images chosen from at once where possible.
+        """Run :meth:`embed_prompt` for several prompts, pruning all images at once if possible.
 
         Args:
-            prompts: Token ids of each, one placeholder per image.
-            images: Of each prompt, in its order.
-            rule: How to prune; None keeps everything.
-            texts: The user's words of each prompt.
+            prompts: Token ids of every prompt, one placeholder per image.
+            images: The encoded images of every prompt, in its order.
+            rule: The rule to prune by; None keeps all tokens.
+            texts: The user's words of every prompt, as token ids.
 
         Raises:
-            RequestError: As for one.
-            PlanError: As for one; and for method ``fastv``, which runs each prompt by itself.
+            RequestError: Placeholders and images of a prompt do not match.
+            PlanError: The rule cannot be applied, or its method is ``fastv``, which runs every
+                prompt by itself.
         """
         if rule is not None and rule.method == "fastv":
             raise PlanError("method fastv takes prompts one by one; choose another method")

@@ -19,12 +19,12 @@ Positions = Literal["original", "compact"]
 
 @dataclass(frozen=True)
 class PromptEmbeddings:
-    """What prefill runs instead of token ids.
+    """Embeddings and positions that prefill runs instead of token ids.
 
     ``hidden_TE`` enters block 0 at ``positions_T`` (int64, ascending). ``next_position`` is that of
     the first answer token. ``num_prompt_tokens`` counts the unpruned prompt, all of its
-    ``num_visual_tokens`` included (newlines too). ``image_spans`` are ``(start, stop)`` of each
-    image among the T tokens run.
+    ``num_visual_tokens`` included (newlines too). ``image_spans`` has the ``(start, stop)`` of
+    every image among the T tokens run.
     """
 
     hidden_TE: torch.Tensor
@@ -36,24 +36,24 @@ class PromptEmbeddings:
 
     @property
     def num_tokens(self) -> int:
-        """T: tokens run, and entries that every block's KV holds."""
+        """Number of tokens that are run, T, which is the number of KV entries of every block."""
         return int(self.hidden_TE.shape[0])
 
     @property
     def num_visual_tokens_removed(self) -> int:
-        """Tokens of images that are not run."""
+        """Number of image tokens that are not run."""
         return self.num_prompt_tokens - self.num_tokens
 
     @property
     def is_compact(self) -> bool:
-        """Whether positions leave no gaps where tokens were removed."""
+        """True if positions leave no gaps where tokens were removed."""
         return self.next_position < self.num_prompt_tokens
 
 
 def text_prompt(
     token_ids: Sequence[int], embed: Callable[[torch.Tensor], torch.Tensor]
 ) -> PromptEmbeddings:
-    """A prompt without images; arguments as for :func:`assemble`."""
+    """Embed a prompt without images; the arguments are those of :func:`assemble`."""
     length = len(token_ids)
     return PromptEmbeddings(
         hidden_TE=embed(torch.tensor([token_ids], dtype=torch.int64))[0],
@@ -66,12 +66,12 @@ def text_prompt(
 
 
 def num_unpruned(token_ids: Sequence[int], image_tokens: Sequence[int]) -> int:
-    """Tokens of the unpruned prompt: every image's placeholder stands for all its tokens."""
+    """Number of tokens of the unpruned prompt, with all tokens of an image for its placeholder."""
     return len(token_ids) - len(image_tokens) + sum(image_tokens)
 
 
 def check_places(token_ids: Sequence[int], image_token_id: int, num_images: int) -> None:
-    """Raise :class:`RequestError` unless the prompt holds exactly one placeholder per image."""
+    """Raise :class:`RequestError` unless the prompt has exactly one placeholder per image."""
     num_places = sum(token == image_token_id for token in token_ids)
     if num_places != num_images:
         raise RequestError(
@@ -93,10 +93,10 @@ def assemble(
 
     Args:
         token_ids: The prompt, one placeholder per image.
-        images: In prompt order.
-        kept: Places kept of each image, ascending; None keeps all.
-        embed: Token ids ``(1, T)`` to embeddings ``(1, T, E)``.
-        image_token_id: The placeholder.
+        images: Features of the images, in prompt order.
+        kept: The kept places of every image, ascending; None keeps all.
+        embed: A function from token ids ``(1, T)`` to embeddings ``(1, T, E)``.
+        image_token_id: The id of the image placeholder.
         positions: ``original`` leaves the gaps of removed tokens, ``compact`` closes them.
 
     Raises:
@@ -138,7 +138,7 @@ class _Growing:
     def add(
         self, hidden_KE: torch.Tensor, kept_K: torch.Tensor, num_tokens: int
     ) -> tuple[int, int]:
-        """Append the K kept of ``num_tokens`` tokens; their ``(start, stop)`` among those run."""
+        """Append K kept of ``num_tokens`` tokens; return their span in the tokens run."""
         start = self.num_run
         self.hidden.append(hidden_KE)
         self.places.append(kept_K + self.num_unpruned)

@@ -1,7 +1,8 @@
-"""From a request's images to the embeddings that prefill runs, with a cache of encoded images.
+"""The reader turns a request's images into embeddings for prefill, with a cache of encoded images.
 
-The vision tower runs once per image content: what it gave is kept under the SHA-256 of the image's
-bytes and the fingerprint of the weights, least recently used out first, bounded by bytes.
+The vision tower runs once per image content: its output is kept under the SHA-256 of the image's
+bytes and the fingerprint of the weights. The cache is bounded by bytes, and drops the least
+recently used image first.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rayapp.vision.selection import EncodedImage, check_rule
 
 @dataclass(frozen=True)
 class CacheCounts:
-    """What a cache of encoded images did and holds; every miss ran the vision tower."""
+    """Counts of a cache of encoded images; every miss ran the vision tower."""
 
     hits: int
     misses: int
@@ -37,10 +38,10 @@ class CacheCounts:
 
 
 class ImageCache:
-    """Encoded images by key, least recently used out first.
+    """A cache of encoded images by key, which drops the least recently used image first.
 
     Args:
-        max_bytes: Most bytes held; an image that is larger alone is not kept.
+        max_bytes: Limit of the cache's bytes; an image that is larger alone is not kept.
     """
 
     def __init__(self, max_bytes: int = IMAGE_CACHE_BYTES) -> None:
@@ -54,24 +55,24 @@ class ImageCache:
 
     @property
     def counts(self) -> CacheCounts:
-        """Hits, misses, and what is held."""
+        """The number of hits, misses, images and bytes."""
         return CacheCounts(self._hits, self._misses, len(self), self.nbytes, self.max_bytes)
 
     def get(self, key: tuple[str, str], *, cls_attention: bool = False) -> EncodedImage | None:
-        """The image, which counts as used now; None where it is not held.
+        """Return the image of a key, which counts as used now; None if the cache does not have it.
 
-        With ``cls_attention``, one without is not what was asked for.
+        With ``cls_attention``, an image that was encoded without it does not count.
         """
-        found = self._images.get(key)
-        if found is None or (cls_attention and found.cls_attention_N is None):
+        image = self._images.get(key)
+        if image is None or (cls_attention and image.cls_attention_N is None):
             self._misses += 1
             return None
         self._hits += 1
         self._images.move_to_end(key)
-        return found
+        return image
 
     def put(self, key: tuple[str, str], image: EncodedImage) -> None:
-        """Hold an image, in place of the older one of that key, and let others go for it."""
+        """Store an image in place of the older one of its key, and drop others to make room."""
         older = self._images.pop(key, None)
         self.nbytes += image.nbytes - (older.nbytes if older else 0)
         self._images[key] = image
@@ -82,12 +83,12 @@ class ImageCache:
 
 @dataclass(frozen=True)
 class ImageSupport:
-    """What it takes to read images, beside a model.
+    """Everything beside the model that an image reader needs.
 
     Args:
-        processor: As :func:`rayapp.vision.llava.load_image_processor` gives it.
-        limits: Of the images of a request.
-        max_cache_bytes: Of encoded images.
+        processor: The processor that :func:`rayapp.vision.llava.load_image_processor` returns.
+        limits: Limits of the images in a request.
+        max_cache_bytes: Limit of the cache of encoded images.
     """
 
     processor: Any
@@ -96,12 +97,12 @@ class ImageSupport:
 
 
 class ImageReader:
-    """Encodes and prunes the images of prompts for one prefill stage. Not thread-safe.
+    """Encodes and prunes the images of prompts for one prefill stage; it is not thread-safe.
 
     Args:
-        model: As it was loaded, with its vision tower.
-        stack: The prefill stage over it.
-        support: What else it takes.
+        model: The model as it was loaded, with its vision tower.
+        stack: The prefill stage over the model.
+        support: The image processor and the limits.
 
     Raises:
         ModelError: The model takes no images, or its tower was not loaded.
@@ -115,7 +116,7 @@ class ImageReader:
         self.cache = ImageCache(support.max_cache_bytes)
 
     def check_rule(self, rule: VisualTokens) -> None:
-        """Raise :class:`PlanError` where this model and stage cannot prune by ``rule``."""
+        """Raise :class:`PlanError` if this model and stage cannot prune by ``rule``."""
         check_rule(rule)
         attending = sum(self._adapter.stack.attends)
         if rule.method == "fastv" and attending < FASTV_BLOCK:
@@ -136,13 +137,13 @@ class ImageReader:
         rule: VisualTokens | None,
         text_token_ids: Sequence[int],
     ) -> PromptEmbeddings:
-        """What prefill runs of a prompt with images.
+        """Build the embeddings that prefill runs for a prompt with images.
 
         Args:
             token_ids: The prompt, one placeholder per image.
-            images: In prompt order.
-            rule: How to prune; None keeps everything.
-            text_token_ids: The user's words, which images are aligned with.
+            images: The images in prompt order.
+            rule: The rule to prune by; None keeps all tokens.
+            text_token_ids: The user's words, with which images are aligned.
 
         Raises:
             RequestError: An image cannot be decoded, or placeholders and images do not match.
@@ -156,12 +157,12 @@ class ImageReader:
 
     def _encoded(self, image: ImageInput, *, cls_attention: bool) -> EncodedImage:
         key = (image.digest, self._fingerprint)
-        found = self.cache.get(key, cls_attention=cls_attention)
-        if found is None:
-            found = self._adapter.encode(self.intake.decode(image), cls_attention=cls_attention)
-            self.cache.put(key, found)
-        if found.num_tokens != image.num_tokens:
+        encoded = self.cache.get(key, cls_attention=cls_attention)
+        if encoded is None:
+            encoded = self._adapter.encode(self.intake.decode(image), cls_attention=cls_attention)
+            self.cache.put(key, encoded)
+        if encoded.num_tokens != image.num_tokens:
             raise IntegrityError(
-                f"an image was taken in as {image.num_tokens} tokens but has {found.num_tokens}"
+                f"an image was taken in as {image.num_tokens} tokens but has {encoded.num_tokens}"
             )
-        return found
+        return encoded

@@ -1,4 +1,4 @@
-"""From a plan's rule to the places that each image of a prompt keeps.
+"""Selection: a plan's rule is applied to the images of a prompt, and gives the places to keep.
 
 Shapes: N = all tokens of an image, newlines included; M = text tokens, D = hidden size, K = kept.
 """
@@ -39,19 +39,20 @@ METHODS: dict[str, Selector] = {
     "fastv": text_attended,
 }
 
-# What every step of a search reads again must fit into a processor's cache (project default).
+# Every step of a search reads these bytes again, so they must fit into a processor's cache (project
+# default).
 _CACHE_BYTES = 4 * 2**20
 
-# More than any image has: where shares and counts contradict each other here, they always do.
+# No image has so many tokens: shares and counts that are contradictory here are so for any image.
 _MANY_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One image as the vision tower and the projector left it; what a cache by content holds.
+    """An encoded image: the output of vision tower and projector, as the cache stores it.
 
-    ``features_ND`` are all its tokens in prompt order, newlines included. ``cls_attention_N`` is
-    there only where it was asked for (0 at newlines). ``digest`` names the image's content.
+    ``features_ND`` are all its tokens in prompt order, newlines included. ``cls_attention_N`` (0 at
+    newlines) is set only if the caller wanted it. ``digest`` names the image's content.
     """
 
     features_ND: torch.Tensor
@@ -61,12 +62,12 @@ class EncodedImage:
 
     @property
     def num_tokens(self) -> int:
-        """Places in the unpruned prompt."""
+        """Number of tokens in the unpruned prompt."""
         return self.layout.num_tokens
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a cache holds for it."""
+        """Number of bytes that it takes in a cache."""
         return sum(t.nbytes for t in (self.features_ND, self.cls_attention_N) if t is not None)
 
     @property
@@ -77,7 +78,7 @@ class EncodedImage:
     def pools(
         self, text_MD: torch.Tensor, text_attention_N: torch.Tensor | None = None
     ) -> list[TokenPool]:
-        """What a method chooses from, one per view."""
+        """Make the pools that a method chooses from, one per view."""
         return [
             TokenPool(
                 visual_ND=pool.tokens(self.features_ND),
@@ -96,7 +97,7 @@ def _tokens(pool: PoolLayout, scores_N: torch.Tensor | None) -> torch.Tensor | N
 
 
 def check_method(rule: VisualTokens) -> None:
-    """Raise :class:`PlanError` for a method that does not exist, or a number it has no use for."""
+    """Raise :class:`PlanError` for an unknown method, or a number that the method does not use."""
     if rule.method not in METHODS:
         raise PlanError(
             f"visual_tokens.method {rule.method!r} is not known; use one of {', '.join(METHODS)}"
@@ -109,7 +110,7 @@ def check_method(rule: VisualTokens) -> None:
 
 
 def check_rule(rule: VisualTokens) -> None:
-    """Raise :class:`PlanError` where a rule cannot be right for any model."""
+    """Raise :class:`PlanError` if a rule cannot be right for any model."""
     check_method(rule)
     resolve_budget(_MANY_TOKENS, num_aligned=rule.num_aligned, num_keep=rule.num_keep)
 
@@ -121,19 +122,21 @@ def keep_places(
     *,
     text_attention: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Places kept of every image, ascending; each image and each of its views is chosen separately.
+    """Choose the places that every image keeps, ascending; images and views are chosen separately.
 
-    An image's budget is shared among its views by their number of tokens, largest remainder.
+    An image's budget is shared among its views by their number of tokens, with the method of the
+    largest remainder.
 
     Args:
-        rule: Method and numbers; a number is per image, and ``sharing: diversity`` shares the same
-            total among the images by diversity (see :mod:`rayapp.vision.budgets`).
-        images: In prompt order.
+        rule: The method and its numbers, which count per image; ``sharing: diversity`` shares the
+            same total among the images by diversity (see :mod:`rayapp.vision.budgets`).
+        images: The images in prompt order.
         text_MD: Embeddings of the user's words.
-        text_attention: Per image ``(N,)``, for ``fastv``.
+        text_attention: Attention ``(N,)`` of the prompt's last token for every image, for
+            ``fastv``.
 
     Raises:
-        PlanError: The method is not known, or its numbers contradict each other.
+        PlanError: The method is not known, or its numbers are contradictory.
     """
     check_method(rule)
     sizes = [image.layout.num_visual for image in images]
@@ -150,10 +153,11 @@ def keep_places(
 def keep_places_of_prompts(
     rule: VisualTokens, prompts: Sequence[Sequence[EncodedImage]], texts: Sequence[torch.Tensor]
 ) -> list[list[torch.Tensor]]:
-    """:func:`keep_places` of several prompts, each with its own text; not for ``fastv``.
+    """Run :func:`keep_places` for several prompts with their own texts; not for ``fastv``.
 
-    TrimTokenator chooses from images of one shape all at once: on a GPU a step of its search costs
-    launches, however many images take part; on a CPU as many as its cache holds.
+    TrimTokenator chooses from images of one shape all at once. On a GPU all such images take part,
+    because a step of its search costs launches however many they are; on a CPU as many as fit into
+    its cache.
     """
     check_method(rule)
     images = [image for prompt in prompts for image in prompt]
@@ -180,7 +184,7 @@ def _images_at_once(visual_BND: torch.Tensor) -> int:
     num_images, num_tokens, width = visual_BND.shape
     if visual_BND.is_cuda:
         return num_images
-    return max(1, _CACHE_BYTES // (8 * num_tokens * width))  # in float64
+    return max(1, _CACHE_BYTES // (8 * num_tokens * width))  # The numbers are float64.
 
 
 def _choosable_at_once(rule: VisualTokens, images: Sequence[EncodedImage]) -> bool:
@@ -209,7 +213,7 @@ def _keep_of_image(
 
 
 def _aligned(rule: VisualTokens, num_tokens: int, num_keep: int) -> int:
-    """Tokens of an image that survive the alignment stage."""
+    """Number of an image's tokens that survive the alignment stage."""
     if rule.num_aligned is None:
         return resolve_budget(num_tokens, num_aligned=None, num_keep=num_keep)[0]
     # Sharing by diversity may give an image more than the plan's own number.

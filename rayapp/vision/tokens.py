@@ -1,9 +1,9 @@
-"""TrimTokenator: which visual tokens an image can be read by (arXiv:2509.00320).
+"""TrimTokenator (arXiv:2509.00320) selects few visual tokens that still represent an image.
 
-After the projector, in the language model's input space: keep the ``num_aligned`` tokens that are
-best aligned with the prompt's text, then ``num_keep`` of those that are most diverse (RepMax), and
-put them back in spatial order. Both stages are the paper's; the default of ``num_aligned``, 0.8 N,
-is a third party's choice (project default), as is the rule that without text there is nothing to
+It works after the projector, in the language model's input space: keep the ``num_aligned`` tokens
+that are best aligned with the prompt's text, then the ``num_keep`` most diverse of them (RepMax),
+and put them back in spatial order. Both stages are the paper's; the default of ``num_aligned``, 0.8
+N, is a third party's choice (project default), as is the rule that without text there is nothing to
 align with, so all tokens go on to the second stage.
 Shapes: B = images, N = visual tokens, M = text tokens, D = hidden size, K = tokens kept.
 """
@@ -33,8 +33,9 @@ def select_visual_tokens(
 ) -> torch.Tensor:
     """Keep the visual tokens that are aligned with the text and unlike each other.
 
-    Costs O(N D) for the alignment and O(N D) per token kept. Ties go to the lowest index. Any
-    floating type; see :mod:`rayapp.vision.methods.ranking` for what is computed in which.
+    The alignment costs O(N D), and every kept token O(N D). Ties go to the lowest index. Tensors
+    may have any floating type; see :mod:`rayapp.vision.methods.ranking` for the types of
+    arithmetic.
 
     Args:
         visual_ND: Projected features of one image.
@@ -42,7 +43,7 @@ def select_visual_tokens(
             M = 0 the alignment stage is skipped.
         num_aligned: Tokens that survive the alignment stage, a count or a share of N (shares round
             up); None is 0.8 N, and never fewer than ``num_keep``.
-        num_keep: Tokens kept, a count or a share of N; a count above N keeps all.
+        num_keep: Tokens to keep, a count or a share of N; a count above N keeps all.
 
     Returns:
         Indices, ascending, int64, ``(min(num_keep, N),)``, on the device of ``visual_ND``.
@@ -62,16 +63,16 @@ def select_visual_tokens_batch(
     num_aligned: int | float | None = None,
     num_keep: int | float,
 ) -> torch.Tensor:
-    """:func:`select_visual_tokens` for B images of N tokens at once, each with its own text.
+    """Run :func:`select_visual_tokens` for B images of N tokens at once, with a text per image.
 
     Args:
         visual_BND: Projected features of B images.
         texts: B tensors ``(M, D)``; M may differ.
-        num_aligned: As above.
-        num_keep: As above.
+        num_aligned: Tokens that survive the alignment stage, as for a single image.
+        num_keep: Tokens to keep, as for a single image.
 
     Returns:
-        Indices, each row ascending, int64, ``(B, min(num_keep, N))``.
+        Indices, ascending in every row, int64, ``(B, min(num_keep, N))``.
     """
     batch, num_tokens, _ = visual_BND.shape
     if len(texts) != batch:
@@ -89,7 +90,7 @@ def select_visual_tokens_batch(
 
 
 def _aligned_mask(visual_ND: torch.Tensor, text_MD: torch.Tensor, aligned: int) -> torch.Tensor:
-    """True for the tokens that survive the alignment stage, ``(N,)``."""
+    """Mask ``(N,)`` of the tokens that survive the alignment stage."""
     if text_MD.shape[0] == 0 or aligned == visual_ND.shape[0]:
         return torch.ones(visual_ND.shape[0], dtype=torch.bool, device=visual_ND.device)
     mask_N = torch.zeros(visual_ND.shape[0], dtype=torch.bool, device=visual_ND.device)
@@ -99,7 +100,7 @@ def _aligned_mask(visual_ND: torch.Tensor, text_MD: torch.Tensor, aligned: int) 
 def resolve_budget(
     num_tokens: int, *, num_aligned: int | float | None, num_keep: int | float
 ) -> tuple[int, int]:
-    """``(aligned, kept)`` as counts of ``num_tokens``.
+    """Resolve counts and shares of ``num_tokens`` to the counts ``(aligned, kept)``.
 
     Raises:
         PlanError: A number is zero, no count and no share, or ``num_keep > num_aligned``.
@@ -125,7 +126,7 @@ def resolve_budget(
 def trimtokenator(
     pool: TokenPool, num_keep: int, num_aligned: int | float | None = None
 ) -> torch.Tensor:
-    """:func:`select_visual_tokens` over a pool."""
+    """Run :func:`select_visual_tokens` on a pool."""
     return select_visual_tokens(
         pool.visual_ND, pool.text_MD, num_aligned=num_aligned, num_keep=num_keep
     )

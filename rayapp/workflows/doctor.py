@@ -1,7 +1,7 @@
-"""``rayapp doctor``: whether this machine, or a cluster, can do what the other commands ask of it.
+"""``rayapp doctor`` checks whether this machine, or a cluster, can run the other commands.
 
-Every check is made by doing a small piece of the real thing: the shipped model answers a question,
-bytes travel between Ray nodes. Limits are project defaults.
+Every check runs a small piece of the real work: the shipped model answers a question, bytes travel
+between Ray nodes. Limits are project defaults.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ Status = Literal["ok", "warning", "failed"]
 
 _MIB = 1 << 20
 MIN_FREE_BYTES = 2 << 30
-"""Of memory, and of disk where Ray keeps its sessions: what the demo needs with some room."""
+"""Least free memory, and least free disk for Ray's sessions: the demo's need, with some room."""
 
 MOVED_BYTES = 8 * _MIB
-"""Sent from node to node: enough to leave Ray's inlined messages behind."""
+"""Number of bytes sent from node to node: too many for a message that Ray inlines."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found, and what to do where it is not well."""
+    """The result of one check, with a remedy if all is not well."""
 
     name: str
     status: Status
@@ -61,13 +61,13 @@ def examine(
     *,
     revision: str | None = None,
 ) -> Iterator[Finding]:
-    """The findings, one by one as they are made.
+    """Run all checks and yield their findings one by one.
 
     Args:
-        model: A model directory or Hub id to look at; its weights are not loaded.
-        plan: A plan that should fit it.
-        address: A Ray cluster to look at; None starts a local one of three nodes for a moment.
-        revision: Of a Hub id.
+        model: A model directory or Hub id to check; its weights are not loaded.
+        plan: A plan that should fit the model.
+        address: A Ray cluster to check; None starts a local one of three nodes for a moment.
+        revision: The revision of a Hub id.
     """
     yield from _guarded("packages", _packages)
     yield from _guarded("torch", _device)
@@ -80,16 +80,16 @@ def examine(
 
 
 def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """A check that breaks is a finding too: the others still run."""
+    """Turn the exception of a check into a finding, so that the other checks still run."""
     try:
         yield from check()
-    except Exception as error:  # noqa: BLE001 - whatever breaks is what the doctor is asked for
+    except Exception as error:  # noqa: BLE001 - any failure is a finding of the doctor
         first_line = (str(error).strip().splitlines() or [""])[0]
         yield Finding(name, "failed", f"{type(error).__name__}: {first_line}")
 
 
 def _packages() -> Iterator[Finding]:
-    """Python and every dependency against what this version was declared to need."""
+    """Check Python and every dependency against the declared requirements of this version."""
     wanted = [Requirement(text) for text in metadata.requires("rayapp") or ()]
     always = [need for need in wanted if need.marker is None or need.marker.evaluate({"extra": ""})]
     wrong = []
@@ -157,7 +157,7 @@ def _disk() -> Iterator[Finding]:
 
 
 def _shipped_model() -> Iterator[Finding]:
-    """One question of a test example, through both stages."""
+    """Answer the question of a test example through both stages."""
     (example,) = tasks.generate("copy", "test", 1, 0)
     loaded = load_model(text_model_path())
     pipeline = LocalPipeline(loaded.model, loaded.tokenizer)
@@ -195,7 +195,7 @@ def _cluster(address: str | None) -> Iterator[Finding]:
 
 
 def _roles(nodes: list[Any]) -> Finding:
-    """Whether `serve` finds the nodes that its pools are placed on."""
+    """Check that the cluster has the nodes on which `serve` places its pools."""
     counts = {
         role: sum(node.labels.get("role") == role for node in nodes)
         for role in ("prefill", "decode")
@@ -210,7 +210,7 @@ def _roles(nodes: list[Any]) -> Finding:
 
 
 def _transfer(nodes: list[Any]) -> Finding:
-    """Bytes from one node's object store to another's, as KV travels."""
+    """Send bytes from one node's object store to another's, as KV travels."""
     if len(nodes) < 2:
         return Finding("transfer", "warning", "one node only: nothing to measure", "add a node")
     first, last = (
@@ -219,7 +219,7 @@ def _transfer(nodes: list[Any]) -> Finding:
         )
         for function, node in ((_make, nodes[-2]), (_take, nodes[-1]))
     )
-    ray.get(last.remote([ray.put(np.ones(1))]))  # so that no worker is started while it is timed
+    ray.get(last.remote([ray.put(np.ones(1))]))  # This starts the worker before the clock runs.
     made = first.remote(MOVED_BYTES)
     ray.wait([made], fetch_local=False)
     size, seconds = ray.get(last.remote([made]))
@@ -235,7 +235,7 @@ def _make(num_bytes: int) -> Any:
 
 
 def _take(references: list[Any]) -> tuple[int, float]:
-    """Fetch what lies in another node's store: its sum, and the seconds that it took."""
+    """Fetch an array from another node's store; return its sum, and the seconds of the fetch."""
     started = time.perf_counter()
     fetched = ray.get(references[0])
     return int(fetched.sum()), time.perf_counter() - started

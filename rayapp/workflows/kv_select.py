@@ -1,4 +1,4 @@
-"""One selection of KV, from settings to a plan: in this process, or on a Ray cluster."""
+"""The selection of KV, from settings to a plan: in this process, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def kv_select(
 ) -> KVSelection:
     """Choose which KV of a plan travels; write the plan, ``kv.json`` and its report.
 
-    First token and visual tokens are the plan's, whatever ``score`` says of them. Where scores are
-    computed, :func:`rayapp.workflows.scorer.opened_scorer` says.
+    First token and visual tokens are the plan's, whatever ``score`` says of them. The place of
+    computation is chosen by :func:`rayapp.workflows.scorer.opened_scorer`.
 
     Raises:
         InputError: Model, plan, data or output directory cannot be used, or no choice meets the
@@ -43,6 +43,6 @@ def kv_select(
     named = plan.model_copy(update={"model": prepared.signature})
     config = Checkpoint(score.model).config
     with opened_scorer(score, compute, prepared) as scorer:
-        found = select_kv(score, settings, named, scorer, config, on_progress=on_progress)
-    refresh_report(Storage(out), found.plan)
-    return found
+        selection = select_kv(score, settings, named, scorer, config, on_progress=on_progress)
+    refresh_report(Storage(out), selection.plan)
+    return selection

@@ -1,4 +1,4 @@
-"""One search, from settings to a plan: in this process, or on a Ray cluster."""
+"""The search for a plan, from settings to files: in this process, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def prune(
 ) -> SearchResult:
     """Search for a plan; write it, its journal, trials and report to ``search.out``.
 
-    For the report, the similarity of blocks is measured even where the search has no use for it:
-    the cost of about one evaluation, after the plan is written. Where scores are computed,
-    :func:`rayapp.workflows.scorer.opened_scorer` says.
+    For the report, the similarity of blocks is measured even if the search does not use it; that
+    costs about one evaluation, after the plan is written. The place of computation is chosen by
+    :func:`rayapp.workflows.scorer.opened_scorer`.
 
     Raises:
         InputError: Model, data, sizes or output directory cannot be used.
@@ -65,9 +65,9 @@ def prune_front(
     """Search every size up to those given; write a front of plans to ``search.out``.
 
     Raises:
-        InputError: As :func:`prune`.
-        ClusterError: As there.
-        SearchError: As there.
+        InputError: Model, data, sizes or output directory cannot be used.
+        ClusterError: The cluster cannot be reached, or cannot place an evaluator.
+        SearchError: The search cannot go on; the journal keeps what was scored.
     """
     score = located(score)
     prepared = prepare(score, compute, search)

@@ -1,4 +1,4 @@
-"""The report of a plan that was just written, wherever that is."""
+"""The report of a plan that was just written, in a directory or another storage."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 def refresh_report(storage: Storage, plan: PruningPlan, front: Storage | None = None) -> None:
-    """Write ``report.html`` from all that lies beside a plan, and beside its front.
+    """Write ``report.html`` from all files beside a plan, and beside its front.
 
-    Another file of the directory that is damaged is named in the log, and there is no new report:
-    the plan is written, and a search that succeeded shall not fail by that.
+    If another file of the directory is damaged, the log names it and there is no new report: the
+    plan is already written, and a search that succeeded shall not fail because of a report.
 
     Raises:
         SearchError: Writing failed.

@@ -1,8 +1,8 @@
 """A paper's tables for a user's checkpoint: search every row's plan, then measure every plan.
 
-The directory holds all that was computed: a plan directory per row with its search and its outcomes
-per example, and the tables, written anew after each row. Run again with ``resume``, what is there
-is not computed again.
+The output directory keeps all results: a plan directory per row with its search and its outcomes
+per example, and the tables, written anew after every row. A second run with ``resume`` does not
+compute existing results again.
 """
 
 from __future__ import annotations
@@ -58,20 +58,20 @@ TABLES_DIRECTORY = "tables"
 
 @dataclass(frozen=True)
 class Watch:
-    """How searches and measurements show their progress, one of them at a time."""
+    """Progress displays of searches and measurements, which run one at a time."""
 
     search: Callable[[], AbstractContextManager[SearchProgress]]
     evaluation: Callable[[], AbstractContextManager[EvaluationProgress]]
 
 
 def reproduce(settings: ReproduceSettings, watch: Watch) -> Paper:
-    """Make the tables; everything is checked before anything is run.
+    """Make the tables; all inputs are checked before the first search runs.
 
     Raises:
         InputError: Model, data, sizes or directory cannot be used, or calibration prompts stand in
             the evaluation data.
         ClusterError: The cluster of the searches cannot be used.
-        SearchError: A search cannot go on; what was done is kept.
+        SearchError: A search cannot go on; finished results are kept.
     """
     directory = locate(settings.model, settings.revision).directory
     there = settings.model_copy(update={"model": str(directory), "revision": None})
@@ -80,7 +80,7 @@ def reproduce(settings: ReproduceSettings, watch: Watch) -> Paper:
 
 @dataclass
 class _Reproduction:
-    """The state of one run."""
+    """The state of one run of :func:`reproduce`."""
 
     settings: ReproduceSettings
     watch: Watch
@@ -100,7 +100,7 @@ class _Reproduction:
         self._claim_directory()
 
     def run(self) -> Paper:
-        """All searches, then all measurements: model and evaluators are not in memory at once."""
+        """Run all searches before all measurements: model and evaluators do not share memory."""
         plans = self._plans()
         with num_threads(self.settings.threads):
             loaded = load_model(
@@ -116,7 +116,7 @@ class _Reproduction:
         return paper
 
     def _check_searches(self) -> None:
-        """Sizes of every search, and the files of searches with healing and without."""
+        """Check the sizes of every search, and the files of searches with healing and without."""
         by_files: dict[bool, SearchSettings] = {}
         for row in self._rows:
             reason = left_out(row, self.settings, self._sizes)
@@ -138,7 +138,7 @@ class _Reproduction:
         logger.warning("%s is left out: %s", row.title, reason)
 
     def _claim_directory(self) -> None:
-        """Note what the rows are of; a directory of other rows is refused."""
+        """Record the subject of the rows, and refuse a directory with another subject."""
         file = self._out / SUBJECT_FILE
         subject = self._subject()
         if file.is_file():
@@ -157,12 +157,12 @@ class _Reproduction:
             ) from None
 
     def _subject(self) -> dict[str, Any]:
-        """Searches check what they depend on by their journals."""
+        """The settings and weights that all rows share; journals of searches check the rest."""
         settings = self.settings.identity
         return {"settings": settings, "weights": self._signature.weights_fingerprint}
 
     def _plans(self) -> dict[str, tuple[PruningPlan, str | None]]:
-        """By row: its plan, and the row that a unified one shares it with."""
+        """Plans by row, with the row from which a unified row takes its plan."""
         plans: dict[str, tuple[PruningPlan, str | None]] = {}
         for row in self._rows:
             if row.name in self.left_out:
@@ -183,7 +183,8 @@ class _Reproduction:
                     plans[row.name] = (self._kept(row, plans[base][0]), base)
                 elif base is not None:
                     plans[row.name] = (self._kv_selected(row, base), None)
-            except InputError as error:  # of this row alone: files and sizes were checked before
+            except InputError as error:
+                # The error concerns this row alone: files and sizes were checked before.
                 self._leave_out(row, str(error))
         return plans
 
@@ -223,42 +224,45 @@ class _Reproduction:
         loaded: LoadedModel,
         before: list[RowOutcome],
     ) -> RowOutcome:
-        """A row's outcome; what its file holds is not measured again."""
+        """Measure a row's outcome; results in its file are not measured again."""
         path, (plan, base) = self._path(row), plans[row.name]
-        shared = next((outcome for outcome in before if outcome.name == base), None)
+        shared = next((earlier for earlier in before if earlier.name == base), None)
         if shared is not None:
-            found = shared.model_copy(update={"name": row.name, "base": base, "search": None})
+            outcome = shared.model_copy(update={"name": row.name, "base": base, "search": None})
         else:
-            found = RowOutcome.load(path) or _begun(row, plan)
-            if found.plan != plan.fingerprint:
+            outcome = RowOutcome.load(path) or _begun(row, plan)
+            if outcome.plan != plan.fingerprint:
                 raise InputError(
-                    f"{path}: outcomes are of plan {found.plan}, but the plan is "
+                    f"{path}: outcomes are of plan {outcome.plan}, but the plan is "
                     f"{plan.fingerprint}; delete the row's directory to make it again"
                 )
             with self.watch.evaluation() as progress:
                 sides = Sides(loaded, plan, self.settings.evaluation(), progress)
-                found = self._with_data(found, sides, path)
-                found = self._with_speed(found, sides)
-        found.save(path)  # with data sets of earlier runs
-        return found.model_copy(update={"data": {name: found.data[name] for name in self._data}})
+                outcome = self._with_data(outcome, sides, path)
+                outcome = self._with_speed(outcome, sides)
+        outcome.save(path)  # The file keeps data sets of earlier runs.
+        data = {name: outcome.data[name] for name in self._data}
+        return outcome.model_copy(update={"data": data})
 
-    def _with_data(self, found: RowOutcome, sides: Sides, path: Path) -> RowOutcome:
+    def _with_data(self, row_outcome: RowOutcome, sides: Sides, path: Path) -> RowOutcome:
         for name, data in self._data.items():
-            known = found.data.get(name)
+            known = row_outcome.data.get(name)
             if known is None:
                 outcome = measure_data(sides, name, data)
-                found = found.model_copy(update={"data": {**found.data, name: outcome}})
-                found.save(path)
+                row_outcome = row_outcome.model_copy(
+                    update={"data": {**row_outcome.data, name: outcome}}
+                )
+                row_outcome.save(path)
             elif known.sha256 != data.files[0].sha256:
                 raise InputError(
                     f"{path}: {name} was measured on another file than {self.settings.data[name]}; "
                     "give it another name, or the same file"
                 )
-        return found
+        return row_outcome
 
-    def _with_speed(self, found: RowOutcome, sides: Sides) -> RowOutcome:
+    def _with_speed(self, outcome: RowOutcome, sides: Sides) -> RowOutcome:
         settings = self.settings.evaluation()
-        timings: tuple[LatencyResult, ...] = found.latency
+        timings: tuple[LatencyResult, ...] = outcome.latency
         if settings.num_runs and not timings:
             timings = tuple(sides.latency(size) for size in settings.batch_sizes)
         length = [settings.num_prompt_tokens]
@@ -268,7 +272,7 @@ class _Reproduction:
             "timed_bytes": (sent[0], sent[1]),
             "weights": _weight_bytes(sides),
         }
-        return found.model_copy(update=update)
+        return outcome.model_copy(update=update)
 
     def _paper(self, measured: list[RowOutcome], loaded: LoadedModel) -> Paper:
         settings = self.settings
@@ -284,9 +288,9 @@ class _Reproduction:
 
 
 def _read(settings: ReproduceSettings, checkpoint: Checkpoint) -> dict[str, EvaluationData]:
-    """Every data set, of one kind each."""
+    """Read all data sets, and check that every one has a single kind of example."""
     tokenizer = load_tokenizer(checkpoint.path)
-    found = {}
+    data_sets = {}
     for name, path in settings.data.items():
         data = read_data(
             [path],
@@ -300,14 +304,16 @@ def _read(settings: ReproduceSettings, checkpoint: Checkpoint) -> dict[str, Eval
                 f"{path}: holds {' and '.join(kinds)}; a data set has one metric, so give each "
                 "kind a file of its own"
             )
-        found[name] = data
-    return found
+        data_sets[name] = data
+    return data_sets
 
 
 def _check_subject(file: Path, wanted: Mapping[str, Any]) -> None:
     try:
         there = json.loads(file.read_text(encoding="utf-8"))
-        old, new = ({**each["settings"], "weights": each["weights"]} for each in (there, wanted))
+        old, new = (
+            {**record["settings"], "weights": record["weights"]} for record in (there, wanted)
+        )
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{file}: is not what a reproduction writes; give another --out") from None
     differing = [f"{k}: was {old.get(k)!r}, now {new[k]!r}" for k in new if old.get(k) != new[k]]
@@ -337,10 +343,13 @@ def _begun(row: Row, plan: PruningPlan) -> RowOutcome:
 
 
 def _weight_bytes(sides: Sides) -> WeightBytes:
-    """Parameters of each stage's model, and of both together."""
-    held: list[dict[int, torch.Tensor]] = [
+    """Bytes of the parameters of both stages' models, and of their union."""
+    parameters: list[dict[int, torch.Tensor]] = [
         {p.data_ptr(): p for p in stage.model.parameters()}
         for stage in (sides.plan.prefill, sides.plan.decode)
     ]
-    sums = [sum(p.nbytes for p in each.values()) for each in (*held, held[0] | held[1])]
+    sums = [
+        sum(p.nbytes for p in tensors.values())
+        for tensors in (*parameters, parameters[0] | parameters[1])
+    ]
     return WeightBytes(prefill=sums[0], decode=sums[1], unified=sums[2])

@@ -1,4 +1,4 @@
-"""A scorer on whatever computes: this process without Ray, or evaluators of a Ray cluster."""
+"""A scorer that computes in this process without Ray, or on evaluators of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def opened_scorer(
     prepared: Prepared,
     search: SearchSettings | None = None,
 ) -> Iterator[Scorer]:
-    """A scorer, for as long as the context lasts.
+    """Open a scorer that lives as long as the context.
 
-    It scores in this process where neither ``workers`` nor ``address`` is given, and Ray is then
-    not even imported. Otherwise it scores on evaluators of a Ray cluster: the one that this process
-    is connected to, the one at ``address``, the one of the job that this runs in, or a local one
-    that is started for the scorer and ended after it.
+    Without ``workers`` and ``address`` it scores in this process, and Ray is not even imported.
+    Otherwise it scores on evaluators of a Ray cluster: the one that this process is connected to,
+    the one at ``address``, the one of the job that this runs in, or a local one that is started for
+    the scorer and ended after it.
 
     Args:
-        score: What is scored; its model is a directory.
-        compute: Where it is computed.
-        prepared: The lines and the model's signature, as they were checked.
-        search: How pairs are trained and where they are kept, for searches that heal.
+        score: Settings of the objective and its data; the model is a directory.
+        compute: Settings of the place of computation.
+        prepared: The lines and the model's signature, which were checked before.
+        search: Settings of the training of pairs and of their files, for searches that heal.
 
     Raises:
         ClusterError: The cluster cannot be reached.
@@ -46,7 +46,7 @@ def opened_scorer(
         healer = open_healer(score, compute, training, evaluator, prepared.heal_data)
         yield _scorer(score, prepared, LocalCompute(evaluator, healer), search)
         return
-    # Only here: a search in this process runs where Ray is not installed.
+    # Ray is imported only here: a search in this process runs where Ray is not installed.
     from rayapp.distributed.cluster.connection import connected
     from rayapp.distributed.evaluator_pool import EvaluatorPool
 

@@ -1,4 +1,4 @@
-"""What each block costs alone, measured for a report: in this process, or on a Ray cluster."""
+"""The cost of removing every block alone, measured for a report, in this process or on Ray."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def measure(
 ) -> Sensitivity:
     """Measure similarity and sensitivity of a plan's model; write ``sensitivity.json`` beside it.
 
-    Scores are of the objective that the plan was searched with, where it says so; its first token
-    and its visual tokens are the plan's. What is there already is not measured again. Where scores
-    are computed, :func:`rayapp.workflows.scorer.opened_scorer` says.
+    The objective is that of the plan's search, if the plan names it; first token and visual tokens
+    are the plan's. Existing results are not measured again. The place of computation is chosen by
+    :func:`rayapp.workflows.scorer.opened_scorer`.
 
     Raises:
         InputError: Plan, model or data cannot be used, or the plan is of another model.
         ClusterError: The cluster cannot be reached, or cannot place an evaluator.
         SearchError: A score is not finite, or writing failed.
     """
-    found = PruningPlan.load(plan)
-    score = _as_searched(located(score), found)
+    chosen = PruningPlan.load(plan)
+    score = _as_searched(located(score), chosen)
     prepared = prepare_scoring(score, compute)
     signature = prepared.signature
-    found.check_model(signature)
+    chosen.check_model(signature)
     with opened_scorer(score, compute, prepared) as scorer:
         return measure_sensitivity(
-            Storage(str(found.directory)),
+            Storage(str(chosen.directory)),
             scorer,
             weights=signature.weights_fingerprint,
             num_blocks=signature.num_blocks,
@@ -52,7 +52,7 @@ def measure(
 
 
 def _as_searched(score: ScoreSettings, plan: PruningPlan) -> ScoreSettings:
-    """The settings with the objective that the plan's provenance names."""
+    """Replace the objective of the settings by the one that the plan's provenance names."""
     searched = plan.provenance.get("settings")
     known: Mapping[str, Any] = searched if isinstance(searched, Mapping) else {}
     objective = {name: known[name] for name in _OBJECTIVE if name in known}

@@ -1,4 +1,4 @@
-"""``rayapp serve``: a service until its interrupt, and nothing left after it."""
+"""``rayapp serve`` runs a service until it is interrupted, and then removes all of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rayapp.distributed.serve.deploy import RunningService, resolved, running_se
 from rayapp.distributed.serve.settings import PoolSettings, ServiceSettings
 from rayapp.errors import InputError
 
-_SPARE_CPUS = 2  # for the controller, the proxy and the ingress
+_SPARE_CPUS = 2  # These are for the controller, the proxy and the ingress.
 
 
 def serve_until_interrupted(
@@ -29,10 +29,10 @@ def serve_until_interrupted(
     """Serve until SIGINT or SIGTERM, then end everything that was started.
 
     Args:
-        settings: What to serve.
-        address: Cluster to serve on; None starts a local one with a node for each pool.
+        settings: The settings of the service.
+        address: Cluster to serve on; None starts a local one with a node per pool.
         allow_unauthenticated: Listen beyond this machine without a key.
-        say: Takes lines for the person at the terminal; one of them is the ready line.
+        say: Function that shows a line to the person at the terminal, such as the ready line.
 
     Raises:
         InputError: Model, plan or address cannot be used.
@@ -41,18 +41,18 @@ def serve_until_interrupted(
     check_exposure(settings, allow_unauthenticated=allow_unauthenticated)
     if address is None:
         check_port(settings)
-    settings = resolved(settings)  # what is wrong with model or plan is said before anything starts
+    settings = resolved(settings)  # Errors of model or plan are raised before anything starts.
     before = _on_signals(_interrupt)
     try:
         with ExitStack() as stack:
             if address is None:
-                # Anywhere else the ingress could take the place of a replica.
+                # On any other node the ingress could take the place of a replica.
                 ingress = settings.ingress.model_copy(update={"labels": {"role": "head"}})
                 settings = settings.model_copy(update={"ingress": ingress})
                 address = stack.enter_context(local_cluster(_nodes(settings))).address
             service = stack.enter_context(running_service(settings, address=address))
-            stack.callback(_on_signals, signal.SIG_IGN)  # nothing is left half ended
-            _on_signals(_interrupt)  # Ray has put handlers of its own in between
+            stack.callback(_on_signals, signal.SIG_IGN)  # No signal may stop the clean-up.
+            _on_signals(_interrupt)  # Ray has installed its own handlers in the meantime.
             for line in _introduction(service):
                 say(line)
             with suppress(KeyboardInterrupt):
@@ -64,7 +64,7 @@ def serve_until_interrupted(
 
 
 def _on_signals(handler: Any) -> dict[int, Any]:
-    """Put ``handler`` on SIGINT and SIGTERM; what was there before."""
+    """Install ``handler`` for SIGINT and SIGTERM; return the handlers that it replaced."""
     return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
@@ -73,7 +73,7 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def check_exposure(settings: ServiceSettings, *, allow_unauthenticated: bool) -> None:
-    """Raise :class:`InputError` where strangers could use the service without a decision."""
+    """Raise :class:`InputError` if strangers could use the service and nobody has decided that."""
     if settings.key_digest or allow_unauthenticated or _is_loopback(settings.host):
         return
     raise InputError(
@@ -83,7 +83,7 @@ def check_exposure(settings: ServiceSettings, *, allow_unauthenticated: bool) ->
 
 
 def check_port(settings: ServiceSettings) -> None:
-    """Raise :class:`InputError` where another program listens; Serve would try again for ever."""
+    """Raise :class:`InputError` if another program listens; Serve would try again for ever."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -103,7 +103,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _nodes(settings: ServiceSettings) -> list[NodeSpec]:
-    """A head, and a node for each pool with room for all of its replicas."""
+    """Specify a head node, and a node per pool with room for all of its replicas."""
 
     def room(pool: PoolSettings) -> int:
         return max(1, round(pool.replicas.maximum * max(pool.num_cpus, 1.0)))

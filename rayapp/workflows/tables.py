@@ -1,4 +1,4 @@
-"""Plans and ledgers as tables on a terminal."""
+"""Tables of plans, KV selections and ledgers, for a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.text import Text
 
 from rayapp.plan import HEALED_FILE, STAGES, KVTransfer, Mode, PruningPlan
 
-if TYPE_CHECKING:  # they need torch, and `rayapp plan show` must not wait for that
+if TYPE_CHECKING:  # They need torch, and `rayapp plan show` must not wait for that.
     from rayapp.pruning.kv_choice.result import KVSelection
     from rayapp.workflows.doctor import Finding
 
@@ -27,7 +27,7 @@ _SAVINGS = ("visual_tokens", "blocks", "tokens", "encoding")
 
 
 def plan_tables(plan: PruningPlan) -> list[RenderableType]:
-    """A line that says what the plan is, and a row for every block."""
+    """A line that describes the plan, and a table with a row for every block."""
     if plan.model is None:
         return [Text("empty plan: the dense model, exactly (fits every model)")]
     removed = ", ".join(f"{plan.removed(stage):g} from {stage}" for stage in STAGES)
@@ -55,22 +55,22 @@ def plan_tables(plan: PruningPlan) -> list[RenderableType]:
     return parts
 
 
-def kv_table(found: KVSelection) -> RenderableType:
-    """A row for every block where decode attends: what was measured of it, and what it sends."""
+def kv_table(selection: KVSelection) -> RenderableType:
+    """A table with a row for every block where decode attends: its measurements and its rule."""
     table = Table(
         "block", "mass kept", "KL, cut alone", "KL, kept alone", "KV sent", "encoding",
-        title=f"KL {found.score:.4g} at {found.reduction:.2f}x fewer bytes; {found.base_score:.4g} "
-        f"with all KV, {found.cut_score:.4g} with every block cut",
+        title=f"KL {selection.score:.4g} at {selection.reduction:.2f}x fewer bytes; "
+        f"{selection.base_score:.4g} with all KV, {selection.cut_score:.4g} with every block cut",
     )  # fmt: skip
-    for each in found.blocks:
-        effects = (each.mass.kept, each.cut_alone, each.kept_alone)
+    for block in selection.blocks:
+        effects = (block.mass.kept, block.cut_alone, block.kept_alone)
         cells = [f"{effects[0]:.3f}", *(f"{effect:.4g}" for effect in effects[1:])]
-        table.add_row(str(each.block), *cells, _amount(each.rule), each.rule.encoding)
+        table.add_row(str(block.block), *cells, _amount(block.rule), block.rule.encoding)
     return table
 
 
 def finding_line(finding: Finding) -> RenderableType:
-    """What one check of the doctor found, and the remedy below it."""
+    """A line with the finding of one check of the doctor, and the remedy below it."""
     line = Text(f"{finding.status:8}", _STATUS_STYLES[finding.status])
     line += Text(f"{finding.name:14}{finding.found}")
     if finding.remedy:
@@ -79,7 +79,7 @@ def finding_line(finding: Finding) -> RenderableType:
 
 
 def _healed(plan: PruningPlan) -> dict[tuple[str, int], str]:
-    """What the provenance says of survivors: by stage and block, whose work they do, how well."""
+    """Notes on healed survivors by stage and block: the removed block, and the error left."""
     return {
         (r["stage"], r["survivor"]): f" + {r['removed']} (healed, relative MSE "
         f"{r['relative_mse_before']:.2g} to {r['relative_mse_after']:.2g})"
@@ -99,7 +99,7 @@ def _amount(rule: KVTransfer) -> str:
 
 
 def ledger_tables(ledger: dict[str, Any]) -> list[RenderableType]:
-    """The totals with what each part of the plan saved, and a row for every link.
+    """Tables of a ledger: the totals with the savings of every part of the plan, and the links.
 
     Args:
         ledger: The JSON of ``GET /v1/transfers``.

@@ -38,10 +38,10 @@ class _Ticket:
 
 @dataclass(frozen=True)
 class Patience:
-    """How long requests may wait.
+    """Limits of the wait for a slot.
 
     Args:
-        max_waiting: Requests that may wait for a slot; beyond it they are refused.
+        max_waiting: Requests that may wait for a slot; further ones are refused.
         deadline_s: Longest time that an answer may go without a token.
     """
 
@@ -54,13 +54,13 @@ class InProcessService:
 
     Args:
         model: A dense model; both stages share its weights.
-        tokenizer: Of the model.
-        plan: None is the dense model.
-        model_name: As clients ask for it.
-        max_model_len: Most tokens of prompt and answer; None is the model's own limit.
-        max_num_seqs: Decode slots.
-        patience: How many requests may wait, and for how long.
-        images: Needed to take images.
+        tokenizer: The model's tokenizer.
+        plan: The plan; None serves the dense model.
+        model_name: The name by which clients call the model.
+        max_model_len: Limit of prompt and answer tokens together; None takes the model's limit.
+        max_num_seqs: Number of decode slots.
+        patience: Number of requests that may wait, and their time limit.
+        images: The reader of images, needed to take them.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class InProcessService:
 
     @property
     def description(self) -> ServiceDescription:
-        """What is served."""
+        """The served model, plan and limits."""
         return self._description
 
     async def generate(
@@ -135,11 +135,11 @@ class InProcessService:
         )
 
     async def transfers(self) -> dict[str, Any]:
-        """The ledger."""
+        """Return the ledger of the transfers."""
         return self._ledger.as_json()
 
     def check_idle(self) -> None:
-        """Raise :class:`IntegrityError` with the numbers where anything is still held."""
+        """Raise :class:`IntegrityError` with the numbers if resources are still in use."""
         held = (len(self._tickets), len(self._waiting), self._decode.num_running)
         if any(held):
             raise IntegrityError(f"{held} tickets, waiting requests and slots are still held")
@@ -197,7 +197,7 @@ class InProcessService:
         self._fail_all(UnavailableError("the engines were closed; ask again elsewhere"))
 
     def _step(self) -> None:
-        """One token of every active sequence; where that fails, all of them fail, and we go on."""
+        """Run one token of every active sequence; if that fails, all of them fail, and we go on."""
         try:
             batches = self._decode.step()
         except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
@@ -234,7 +234,7 @@ class InProcessService:
         self._waiting.append(ticket)
 
     def _drop(self, ticket: _Ticket) -> None:
-        """Free whatever the request still holds; nothing where it has ended."""
+        """Free the request's remaining resources; none are left if it has ended."""
         if self._tickets.pop(ticket.request.request_id, None) is None:
             return
         if ticket in self._waiting:

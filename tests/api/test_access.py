@@ -1,4 +1,4 @@
-"""With a key, nothing but the door bell is open."""
+"""A server with a key opens nothing but the door bell without it."""
 
 from __future__ import annotations
 

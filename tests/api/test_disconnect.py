@@ -1,4 +1,4 @@
-"""A client that leaves frees what runs for it, in whatever phase it is."""
+"""A client that leaves frees the resources of its request, in whatever phase it is."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_leaving_between_the_first_token_and_the_response(service):
 
 
 def test_cancelling_the_handler_itself_frees_everything(service):
-    """As Ray Serve does when a client leaves."""
+    """Ray Serve cancels the handler when a client leaves."""
     from rayapp.api.disconnect import unless_disconnected
     from rayapp.api.openai.answers import answer_deltas
     from rayapp.engine.request import GenerationRequest

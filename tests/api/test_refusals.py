@@ -1,4 +1,4 @@
-"""Whatever is wrong is one clear line in OpenAI's shape, and the server goes on."""
+"""Every error is one clear line in OpenAI's form, and the server goes on."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_an_error_in_a_stream_is_its_last_event(client, http, service, error):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_one_failing_answer_ends_its_siblings(http, service, stream):
-    """One error for the client, and the last thing it hears; nobody works on for it."""
+    """The client gets one error, as the last event; no work goes on for it."""
     service.errors, service.gap_s = {2: UnavailableError("gone")}, 0.005
     service.fails = lambda request: request.prompt_token_ids == (98,)
     reply = http.post(COMPLETIONS, json={"prompt": ["a", "b", "c", "d"], "stream": stream})

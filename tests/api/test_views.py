@@ -1,4 +1,4 @@
-"""What can be looked at: models, ledger, health, metrics, the page."""
+"""The views of a server: models, ledger, health, metrics, the status page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the doctor says of this machine, of a cluster, and of what is broken."""
+"""The doctor's findings on this machine, on a cluster, and on broken parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a plan to a plan with transfer rules: what is written, what is met, what is refused."""
+"""The selection of KV turns a plan into one with transfer rules, or refuses its input."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def test_the_first_scheme_still_gives_what_committed_results_said():
-    """Of results that were made before there was another scheme."""
+    """The committed results were made when there was no other scheme."""
     paths = (text_model_path(), vision_model_path())
     found = [sampled_fingerprint(Checkpoint(path)) for path in paths]
     assert found == ["4b28faab45533915b6cfaae9", "29ddb6c2b856f5952a692fbc"]
@@ -55,7 +55,7 @@ def files(tmp_path_factory, save_tiny) -> dict[str, str]:
 
 
 def rayapp(*arguments: object) -> str:
-    """What a command prints; raises what it raises."""
+    """Run a command and return its output; its exceptions pass through."""
     run = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if isinstance(run.exception, RayappError | KeyboardInterrupt | AssertionError):
         raise run.exception
@@ -132,7 +132,7 @@ def old(written, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(files, tmp_path_factory) -> Path:
-    """What this release writes from the beginning."""
+    """The files that this release writes from the beginning."""
     out = tmp_path_factory.mktemp("undisturbed") / "plan"
     fill(files, out)
     return out

@@ -150,7 +150,7 @@ def called(monkeypatch, *words: str) -> BaseModel:
 
     @command(part=0.25)
     def measure(sizes: Sizes) -> None:
-        """Measure."""
+        """Measure the sizes that the options fill."""
         seen.append(sizes)
 
     import typer

@@ -1,4 +1,4 @@
-"""One contract, two computes: healed in this process and on Ray, whatever becomes of evaluators."""
+"""Healing in this process and on Ray has one contract, even if evaluators die."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What every KV channel promises, over the calls that the ingress and the replicas make.
+"""The contract of every KV channel, over the calls that the ingress and the replicas make.
 
 Both twins run the same prefill: a call of one small item and one message, which waits or fails
-where a test asks for it. In process it is a generator; over the object store it runs in an actor.
+where a test wants it. In process it is a generator; over the object store it runs in an actor.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Prefill:
         self._gate.set()
 
     async def die(self) -> None:
-        """As far as a process can that lives on: nothing comes any more."""
+        """Send nothing any more, which is how a dead process looks to its caller."""
         self._dead = True
         self._gate.set()
 
@@ -163,7 +163,7 @@ async def idle(seam: Any) -> None:
 
 
 async def fetched(seam: Any, *arguments: Any, **options: Any) -> np.ndarray:
-    """What arrives of one call, as the ingress and a decode replica take it over."""
+    """The message that arrives from one call, as the ingress and a decode replica take it over."""
     async with (
         seam.channel.reserved(INLINE),
         aclosing(seam.call(*arguments, **options)) as stream,

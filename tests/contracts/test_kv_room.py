@@ -1,4 +1,4 @@
-"""What every KV channel promises to those who ask for room: how long they wait, in what order."""
+"""The contract of every KV channel on reservations: callers wait for room, in their order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One contract, two computes: in this process and on Ray, all that a search asks is bit-equal.
+"""Scoring in this process and on Ray has one contract: all results are equal bit for bit.
 
 The tests call what production calls, and nothing else: ``run``, ``heal``, ``add_healed``,
 ``measure`` and ``num_evaluators``, by themselves and under :meth:`Scorer.score_many`.
@@ -112,7 +112,7 @@ def scorer_of(told: Told, prepared: Prepared, compute: Compute) -> Scorer:
 
 
 def test_there_is_nothing_else_to_call():
-    """Whatever a compute offers beside the contract needs a caller, and a test here."""
+    """Every public method of a compute beyond the contract needs a caller, and a test here."""
     public = {name for name in dir(Compute) if not name.startswith("_")}
     assert public == {"run", "heal", "add_healed", "measure", "num_evaluators"}
     assert {n for n in dir(LocalCompute) if not n.startswith("_")} == public

@@ -1,10 +1,10 @@
-"""The token stream: what every implementation of ``rayapp.api.service.Service`` keeps to.
+"""The contract of a token stream, for all implementations of ``rayapp.api.service.Service``.
 
 The calls are those of the routes: ``generate``, ``health``, ``transfers`` and ``description``.
 
 An implementation joins by a parameter of the fixture ``stream``: an object with ``service``, the
 ``reference`` pipeline of the same model and plan, ``run(coroutine)`` on the service's event loop,
-and ``check_idle()``, which raises where anything is still held.
+and ``check_idle()``, which raises if resources are still in use.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def asking(token_ids: tuple[int, ...], images: list[bytes], **options: Any) -> I
 
 
 def dense_inputs(pipe: LocalPipeline, processor: Any, prompt: ImagePrompt) -> dict[str, Any]:
-    """What a caller of the plain model passes: placeholders repeated, pixels."""
+    """The arguments of a call of the plain model: repeated placeholders, and pixels."""
     taken = pipe.images.intake.take_all(prompt.images)
     counts, ids = iter(taken), []
     for token in prompt.prompt:

@@ -24,7 +24,7 @@ def user_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def counted(monkeypatch, user_cache):
-    """How often weights were hashed; small and young files are cached like others."""
+    """A count of how often weights were hashed; small and young files are cached like others."""
     hashed = []
     original = checkpoint_module.weights_digest
 

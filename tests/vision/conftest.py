@@ -17,7 +17,7 @@ from rayapp.vision.llava import LlavaAdapter
 
 
 def make_image(seed: int, width: int = 20, height: int = 20) -> DecodedImage:
-    """Coloured noise."""
+    """A decoded image of coloured noise."""
     noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return DecodedImage(Image.fromarray(noise), f"{seed + 1:064x}")
 

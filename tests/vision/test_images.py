@@ -304,7 +304,7 @@ BOUNDED = ImageLimits(max_pixels=10_000)
 
 
 def refusal(action: Callable[[], object]) -> RequestError | None:
-    """What was refused; anything else that is raised fails the test."""
+    """The refusal of an action, None if it is accepted; other exceptions fail the test."""
     try:
         action()
     except RequestError as error:

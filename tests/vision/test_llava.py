@@ -47,7 +47,7 @@ def logits_of(adapter: LlavaAdapter, prompt: PromptEmbeddings) -> torch.Tensor:
 def dense_inputs(
     processor: Any, token_ids: list[int], images: list[DecodedImage], counts: list[int]
 ) -> dict[str, torch.Tensor]:
-    """What a caller of the plain model passes: placeholders repeated, pixels."""
+    """The arguments of a call of the plain model: repeated placeholders, and pixels."""
     left, ids = iter(counts), []
     for token in token_ids:
         ids += [token] * (next(left) if token == IMAGE_TOKEN else 1)

@@ -1,4 +1,4 @@
-"""How images share a budget, as a plan says it."""
+"""A plan's rule decides how images share a budget."""
 
 from __future__ import annotations
 

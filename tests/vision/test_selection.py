@@ -1,4 +1,4 @@
-"""From a plan's rule to places: per view by token share, per image equal or by diversity."""
+"""A plan's rule becomes places: per view by token share, per image equal or by diversity."""
 
 from __future__ import annotations
 

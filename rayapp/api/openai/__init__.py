@@ -1,4 +1,4 @@
-"""OpenAI's words: its requests checked and turned into ours, our tokens turned into its replies.
+"""OpenAI's interface: its requests become ours, and our tokens become its replies.
 
 Nothing here knows HTTP's server or Ray; :mod:`rayapp.api.routes` puts it behind routes.
 """

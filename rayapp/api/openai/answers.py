@@ -22,7 +22,7 @@ from rayapp.engine.stopping import TextStream
 
 @dataclass(frozen=True)
 class Delta:
-    """What one token batch adds to answer ``index``; ``text`` may lag behind the tokens."""
+    """The tokens and text that one batch adds to answer ``index``; text may lag behind tokens."""
 
     index: int
     text: str
@@ -33,7 +33,7 @@ class Delta:
 
 @dataclass
 class AnswerText:
-    """All of one answer: the sum of its deltas."""
+    """One whole answer: the sum of its deltas."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -41,7 +41,7 @@ class AnswerText:
     finish_reason: FinishReason | None = None
 
     def add(self, delta: Delta) -> None:
-        """Take one delta more."""
+        """Append a delta."""
         self.text += delta.text
         self.token_ids.extend(delta.token_ids)
         self.logprobs.extend(delta.logprobs)
@@ -54,10 +54,10 @@ BatchObserver = Callable[[Timeline, TokenBatch], None]
 async def answer_deltas(
     service: Service, request: GenerationRequest, index: int, observe: BatchObserver
 ) -> AsyncGenerator[Delta, None]:
-    """One answer; closing this generator cancels the request.
+    """Generate the deltas of one answer; closing this generator cancels the request.
 
     Args:
-        service: Where tokens come from.
+        service: The source of tokens.
         request: Tokens and sampling.
         index: Number of the answer within its reply.
         observe: Called with the timeline and every batch, before the batch goes out.
@@ -76,7 +76,7 @@ async def answer_deltas(
 
 
 async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
-    """Deltas of all streams as they come, each stream in its own order.
+    """Merge streams of deltas as they arrive; the order within every stream stays.
 
     The first error ends them all, and so does closing this generator.
     """
@@ -108,7 +108,7 @@ async def _pump(
 
 
 async def collected(deltas: AsyncGenerator[Delta, None], num_answers: int) -> list[AnswerText]:
-    """All answers, complete, in the order of their indices."""
+    """Wait for all answers and return them in the order of their indices."""
     answers = [AnswerText() for _ in range(num_answers)]
     async with aclosing(deltas):
         async for delta in deltas:

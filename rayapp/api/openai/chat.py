@@ -1,7 +1,7 @@
 """A conversation as text: the model's own chat template, with a placeholder where an image stands.
 
-Templates come in two kinds: some read a message's content as text, some as a list of parts. Which
-one it is shows in whether the template asks for a part's ``type``.
+Templates come in two kinds: some read a message's content as text, some as a list of parts. A
+template of the second kind is recognised by its use of a part's ``type``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class ChatTemplate:
     """Renders conversations up to where the assistant's answer begins.
 
     Args:
-        tokenizer: Of the served model; its chat template is the only one ever used.
-        image_token_id: The placeholder; None where the model takes no images.
+        tokenizer: The served model's tokenizer; its chat template is the only one ever used.
+        image_token_id: The id of the image placeholder; None if the model takes no images.
     """
 
     def __init__(
@@ -37,10 +37,11 @@ class ChatTemplate:
         )
 
     def render(self, messages: Sequence[ChatMessage]) -> str:
-        """The prompt as text.
+        """Render a conversation as the text of a prompt.
 
         Raises:
-            RequestError: No chat template, it refuses the messages, or a text holds a placeholder.
+            RequestError: The model has no chat template, its template refuses the messages, or a
+                text contains an image placeholder.
         """
         template = self._tokenizer.chat_template
         if not template:
@@ -60,7 +61,7 @@ class ChatTemplate:
         return str(text)
 
     def adds_special_tokens(self, text: str) -> bool:
-        """Whether a rendered prompt still lacks the special tokens that prompts begin with.
+        """True if a rendered prompt still lacks the special tokens that prompts begin with.
 
         Multimodal processors add them unless the template did; text templates are complete.
         """
@@ -83,7 +84,7 @@ class ChatTemplate:
 
 
 def _role(message: ChatMessage) -> str:
-    """As chat templates read it; they know no role ``developer``, which OpenAI put for system."""
+    """The role as chat templates know it: OpenAI's ``developer`` is their ``system``."""
     return "system" if message.role == "developer" else message.role
 
 

@@ -10,12 +10,12 @@ from rayapp.vision.fetch import image_bytes
 from rayapp.vision.images import check_number
 from rayapp.vision.inputs import ImageInput, ImageIntake
 
-# Each may hold one decoded image, so this bounds memory too (project default).
+# Every thread may keep one decoded image, so this bounds memory too (project default).
 _NUM_THREADS = 4
 
 
 class ImageLoader:
-    """Takes images in on a few threads of its own.
+    """Fetches and checks images on a few threads of its own.
 
     Args:
         intake: Checks and counts images for the served model.
@@ -26,10 +26,11 @@ class ImageLoader:
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="rayapp-images")
 
     async def load(self, urls: Sequence[str]) -> tuple[ImageInput, ...]:
-        """The images behind ``data:`` URLs, or addresses that the limits allow.
+        """Load the images behind ``data:`` URLs, or behind addresses that the limits allow.
 
         Raises:
-            RequestError: Too many, not to be had in time, or no images within the limits.
+            RequestError: There are too many images, or one of them cannot be fetched in time or is
+                outside the limits.
         """
         check_number(len(urls), self._intake.limits)
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""From text, token ids or messages to prompts in tokens, off the event loop."""
+"""Prompts in tokens, made from text, token ids or messages off the event loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt in tokens, one placeholder per image; ``text_token_ids`` are the user's words."""
+    """A tokenized prompt with one placeholder per image, and the user's words as tokens."""
 
     token_ids: tuple[int, ...]
     images: tuple[ImageInput, ...] = ()
@@ -35,14 +35,14 @@ class Prompt:
 
 
 class PromptReader:
-    """Tokenizes on one thread of its own, so that a long text delays no other answer's tokens.
+    """Tokenizes prompts on its own thread, so that a long text delays no other answer's tokens.
 
-    One thread, because tokenizers may be used by only one at a time.
+    There is only one such thread, because a tokenizer is not thread-safe.
 
     Args:
-        tokenizer: Of the served model; its chat template is the only one ever used.
-        images: Checks and counts images; None where the model takes none.
-        model_name: For refusals.
+        tokenizer: The served model's tokenizer; its chat template is the only one ever used.
+        images: The intake that checks and counts images; None if the model takes none.
+        model_name: The model's name, for the text of refusals.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PromptReader:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rayapp-tokenize")
 
     async def texts(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[Prompt]:
-        """Token ids of each text."""
+        """Tokenize texts; the result has one list of ids per text."""
         return await self._run(
             lambda: [
                 Prompt(self._encode(text, add_special_tokens=add_special_tokens)) for text in texts
@@ -68,11 +68,11 @@ class PromptReader:
         )
 
     async def chat(self, messages: Sequence[ChatMessage]) -> Prompt:
-        """A conversation, up to where the assistant's answer begins.
+        """Tokenize a conversation, up to where the assistant's answer begins.
 
         Raises:
-            RequestError: The model has no chat template, or its template refuses the messages; or
-                images that it does not take, or that cannot be used.
+            RequestError: The model has no chat template, its template refuses the messages, or the
+                conversation has images that the model cannot take.
         """
         urls = [url for message in messages for url in message.image_urls]
         images: tuple[ImageInput, ...] = ()
@@ -86,7 +86,7 @@ class PromptReader:
         return await self._run(lambda: self._chat(messages, images))
 
     def expanded(self, prompt: Prompt) -> list[int]:
-        """Token ids of the unpruned prompt: each placeholder as often as its image has tokens."""
+        """Token ids of the unpruned prompt: one placeholder per token of an image."""
         counts = iter(prompt.images)
         place = self._intake.image_token_id if self._intake and prompt.images else None
         ids: list[int] = []

@@ -19,7 +19,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def usage(num_prompt_tokens: int, num_answer_tokens: int) -> Json:
-    """Token counts; a prompt counts once, however many answers it gets."""
+    """OpenAI's ``usage`` entry; a prompt counts once, however many answers it gets."""
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_answer_tokens,
@@ -34,16 +34,16 @@ class ReplyFormat(Protocol):
     chunk: str
 
     def choice(self, index: int, answer: AnswerText) -> Json:
-        """One complete choice."""
+        """Return one complete choice."""
         ...
 
     def pieces(self, delta: Delta) -> list[Json]:
-        """What a stream says about a delta; nothing where there is nothing to say."""
+        """Turn a delta into the choices that a stream sends for it, possibly none."""
         ...
 
 
 class CompletionFormat:
-    """Choices of ``/v1/completions``. Serves one reply: a stream's text offsets are kept here."""
+    """Writes the choices of one ``/v1/completions`` reply; keeps the text offsets of its stream."""
 
     whole = chunk = "text_completion"
 
@@ -53,12 +53,12 @@ class CompletionFormat:
         self._offsets: dict[int, int] = {}
 
     def choice(self, index: int, answer: AnswerText) -> Json:
-        """One complete choice."""
+        """Return one complete choice."""
         logprobs = self._write_logprobs(index, answer.token_ids, answer.logprobs)
         return self._write(index, answer.text, logprobs, answer.finish_reason)
 
     def pieces(self, delta: Delta) -> list[Json]:
-        """At most one choice per delta."""
+        """Return at most one choice per delta."""
         if not (delta.text or delta.finish_reason or self._logprobs):
             return []
         logprobs = self._write_logprobs(delta.index, delta.token_ids, delta.logprobs)
@@ -90,7 +90,7 @@ class CompletionFormat:
 
 
 class ChatFormat:
-    """Choices of ``/v1/chat/completions``. Serves one reply: it keeps who has begun to speak."""
+    """Writes the choices of one ``/v1/chat/completions`` reply; remembers which have begun."""
 
     whole = "chat.completion"
     chunk = "chat.completion.chunk"
@@ -101,7 +101,7 @@ class ChatFormat:
         self._begun: set[int] = set()
 
     def choice(self, index: int, answer: AnswerText) -> Json:
-        """One complete choice."""
+        """Return one complete choice."""
         return {
             "index": index,
             "message": {"role": "assistant", "content": answer.text, "refusal": None},
@@ -110,7 +110,7 @@ class ChatFormat:
         }
 
     def pieces(self, delta: Delta) -> list[Json]:
-        """The role before the first text of a choice, then its text."""
+        """Return the role before the first text of a choice, then its text."""
         pieces = []
         if delta.index not in self._begun:
             self._begun.add(delta.index)
@@ -146,10 +146,10 @@ class Reply:
     """One reply: its id, model, format and counts.
 
     Args:
-        reply_id: Made by the server.
-        model_name: As the client named it.
-        format: How choices are written.
-        num_prompt_tokens: Of all prompts together.
+        reply_id: The reply's id, made by the server.
+        model_name: The model's name as the client wrote it.
+        format: The format in which choices are written.
+        num_prompt_tokens: Prompt tokens, summed over all prompts.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Reply:
         self._num_prompt_tokens = num_prompt_tokens
 
     def whole(self, answers: Sequence[AnswerText]) -> Json:
-        """The reply to a client that waits for all of it."""
+        """Return the complete reply, for a client that does not stream."""
         num_tokens = sum(len(answer.token_ids) for answer in answers)
         choices = [self._format.choice(index, answer) for index, answer in enumerate(answers)]
         return {
@@ -173,7 +173,7 @@ class Reply:
     async def events(
         self, first: Delta, rest: AsyncGenerator[Delta, None], *, with_usage: bool
     ) -> AsyncGenerator[bytes, None]:
-        """The reply as server-sent events; an error on the way is an event too, and the last."""
+        """Generate the reply as server-sent events; an error becomes the last event."""
         num_tokens = 0
         empty = {"usage": None} if with_usage else {}
         try:

@@ -38,7 +38,7 @@ MAX_MESSAGES = 1024
 MAX_PARTS = 256
 MAX_NAME_CHARS = 512
 _SEED_MODULUS = 2**63
-# An odd number near 2**63 / golden ratio: seeds of neighbouring choices lie far apart.
+# An odd number near 2**63 / golden ratio, so that seeds of neighbouring choices lie far apart.
 _SEED_STRIDE = 0x4F1BBCDCBFA53E0B
 
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
@@ -102,7 +102,7 @@ def _listed_stop(value: Any) -> Any:
 
 
 def _readable_union(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    """One line for all members of the union; which of them was meant cannot be known."""
+    """Replace pydantic's errors by one line: which member of a union was meant cannot be known."""
     try:
         return handler(value)
     except ValueError:
@@ -113,7 +113,7 @@ def _readable_union(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 
 
 def _encodable(value: Any) -> Any:
-    """JSON can spell half of a surrogate pair, which is no text."""
+    """Refuse a string with half of a surrogate pair: JSON can spell it, but it is no text."""
     texts = value if isinstance(value, list) else [value]
     try:
         for text in texts:
@@ -133,19 +133,19 @@ Name = Annotated[Text, StringConstraints(max_length=MAX_NAME_CHARS)]
 
 
 class _Request(BaseModel):
-    """Bounds hold for every number; NaN and infinity are refused."""
+    """Settings of all request bodies: every number has bounds; NaN and infinity are refused."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
 
 class StreamOptions(_Request):
-    """How a stream ends; keys of other servers are ignored."""
+    """OpenAI's ``stream_options``: how a stream ends. Keys of other servers are ignored."""
 
     include_usage: bool = False
 
 
 class AnswerRequest(_Request):
-    """What completions and chat completions have in common.
+    """Fields that completions and chat completions have in common.
 
     Null stands for the default, as in OpenAI's interface.
     """
@@ -179,24 +179,24 @@ class AnswerRequest(_Request):
 
     @property
     def answer_limit(self) -> int | None:
-        """Most answer tokens, where the client says so."""
+        """The client's limit of answer tokens, None if it sent none."""
         limit = self.max_completion_tokens
         return self.max_tokens if limit is None else limit
 
     @property
     def num_top_logprobs(self) -> int | None:
-        """Alternatives to report beside every token; None for no log-probabilities at all."""
+        """Alternatives to report beside every token; None if no log-probabilities are wanted."""
         return None
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with its token counts."""
+        """True if a stream ends with its token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, max_tokens: int) -> list[SamplingParams]:
-        """Parameters of each of the ``n`` choices, which differ in their seed alone.
+        """Sampling parameters of all ``n`` choices, which differ only in their seed.
 
-        The first choice uses the client's seed itself; without one, chance decides.
+        The first choice uses the client's seed itself; without one, the first seed is random.
         """
         seed = secrets.randbits(63) if self.seed is None else self.seed
         return [
@@ -236,7 +236,7 @@ class CompletionRequest(AnswerRequest):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """All prompts, of either kind."""
+        """Return all prompts, whether they are texts or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -245,12 +245,12 @@ class CompletionRequest(AnswerRequest):
 
     @property
     def num_top_logprobs(self) -> int | None:
-        """Alternatives to report beside every token; None for no log-probabilities at all."""
+        """Alternatives to report beside every token; None if no log-probabilities are wanted."""
         return self.logprobs
 
 
 class ImageUrl(_Request):
-    """Where an image is: a ``data:`` URL, or an address that the service allows."""
+    """Location of an image: a ``data:`` URL, or an address that the service allows."""
 
     url: Text
     detail: Name | None = None
@@ -287,7 +287,7 @@ Parts = Annotated[list[ContentPart], Field(max_length=MAX_PARTS)]
 
 
 class ChatMessage(_Request):
-    """One turn; other keys (``name`` and so on) are ignored."""
+    """One turn of a conversation; other keys (``name`` and so on) are ignored."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Parts | None = None
@@ -312,24 +312,24 @@ class ChatMessage(_Request):
 
     @property
     def text(self) -> str:
-        """The message's words as one string."""
+        """Return the message's words as one string."""
         return "".join(part.text for part in self.parts)
 
     @property
     def parts(self) -> list[ContentPart]:
-        """The message as parts, in order."""
+        """Return the message as a list of parts, in order."""
         if self.content is None or isinstance(self.content, str):
             return [ContentPart(type="text", text=self.content)] if self.content else []
         return self.content
 
     @property
     def image_urls(self) -> list[str]:
-        """Its images, in order."""
+        """Return the locations of the message's images, in order."""
         return [part.image_url.url for part in self.parts if part.image_url]
 
 
 def _check_content(content: Any) -> None:
-    """Say what is wrong before the union does, which would say it once for every member."""
+    """Raise a single clear error before pydantic's union raises one for every member."""
     if content is None or isinstance(content, str):
         _encodable(content)
         return
@@ -364,7 +364,7 @@ class ChatRequest(AnswerRequest):
 
     @property
     def num_top_logprobs(self) -> int | None:
-        """Alternatives to report beside every token; None for no log-probabilities at all."""
+        """Alternatives to report beside every token; None if no log-probabilities are wanted."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 

@@ -16,14 +16,14 @@ _BYTE_OF_SYMBOL = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
 
 @dataclass(frozen=True)
 class TokenText:
-    """One token; ``text`` spells the bytes of what is not a character by itself."""
+    """One token; ``text`` spells its bytes if it is only a part of a character."""
 
     text: str
     raw: bytes
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> TokenText:
-    r"""How a token is written where it stands alone.
+    r"""Return a token's text as it is written where the token stands alone.
 
     A part of a character is written as OpenAI does, ``bytes:\xe2\x82``, so that different tokens
     never look the same.
@@ -38,7 +38,7 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> TokenText:
 
 
 def _raw_bytes(symbols: str | None) -> bytes | None:
-    """The bytes of a byte-level token, or of a fallback token such as ``<0xE2>``."""
+    """Return the bytes of a byte-level token, or of a fallback token such as ``<0xE2>``."""
     if not symbols:
         return None
     if len(symbols) == 6 and symbols.startswith("<0x") and symbols.endswith(">"):
@@ -49,13 +49,13 @@ def _raw_bytes(symbols: str | None) -> bytes | None:
 
 
 def finite(logprob: float) -> float:
-    """A value that JSON can hold."""
+    """Replace an infinite log-probability by a finite number, which JSON can carry."""
     return max(logprob, _LOWEST_LOGPROB)
 
 
 def best_alternatives(
     tokenizer: PreTrainedTokenizerBase, token_id: int, entry: TokenLogprobs
 ) -> dict[str, float]:
-    """``token -> log-probability`` of the best alternatives, the token itself always among them."""
+    """Map the best alternatives to log-probabilities; the token itself is always among them."""
     pairs = dict([*entry.top, (token_id, entry.logprob)])
     return {token_text(tokenizer, i).text: finite(value) for i, value in pairs.items()}

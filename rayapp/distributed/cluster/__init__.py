@@ -1,1 +1,1 @@
-"""Clusters: local ones of several nodes, the connection to a running one, what is free on it."""
+"""Clusters: local ones of several nodes, connections to running ones, and their resources."""

@@ -24,13 +24,13 @@ REACH_TIMEOUT_S = 5.0
 def connected(
     address: str | None, *, otherwise: str, log_to_driver: bool = False
 ) -> Iterator[None]:
-    """This process connected to a cluster: as it is already, or for the time of this context.
+    """Connect this process to a cluster while the context lasts; keep an existing connection.
 
     Args:
-        address: ``host:port``, or what else ``ray.init`` takes; None finds a running cluster or
-            starts one.
-        otherwise: What a user can do instead, for the error.
-        log_to_driver: Whether what workers print is printed here.
+        address: ``host:port``, or another address that ``ray.init`` takes; None looks for a
+            running cluster or starts one.
+        otherwise: The alternative that the error suggests to the user.
+        log_to_driver: Whether the output of workers is printed here.
 
     Raises:
         ClusterError: There is no cluster at the address.
@@ -62,5 +62,5 @@ def _reach(address: str | None) -> None:
 
 
 def hushed() -> AbstractContextManager[Any]:
-    """Ray prints a controller's intended end to standard output as if a task had failed."""
+    """Hide standard output: Ray prints a controller's intended end as if a task had failed."""
     return redirect_stdout(io.StringIO())

@@ -1,9 +1,9 @@
 """Local clusters: several real Ray nodes on one machine, for the demo, ``rayapp serve`` and tests.
 
-Each node has its own raylet, object store and address (127.0.0.2, .3, ...; never 127.0.0.1, which
-Ray rewrites), so what crosses between them really travels. Nothing is left behind: the context
-ends every process. Where this process is killed, Ray's reaper ends the nodes at once, and their
-agents follow within minutes.
+Every node has its own raylet, object store and address (127.0.0.2, .3, ...; never 127.0.0.1, which
+Ray rewrites), so data between nodes really travels. The context ends every process that it started.
+If this process is killed, Ray's reaper ends the nodes at once, and their agents follow within
+minutes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from rayapp.errors import ClusterError
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = {
-    # Without it, processes disagree as soon as a token file exists in the home directory.
+    # Without this setting, processes disagree as soon as a token file exists in the home directory.
     "RAY_AUTH_MODE": "disabled",
-    # Workers share few cores: they must not spin against each other.
+    # Workers share few cores, so their threads must not spin while they wait.
     "OMP_NUM_THREADS": "1",
     # Ray's default of 15 starves replicas beside anything else that computes on this machine.
     "RAY_worker_niceness": "0",
@@ -38,7 +38,7 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class NodeSpec:
-    """One node: its labels and what it has. CPUs are logical: how many things may run there."""
+    """Specification of a node: its labels and resources. A CPU is logical: a place for one task."""
 
     labels: Mapping[str, str] = field(default_factory=dict)
     num_cpus: int = 4
@@ -51,8 +51,8 @@ class LocalCluster:
     """A running local cluster.
 
     Args:
-        address: Where drivers connect.
-        dashboard_url: Where jobs are submitted, None without a dashboard.
+        address: The address to which drivers connect.
+        dashboard_url: The URL to which jobs are submitted, None without a dashboard.
         nodes: Ray's node objects, in the order of their specifications.
     """
 
@@ -62,7 +62,7 @@ class LocalCluster:
     _cluster: Any
 
     def add_node(self, spec: NodeSpec) -> str:
-        """Start one more node; returns its id."""
+        """Start one more node, and return its id."""
         arguments = _node_arguments(spec, len(self.nodes))
         node = self._cluster.add_node(**arguments)
         self.nodes.append(node)
@@ -85,14 +85,14 @@ STAGE_NODES = (
 def local_cluster(
     nodes: Sequence[NodeSpec] = STAGE_NODES, *, dashboard_port: int | None = None
 ) -> Iterator[LocalCluster]:
-    """A cluster of ``nodes``, the first of them the head, that ends with the context.
+    """Start a cluster of ``nodes``, the first of them the head, that ends with the context.
 
-    This process is not connected to it: use ``ray.init(cluster.address)``, and leave it before the
-    context ends (it is disconnected otherwise).
+    This process is not connected to it: use ``ray.init(cluster.address)``, and disconnect before
+    the context ends (which disconnects otherwise).
 
     Args:
-        nodes: What each has.
-        dashboard_port: Start the dashboard there, which takes job submissions.
+        nodes: The specifications of the nodes.
+        dashboard_port: Port of the dashboard, which takes job submissions; None starts none.
 
     Raises:
         ClusterError: The nodes did not start.

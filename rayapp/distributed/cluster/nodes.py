@@ -18,11 +18,11 @@ class FreeNode:
     free: dict[str, float]
 
     def carries(self, labels: Mapping[str, str]) -> bool:
-        """Whether the node has all the labels."""
+        """True if the node has all the labels."""
         return all(self.labels.get(key) == value for key, value in labels.items())
 
     def take(self, *, num_cpus: float, num_gpus: float) -> bool:
-        """Set the resources of one replica aside here, if they are free."""
+        """Reserve the resources of one replica on this node; return False if they are not free."""
         needs = {"CPU": num_cpus, "GPU": num_gpus}
         if any(self.free.get(name, 0.0) < amount - 1e-9 for name, amount in needs.items()):
             return False
@@ -32,7 +32,7 @@ class FreeNode:
 
 
 def free_nodes() -> list[FreeNode]:
-    """The alive nodes of the cluster that this process is connected to."""
+    """Return the alive nodes of the cluster that this process is connected to."""
     available = ray._private.state.available_resources_per_node()
     return [
         FreeNode(

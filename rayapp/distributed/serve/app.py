@@ -1,8 +1,8 @@
 """The Serve application: the only place that binds deployments.
 
-``build`` is what a declarative configuration names as ``import_path``, with the settings as
-``args``. Replicas are placed by node label; queues live in the replicas, where they are counted,
-so Serve's own limits lie above anything that admission lets in.
+A declarative configuration names ``build`` as its ``import_path``, and the settings as ``args``.
+Replicas are placed by node label. Queues live in the replicas, where they are counted, so Serve's
+own limits are higher than any number of requests that admission accepts.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _SERVERS = {PREFILL: PrefillReplica, DECODE: DecodeReplica, UNIFIED: UnifiedRepl
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The application of one service.
+    """Build the Serve application of one service.
 
     Args:
-        args: :class:`ServiceSettings` as plain data.
+        args: The fields of :class:`ServiceSettings` as plain data.
     """
     settings = ServiceSettings.parse(args)
     pools = {
@@ -51,7 +51,7 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def deployment_options(settings: ServiceSettings, name: str, pool: PoolSettings) -> dict[str, Any]:
-    """Serve's options of one deployment."""
+    """Make Serve's options of one deployment."""
     limits = settings.deadlines
     options: dict[str, Any] = {
         "max_ongoing_requests": _SPARE_REQUESTS + settings.max_waiting + settings.max_num_seqs,

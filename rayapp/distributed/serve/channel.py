@@ -1,4 +1,4 @@
-"""KV through Ray's object store, owned by whoever receives the call's answer.
+"""The KV channel over Ray's object store; the receiver of a call's answer owns the message.
 
 Three measured facts rule this module. An object that a replica *puts* dies with the replica; one
 that it *returns* belongs to the caller and survives it. Awaiting the next reference of a stream
@@ -24,13 +24,13 @@ from rayapp.errors import TransferError
 
 @dataclass(eq=False)
 class ObjectHandle:
-    """A message by reference, None once released. Boxed, it travels without the data."""
+    """Handle of a message by reference, None once released; it travels without the data."""
 
     reference: ray.ObjectRef | None
 
 
 class ReplicaStream:
-    """The items of one streaming call to a replica; the message by reference.
+    """The stream of one call to a replica, which gives the message by reference.
 
     Args:
         response: Serve's response generator.
@@ -41,15 +41,15 @@ class ReplicaStream:
         self._references: Any = None
 
     async def first(self) -> Any:
-        """The first item's value, which is small."""
-        # The one use of Serve's private way from a response to references; tests hold it.
+        """Return the value of the first item, which is small."""
+        # This is the only use of Serve's private way from a response to references; tests guard it.
         self._references = await self._response._to_object_ref_gen()
         return await (await anext(self._references))
 
     async def rest(self) -> ray.ObjectRef:
-        """The second item's reference, once the call has ended; its value is not fetched.
+        """Return the second item's reference once the call has ended, without fetching its value.
 
-        What the call raises instead of its second item is that item's value.
+        An exception that the call raises instead of its second item is that item's value.
         """
         try:
             await self._references.completed()
@@ -58,7 +58,7 @@ class ReplicaStream:
             raise without_message() from None
 
     async def aclose(self) -> None:
-        """Cancel the call, wherever it is."""
+        """Cancel the call, in whatever phase it is."""
         self._response.cancel()
 
 
@@ -66,8 +66,8 @@ class ObjectStoreChannel:
     """The channel between nodes; the twin of :class:`rayapp.engine.channel.LocalChannel`.
 
     Args:
-        max_pinned_bytes: Most bytes under way, None for no limit. The object store itself only
-            slows down when it is full.
+        max_pinned_bytes: Limit of bytes on their way, None for no limit. The object store itself
+            only slows down when it is full.
     """
 
     def __init__(self, *, max_pinned_bytes: int | None = None) -> None:
@@ -75,7 +75,7 @@ class ObjectStoreChannel:
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes for which room is reserved."""
+        """Number of bytes for which room is reserved."""
         return self._budget.pinned_bytes
 
     def reserved(self, num_bytes: int) -> AbstractAsyncContextManager[None]:
@@ -93,7 +93,7 @@ class ObjectStoreChannel:
 
     @staticmethod
     async def fetch(handle: ObjectHandle) -> np.ndarray:
-        """The message behind a handle, zero-copy and read-only, in whichever process asks."""
+        """Return the message behind a handle, zero-copy and read-only, in any process."""
         if handle.reference is None:
             raise after_release()
         try:

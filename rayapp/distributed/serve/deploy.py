@@ -1,7 +1,7 @@
-"""Put a service on a cluster, wait until it answers, and take it off again.
+"""Deployment of a service: put it on a cluster, wait until it answers, and take it off again.
 
-The configuration is declarative: what runs is what ``serve deploy`` would run from the same file,
-and applying it again changes only what differs.
+The configuration is declarative: the service equals the one that ``serve deploy`` would run from
+the same file, and applying it again changes only the parts that differ.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class RunningService:
     """A service that answers.
 
     Args:
-        settings: What is served.
+        settings: The settings of the service.
         health: The body of ``/health`` when it became ready.
     """
 
@@ -54,22 +54,24 @@ class RunningService:
 
     @property
     def url(self) -> str:
-        """Where it answers."""
+        """The URL at which it answers."""
         return self.settings.url
 
     @property
     def slab_bytes(self) -> int:
-        """Bytes set aside for KV by each decode replica."""
+        """Number of bytes that a decode replica sets aside for KV."""
         pools = self.health.get("pools", {})
-        return max((r.get("slab_bytes", 0) for found in pools.values() for r in found), default=0)
+        return max(
+            (r.get("slab_bytes", 0) for replicas in pools.values() for r in replicas), default=0
+        )
 
 
 def resolved(settings: ServiceSettings) -> ServiceSettings:
-    """Settings whose paths mean the same in every process; model and plan are checked here.
+    """Resolve paths so that they mean the same in every process; model and plan are checked here.
 
     Raises:
         ModelError: The model cannot be used.
-        PlanError: The plan cannot, or was made for another model.
+        PlanError: The plan cannot be used, or was made for another model.
     """
     where = locate(settings.model, settings.revision)
     checkpoint = Checkpoint(where.directory)
@@ -94,9 +96,9 @@ def resolved(settings: ServiceSettings) -> ServiceSettings:
 
 
 def configuration(settings: ServiceSettings) -> dict[str, Any]:
-    """The Serve configuration of a service, as it would stand in a file.
+    """Make the Serve configuration of a service, as it would stand in a file.
 
-    Serve logs the arguments of an application, so they hold the digest of the key, never the key.
+    Serve logs the arguments of an application, so they have the digest of the key, never the key.
     """
     deployed = settings.model_copy(update={"api_key": None, "api_key_digest": settings.key_digest})
     return {
@@ -117,7 +119,7 @@ def configuration(settings: ServiceSettings) -> dict[str, Any]:
 def running_service(
     settings: ServiceSettings, *, address: str | None = None, ready_s: float = 300.0
 ) -> Iterator[RunningService]:
-    """A service that answers for as long as the context lasts.
+    """Run a service, which answers for as long as the context lasts.
 
     Args:
         settings: What to serve.
@@ -142,7 +144,7 @@ def running_service(
 
 
 def apply(settings: ServiceSettings) -> None:
-    """Start Serve where it is not running, and deploy or update the service."""
+    """Start Serve if it is not running, and deploy or update the service."""
     config = configuration(settings)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location=config["proxy_location"], http_options=config["http_options"])
@@ -169,7 +171,7 @@ def _wait_ready(settings: ServiceSettings, ready_s: float) -> dict[str, Any]:
 
 
 def _check_status() -> None:
-    """Raise :class:`ClusterError` where Serve has given up."""
+    """Raise :class:`ClusterError` if Serve has given up."""
     application = serve.status().applications.get(APP_NAME)
     if application is None or str(application.status.value) not in _FAILED:
         return
@@ -180,7 +182,7 @@ def _check_status() -> None:
 
 
 def _take_off() -> None:
-    """End the service, in time even where streams run; a cluster that has gone needs nothing."""
+    """End the service, in time even if streams run; a cluster that has gone needs no call."""
     with suppress(Exception), hushed():
         client = _get_global_client()
         details = client.get_serve_details()
@@ -193,7 +195,7 @@ def _take_off() -> None:
 
 
 def _actor_names(details: dict[str, Any]) -> list[str]:
-    """Replicas outlive whoever deployed them: the names of all."""
+    """Names of the actors of all replicas, which outlive the process that deployed them."""
     return [
         str(replica["actor_name"])
         for application in details["applications"].values()

@@ -1,4 +1,4 @@
-"""What ingress and replicas say to each other; plain data, small, never from a client."""
+"""The messages between ingress and replicas: small plain data, never from a client."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rayapp.plan import ModelSignature, PruningPlan
 
 @dataclass(frozen=True)
 class Address:
-    """Which replica of a pool a call is for; the router honours it where that replica lives.
+    """The replica of a pool that a call is for; the router honours it while that replica lives.
 
     A call without ``replica_id`` goes to the least busy replica that is not in ``avoid``, as long
     as there is another.
@@ -29,10 +29,10 @@ ANY = Address()
 
 @dataclass(frozen=True)
 class Versions:
-    """What a replica computes with; stages are paired only where all of it is equal.
+    """The plan, weights and type of a replica; stages are paired only if all three are equal.
 
-    ``dtype`` is the element type of the model. A plan says nothing of it, but KV of another type is
-    other KV.
+    ``dtype`` is the element type of the model. A plan does not name it, but KV of another type is
+    different KV.
     """
 
     plan_fingerprint: str
@@ -41,7 +41,7 @@ class Versions:
 
     @classmethod
     def of(cls, plan: PruningPlan, model: ModelSignature, dtype: torch.dtype) -> Versions:
-        """Of a plan and the model that it is run on, computing in ``dtype``."""
+        """Versions of a plan and the model that it is run on, computing in ``dtype``."""
         name = str(dtype).removeprefix("torch.")
         return cls(plan.fingerprint, model.weights_fingerprint, name)
 
@@ -66,12 +66,12 @@ class PrefillAnswer:
     """The first, small item of a prefill; the KV message follows unless ``kv_bytes`` is None.
 
     Args:
-        place: Who prefilled.
-        first: The first answer token where prefill samples it.
-        kv_bytes: What the segment weighs in the model's own type.
+        place: The replica that prefilled.
+        first: The first answer token if prefill samples it.
+        kv_bytes: Bytes of the segment in the model's own type.
         queue_s: Seconds that the request waited for its turn.
         prefill_s: Seconds that the prefill took.
-        num_visual_tokens_removed: Tokens of images that were not run.
+        num_visual_tokens_removed: Number of image tokens that were not run.
     """
 
     place: Place
@@ -84,11 +84,11 @@ class PrefillAnswer:
 
 @dataclass(frozen=True)
 class Admission:
-    """Decode took a segment over.
+    """The answer of a decode replica that has copied a segment into a slot.
 
     Args:
-        place: Who decodes; the token stream is read there.
-        sizes: What the message weighed.
+        place: The replica that decodes, from which the token stream is read.
+        sizes: The sizes of the message.
         wait_s: Seconds until a slot was free.
         fetch_s: Seconds to fetch the message.
     """
@@ -100,14 +100,15 @@ class Admission:
 
 
 class MisdirectedError(UnavailableError):
-    """The call reached another replica than the one it was for, which has gone."""
+    """A call reached another replica than the addressed one, which has gone."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """The replica runs another plan, other weights or another type; no attempt was spent.
+    """The answer of a replica with another plan, other weights or another type.
 
-    While an update replaces replicas one by one, old and new ones meet; only equal ones may pair.
+    It does not count as an attempt. While an update replaces replicas one by one, old and new ones
+    meet; only equal ones may pair.
     """
 
     place: Place
@@ -115,7 +116,7 @@ class Refusal:
 
 
 def version_conflict(place: Place, ours: Versions, wanted: Versions) -> Refusal | None:
-    """Why the replica at ``place`` must not work on a request, None where it may."""
+    """A refusal if the replica at ``place`` must not work on a request, None if it may."""
     if ours == wanted:
         return None
     return Refusal(
@@ -126,7 +127,7 @@ def version_conflict(place: Place, ours: Versions, wanted: Versions) -> Refusal 
 
 
 def check_address(ours: Place, address: Address) -> None:
-    """Raise :class:`MisdirectedError` where a call was for another replica."""
+    """Raise :class:`MisdirectedError` if a call was for another replica."""
     if address.replica_id not in (None, ours.replica_id):
         raise MisdirectedError(
             f"replica {address.replica_id} is gone, the call reached {ours.replica_id}: "
@@ -136,12 +137,12 @@ def check_address(ours: Place, address: Address) -> None:
 
 @dataclass(frozen=True)
 class Handover:
-    """What decode needs beside the KV itself.
+    """The data that decode needs beside the KV itself.
 
     Args:
-        request: What is being answered, with its attempt.
-        versions: What prefill and decode must have computed with.
-        first: The first answer token where prefill sampled it.
+        request: The request that is answered, with its attempt.
+        versions: The plan, weights and type that prefill and decode must have.
+        first: The first answer token if prefill sampled it.
         replay: Answer tokens that the client already has.
         wait_s: Longest wait for a slot, seconds.
     """

@@ -1,4 +1,4 @@
-"""Whether a cluster can hold a service, asked before anything is deployed.
+"""The check before a deployment whether a cluster has room and files for a service.
 
 A label that no node carries, or a node that cannot read the model, would leave replicas pending or
 restarting for ever without a word.
@@ -40,7 +40,10 @@ def check_placement(settings: ServiceSettings, *, wait_s: float = 5.0) -> None:
 
 
 def misfit(settings: ServiceSettings, nodes: list[FreeNode]) -> str | None:
-    """Why the smallest pools do not fit, the most particular placed first; None where they do."""
+    """The reason why the smallest pools do not fit, None if they do.
+
+    Pools with the most particular needs are placed first.
+    """
     pools = {**settings.pools, INGRESS: settings.ingress}
     for name, pool in sorted(pools.items(), key=lambda item: -len(item[1].labels)):
         labelled = [node for node in nodes if node.carries(pool.labels)]
@@ -100,7 +103,7 @@ def check_readable(settings: ServiceSettings, *, within_s: float = 25.0) -> None
 def _probe(node: FreeNode, settings: ServiceSettings) -> Any:
     strategy = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
     probe = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(unreadable)
-    # A model of the Hub is read, or fetched, by the replicas themselves, which takes its time.
+    # Replicas read or fetch a model of the Hub themselves, because that takes its time.
     model = settings.model if Path(settings.model).is_absolute() else None
     return probe.remote(model, settings.plan)
 

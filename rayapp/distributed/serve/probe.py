@@ -1,4 +1,4 @@
-"""What a node can read, asked with the standard library alone: it must answer within seconds."""
+"""A check of the files that a node can read; it uses only the standard library, to be quick."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def unreadable(model: str | None, plan: str | None) -> str | None:
-    """Why this node cannot serve ``model`` with ``plan``; None where it can.
+    """The reason why this node cannot serve ``model`` with ``plan``; None if it can.
 
     Args:
-        model: Model directory; None where it is no directory of the user's.
+        model: Model directory; None for a model of the Hub.
         plan: Plan directory or file.
     """
     try:
@@ -25,7 +25,7 @@ def unreadable(model: str | None, plan: str | None) -> str | None:
 
 
 def _has_weights(directory: Path) -> bool:
-    """Whether a model directory holds weights; raises where a file of it cannot be read."""
+    """True if a model directory has weights; raises if one of its files cannot be read."""
     json.loads((directory / "config.json").read_text(encoding="utf-8"))
     weights = sorted(directory.glob("*.safetensors"))
     for file in weights:

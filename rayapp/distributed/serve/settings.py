@@ -1,4 +1,4 @@
-"""What to serve and how: one strict model, from the command line to every replica.
+"""Settings of a service: one strict model, from the command line to every replica.
 
 A Serve configuration file carries it as the application's ``args``; unknown keys are refused by
 path here, because Serve's own schema lets them pass.
@@ -27,7 +27,7 @@ INGRESS, PREFILL, DECODE, UNIFIED = "ingress", "prefill", "decode", "unified"
 
 
 class ReplicaRange(Strict):
-    """How many replicas a pool has: at least ``minimum``, at most ``maximum``."""
+    """Bounds on a pool's number of replicas: at least ``minimum``, at most ``maximum``."""
 
     minimum: int = Field(default=1, ge=1)
     maximum: int = Field(default=1, ge=1)
@@ -40,7 +40,7 @@ class ReplicaRange(Strict):
 
     @property
     def is_elastic(self) -> bool:
-        """Whether the pool scales by itself."""
+        """True if the pool scales by itself."""
         return self.maximum > self.minimum
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class ReplicaRange(Strict):
 
 
 def _range(value: Any) -> Any:
-    """``2``, ``"2"`` and ``"1:3"`` as a range."""
+    """Parse a range from ``2``, ``"2"`` or ``"1:3"``."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         return value
     low, _, high = str(value).partition(":")
@@ -62,10 +62,10 @@ Replicas = Annotated[ReplicaRange, BeforeValidator(_range), PlainSerializer(str)
 
 
 class PoolSettings(Strict):
-    """One pool of replicas: how many, where, and on what.
+    """Settings of one pool of replicas: their number, their nodes and their resources.
 
-    ``labels`` place, resources limit capacity: a replica starts only on nodes that carry all labels
-    and have ``num_cpus`` and ``num_gpus`` free.
+    A replica starts only on nodes that carry all ``labels`` and have ``num_cpus`` and ``num_gpus``
+    free.
     """
 
     replicas: Replicas = ReplicaRange()
@@ -78,7 +78,8 @@ class PoolSettings(Strict):
 class Deadlines(Strict):
     """Seconds that each phase of a request may last; after them it is freed and answered with 504.
 
-    ``lease_s``: how long decode keeps a slot for an admitted request whose tokens nobody reads.
+    ``lease_s`` is the time that decode keeps a slot for an admitted request whose tokens nobody
+    reads.
     """
 
     queue_s: float = Field(default=120.0, gt=0.0)
@@ -89,15 +90,15 @@ class Deadlines(Strict):
 
 
 class ScalingSettings(Strict):
-    """When pools with MIN:MAX replicas grow and shrink.
+    """Settings of pools with MIN:MAX replicas: when they grow and when they shrink.
 
     Args:
-        queued_tokens_per_replica: Prompt tokens in the queue that one prefill replica is good for.
-        target_usage: Share of its slots that a decode replica is good for.
-        upscale_delay_s: How long a pool must look too small before it grows.
-        downscale_delay_s: How long it must look too large before it shrinks.
-        look_back_s: Over which the metrics are averaged.
-        interval_s: How often they are looked at.
+        queued_tokens_per_replica: Prompt tokens in the queue that one prefill replica can handle.
+        target_usage: Share of its slots that a decode replica should use.
+        upscale_delay_s: Time for which a pool must look too small before it grows.
+        downscale_delay_s: Time for which a pool must look too large before it shrinks.
+        look_back_s: Time over which the metrics are averaged.
+        interval_s: Time between two looks at the metrics.
     """
 
     queued_tokens_per_replica: int = Field(default=4096, ge=1)
@@ -109,7 +110,7 @@ class ScalingSettings(Strict):
 
 
 class ServiceSettings(Strict):
-    """Everything that ``rayapp serve`` needs to know; model and plan are read on every node."""
+    """The settings of ``rayapp serve``; model and plan are read on every node."""
 
     model_config = ConfigDict(title="What is served")
 
@@ -171,7 +172,7 @@ class ServiceSettings(Strict):
         description="Key that callers must send; without it, whoever can connect is served.",
         json_schema_extra={"envvar": "RAYAPP_API_KEY"},
     )
-    # For configuration files, which hold no secret: only the digest of a key is ever deployed.
+    # This is for configuration files, which have no secrets: only a key's digest is ever deployed.
     api_key_digest: str | None = Field(
         default=None,
         pattern="^[0-9a-f]{64}$",
@@ -192,17 +193,17 @@ class ServiceSettings(Strict):
 
     @property
     def key_digest(self) -> str | None:
-        """Digest of the key that callers must send; None where none is asked for."""
+        """Digest of the key that callers must send; None if no key is required."""
         return digest_of(self.api_key) if self.api_key else self.api_key_digest
 
     @property
     def url(self) -> str:
-        """Where the service answers."""
+        """The URL at which the service answers."""
         return f"http://{self.host}:{self.port}"
 
     @classmethod
     def parse(cls, raw: dict[str, Any]) -> ServiceSettings:
-        """Settings from plain data; :class:`InputError` names the path of every broken rule."""
+        """Parse plain data; an :class:`InputError` names the path of every broken rule."""
         try:
             return cls.model_validate(raw)
         except ValidationError as error:

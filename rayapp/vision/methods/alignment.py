@@ -17,7 +17,7 @@ from rayapp.vision.methods.ranking import best, widen
 def alignment_scores(visual_ND: torch.Tensor, text_MD: torch.Tensor) -> torch.Tensor:
     """Scores ``(N,)`` that rank as the paper's; higher = closer to the text.
 
-    All zero where there is no text: nothing is then better aligned than anything else.
+    Without text all scores are zero: no token is then better aligned than another.
     """
     visual_ND = widen(visual_ND)
     num_text = text_MD.shape[0]
@@ -26,5 +26,5 @@ def alignment_scores(visual_ND: torch.Tensor, text_MD: torch.Tensor) -> torch.Te
 
 
 def most_aligned(pool: TokenPool, num_keep: int) -> torch.Tensor:
-    """The tokens closest to the text, ascending; the first ones where there is no text."""
+    """Indices of the tokens closest to the text, ascending; without text, of the first tokens."""
     return best(alignment_scores(pool.visual_ND, pool.text_MD), num_keep)

@@ -1,4 +1,4 @@
-"""The tokens that someone attends to most: the CLS token of the tower, or the prompt's last token.
+"""The tokens that the tower's CLS token, or the prompt's last token, attends to most.
 
 - CLS attention: FasterVLM (arXiv:2412.01818) keeps the tokens with the highest [CLS] attention in
   the block whose output the projector takes, averaged over heads; they are the dominant tokens of
@@ -22,12 +22,12 @@ from rayapp.vision.methods.ranking import best
 
 
 def cls_attended(pool: TokenPool, num_keep: int) -> torch.Tensor:
-    """Tokens kept, ascending; raises :class:`IntegrityError` without ``cls_attention_N``."""
+    """Indices of the kept tokens, ascending; needs ``cls_attention_N`` of the pool."""
     return best(_present(pool.cls_attention_N, "cls_attention_N"), num_keep)
 
 
 def text_attended(pool: TokenPool, num_keep: int) -> torch.Tensor:
-    """Tokens kept, ascending; raises :class:`IntegrityError` without ``text_attention_N``."""
+    """Indices of the kept tokens, ascending; needs ``text_attention_N`` of the pool."""
     return best(_present(pool.text_attention_N, "text_attention_N"), num_keep)
 
 

@@ -1,12 +1,11 @@
 """CDPruner (arXiv:2506.10967): maximise conditional diversity with a determinantal point process.
 
-The paper's kernel is diag(r) L diag(r): L holds the cosines between visual tokens, r each token's
-relevance to the instruction, scaled to 0..1. A subset's determinant grows with both; its greedy
-maximum is found with Chen et al.'s incremental Cholesky rows (arXiv:1709.05135), one kernel row per
-step, so no N x N matrix exists.
-The paper takes relevance from CLIP's text encoder. Here it is the mean cosine with the prompt's
-text embeddings in the language model's input space, because the served model holds no text encoder
-(project default).
+The paper's kernel is diag(r) L diag(r): L has the cosines between visual tokens, r has the
+relevance of every token to the instruction, scaled to 0..1. A subset's determinant grows with both;
+its greedy maximum is found with Chen et al.'s incremental Cholesky rows (arXiv:1709.05135), one
+kernel row per step, so no N x N matrix exists. The paper takes relevance from CLIP's text encoder.
+Here it is the mean cosine with the prompt's text embeddings in the language model's input space,
+because the served model holds no text encoder (project default).
 Shapes: N = tokens, M = text tokens, K = tokens kept, D = hidden size.
 """
 
@@ -21,10 +20,10 @@ _FLOOR = 1e-6
 
 
 def conditional_diversity(pool: TokenPool, num_keep: int) -> torch.Tensor:
-    """Tokens kept, ascending, ``(min(num_keep, N),)``.
+    """Indices of the kept tokens, ascending, ``(min(num_keep, N),)``.
 
-    Where the rest adds no volume (duplicates, or more tokens than dimensions), the most relevant of
-    it is taken (project default).
+    If the remaining tokens add no volume (duplicates, or more tokens than dimensions), the most
+    relevant of them are kept (project default).
     """
     num_keep = min(num_keep, pool.num_tokens)
     units_ND = unit_rows(pool.visual_ND)
@@ -48,7 +47,7 @@ def conditional_diversity(pool: TokenPool, num_keep: int) -> torch.Tensor:
 
 
 def relevance(units_ND: torch.Tensor, text_MD: torch.Tensor) -> torch.Tensor:
-    """Mean cosine to the text, scaled to 1e-6..1, ``(N,)``; all 1 where the text tells nothing."""
+    """Mean cosine to the text, scaled to 1e-6..1, ``(N,)``; all 1 if the text prefers no token."""
     if text_MD.shape[0] == 0 or units_ND.shape[0] == 0:
         return units_ND.new_ones(units_ND.shape[0])
     raw_N = units_ND @ unit_rows(text_MD).to(units_ND.device).mean(dim=0)

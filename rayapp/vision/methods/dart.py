@@ -2,8 +2,8 @@
 
 The paper picks pivots by the norm of their keys in an early block of the language model and reports
 that the choice of pivots hardly matters. Here, before the language model, a pivot is a token of
-largest norm (project default). As in the paper's code, pivots are visual and textual, each is given
-an equal part of the budget, and takes the tokens least similar to it that are left.
+largest norm (project default). As in the paper's code, pivots are visual and textual; every pivot
+gets an equal part of the budget, and takes the remaining tokens least similar to it.
 Shapes: N = visual tokens, M = text tokens, P = pivots, K = tokens kept, D = hidden size.
 """
 
@@ -19,7 +19,7 @@ NUM_TEXT_PIVOTS = 4
 
 
 def least_duplicated(pool: TokenPool, num_keep: int) -> torch.Tensor:
-    """Tokens kept, ascending, ``(min(num_keep, N),)``."""
+    """Indices of the kept tokens, ascending, ``(min(num_keep, N),)``."""
     num_keep = min(num_keep, pool.num_tokens)
     pivots_P = best(widen(pool.visual_ND).norm(dim=1), min(NUM_VISUAL_PIVOTS, num_keep))
     texts_P = best(widen(pool.text_MD).norm(dim=1), NUM_TEXT_PIVOTS)

@@ -1,8 +1,8 @@
 """DivPrune (arXiv:2503.02175): maximise the smallest distance between two kept tokens, greedily.
 
-Distance is 1 - cosine. The first token is the one whose nearest neighbour is farthest away; then
-always the token farthest from all chosen ones. The first choice needs all pairs once; they are
-looked at in strips, so that memory stays at N x strip.
+Distance is 1 - cosine. The first token is the one whose nearest neighbour is farthest away; every
+further one is the token farthest from all chosen ones. The first choice needs all pairs once; they
+are computed in strips, so that memory stays at N x strip.
 Shapes: N = tokens, K = tokens kept, S = tokens of a strip.
 """
 
@@ -18,7 +18,7 @@ _NEVER = torch.iinfo(torch.int64).max
 
 
 def max_min_distance(pool: TokenPool, num_keep: int) -> torch.Tensor:
-    """Tokens kept, ascending, ``(min(num_keep, N),)``."""
+    """Indices of the kept tokens, ascending, ``(min(num_keep, N),)``."""
     units_ND = unit_rows(pool.visual_ND)
     # Cosine to the nearest chosen token (at first: to the nearest other one); lower = farther.
     nearest_N = _nearest_other(units_ND)
@@ -34,7 +34,7 @@ def max_min_distance(pool: TokenPool, num_keep: int) -> torch.Tensor:
 
 
 def _nearest_other(units_ND: torch.Tensor) -> torch.Tensor:
-    """Cosine of every token to the other token that is most like it, fixed point, ``(N,)``."""
+    """Cosine of every token to its most similar other token, in fixed point, ``(N,)``."""
     strips = []
     for start in range(0, units_ND.shape[0], _STRIP):
         cosines_SN = fixed_point(units_ND[start : start + _STRIP] @ units_ND.T)

@@ -1,4 +1,4 @@
-"""What every method chooses from: the visual tokens that compete for one budget.
+"""A pool of visual tokens that compete for one budget, the input of every method.
 
 Shapes: N = tokens of the pool, M = text tokens, D = hidden size of the language model.
 """
@@ -15,15 +15,15 @@ from rayapp.errors import IntegrityError
 
 @dataclass(frozen=True)
 class TokenPool:
-    """The tokens of one view of one image, in reading order, and what is known about them.
+    """The tokens of one view of one image, in reading order, with the data that methods rank by.
 
     Args:
         visual_ND: Projected features, as the language model gets them.
         text_MD: Embeddings of the user's words; M may be 0.
         grid: Rows and columns that the tokens come from; their product is N.
-        seed: Depends on the image's content alone; for random choices.
-        cls_attention_N: Attention of the vision tower's CLS token to each token, or None.
-        text_attention_N: Attention of the prompt's last token to each token inside the language
+        seed: Seed of random choices, which depends only on the image's content.
+        cls_attention_N: Attention of the vision tower's CLS token to every token, or None.
+        text_attention_N: Attention of the prompt's last token to every token inside the language
             model, or None.
 
     Raises:
@@ -52,7 +52,7 @@ class TokenPool:
 
     @property
     def num_tokens(self) -> int:
-        """N."""
+        """Number of tokens of the pool, N."""
         return int(self.visual_ND.shape[0])
 
 

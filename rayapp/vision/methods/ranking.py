@@ -1,8 +1,8 @@
-"""Comparisons that do not hang on rounding: cosines in fixed point, ties to the lowest index.
+"""Comparisons that do not depend on rounding: cosines in fixed point, ties to the lowest index.
 
 Sums of floats depend on the order in which a kernel adds, so equal tokens could get unequal scores.
 Here cosines are rounded to multiples of 2^-32 and then added as integers: sums are exact, tokens
-that differ by less than that are ties, and a batch gives what each of its rows gives alone.
+that differ by less than that are ties, and a row gets the same result in a batch as alone.
 The arithmetic before it is float64 on a CPU, float32 on a GPU, where float64 would cost more than
 the selection may (project default); near ties may fall differently there.
 Shapes: N = tokens, D = hidden size, K = tokens kept; ``...`` = any batch dimensions.
@@ -13,24 +13,24 @@ from __future__ import annotations
 import torch
 
 _UNIT = 2.0**32
-# A row shorter than this has no direction: it is treated as zero.
+# A row shorter than this has no direction and is treated as zero.
 _SHORTEST = 1e-18
 
 
 def widen(rows: torch.Tensor) -> torch.Tensor:
-    """The same values in the type that selections are computed in."""
+    """Convert values to the type in which selections are computed."""
     return rows.to(torch.float32 if rows.is_cuda else torch.float64)
 
 
 def unit_rows(rows_ND: torch.Tensor) -> torch.Tensor:
-    """Rows scaled to length 1, ``(..., N, D)``; a zero row stays zero: cosine 0 with everything."""
+    """Scale rows to length 1, ``(..., N, D)``; a zero row stays zero, so all its cosines are 0."""
     wide_ND = widen(rows_ND)
     lengths_N1 = wide_ND.norm(dim=-1, keepdim=True)
     return torch.where(lengths_N1 > _SHORTEST, wide_ND / lengths_N1.clamp_min(_SHORTEST), 0.0)
 
 
 def fixed_point(values: torch.Tensor) -> torch.Tensor:
-    """Values as whole multiples of 2^-32, int64."""
+    """Round values to whole multiples of 2^-32, int64."""
     return (values * _UNIT).round().to(torch.int64)
 
 
@@ -41,5 +41,5 @@ def best(scores_N: torch.Tensor, num_keep: int) -> torch.Tensor:
 
 
 def even_steps(total: int, count: int) -> torch.Tensor:
-    """``count`` of the numbers ``0..total-1``, evenly spread and centred, ascending, int64."""
+    """Choose ``count`` of the numbers ``0..total-1``, evenly spread, centred, ascending, int64."""
     return (2 * torch.arange(count) + 1) * total // (2 * max(count, 1))

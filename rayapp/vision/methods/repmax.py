@@ -1,8 +1,8 @@
 """RepMax: the second stage of TrimTokenator (arXiv:2509.00320), alone the diversity baseline.
 
-Greedy: start with the token of lowest mean cosine similarity to all, then add the one with the
-lowest mean cosine similarity to those chosen. The sum of cosines to the chosen is kept up to date,
-so a step costs one pass over the tokens and no N x N matrix exists.
+The choice is greedy: start with the token of lowest mean cosine similarity to all, then add the one
+with the lowest mean cosine similarity to those chosen. The sum of cosines to the chosen is kept up
+to date, so a step costs one pass over the tokens and no N x N matrix exists.
 Shapes: B = images, N = tokens, D = hidden size, K = tokens kept.
 """
 
@@ -23,8 +23,8 @@ def repmax(
 
     Args:
         visual_BND: Tokens of B images.
-        num_keep: K; every image allows at least that many.
-        allowed_BN: Bool; tokens that may be chosen, and over which the first mean runs.
+        num_keep: K, the tokens to choose; every image allows at least that many.
+        allowed_BN: Bool mask of the tokens that may be chosen; the first mean runs over them.
     """
     units_BND = unit_rows(visual_BND)
     if allowed_BN is not None:
@@ -48,6 +48,6 @@ def _cosines(units_BND: torch.Tensor, direction_BD: torch.Tensor) -> torch.Tenso
 
 
 def most_diverse(pool: TokenPool, num_keep: int) -> torch.Tensor:
-    """RepMax over all tokens of a pool, ascending."""
+    """Indices that RepMax chooses from all tokens of a pool, ascending."""
     kept_K = repmax(pool.visual_ND[None], min(num_keep, pool.num_tokens))[0]
     return kept_K.sort().values

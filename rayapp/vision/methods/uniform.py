@@ -1,7 +1,8 @@
-"""Choices that look at nothing: random, a uniform grid, and plain down-sampling.
+"""Choices that ignore the content: random tokens, a uniform grid, and plain down-sampling.
 
-Strong baselines that papers often leave out ("Token Pruning in Multimodal Large Language Models:
-Are We Solving the Right Problem?", arXiv:2502.11501). How a grid is spread is a project default.
+These are strong baselines that papers often leave out ("Token Pruning in Multimodal Large Language
+Models: Are We Solving the Right Problem?", arXiv:2502.11501). How a grid is spread is a project
+default.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from rayapp.vision.methods.ranking import even_steps
 
 
 def at_random(pool: TokenPool, num_keep: int) -> torch.Tensor:
-    """Tokens drawn without replacement, ascending; the same image always gives the same ones."""
+    """Tokens drawn without replacement, ascending; an image always gives the same ones."""
     generator = torch.Generator().manual_seed(pool.seed)
     order_N = torch.randperm(pool.num_tokens, generator=generator)
     return order_N[:num_keep].sort().values.to(pool.visual_ND.device)
 
 
 def uniform_grid(pool: TokenPool, num_keep: int) -> torch.Tensor:
-    """About as many rows per height as columns per width, evenly spread over the image, ascending.
+    """Tokens on a grid as dense down as across, evenly spread over the image, ascending.
 
-    Exactly K tokens: rows hold K // rows tokens, or one more (evenly spread rows get the surplus).
+    The grid has exactly K tokens: a row has K // rows tokens, or one more (evenly spread rows get
+    the surplus).
     """
     rows, columns = pool.grid
     num_keep = min(num_keep, pool.num_tokens)

@@ -101,7 +101,7 @@ class Call(NamedTuple):
 
 
 class Router:
-    """Where Serve's own would stand: routes the calls that have a script, and no other ever."""
+    """A router in place of Serve's own: it routes only calls that have a script."""
 
     def __init__(self):
         kv = b"the message"

@@ -263,7 +263,7 @@ def check_image_cache(service):
 
 
 def check_ledger(service, expected):
-    """What pruning saved, by the ledger and by the reference; the identity to the byte."""
+    """Compare the bytes that pruning saved in ledger and reference; check the ledger's identity."""
     ledger = service.client.get("/v1/transfers").json()
     found = {r["saved_by_visual_tokens_bytes"] for r in ledger["recent"]}
     assert {a.transfer.saved_by_visual_tokens_bytes for a in expected} <= found

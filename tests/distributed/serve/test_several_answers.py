@@ -47,7 +47,7 @@ MODES = {
 
 @dataclass
 class Choices:
-    """What a client got: texts and finish reasons by index, and the counts."""
+    """The reply that a client got: texts and finish reasons by index, and the counts."""
 
     texts: dict[int, str] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
@@ -320,7 +320,7 @@ def test_a_lost_decode_replica_changes_no_answer(service, reference):
 
 @pytest.mark.slow
 def test_clients_that_leave_at_any_time(service):
-    """In every phase of some answer: the lease of an admitted one would last 15 s unread."""
+    """Clients leave in every phase of an answer; an admitted one's lease would last 15 s unread."""
     body = {"prompt": PROMPTS[:3], "n": 2, "max_tokens": 100, "ignore_eos": True, **GREEDY}
     for number in range(100):
         patience_s = 0.01 + 0.004 * number

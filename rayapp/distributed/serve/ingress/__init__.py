@@ -1,4 +1,4 @@
-"""The ingress's side of the service: attempts, the router, and what a lost replica means.
+"""The ingress's side of the service: attempts, the router, and the handling of lost replicas.
 
-The ingress owns every KV reference, so a dead prefill replica loses nothing that it has finished.
+The ingress owns every KV reference, so a dead prefill replica loses no finished work.
 """

@@ -1,8 +1,8 @@
 """One attempt at an answer, as the ingress conducts it: prefill, hand over, stream.
 
-Two routes with one interface: over two replicas, with the KV owned here in between, or within one.
-Each wait has the deadline of its phase; whatever ends an attempt early frees what it holds, in
-whichever phase it is.
+Two routes have the same interface: over two replicas, with the KV owned here in between, or within
+one replica. Every wait has the deadline of its phase. An attempt that ends early, in whatever phase
+and for whatever reason, frees its resources.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ from rayapp.plan import PruningPlan
 
 _UPDATE_PAUSE_S = 0.2
 _MAX_LOST_REPLICAS = 3
-# Beyond it, a replica that does not answer frees by its own deadlines.
+# Time limit for telling a replica to free a slot; after it, the replica's own deadlines free it.
 _FREEING_S = 1.0
 
 
 @dataclass
 class Answering:
-    """One request while it is answered, over all its attempts.
+    """The state of one request while it is answered, over all its attempts.
 
-    ``sent`` are the tokens that the client has; ``admitted`` is called when decode has taken over.
+    ``sent`` are the tokens that the client has; ``admitted`` is called once decode has a slot for
+    it.
     """
 
     request: GenerationRequest
@@ -53,10 +54,10 @@ class Answering:
 
 
 class Attempts(Protocol):
-    """Runs single attempts."""
+    """Runs single attempts at an answer."""
 
     def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
-        """The answer's tokens from index 0 or later; tokens that were sent may come again."""
+        """Generate the answer's tokens from index 0 or later; sent tokens may be repeated."""
         ...
 
 
@@ -66,12 +67,12 @@ class DisaggregatedAttempts:
     Args:
         prefill: Serve's handle of the prefill pool.
         decode: Serve's handle of the decode pool.
-        channel: Owns the KV on its way.
-        ledger: Gets a record of every transfer.
-        plan: Under which KV is sent.
-        shape: Of the model's KV.
-        versions: What replicas must compute with.
-        deadlines: Per phase.
+        channel: The channel that owns the KV on its way.
+        ledger: The ledger that records every transfer.
+        plan: The plan under which KV is sent.
+        shape: The shape of the model's cache.
+        versions: The plan, weights and type that replicas must have.
+        deadlines: The deadlines of all phases.
     """
 
     def __init__(
@@ -98,16 +99,18 @@ class DisaggregatedAttempts:
         self._freeing: set[asyncio.Future[None]] = set()
 
     async def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
-        """Prefill, then hand over while the first token leaves, then stream."""
-        async with AsyncExitStack() as held:
-            await self._reserve(held, answering.request)
+        """Prefill, hand the KV over while the first token leaves, then stream the rest."""
+        async with AsyncExitStack() as resources:
+            await self._reserve(resources, answering.request)
             stream, answer = await self._prefilled(answering)
             mark_prefill(answering.timeline, answer)
             if answer.kv_bytes is None:
                 if answer.first is not None:
                     yield answer.first
                 return
-            handover = await held.enter_async_context(self._handing_over(answering, stream, answer))
+            handover = await resources.enter_async_context(
+                self._handing_over(answering, stream, answer)
+            )
             if answer.first is not None:
                 yield answer.first
             admission = await handover
@@ -116,14 +119,14 @@ class DisaggregatedAttempts:
             async for batch in batches:
                 yield batch
 
-    async def _reserve(self, held: AsyncExitStack, request: GenerationRequest) -> None:
+    async def _reserve(self, resources: AsyncExitStack, request: GenerationRequest) -> None:
         """Wait for room for the request's KV, counted as the dense cache of its prompt."""
         num_bytes = self._shape.dense_bytes(request.num_prompt_tokens)
         async with phase("queue", self._deadlines.queue_s):
-            await held.enter_async_context(self._channel.reserved(num_bytes))
+            await resources.enter_async_context(self._channel.reserved(num_bytes))
 
     async def _prefilled(self, answering: Answering) -> tuple[ReplicaStream, PrefillAnswer]:
-        """An open stream whose first item said that the prompt is prefilled."""
+        """Open a stream; its first item, which says that the prompt is prefilled, is awaited."""
         limits = self._deadlines
         avoid: frozenset[str] = frozenset()
         async with phase("prefill", limits.queue_s + limits.prefill_s):
@@ -150,7 +153,7 @@ class DisaggregatedAttempts:
     async def _handing_over(
         self, answering: Answering, stream: ReplicaStream, answer: PrefillAnswer
     ) -> AsyncGenerator[asyncio.Future[Admission], None]:
-        """The admission to come; where the body is left early, nothing is held anywhere."""
+        """Start the handover and yield its future; leaving the body early undoes the handover."""
         work = self._hand_over(answering, stream, answer, tuple(answering.sent))
         handover = asyncio.ensure_future(work)
         try:
@@ -162,7 +165,7 @@ class DisaggregatedAttempts:
     async def _abandon(
         self, request: GenerationRequest, stream: ReplicaStream, handover: asyncio.Future[Admission]
     ) -> None:
-        """End a handover, or what it has led to."""
+        """Cancel a handover, or free the slot if it has been admitted."""
         handover.cancel()
         (outcome,) = await asyncio.gather(handover, return_exceptions=True)
         await stream.aclose()
@@ -176,7 +179,7 @@ class DisaggregatedAttempts:
         answer: PrefillAnswer,
         replay: tuple[int, ...],
     ) -> Admission:
-        """Own the KV until a decode replica has copied it; enter the transfer in the ledger."""
+        """Own the KV until a decode replica has copied it; record the transfer in the ledger."""
         request, limit_s = answering.request, self._deadlines.transfer_s
         began_s = time.monotonic()
         async with (
@@ -222,7 +225,7 @@ class DisaggregatedAttempts:
             await asyncio.sleep(_UPDATE_PAUSE_S)
 
     async def _withdraw(self, request: GenerationRequest, response: Any) -> None:
-        """Cancel an admission, which may be through already: then some replica has a lease."""
+        """Cancel an admission; it may have succeeded already, and then some replica has a lease."""
         with suppress(*DIED):
             response.cancel()
         await ask_all(
@@ -232,7 +235,7 @@ class DisaggregatedAttempts:
     async def _decoded(
         self, request: GenerationRequest, place: Place
     ) -> AsyncGenerator[TokenBatch, None]:
-        """The tokens of an admitted request; decode is told where they are left early."""
+        """Generate the tokens of an admitted request; leaving early makes decode free its slot."""
         response = call(
             self._tokens.tokens,
             request.request_id,
@@ -250,9 +253,10 @@ class DisaggregatedAttempts:
                 await self._to_the_end(self._free(request, place))
 
     async def _free(self, request: GenerationRequest, place: Place) -> None:
-        """Tell a decode replica that nobody reads; unheard, it frees the slot after ``lease_s``.
+        """Tell a decode replica that nobody reads; else it frees the slot only after ``lease_s``.
 
-        A stream that is cancelled before it reaches the replica would tell it nothing.
+        Cancelling the stream is not enough: if it never reached the replica, the replica would not
+        know.
         """
         response = call(
             self._decode.cancel,
@@ -265,9 +269,9 @@ class DisaggregatedAttempts:
                 await response
 
     async def _to_the_end(self, freeing: Coroutine[Any, Any, None]) -> None:
-        """Free something, even where the caller is cancelled meanwhile once more.
+        """Finish freeing resources, even if the caller is cancelled once more in the meantime.
 
-        A client that leaves may cancel twice: our own watch does, and so may Serve.
+        A client that leaves may cause two cancellations: one by our own watch, and one by Serve.
         """
         task = asyncio.ensure_future(freeing)
         self._freeing.add(task)
@@ -276,12 +280,12 @@ class DisaggregatedAttempts:
 
 
 class UnifiedAttempts:
-    """Attempts within one replica.
+    """Attempts within one replica, which runs both stages.
 
     Args:
         unified: Serve's handle of the pool.
-        versions: What replicas must compute with.
-        deadlines: Per phase.
+        versions: The plan, weights and type that replicas must have.
+        deadlines: The deadlines of all phases.
     """
 
     def __init__(self, unified: Any, *, versions: Versions, deadlines: Deadlines) -> None:
@@ -290,7 +294,7 @@ class UnifiedAttempts:
         self._deadlines = deadlines
 
     async def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
-        """Prefill and decode in one stream."""
+        """Prefill and decode in one streaming call."""
         response, answer = await self._prefilled(answering)
         try:
             async with aclosing(self._rest(answering, answer, response)) as batches:
@@ -300,7 +304,7 @@ class UnifiedAttempts:
             response.cancel()
 
     async def _prefilled(self, answering: Answering) -> tuple[Any, PrefillAnswer]:
-        """An open stream whose first item said that the prompt is prefilled."""
+        """Open a stream; its first item, which says that the prompt is prefilled, is awaited."""
         limits = self._deadlines
         avoid: frozenset[str] = frozenset()
         async with phase("prefill", limits.queue_s + limits.prefill_s):
@@ -338,20 +342,20 @@ class UnifiedAttempts:
 
 
 def mark_prefill(timeline: Timeline, answer: PrefillAnswer) -> None:
-    """Mark when prefill began and ended, on this process's clock; later attempts change nothing."""
+    """Mark when prefill began and ended, on this process's clock; later attempts do not count."""
     if timeline.prefill_finished_s is None:
         timeline.prefill_finished_s = time.monotonic()
         timeline.prefill_started_s = timeline.prefill_finished_s - answer.prefill_s
 
 
 def mark_admission(answering: Answering) -> None:
-    """Mark when decode first took over, and give the waiting place back."""
+    """Mark the first admission to decode, and give the waiting place back."""
     answering.timeline.admitted_s = answering.timeline.admitted_s or time.monotonic()
     answering.admitted()
 
 
 async def streamed(response: Any, limit_s: float) -> AsyncGenerator[TokenBatch, None]:
-    """The token batches of a response until one is final; cancels it where it is left early."""
+    """Generate a response's token batches up to the final one; leaving early cancels it."""
     until_s = time.monotonic() + limit_s
     is_final = False
     try:
@@ -365,13 +369,13 @@ async def streamed(response: Any, limit_s: float) -> AsyncGenerator[TokenBatch, 
 
 
 async def next_item(response: Any, name: str, within_s: float, limit_s: float | None = None) -> Any:
-    """The next item of a streaming response, within the phase's deadline."""
+    """Return the next item of a streaming response, within the phase's deadline."""
     async with phase(name, within_s, limit_s):
         return await item_of(response, name)
 
 
 async def item_of(response: Any, name: str) -> Any:
-    """The next item of a streaming response; the caller's phase bounds the wait."""
+    """Return the next item of a streaming response; the caller's phase bounds the wait."""
     try:
         return await anext(response)
     except StopAsyncIteration:
@@ -382,7 +386,7 @@ async def item_of(response: Any, name: str) -> Any:
 async def phase(
     name: str, within_s: float, limit_s: float | None = None
 ) -> AsyncGenerator[None, None]:
-    """Raise :class:`DeadlineError` where the body does not end within ``within_s``."""
+    """Raise :class:`DeadlineError` if the body does not end within ``within_s``."""
     try:
         async with asyncio.timeout(within_s):
             yield

@@ -4,15 +4,15 @@ Serve takes a call's internal id from the context of the HTTP request that is be
 calls of one HTTP request share it. A router without Serve's FIFO mixin finds pending calls by that
 id alone: of two that are pending at once it knows the first only. The second is never routed and
 never fails, and the first may get the replica that was chosen for the second. A request with
-several answers makes such calls all the time, so each call gets an internal id of its own here.
+several answers makes such calls all the time, so every call gets an internal id of its own here.
 
 Two other ways were rejected. A router with books of its own would override private methods, which
 changed between Ray 2.55 and 2.60; this field of the context did not. A call from an empty context
-would get new ids without a private name, but would lose the public request id, by which the logs
-and traces of one HTTP request are found together.
+would get new ids without a private name, but would lose the public request id, which groups the
+logs and traces of one HTTP request.
 
-One thing is given up: Serve cancels the pending calls of a cancelled HTTP request by this id.
-Whoever awaits a call here cancels it, whatever ends the wait.
+One feature is given up: Serve cancels the pending calls of a cancelled HTTP request by this id.
+Instead, the code that awaits a call here cancels it, whatever ends the wait.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _BROADCAST_S = 3.0
 
 
 def call(method: Any, *arguments: Any, address: Address = ANY) -> Any:
-    """Serve's response to one call of a replica's method; the call is on its way when this returns.
+    """Call a replica's method; the call is on its way when this returns Serve's response.
 
     Args:
         method: Serve's handle of the method, such as ``handle.admit``.
-        arguments: What the method gets beside the address.
-        address: Which replica the call is for.
+        arguments: Arguments of the method beside the address.
+        address: The address of the replica that the call is for.
     """
     context = replace(_get_serve_request_context(), _internal_request_id=uuid.uuid4().hex)
     outside = _serve_request_context.set(context)
@@ -49,9 +49,9 @@ def call(method: Any, *arguments: Any, address: Address = ANY) -> Any:
 async def ask_all(
     handle: Any, method: str, *arguments: Any, within_s: float = _BROADCAST_S
 ) -> list[Any]:
-    """What every replica of a deployment answers in time; those that do not are left out.
+    """Answers of all replicas of a deployment; a replica that does not answer in time is left out.
 
-    No router chooses here: Serve sends one call to each replica, each under an id of its own.
+    No router chooses here: Serve sends one call to every replica, under an id of its own.
     """
     try:
         response = handle.broadcast(method, *arguments)

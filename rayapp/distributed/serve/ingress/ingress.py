@@ -1,4 +1,4 @@
-"""The deployment that speaks HTTP: builds the service over its handles, and the routes over it."""
+"""The deployment that speaks HTTP: it builds the service over its handles, and then the routes."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from rayapp.vision.inputs import ImageIntake
 
 
 class Ingress:
-    """One ingress replica. It owns every KV reference between prefill and decode.
+    """An ingress replica, which owns every KV reference between prefill and decode.
 
     Args:
-        settings: What is served.
+        settings: The settings of the service.
         pools: Serve's handles by pool.
     """
 
@@ -47,15 +47,15 @@ class Ingress:
         self.service = open_service(settings, pools, serve.get_deployment_handle(INGRESS, APP_NAME))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """The routes; Serve asks for them once this is constructed."""
+        """Return the HTTP routes; Serve calls this once after construction."""
         return build_app(self.service, key_digest=self._key_digest)
 
     async def own_ledger(self) -> tuple[str, Ledger]:
-        """The ledger of this replica alone, and whose it is."""
+        """Return the name of this replica and its own ledger."""
         return self.service.name, self.service.ledger
 
     async def check_integrity(self) -> dict[str, int]:
-        """What this replica holds: all zero when idle."""
+        """Return the numbers of this replica's resources in use, all zero when idle."""
         return self.service.counts()
 
 
@@ -68,14 +68,14 @@ def open_service(
     """The token stream over a running application's pools; works in any process of the cluster.
 
     Args:
-        settings: What is served.
+        settings: The settings of the service.
         pools: Serve's handles by pool.
         siblings: Serve's handle of the ingress, whose ledgers are merged.
-        channel: Owns the KV on its way.
+        channel: The channel that owns the KV on its way.
 
     Raises:
         ModelError: The model cannot be read here.
-        PlanError: The plan cannot, or was made for another model.
+        PlanError: The plan cannot be read here, or was made for another model.
     """
     checkpoint = Checkpoint(locate(settings.model, settings.revision).directory)
     plan = PruningPlan.load(settings.plan) if settings.plan else PruningPlan()

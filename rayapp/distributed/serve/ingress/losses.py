@@ -1,4 +1,4 @@
-"""Which failures of a call mean that work was lost and may be done again; names for the others."""
+"""Failures of a call: some mean that work was lost and may be done again, others are explained."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ DIED = (RayError, RayServeException)
 
 
 def replica_died(error: Exception) -> bool:
-    """Whether the replica is gone, rather than having raised."""
+    """True if the replica is gone, False if its code raised."""
     return isinstance(error, DIED) and not isinstance(error, RayTaskError)
 
 
 def explained(error: Exception) -> RayappError | None:
-    """``error`` as one of ours, as the replica raised it; None where it is none."""
+    """Translate an error of a call to one of ours; None for exceptions of other libraries."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, RayappError):
         return cause
@@ -26,5 +26,5 @@ def explained(error: Exception) -> RayappError | None:
 
 
 def is_lost(error: RayappError) -> bool:
-    """Whether prefilling again may help: a replica died, or KV was lost or refused."""
+    """True if prefilling again may help: a replica died, or KV was lost or refused."""
     return isinstance(error, TransferError | UnavailableError)

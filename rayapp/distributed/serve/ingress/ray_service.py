@@ -1,4 +1,4 @@
-"""The token stream over a Ray cluster: admission, attempts, ledger; what the ingress serves."""
+"""The service that the ingress offers over a Ray cluster: admission, attempts, ledger."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _RETRY_PAUSE_S = 0.1
 
 @dataclass(frozen=True)
 class Limits:
-    """What one ingress replica takes on.
+    """Limits of one ingress replica.
 
     Args:
-        max_waiting: Requests without a decode slot; more are refused.
-        max_attempts: Before a request whose work is lost again and again fails.
+        max_waiting: Requests that may be without a decode slot; further ones are refused.
+        max_attempts: Attempts after which a request whose work is lost again and again fails.
     """
 
     max_waiting: int
@@ -38,7 +38,7 @@ class Limits:
 
 
 class WaitingRoom:
-    """Counts requests that have no decode slot yet, up to an exact limit."""
+    """Counts the requests that have no decode slot yet, up to an exact limit."""
 
     def __init__(self, max_waiting: int) -> None:
         self._max_waiting = max_waiting
@@ -48,7 +48,7 @@ class WaitingRoom:
         return len(self._waiting)
 
     def enter(self, request_id: str) -> None:
-        """Take a place; raises :class:`OverloadedError` where there is none."""
+        """Take a place, or raise :class:`OverloadedError` if there is none."""
         if len(self._waiting) >= self._max_waiting:
             raise OverloadedError(
                 f"{len(self._waiting)} requests are waiting and no more may; try again later, or "
@@ -57,7 +57,7 @@ class WaitingRoom:
         self._waiting.add(request_id)
 
     def leave(self, request_id: str) -> None:
-        """Give the place back; harmless where that has happened."""
+        """Give the place back; a second call is harmless."""
         self._waiting.discard(request_id)
 
 
@@ -65,14 +65,14 @@ class RayService:
     """Implements :class:`rayapp.api.service.Service` with replicas on a cluster.
 
     Args:
-        description: What is served.
+        description: The served model, plan and limits.
         pools: Serve's handles by pool.
         siblings: Serve's handle of the ingress itself, whose other replicas have ledgers too.
-        attempts: Conducts one attempt.
-        channel: Owns the KV on its way.
-        ledger: Of this ingress replica.
-        versions: What replicas must compute with.
-        limits: Of this ingress replica.
+        attempts: The conductor of single attempts.
+        channel: The channel that owns the KV on its way.
+        ledger: The ledger of this ingress replica.
+        versions: The plan, weights and type that replicas must have.
+        limits: The limits of this ingress replica.
     """
 
     def __init__(
@@ -101,13 +101,13 @@ class RayService:
 
     @property
     def description(self) -> ServiceDescription:
-        """What is served."""
+        """The served model, plan and limits."""
         return self._description
 
     async def generate(
         self, request: GenerationRequest, timeline: Timeline | None = None
     ) -> AsyncGenerator[TokenBatch, None]:
-        """Token batches of one answer; see :class:`rayapp.api.service.Service`."""
+        """Generate the token batches of one answer; see :class:`rayapp.api.service.Service`."""
         name = request.request_id
         self._description.check(request)
         self._waiting.enter(name)
@@ -124,7 +124,7 @@ class RayService:
             self._waiting.leave(name)
 
     async def _answer(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
-        """Attempts until the answer is complete; no token leaves twice."""
+        """Make attempts until the answer is complete; no token leaves twice."""
         for attempt in range(self._max_attempts):
             answering.request = replace(answering.request, attempt=attempt)
             try:
@@ -145,7 +145,7 @@ class RayService:
             await asyncio.sleep(_RETRY_PAUSE_S * 2**attempt)
 
     def _check_retry(self, answering: Answering, attempt: int, failure: RayappError) -> None:
-        """Return where another attempt may help and one is left, else raise what went wrong."""
+        """Return if another attempt may help and is allowed, else raise the error of this one."""
         name = answering.request.request_id
         if not is_lost(failure):
             raise failure from None
@@ -156,10 +156,10 @@ class RayService:
             ) from None
 
     async def health(self) -> HealthReport:
-        """Asks every replica of every pool."""
+        """Call every replica of every pool, and report which of them answer."""
         pools = dict(zip(self._pools, await self._describe_all(), strict=True))
-        replicas = tuple(replica for found in pools.values() for replica in found)
-        missing = [name for name, found in pools.items() if not any(map(self._fits, found))]
+        replicas = tuple(replica for members in pools.values() for replica in members)
+        missing = [name for name, members in pools.items() if not any(map(self._fits, members))]
         reason = f"no {' and no '.join(missing)} replica answers yet" if missing else ""
         return HealthReport(ready=not missing, reason=reason, replicas=replicas)
 
@@ -167,16 +167,16 @@ class RayService:
         return await asyncio.gather(*(ask_all(h, "describe") for h in self._pools.values()))
 
     def _fits(self, replica: ReplicaHealth) -> bool:
-        found = (replica.plan_fingerprint, replica.weights_fingerprint, replica.dtype)
-        return Versions(*found) == self._versions
+        versions = (replica.plan_fingerprint, replica.weights_fingerprint, replica.dtype)
+        return Versions(*versions) == self._versions
 
     async def transfers(self) -> dict[str, Any]:
-        """The ledgers of all ingress replicas, merged."""
+        """Return the merged ledgers of all ingress replicas."""
         ledgers: dict[str, Ledger] = dict(await ask_all(self._siblings, "own_ledger"))
         return Ledger.merge({**ledgers, self.name: self.ledger}.values()).as_json()
 
     def counts(self) -> dict[str, int]:
-        """What this ingress holds: all zero when idle."""
+        """Return the numbers of this ingress's resources in use, all zero when idle."""
         counts = {
             "answering": self._num_answering,
             "waiting": len(self._waiting),

@@ -1,9 +1,9 @@
-"""Serve's request router that honours an address.
+"""A request router for Serve that honours addresses.
 
-The handoff takes two calls to one decode replica, so the second must reach the first's. Serve has
-``choose_replica`` for one call only. A call whose replica has gone is sent to another one, which
-refuses it (:class:`rayapp.distributed.serve.messages.MisdirectedError`): a router that offers
-nothing would retry for ever.
+The handoff takes two calls to one decode replica, so the second must reach the replica of the
+first. Serve has ``choose_replica`` for one call only. A call whose replica has gone is sent to
+another one, which refuses it (:class:`rayapp.distributed.serve.messages.MisdirectedError`): a
+router that offers nothing would retry for ever.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rayapp.distributed.serve.messages import ANY, Address
 class AddressedRouter(RequestRouter):
     """Routes to the addressed replica, else to the least busy one that is not to be avoided.
 
-    Not FIFO: Serve's FIFO mixin gives a replica that was chosen for one request to another.
+    It is not FIFO, because Serve's FIFO mixin gives a replica chosen for one request to another.
     """
 
     async def choose_replicas(
@@ -24,7 +24,7 @@ class AddressedRouter(RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Candidates in ranks; within a rank, Serve takes the one with the shortest queue."""
+        """Return the candidates in ranks; Serve takes the shortest queue within a rank."""
         if pending_request is None:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True
@@ -33,7 +33,7 @@ class AddressedRouter(RequestRouter):
 
 
 def ranks(address: Address, replicas: dict[str, RunningReplica]) -> list[list[RunningReplica]]:
-    """``replicas`` by id, in the order in which ``address`` wants them tried."""
+    """Sort ``replicas`` (by id) into ranks, in the order in which ``address`` wants them tried."""
     wanted = [r for name, r in replicas.items() if name == address.replica_id]
     if wanted:
         return [wanted]

@@ -1,8 +1,8 @@
-"""A decode replica: takes KV over into slots, and streams the tokens of all of them.
+"""A decode replica copies KV into slots and streams the tokens of all of them.
 
 ``admit`` is unary and ends once the KV is in the slab, because a reference passed to a streaming
-call stays pinned until that stream ends. ``tokens`` never carries a reference. Between the two, a
-lease holds the slot.
+call stays pinned until that stream ends. ``tokens`` never carries a reference. Between the two
+calls a lease reserves the slot.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ logger = logging.getLogger(__name__)
 
 
 class DecodeServer:
-    """Runs up to ``max_num_seqs`` sequences at once.
+    """The server of a decode replica, which runs up to ``max_num_seqs`` sequences at once.
 
     Args:
         stage: The decode stage.
-        place: Where this runs.
-        fetch: Gets a message from its handle.
-        max_num_seqs: Slots.
-        deadlines: Of leases and answers.
-        thread: The engine thread, shared where both stages live in one replica.
+        place: The replica and the node of this server.
+        fetch: The function that gets a message from its handle.
+        max_num_seqs: Number of slots.
+        deadlines: The deadlines of leases and answers.
+        thread: The engine thread, shared if both stages live in one replica.
     """
 
     def __init__(
@@ -83,17 +83,17 @@ class DecodeServer:
     async def admit(
         self, handover: Handover, handles: Sequence[object], address: Address = ANY
     ) -> Admission | Refusal:
-        """Copy KV into a slot; returns once the message is no longer needed.
+        """Copy KV into a slot; return once the message is no longer needed.
 
-        A replica of another version answers with a :class:`Refusal`, and nothing has happened.
+        A replica of another version does nothing and answers with a :class:`Refusal`.
 
         Args:
-            handover: The request and what is known about its answer.
-            handles: The message's handle, boxed so that it stays one.
-            address: Whom the call is for.
+            handover: The request and the known part of its answer.
+            handles: The message's handle, in a list so that Ray does not resolve it.
+            address: The address of the replica that the call is for.
 
         Raises:
-            DeadlineError: No slot in time.
+            DeadlineError: No slot was free in time.
             WireError: The message is not this request's KV, or is damaged.
             TransferError: The message is lost.
             UnavailableError: The attempt was cancelled, or replaced by a later one.
@@ -117,7 +117,7 @@ class DecodeServer:
     async def tokens(
         self, request_id: str, attempt: int, address: Address = ANY
     ) -> AsyncGenerator[TokenBatch, None]:
-        """The answer's tokens, as many per item as there are; ends the lease when it ends itself.
+        """Generate the answer's tokens in batches; the lease ends with the stream.
 
         Raises:
             MisdirectedError: The call was for a replica that has gone.
@@ -137,14 +137,14 @@ class DecodeServer:
             self._leases.end(lease)
 
     async def cancel(self, request_id: str, attempt: int, address: Address = ANY) -> None:
-        """End a lease, wherever the attempt is; harmless where there is none."""
+        """End a lease, in whatever phase the attempt is; without a lease this is harmless."""
         lease = self._leases.newest(request_id)
         if lease is not None and lease.request.attempt <= attempt:
             lease.fail(UnavailableError(f"request {request_id} was cancelled"))
             self._leases.end(lease)
 
     async def _take_lease(self, handover: Handover) -> Lease:
-        """Wait for a slot; an older attempt of the request gives up its own first."""
+        """Wait for a slot; an older attempt of the request loses its slot first."""
         older = self._leases.newest(handover.request.request_id)
         if older is not None and older.request.attempt < handover.request.attempt:
             older.fail(UnavailableError(f"{older.key} was replaced by a later attempt"))
@@ -174,10 +174,10 @@ class DecodeServer:
     async def _load(
         self, handover: Handover, handle: object, lease: Lease
     ) -> tuple[MessageSizes, float]:
-        """Fetch, check and copy; nothing of the message is referenced when this returns.
+        """Fetch, check and copy a message; no part of it is referenced when this returns.
 
-        A lease that ends before the copy begins stops it. One that ends later frees the slot on
-        the engine's thread, which is after the copy.
+        A lease that ends before the copy begins prevents it. A lease that ends later frees the slot
+        on the engine's thread, and so after the copy.
         """
         began_s = time.monotonic()
         message = await self._fetch(handle)
@@ -188,7 +188,7 @@ class DecodeServer:
         return sizes, fetch_s
 
     def _copy_in(self, handover: Handover, message: Message) -> MessageSizes:
-        """On the engine thread: the message's sizes, once its KV is in a slot."""
+        """Copy the KV into a slot, on the engine thread; return the message's sizes."""
         request = handover.request
         envelope = self._versions.envelope(request.request_id, request.attempt)
         sizes = self._engine.admit_message(
@@ -198,7 +198,7 @@ class DecodeServer:
         return sizes
 
     def _copy_out(self, request: GenerationRequest) -> None:
-        """On the engine thread: free the slot of this attempt, not of a later one."""
+        """Free the slot of this attempt, not of a later one, on the engine thread."""
         if self._attempts.get(request.request_id) == request.attempt:
             del self._attempts[request.request_id]
             self._engine.cancel(request.request_id)
@@ -208,7 +208,7 @@ class DecodeServer:
             self._stepping = asyncio.get_running_loop().create_task(self._step_while_busy())
 
     async def _step_while_busy(self) -> None:
-        """One engine step after the other while any sequence runs."""
+        """Run engine steps one after the other while any sequence runs."""
         while self._engine.num_running:
             try:
                 batches = await self._thread.run(self._engine.step)
@@ -222,7 +222,7 @@ class DecodeServer:
     def _deliver(self, batch: TokenBatch) -> None:
         lease = self._leases.get(batch.request_id, batch.attempt)
         if lease is None:
-            return  # cancelled during the step
+            return  # It was cancelled during the step.
         lease.put(batch)
         if batch.finish_reason:
             self._let_go(lease)
@@ -234,7 +234,7 @@ class DecodeServer:
             self._leases.end(lease)
 
     def _let_go(self, lease: Lease) -> None:
-        """Free a lease's slot, in the engine first; harmless where it has been freed."""
+        """Free a lease's slot, in the engine first; a second call is harmless."""
         if lease.holds_slot:
             lease.holds_slot = False
             self._thread.submit(self._copy_out, lease.request).add_done_callback(
@@ -242,11 +242,11 @@ class DecodeServer:
             )
 
     async def describe(self) -> ReplicaHealth:
-        """This replica, for ``/health``."""
+        """Describe this replica for ``/health``."""
         return self.health("decode")
 
     def health(self, pool: Pool) -> ReplicaHealth:
-        """This replica as part of ``pool``."""
+        """Describe this replica as a part of ``pool``."""
         return self._stage.health(
             pool,
             self._place,
@@ -262,11 +262,11 @@ class DecodeServer:
         return max(self._num_slots_held / self._max_num_seqs, self._engine.usage)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What :class:`rayapp.distributed.serve.autoscaling.DecodePolicy` decides by."""
+        """Metrics by which :class:`rayapp.distributed.serve.autoscaling.DecodePolicy` decides."""
         return {"usage": self.usage, "waiting": self._num_waiting / self._max_num_seqs}
 
     async def check_integrity(self) -> dict[str, int]:
-        """What is held at the moment, all zero when idle; raises where the numbers disagree."""
+        """Return the numbers of resources in use, all zero when idle; raise if they disagree."""
         await self._thread.run(self._engine.check_integrity)
         counts = {
             "leases": len(self._leases),

@@ -1,4 +1,4 @@
-"""Leases on decode slots: who holds one, which tokens wait to be read, and when it ends."""
+"""Leases on decode slots: their owners, the tokens that wait to be read, and their end."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rayapp.errors import DeadlineError, TransferError, UnavailableError
 
 @dataclass(eq=False)
 class Lease:
-    """One admitted attempt. Its slot is in use until the answer ends or the lease does.
+    """The lease of one admitted attempt, whose slot is in use until the answer or the lease ends.
 
-    ``unread`` are batches that nobody has taken yet; ``error`` is why there will be no more.
+    ``unread`` are batches that nobody has taken yet; ``error`` is the reason why no more will come.
     """
 
     request: GenerationRequest
@@ -27,7 +27,7 @@ class Lease:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Request and attempt."""
+        """The lease's key: request and attempt."""
         return self.request.request_id, self.request.attempt
 
     def put(self, batch: TokenBatch) -> None:
@@ -36,17 +36,17 @@ class Lease:
         self.changed.set()
 
     def fail(self, error: Exception) -> None:
-        """Tell the reader that there will be no more."""
+        """Tell the reader that no more tokens will come, and why."""
         self.error = error
         self.changed.set()
 
     def check(self) -> None:
-        """Raise why there will be no more tokens, where that is so."""
+        """Raise the lease's error, if it has one."""
         if self.error is not None:
             raise self.error
 
     async def take(self) -> TokenBatch:
-        """All tokens since the last call, as one batch."""
+        """Return all tokens since the last call as one batch."""
         while not self.unread:
             self.check()
             self.changed.clear()
@@ -59,7 +59,7 @@ class Leases:
     """The leases of one replica.
 
     Args:
-        on_end: Called with a lease when it ends for whatever reason; frees its slot.
+        on_end: Called with a lease that ends for whatever reason, to free its slot.
     """
 
     def __init__(self, on_end: Callable[[Lease], None]) -> None:
@@ -70,7 +70,7 @@ class Leases:
         return len(self._leases)
 
     def grant(self, request: GenerationRequest, *, total_s: float) -> Lease:
-        """A new lease, which ends by itself after ``total_s``.
+        """Grant a new lease, which ends by itself after ``total_s``.
 
         Raises:
             TransferError: The attempt has a lease already.
@@ -83,16 +83,16 @@ class Leases:
         return lease
 
     def expect_reader(self, lease: Lease, within_s: float) -> None:
-        """End the lease where nobody reads it within ``within_s``."""
+        """End the lease if nobody reads it within ``within_s``."""
         if not lease.has_reader:
             self._limit(lease, "nobody read its tokens", within_s)
 
     def get(self, request_id: str, attempt: int) -> Lease | None:
-        """A lease by its attempt."""
+        """Return the lease of an attempt, None if there is none."""
         return self._leases.get((request_id, attempt))
 
     def find(self, request_id: str, attempt: int) -> Lease:
-        """A lease by its attempt; raises :class:`UnavailableError` where there is none."""
+        """Return the lease of an attempt, or raise :class:`UnavailableError` if there is none."""
         lease = self.get(request_id, attempt)
         if lease is None:
             raise UnavailableError(
@@ -101,25 +101,25 @@ class Leases:
         return lease
 
     def newest(self, request_id: str) -> Lease | None:
-        """The latest attempt of a request that holds a lease."""
+        """Return the lease of a request's latest attempt, None if it has none."""
         mine = [lease for (name, _), lease in self._leases.items() if name == request_id]
         return max(mine, key=lambda lease: lease.request.attempt, default=None)
 
     def read(self, lease: Lease) -> None:
-        """Somebody reads from now on: the lease no longer ends for want of a reader."""
+        """Note that a reader has come, so that the lease no longer ends for want of one."""
         lease.has_reader = True
         for timer in lease.timers[1:]:
             timer.cancel()
 
     def end(self, lease: Lease) -> None:
-        """End a lease; harmless where it has ended."""
+        """End a lease; a second call is harmless."""
         if self._leases.pop(lease.key, None) is not None:
             for timer in lease.timers:
                 timer.cancel()
             self._on_end(lease)
 
     def all(self) -> list[Lease]:
-        """Every lease."""
+        """Return all leases of this replica."""
         return list(self._leases.values())
 
     def _limit(self, lease: Lease, reason: str, seconds: float) -> None:

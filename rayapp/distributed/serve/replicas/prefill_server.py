@@ -1,7 +1,7 @@
-"""A prefill replica: prompts in, first tokens and KV messages out.
+"""A prefill replica turns prompts into first tokens and KV messages.
 
-The answer has two items: a small one at once, then the KV. Serve makes each item an object that the
-*caller* owns, so the ingress keeps the KV of a replica that dies right after.
+The answer has two items: a small one at once, then the KV. Serve makes every item an object that
+the *caller* owns, so the ingress keeps the KV of a replica that dies right after.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from rayapp.vision.reader import ImageReader
 
 
 class PrefillServer:
-    """Runs one prompt at a time, first come, first served.
+    """The server of a prefill replica, which runs one prompt at a time, first come, first served.
 
     Args:
         stage: The prefill stage.
-        place: Where this runs.
-        max_waiting: Prompts that may wait; more are refused.
-        thread: The engine thread, shared where both stages live in one replica.
+        place: The replica and the node of this server.
+        max_waiting: Prompts that may wait; further ones are refused.
+        thread: The engine thread, shared if both stages live in one replica.
     """
 
     def __init__(
@@ -72,19 +72,19 @@ class PrefillServer:
         queue_s: float,
         address: Address = ANY,
     ) -> AsyncGenerator[PrefillAnswer | Refusal | Message, None]:
-        """One :class:`PrefillAnswer`, then the KV message unless the answer is complete already.
+        """Yield a :class:`PrefillAnswer`, then the KV message unless the answer is complete.
 
-        A replica of another version yields a :class:`Refusal` only.
+        A replica of another version yields only a :class:`Refusal`.
 
         Args:
-            request: What to prefill; its attempt goes into the KV's envelope.
-            versions: What the caller wants it computed with.
+            request: The request to prefill; its attempt goes into the KV's envelope.
+            versions: The plan, weights and type that the caller wants.
             queue_s: Longest wait for a turn, seconds.
-            address: Whom the call is for.
+            address: The address of the replica that the call is for.
 
         Raises:
             OverloadedError: Every waiting place is taken.
-            DeadlineError: No turn within ``queue_s``.
+            DeadlineError: The request got no turn within ``queue_s``.
             RequestError: The request lies outside the limits.
         """
         check_address(self._place, address)
@@ -108,7 +108,7 @@ class PrefillServer:
             yield await self._thread.run(pack, segment, envelope)
 
     async def _compute(self, request: GenerationRequest, queue_s: float) -> PrefillOutput:
-        """Wait for a turn, then run; a place in the queue is freed by deadline and cancellation."""
+        """Wait for a turn, then run; deadline and cancellation free the place in the queue."""
         if len(self._queued) >= self._max_waiting:
             raise OverloadedError(
                 f"{len(self._queued)} prompts wait for prefill, the limit is {self._max_waiting}; "
@@ -143,11 +143,11 @@ class PrefillServer:
             running.cancel()
 
     async def describe(self) -> ReplicaHealth:
-        """This replica, for ``/health``."""
+        """Describe this replica for ``/health``."""
         return self.health("prefill")
 
     def health(self, pool: Pool) -> ReplicaHealth:
-        """This replica as part of ``pool``."""
+        """Describe this replica as a part of ``pool``."""
         return self._stage.health(
             pool,
             self._place,
@@ -158,15 +158,15 @@ class PrefillServer:
 
     @property
     def queued_tokens(self) -> int:
-        """Prompt tokens that wait for their turn."""
+        """Number of prompt tokens that wait for their turn."""
         return sum(self._queued.values())
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What :class:`rayapp.distributed.serve.autoscaling.PrefillPolicy` decides by."""
+        """Metrics by which :class:`rayapp.distributed.serve.autoscaling.PrefillPolicy` decides."""
         return {"queued_tokens": float(self.queued_tokens)}
 
     async def check_integrity(self) -> dict[str, int]:
-        """What is held at the moment: all zero when idle."""
+        """Return the numbers of resources in use, all zero when idle."""
         counts = {"queued": len(self._queued), "queued_tokens": self.queued_tokens}
         if min(counts.values()) < 0 or self._num_running not in (0, 1):
             raise IntegrityError(f"prefill holds {counts} and runs {self._num_running} prompts")

@@ -1,4 +1,4 @@
-"""The replicas as Serve constructs them: settings in, a server over its stage out."""
+"""The replicas that Serve constructs from settings: servers that load their own stage."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DecodeReplica(DecodeServer):
 
 
 class UnifiedReplica(UnifiedServer):
-    """Both stages, loaded once."""
+    """A unified server that loads both stages once."""
 
     def __init__(self, settings: ServiceSettings) -> None:
         super().__init__(

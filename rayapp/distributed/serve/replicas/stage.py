@@ -1,4 +1,4 @@
-"""What every replica has: its identity, its stage of the model, and one engine thread.
+"""The parts of every replica: its identity, its stage of the model, and one engine thread.
 
 Engines are not thread-safe and torch computes for long, so each replica runs everything that
 touches an engine on one thread, in the order submitted, while its event loop stays live for
@@ -36,9 +36,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class StageModel:
-    """One stage's weights on a replica, and what they are to be run under.
+    """One stage's weights on a replica, with the plan and the limits to run them under.
 
-    ``images`` is there where this replica prefills a model that takes images.
+    ``images`` is set if this replica prefills a model that takes images.
     """
 
     loaded: LoadedModel
@@ -48,16 +48,16 @@ class StageModel:
 
     @property
     def versions(self) -> Versions:
-        """What requests must want."""
+        """Plan, weights and type of this replica, which requests must want."""
         return Versions.of(self.plan, self.loaded.signature, self.loaded.model.dtype)
 
     def health(self, pool: Pool, place: Place, **numbers: Any) -> ReplicaHealth:
-        """How a replica of this stage describes itself.
+        """Describe a replica of this stage.
 
         Args:
-            pool: What it serves in.
-            place: Where it runs.
-            numbers: The other fields of :class:`ReplicaHealth`, as its engine tells them.
+            pool: The pool that the replica serves in.
+            place: The replica and its node.
+            numbers: The other fields of :class:`ReplicaHealth`, from the engine.
         """
         return ReplicaHealth(
             pool=pool,
@@ -87,7 +87,7 @@ def load_stage(
 
 
 def image_support(settings: ServiceSettings, path: Path, config: Any) -> ImageSupport | None:
-    """What prefill reads images with; None where the model is text-only.
+    """Load the image processor for prefill, with its limits; None for a text-only model.
 
     Raises:
         ModelError: The model takes images and has no usable image processor.
@@ -99,30 +99,30 @@ def image_support(settings: ServiceSettings, path: Path, config: Any) -> ImageSu
 
 
 def this_place() -> Place:
-    """The replica and node that this process is."""
+    """Return the replica and the node of this process."""
     context = ray.get_runtime_context()
     return Place(serve.get_replica_context().replica_id.unique_id, context.get_node_id())
 
 
 class EngineThread:
-    """Runs calls one at a time in the order submitted. One that has not begun can be cancelled."""
+    """Runs calls one at a time in the order submitted; a call can be cancelled until it begins."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="engine", initializer=_one_thread)
 
     def submit(self, call: Callable[..., Result], *arguments: Any) -> asyncio.Future[Result]:
-        """Queue a call at once; the caller need not wait."""
+        """Queue a call at once, without waiting for it."""
         return asyncio.wrap_future(self._executor.submit(call, *arguments))
 
     async def run(self, call: Callable[..., Result], *arguments: Any) -> Result:
-        """The call's result; cancelling this cancels a call that has not begun.
+        """Return the call's result; cancelling this cancels a call that has not begun.
 
-        One that has begun ends by itself, and its result is dropped.
+        A call that has begun ends by itself, and its result is dropped.
         """
         return await self.submit(call, *arguments)
 
     async def finish(self, call: Callable[..., Result], *arguments: Any) -> Result:
-        """Like :meth:`run`, but waits for the call even where the waiter is cancelled meanwhile."""
+        """Return the call's result as :meth:`run` does, but wait for it even when cancelled."""
         running = self.submit(call, *arguments)
         cancelled: asyncio.CancelledError | None = None
         while not running.done():

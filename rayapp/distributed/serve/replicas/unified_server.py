@@ -1,7 +1,7 @@
-"""Both stages in one replica: the fallback for one node, and the comparison.
+"""A unified replica runs both stages: the fallback for one node, and a base for comparisons.
 
-Same modes, same selection, same encode-decode round trip as over two nodes, so the tokens are the
-same; the KV never leaves the process and no transfer is recorded.
+Modes, selection and the encode-decode round trip are the same as over two nodes, and so are the
+tokens; the KV never leaves the process and no transfer is recorded.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class UnifiedServer:
 
     Args:
         stage: The union of both stages.
-        place: Where this runs.
-        max_num_seqs: Slots.
-        max_waiting: Prompts that may wait; more are refused.
-        deadlines: Of leases and answers.
+        place: The replica and the node of this server.
+        max_num_seqs: Number of slots.
+        max_waiting: Prompts that may wait; further ones are refused.
+        deadlines: The deadlines of leases and answers.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class UnifiedServer:
         replay: tuple[int, ...] = (),
         address: Address = ANY,
     ) -> AsyncGenerator[UnifiedItem, None]:
-        """One :class:`PrefillAnswer`, one :class:`Admission`, then the tokens after the first."""
+        """Yield a :class:`PrefillAnswer`, an :class:`Admission`, then all tokens but the first."""
         items = self._prefill.prefill(request, versions, self._deadlines.queue_s, address)
         async with aclosing(LocalStream(items)) as stream:
             answer: PrefillAnswer | Refusal = await stream.first()
@@ -100,7 +100,7 @@ class UnifiedServer:
             await self._decode.cancel(request.request_id, request.attempt)
 
     async def describe(self) -> ReplicaHealth:
-        """This replica, for ``/health``."""
+        """Describe this replica for ``/health``."""
         prefill, decode = self._prefill.health("unified"), self._decode.health("unified")
         waiting = prefill.num_waiting + decode.num_waiting
         return decode.model_copy(
@@ -108,14 +108,14 @@ class UnifiedServer:
         )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What both policies decide by."""
+        """Metrics by which both policies decide."""
         return {
             **self._prefill.record_autoscaling_stats(),
             **self._decode.record_autoscaling_stats(),
         }
 
     async def check_integrity(self) -> dict[str, int]:
-        """What is held at the moment: all zero when idle."""
+        """Return the numbers of resources in use, all zero when idle."""
         prefill, decode = (
             await self._prefill.check_integrity(),
             await self._decode.check_integrity(),
