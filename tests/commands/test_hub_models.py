@@ -73,6 +73,7 @@ def test_a_miss_is_one_clear_line(searched, tmp_path, run_job):
 @pytest.mark.ray
 def test_evaluators_of_a_cluster_find_the_model_by_its_id(searched, tmp_path):
     alone = searched(tmp_path / "alone")
-    plan = searched(tmp_path / "plan", "--workers", 1)
+    # A cluster of its own: the machine may run others.
+    plan = searched(tmp_path / "plan", "--workers", 1, "--address", "local")
     assert plan.decode == alone.decode
     assert plan.provenance["model"] == {"id": NAME, "revision": COMMIT}
