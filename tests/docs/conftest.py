@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rayapp.testbed.tasks import TASKS, generate, write_jsonl
-from tests.docs.guides import ROOMS, ROOT
+from tests.docs.guides import ROOMS, ROOT, Block
 
 PER_TASK = 4
 SEARCH = (
@@ -30,9 +30,14 @@ class Clone:
         }  # fmt: skip
 
     def bash(self, script: str) -> str:
-        """Run a script to its end; returns what it printed."""
+        """Run a shell script to its end; returns what it printed."""
+        return self.run(Block("sh", script))
+
+    def run(self, block: Block) -> str:
+        """Run a block of a guide to its end; returns what it printed."""
+        program = {"sh": ["bash", "-euo", "pipefail"], "python": ["python"]}[block.language]
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script], cwd=self.home, env=self.environment,
+            [*program, "-c", block.text], cwd=self.home, env=self.environment,
             capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
