@@ -1,6 +1,8 @@
 # make demo: the whole loop on the shipped model.  make test: the quick tests.
 # make check: lint, import floors, types and tests.  make slow: the slow tests.
-PYTHON ?= python3
+# The first Python here that rayapp runs on; `make PYTHON=...` takes another one.
+PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python cluster/install.py --check-python 2> /dev/null && echo $$python && break; done),python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
@@ -33,6 +35,7 @@ format: $(VENV)/.check
 	$(BIN)/ruff check --fix .
 
 $(BIN)/python:
+	@$(PYTHON) cluster/install.py --check-python
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml cluster/constraints.txt | $(BIN)/python

@@ -16,6 +16,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from rayapp.distributed.cluster.nodes import free_nodes, nodes_on_their_way, spelled
+from rayapp.distributed.cluster.patience import HOPELESS_S, Patience
 from rayapp.errors import ClusterError, RayappError, SearchError
 from rayapp.pruning.candidates.healing import HealedPair, Pair
 from rayapp.pruning.evaluator.calibration import Calibration
@@ -32,7 +34,6 @@ logger = logging.getLogger(__name__)
 Piece = Work | Pair
 """One piece of work for an evaluator: candidates on a chunk, or a pair to train."""
 
-START_TIMEOUT_S = 180.0
 MAX_LOSSES = 3
 """Number of evaluators that one piece of work may lose before the search gives up on it."""
 
@@ -106,7 +107,7 @@ class EvaluatorPool:
         calibration: Sent to every evaluator once.
         heal_data: What pairs are trained on; sent to every evaluator once.
         training: How pairs are trained.
-        start_timeout_s: How long to wait while no evaluator at all is running.
+        hopeless_s: How long to wait for a node that can hold an evaluator, while there is none.
     """
 
     def __init__(
@@ -117,13 +118,13 @@ class EvaluatorPool:
         heal_data: Calibration | None = None,
         *,
         training: Training = DEFAULT_TRAINING,
-        start_timeout_s: float = START_TIMEOUT_S,
+        hopeless_s: float = HOPELESS_S,
     ) -> None:
         self._num_wanted = max(1, compute.workers)
         self._told = (score, compute, training)
         self._calibration, self._heal_data = ray.put(calibration), ray.put(heal_data)
         self._healed: dict[Pair, Any] = {}
-        self._start_timeout_s = start_timeout_s
+        self._hopeless_s = hopeless_s
         self._needs = {"num_cpus": compute.threads, "num_gpus": int("cuda" in compute.device)}
         self._starting: dict[Any, _Evaluator] = {}
         self._idle: list[_Evaluator] = []
@@ -147,7 +148,7 @@ class EvaluatorPool:
 
         Raises:
             SearchError: A piece of work lost too many evaluators, or failed in one.
-            ClusterError: No evaluator could be placed in time.
+            ClusterError: No node can hold an evaluator.
         """
         yield from self._results(list(work))
 
@@ -183,7 +184,7 @@ class EvaluatorPool:
 
         Raises:
             SearchError: It lost too many evaluators, or failed in one.
-            ClusterError: No evaluator could be placed in time.
+            ClusterError: No node can hold an evaluator.
         """
         for _ in range(MAX_LOSSES):
             while not self._idle:
@@ -248,15 +249,10 @@ class EvaluatorPool:
 
     def _wait(self) -> list[Any]:
         """References of work that ended; evaluators that finished starting become idle."""
-        pending = [*self._busy, *self._starting]
-        timeout = None if self._busy else self._start_timeout_s
-        ready, _ = ray.wait(pending, num_returns=1, timeout=timeout)
-        if not ready:
-            raise ClusterError(
-                f"no evaluator was placed within {self._start_timeout_s:.0f} s: each needs "
-                f"{self._needs}, the cluster has {ray.available_resources()} free; free some, or "
-                "ask for fewer --workers"
-            )
+        if self._busy:
+            ready, _ = ray.wait([*self._busy, *self._starting], num_returns=1)
+        else:
+            ready = self._first_started()
         for reference in [r for r in ready if r in self._starting]:
             evaluator = self._starting.pop(reference)
             try:
@@ -266,6 +262,41 @@ class EvaluatorPool:
             except RayActorError as error:
                 self._lost(evaluator, error)
         return [reference for reference in ready if reference in self._busy]
+
+    def _first_started(self) -> list[Any]:
+        """References of starts that ended; nothing else runs, so this says what it waits for."""
+        patience = Patience(hopeless_s=self._hopeless_s)
+        while True:
+            ready, _ = ray.wait([*self._starting], num_returns=1, timeout=patience.pause_s)
+            if ready:
+                return list(ready)
+            patience.go_on(self._awaited(), never=self._hopeless())
+
+    def _awaited(self) -> str:
+        """How many evaluators load the model, and what the others wait for."""
+        known = ray._private.state.actors()
+        actors = [evaluator.actor._actor_id.hex() for evaluator in self._starting.values()]
+        num_placed = sum(known.get(actor, {}).get("State") == "ALIVE" for actor in actors)
+        return (
+            f"no evaluator is ready; {num_placed} of {len(actors)} were placed and load the model, "
+            f"the others wait for {self._need} ({spelled(free_nodes())})"
+        )
+
+    def _hopeless(self) -> str | None:
+        """Why no node of the cluster can ever hold an evaluator; None where one can."""
+        nodes = [node.idle() for node in free_nodes()]
+        room = spelled(nodes)
+        if any(node.take(**self._needs) for node in nodes) or nodes_on_their_way():
+            return None
+        return (
+            f"no node of the cluster can hold an evaluator: each needs {self._need}, and even idle "
+            f"nodes have no more than this ({room}); add a node that has it, or ask for fewer "
+            "--threads or another --device"
+        )
+
+    @property
+    def _need(self) -> str:
+        return "{num_cpus:g} CPU and {num_gpus:g} GPU".format(**self._needs)
 
     def _lost(self, evaluator: _Evaluator, error: RayActorError) -> None:
         """Request a new evaluator, and check whether the idle ones died too, with their node.

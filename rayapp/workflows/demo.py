@@ -7,6 +7,8 @@ the answers come over HTTP, and the table at the end is made of what was measure
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import socket
 import sys
 import time
@@ -32,11 +34,13 @@ from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.plan import PruningPlan
 from rayapp.testbed import text_model_path
 from rayapp.testbed.tasks import TASKS, Example, generate, write_jsonl
+from rayapp.workflows.conclusion import conclude
 from rayapp.workflows.tables import ledger_tables, plan_tables
 
 PREFILL_REMOVE, DECODE_REMOVE = 1, 2
 CALIBRATION_PER_TASK, TEST_PER_TASK, QUESTIONS_PER_TASK = 48, 100, 2
 EVALUATIONS, WORKERS, TIMED_RUNS = 160, 2, 10
+NEXT_REDUCTION = 4  # times fewer bytes, which the first command after the demo asks for
 # The sizes above were chosen while the test prompts of seed 0 were in sight, so those cannot tell
 # any more what a plan costs; nothing was ever chosen on the prompts of this seed.
 SEEDS = {"calibration": 0, "test": 730_241}
@@ -83,6 +87,8 @@ def run_demo(out: Path, console: Console) -> None:
     write_report(files.report, gather(files.out))
     _heading(console, "4. result", f"{time.monotonic() - began_s:.0f} s in all, files in {out}")
     console.print(*ledger_tables(ledger), result_table(evaluation), sep="\n")
+    for line in [*conclude(plan, evaluation, ledger), *_way_on(out)]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _write_data(files: Files) -> None:
@@ -221,6 +227,39 @@ def result_table(evaluation: EvaluationResult) -> Table:
 
 def _matches(task: TaskResult) -> tuple[str, str]:
     return f"{task.dense_exact_match:.3f}", f"{task.plan_exact_match:.3f}"
+
+
+def _way_on(out: Path) -> Iterator[str]:
+    """Where to look, and the commands that go on from here, each as it can be pasted."""
+    yield f"All of it on one page: {Files(out).report}"
+    for purpose, words in next_commands(Files(out)).items():
+        yield f"{purpose}:\n  {shlex.join([_program(), *words])}"
+
+
+def next_commands(files: Files) -> dict[str, list[str]]:
+    """The words after ``rayapp`` of commands that use what the demo left, by what they do."""
+    model = ["--model", _short(text_model_path())]
+    plan = ["--plan", str(files.out)]
+    goal = ["--calibration", str(files.calibration), "--target-reduction", str(NEXT_REDUCTION)]
+    test = ["--data", str(files.test), "--split", "test", "--out", str(files.evaluation)]
+    return {
+        "Send fewer KV bytes, too": ["kv-select", *model, *plan, *goal],
+        "Measure what that costs": ["evaluate", *model, *plan, *test],
+        "Draw the page again": ["report", *plan],
+        "Serve the plan until Ctrl-C": ["serve", *model, *plan],
+    }
+
+
+def _program() -> str:
+    """How ``rayapp`` of this environment is called from here."""
+    installed = Path(sys.executable).with_name("rayapp")
+    elsewhere = installed.is_file() and shutil.which("rayapp") != str(installed)
+    return _short(installed) if elsewhere else "rayapp"
+
+
+def _short(path: Path) -> str:
+    """A path from the working directory where it lies below that."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _free_port() -> int:

@@ -1,9 +1,23 @@
 from __future__ import annotations
 
 import json
+import shlex
+from pathlib import Path
 
+import pytest
+
+from rayapp import cli
+from rayapp.errors import InputError
+from rayapp.testbed import text_model_path
 from rayapp.testbed.tasks import TASKS, generate
-from rayapp.workflows.demo import SEEDS, TEST_PER_TASK, Files, _write_data
+from rayapp.workflows.demo import (
+    SEEDS,
+    TEST_PER_TASK,
+    Files,
+    _way_on,
+    _write_data,
+    next_commands,
+)
 
 
 def test_test_prompts_are_none_of_those_that_the_sizes_were_chosen_on(tmp_path):
@@ -19,3 +33,25 @@ def test_test_prompts_are_none_of_those_that_the_sizes_were_chosen_on(tmp_path):
     assert len(set(fresh)) == len(fresh) == len(TASKS) * TEST_PER_TASK
     assert not seen & set(fresh)
     assert not set(prompts["calibration.jsonl"]) & set(fresh)
+
+
+def test_the_commands_that_go_on_are_commands_as_they_stand(tmp_path, monkeypatch):
+    """What is printed is parsed by the command's own options, and its files lie in the demo's."""
+    monkeypatch.chdir(tmp_path)
+    files = Files(Path("out/a demo"))
+    printed = [line.strip() for line in "\n".join(_way_on(files.out)).splitlines()]
+    pasted = [shlex.split(line)[1:] for line in printed if "--" in line]
+    assert pasted == list(next_commands(files).values())
+    assert [name for name, *_ in pasted] == ["kv-select", "evaluate", "report", "serve"]
+    for name, *words in pasted:
+        options = cli.load(name).make_context(name, list(words)).params
+        assert str(options["plan"]) == str(files.out)
+        if name != "report":
+            assert options["model"] == str(text_model_path())
+
+
+def test_the_next_reduction_is_a_goal_that_kv_select_takes(tmp_path):
+    """Its settings are checked as the command checks them, up to the files, which are missing."""
+    words = next_commands(Files(tmp_path))["Send fewer KV bytes, too"]
+    with pytest.raises(InputError, match="plan"):
+        cli.load(words[0]).main(words[1:], standalone_mode=False)

@@ -8,12 +8,14 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import ray
 
+from rayapp.distributed.cluster import patience
 from rayapp.distributed.evaluator_pool import EvaluatorPool
 from rayapp.errors import ClusterError, ModelError
 from rayapp.pruning.evaluator.evaluator import Evaluator
@@ -169,13 +171,38 @@ def test_a_node_that_cannot_read_the_model_is_a_model_error(tmp_path, settings, 
 def test_evaluators_that_fit_nowhere_are_named(tmp_path, settings, ray_session):
     search = changed(settings, tmp_path / "out", workers=1, threads=64)
     prepared = prepare(*search)
+    began = time.monotonic()
     with (
-        EvaluatorPool(
-            search.score, search.compute, prepared.calibration, start_timeout_s=1
-        ) as pool,
-        pytest.raises(ClusterError, match="'num_cpus': 64"),
+        EvaluatorPool(search.score, search.compute, prepared.calibration, hopeless_s=1) as pool,
+        pytest.raises(ClusterError, match=r"each needs 64 CPU and 0 GPU, .*: 2 CPU, 0 GPU free"),
     ):
         pool.measure(measure_influence)
+    assert time.monotonic() - began < 30
+
+
+def test_evaluators_wait_for_what_others_use_and_say_so(
+    tmp_path, settings, ray_session, caplog, monkeypatch
+):
+    """The limit of what is hopeless does not count: another actor has the CPUs, for a while."""
+    monkeypatch.setattr(patience, "TELL_EVERY_S", 0.5)
+    search = changed(settings, tmp_path / "out", workers=1)
+    prepared = prepare(*search)
+    holder = ray.remote(num_cpus=2)(Holder).remote()
+    ray.get(holder.hold.remote())
+    release = threading.Timer(3.0, ray.kill, [holder])
+    release.start()
+    with EvaluatorPool(search.score, search.compute, prepared.calibration, hopeless_s=0.5) as pool:
+        assert pool.measure(measure_costs).num_blocks == prepared.signature.num_blocks
+    release.join()
+    assert "0 of 1 were placed and load the model, the others wait for 1 CPU" in caplog.text
+    assert ": 0 CPU, 0 GPU free" in caplog.text
+
+
+class Holder:
+    """What an actor that only keeps its CPUs does."""
+
+    def hold(self) -> None:
+        return None
 
 
 def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,12 +1,14 @@
-"""A connection to a Ray cluster, refused at once where nobody listens.
+"""A connection to a Ray cluster, refused soon where nobody, or somebody else, listens.
 
-``ray.init`` tries for minutes to reach an address that is dead, and some versions end the process.
+``ray.init`` tries for minutes to reach an address that is dead, or that another program answers at,
+and then ends the process.
 """
 
 from __future__ import annotations
 
 import io
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
@@ -18,6 +20,12 @@ from rayapp.errors import ClusterError
 
 REACH_TIMEOUT_S = 5.0
 """How long a cluster's address may take to accept a connection (project default)."""
+ANSWER_TIMEOUT_S = 20.0
+"""How long whoever accepted it may take to greet; a busy Ray is slow, too (project default)."""
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""What an HTTP/2 client, as of gRPC, says first: that it is one, and an empty frame of settings."""
+
+_SETTINGS = 4
 
 
 @contextmanager
@@ -55,10 +63,27 @@ def connected(
 
 
 def _reach(address: str | None) -> None:
-    """Raise ``OSError`` where an address of the form ``host:port`` accepts no connection."""
+    """Raise ``OSError`` where an address of the form ``host:port`` is not Ray's."""
+    if address in (None, "auto"):
+        address = os.environ.get("RAY_ADDRESS")  # where Ray will look
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), REACH_TIMEOUT_S).close()
+    if not host or not port.isdigit():
+        return
+    with socket.create_connection((host.strip("[]"), int(port)), REACH_TIMEOUT_S) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") in ("0", "false"):
+            _greet(connection)
+
+
+def _greet(connection: socket.socket) -> None:
+    """Raise ``OSError`` where the other side is no gRPC server, which answers with its settings."""
+    connection.settimeout(ANSWER_TIMEOUT_S)
+    connection.sendall(_PREFACE)
+    try:
+        frame = connection.recv(9)  # length, type, flags, stream
+    except TimeoutError:
+        raise TimeoutError(f"what listens there said nothing in {ANSWER_TIMEOUT_S:g} s") from None
+    if len(frame) < 4 or frame[3] != _SETTINGS:
+        raise ConnectionError("what listens there is not Ray")
 
 
 def hushed() -> AbstractContextManager[Any]:

@@ -121,7 +121,8 @@ def _start(cluster: Any, nodes: Sequence[NodeSpec], dashboard_port: int | None) 
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ClusterError(
-            f"node {len(started) + 1} of {len(nodes)} of the local cluster did not start ({reason})"
+            f"node {len(started) + 1} of {len(nodes)} of the local cluster did not start "
+            f"({reason}); look at Ray's logs, or try again once this machine is less busy"
         ) from error
     url = None if dashboard_port is None else f"http://127.0.0.1:{dashboard_port}"
     logger.info("local cluster of %d nodes at %s", len(started), cluster.address)

@@ -1,21 +1,28 @@
-"""The nodes of a cluster and what is free on them."""
+"""The nodes of a cluster, what they have, and what is free on them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 import ray
+from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.experimental.internal_kv import _internal_kv_get
+
+_AUTOSCALER_KEY = "__autoscaling_status"
 
 
 @dataclass
 class FreeNode:
-    """An alive node and what is free on it."""
+    """An alive node, what is free on it, and what it has in all."""
 
     node_id: str
     address: str
     labels: Mapping[str, str]
     free: dict[str, float]
+    total: Mapping[str, float] = field(default_factory=dict)
 
     def carries(self, labels: Mapping[str, str]) -> bool:
         """True if the node has all the labels."""
@@ -30,6 +37,10 @@ class FreeNode:
             self.free[name] = self.free.get(name, 0.0) - amount
         return True
 
+    def idle(self) -> FreeNode:
+        """The node as it is when nothing runs there."""
+        return replace(self, free=dict(self.total))
+
 
 def free_nodes() -> list[FreeNode]:
     """Return the alive nodes of the cluster that this process is connected to."""
@@ -40,7 +51,28 @@ def free_nodes() -> list[FreeNode]:
             node["NodeManagerAddress"],
             node.get("Labels") or {},
             dict(available.get(node["NodeID"], {})),
+            dict(node.get("Resources") or {}),
         )
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def spelled(nodes: Sequence[FreeNode]) -> str:
+    """What is free on every node, in words."""
+    return "; ".join(
+        f"{node.address}: {node.free.get('CPU', 0):g} CPU, {node.free.get('GPU', 0):g} GPU free"
+        for node in nodes
+    )
+
+
+def nodes_on_their_way() -> bool:
+    """Whether an autoscaler is launching nodes, by its own account; what it cannot say is no."""
+    with suppress(Exception):
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        if status.pending_launches or status.pending_nodes:
+            return True
+    with suppress(Exception):  # the autoscaler before that keeps its report in the cluster's table
+        report = json.loads(_internal_kv_get(_AUTOSCALER_KEY))["autoscaler_report"]
+        return bool(report["pending_launches"] or report["pending_nodes"])
+    return False

@@ -21,7 +21,9 @@ from ray.serve.context import _get_global_client, _set_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from rayapp.distributed.cluster.connection import connected, hushed
-from rayapp.distributed.serve.placement import check_placement, check_readable
+from rayapp.distributed.cluster.nodes import free_nodes
+from rayapp.distributed.cluster.patience import Patience
+from rayapp.distributed.serve.placement import check_placement, check_readable, hopeless
 from rayapp.distributed.serve.replicas.stage import image_support
 from rayapp.distributed.serve.settings import APP_NAME, ServiceSettings
 from rayapp.engine.prefill import check_prunable
@@ -35,6 +37,8 @@ from rayapp.vision.selection import check_rule
 
 logger = logging.getLogger(__name__)
 IMPORT_PATH = "rayapp.distributed.serve.app:build"
+READY_LIMIT_S = 1800.0
+"""How long replicas may take to read their weights, from far away too (project default)."""
 _POLL_S = 0.2
 _SHUTDOWN_S = 8.0
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
@@ -117,14 +121,15 @@ def configuration(settings: ServiceSettings) -> dict[str, Any]:
 
 @contextmanager
 def running_service(
-    settings: ServiceSettings, *, address: str | None = None, ready_s: float = 300.0
+    settings: ServiceSettings, *, address: str | None = None, ready_s: float = READY_LIMIT_S
 ) -> Iterator[RunningService]:
     """Run a service, which answers for as long as the context lasts.
 
     Args:
         settings: What to serve.
         address: Of the cluster; None uses the connection that this process has.
-        ready_s: How long every pool together may take to answer, once placement is checked.
+        ready_s: How long every pool together may take to answer, once placement is checked; where
+            replicas fail or nodes are lost, it is not waited for.
 
     Raises:
         ModelError: The model cannot be used.
@@ -153,9 +158,9 @@ def apply(settings: ServiceSettings) -> None:
 
 def _wait_ready(settings: ServiceSettings, ready_s: float) -> dict[str, Any]:
     """The body of ``/health`` once it says that every pool answers."""
-    until_s, reason = time.monotonic() + ready_s, "the ingress does not answer yet"
+    patience, reason = Patience(limit_s=ready_s), "the ingress does not answer yet"
     headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
-    while time.monotonic() < until_s:
+    while True:
         _check_status()
         with suppress(httpx.HTTPError, ValueError):
             answer = httpx.get(f"{settings.url}/health", headers=headers, timeout=10.0)
@@ -163,11 +168,10 @@ def _wait_ready(settings: ServiceSettings, ready_s: float) -> dict[str, Any]:
             if answer.status_code == 200:
                 return dict(body)
             reason = body.get("reason", reason) if isinstance(body, dict) else reason
+        if patience.is_due:
+            awaited = f"{reason}; see `serve status` and the replicas' logs"
+            patience.go_on(awaited, never=hopeless(settings, free_nodes()))
         time.sleep(_POLL_S)
-    raise ClusterError(
-        f"the service was not ready within {ready_s:g} s: {reason}; see `serve status` and the "
-        "replicas' logs"
-    )
 
 
 def _check_status() -> None:

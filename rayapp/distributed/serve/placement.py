@@ -7,36 +7,51 @@ restarting for ever without a word.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayapp.distributed.cluster.nodes import FreeNode, free_nodes
+from rayapp.distributed.cluster.nodes import FreeNode, free_nodes, nodes_on_their_way, spelled
+from rayapp.distributed.cluster.patience import Patience
 from rayapp.distributed.serve.probe import unreadable
 from rayapp.distributed.serve.settings import INGRESS, PoolSettings, ServiceSettings
 from rayapp.errors import ClusterError
 
+BUSY_LIMIT_S = 300.0
+"""How long what others have taken may take to become free (project default)."""
+READ_LIMIT_S = 300.0
+"""How long a node may take to look at model and plan, on a slow disk as well (project default)."""
+JOIN_S = 5.0
+"""How long nodes may take to join a cluster that cannot hold the pools yet (project default)."""
 _POLL_S = 0.5
+_REMEDY = "put model and plan where every node can read them, under the same path"
 
 
-def check_placement(settings: ServiceSettings, *, wait_s: float = 5.0) -> None:
-    """Raise :class:`ClusterError` where a pool's smallest size does not fit on labelled nodes.
+def check_placement(settings: ServiceSettings) -> None:
+    """Wait until every pool's smallest size fits on labelled nodes.
 
-    Args:
-        settings: The pools.
-        wait_s: Nodes may still be joining: how long to wait for them.
+    What is merely taken by others may become free, so that is waited for.
+
+    Raises:
+        ClusterError: The pools cannot fit, or did not within the limit.
     """
-    until_s = time.monotonic() + wait_s
+    patience = Patience(limit_s=BUSY_LIMIT_S, hopeless_s=JOIN_S)
     while True:
-        problem = misfit(settings, free_nodes())
+        nodes = free_nodes()
+        problem = misfit(settings, nodes)
         if problem is None:
             return
-        if time.monotonic() > until_s:
-            raise ClusterError(problem)
+        patience.go_on(problem, never=hopeless(settings, nodes))
         time.sleep(_POLL_S)
+
+
+def hopeless(settings: ServiceSettings, nodes: Sequence[FreeNode]) -> str | None:
+    """Why the pools cannot fit, not even on idle nodes or those on their way; None if they can."""
+    problem = misfit(settings, [node.idle() for node in nodes])
+    return None if problem is None or nodes_on_their_way() else problem
 
 
 def misfit(settings: ServiceSettings, nodes: list[FreeNode]) -> str | None:
@@ -47,7 +62,7 @@ def misfit(settings: ServiceSettings, nodes: list[FreeNode]) -> str | None:
     pools = {**settings.pools, INGRESS: settings.ingress}
     for name, pool in sorted(pools.items(), key=lambda item: -len(item[1].labels)):
         labelled = [node for node in nodes if node.carries(pool.labels)]
-        before = [dict(node.free) for node in labelled]
+        before = spelled(labelled)
         for placed in range(pool.replicas.minimum):
             if not any(
                 node.take(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus) for node in labelled
@@ -61,7 +76,7 @@ def _explain(
     pool: PoolSettings,
     placed: int,
     labelled: list[FreeNode],
-    before: list[dict[str, float]],
+    before: str,
 ) -> str:
     label = ", ".join(f"{key}={value}" for key, value in pool.labels.items()) or "none needed"
     wanted = (
@@ -73,31 +88,34 @@ def _explain(
             f"{wanted}, and no node of the cluster carries that label; start nodes with "
             f"`ray start --labels {label.replace(', ', ',')}`, or change the pool's labels"
         )
-    capacity = "; ".join(
-        f"{node.address}: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU free"
-        for node, free in zip(labelled, before, strict=True)
-    )
     return (
-        f"{wanted}, but only {placed} fit ({capacity}); add nodes, ask for fewer replicas, or for "
+        f"{wanted}, but only {placed} fit ({before}); add nodes, ask for fewer replicas, or for "
         "less per replica"
     )
 
 
-def check_readable(settings: ServiceSettings, *, within_s: float = 25.0) -> None:
-    """Raise :class:`ClusterError` naming every candidate node that cannot read model or plan."""
+def check_readable(settings: ServiceSettings) -> None:
+    """Wait until every candidate node has said that it can read model and plan.
+
+    Raises:
+        ClusterError: Nodes that cannot, that died, or that gave no answer within the limit.
+    """
     pools = (*settings.pools.values(), settings.ingress)
     nodes = [n for n in free_nodes() if any(n.carries(pool.labels) for pool in pools)]
     calls = {_probe(node, settings): node for node in nodes}
-    done, silent = ray.wait(list(calls), num_returns=len(calls), timeout=within_s)
-    problems = [_named(calls[call], f"did not answer within {within_s:g} s") for call in silent]
-    problems += [
-        _named(calls[call], problem) for call, problem in _results(done) if problem is not None
-    ]
-    if problems:
-        raise ClusterError(
-            "; ".join(problems) + ": put model and plan where every node can read them, under the "
-            "same path"
-        )
+    patience, silent = Patience(limit_s=READ_LIMIT_S), list(calls)
+    try:
+        while silent:
+            done, silent = ray.wait(silent, num_returns=len(silent), timeout=patience.pause_s)
+            problems = [_named(calls[call], problem) for call, problem in _results(done) if problem]
+            if problems:
+                raise ClusterError(f"{'; '.join(problems)}: {_REMEDY}")
+            if silent:
+                slow = ", ".join(_title(calls[call]) for call in silent)
+                patience.go_on(f"{slow}: has not said yet whether it can read model and plan")
+    finally:
+        for call in silent:
+            ray.cancel(call, force=True)  # a file system that hangs would keep it for ever
 
 
 def _probe(node: FreeNode, settings: ServiceSettings) -> Any:
@@ -117,5 +135,9 @@ def _results(calls: Iterable[Any]) -> Iterable[tuple[Any, str | None]]:
 
 
 def _named(node: FreeNode, problem: str) -> str:
+    return f"{_title(node)}: {problem}"
+
+
+def _title(node: FreeNode) -> str:
     labels = ", ".join(f"{k}={v}" for k, v in node.labels.items() if not k.startswith("ray.io/"))
-    return f"node {node.address} ({labels or 'no labels'}): {problem}"
+    return f"node {node.address} ({labels or 'no labels'})"

@@ -32,6 +32,12 @@ def test_every_node_has_its_address_and_label(cluster):
     assert found == [("127.0.0.2", "head"), ("127.0.0.3", "prefill"), ("127.0.0.4", "decode")]
 
 
+def test_a_node_greets_as_a_connection_expects(cluster):
+    from rayapp.distributed.cluster import connection
+
+    connection._reach(cluster.address)
+
+
 def test_no_process_is_left_behind_by_an_interrupt():
     with subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE) as program:
         assert program.stdout is not None

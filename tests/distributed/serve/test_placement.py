@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from dataclasses import replace
 
 import pytest
 
+from rayapp.distributed.cluster import patience
+from rayapp.distributed.cluster.local import NodeSpec
 from rayapp.distributed.cluster.nodes import FreeNode
-from rayapp.distributed.serve.placement import misfit
+from rayapp.distributed.serve import placement
+from rayapp.distributed.serve.placement import check_placement, check_readable, misfit
 from rayapp.distributed.serve.settings import ServiceSettings
 from rayapp.errors import ClusterError, ModelError, PlanError
 
 
 def node(role, cpus, gpus=0.0):
     labels = {"role": role} if role else {}
-    return FreeNode(role or "plain", f"10.0.0.{role}", labels, {"CPU": cpus, "GPU": gpus})
+    has = {"CPU": cpus, "GPU": gpus}
+    return FreeNode(role or "plain", f"10.0.0.{role}", labels, has, dict(has))
+
+
+def taken(role, cpus):
+    """A node whose CPUs others use."""
+    return replace(node(role, cpus), free={"CPU": 0.0})
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """What the cluster tells of its nodes, time after time; the last for ever."""
+
+    def told(*times, on_their_way=False):
+        told_s, left = iter(times), []
+
+        def next_time():
+            left[:] = next(told_s, left)
+            return [replace(each, free=dict(each.free)) for each in left]
+
+        monkeypatch.setattr(placement, "free_nodes", next_time)
+        monkeypatch.setattr(placement, "nodes_on_their_way", lambda: on_their_way)
+
+    monkeypatch.setattr(placement, "_POLL_S", 0.01)
+    monkeypatch.setattr(patience, "TELL_EVERY_S", 0.02)
+    return told
 
 
 def settings_of(**options):
@@ -45,6 +75,36 @@ def test_pools_do_not_share_what_is_free():
     assert problem.startswith("ingress needs 1 replicas of 1 CPU")
 
 
+def test_pools_wait_for_what_others_use_and_say_so(nodes, monkeypatch, caplog):
+    monkeypatch.setattr(placement, "JOIN_S", 0.0)
+    busy, free = [taken("prefill", 2), node("decode", 1)], [node("prefill", 2), node("decode", 1)]
+    nodes(*[busy] * 20, free)
+    check_placement(settings_of())
+    assert "prefill needs 1 replicas of 1 CPU" in caplog.text
+    assert "only 0 fit (10.0.0.prefill: 0 CPU" in caplog.text
+
+
+def test_pools_that_others_never_leave_room_for_give_up(nodes, monkeypatch):
+    monkeypatch.setattr(placement, "BUSY_LIMIT_S", 0.2)
+    nodes([taken("prefill", 2), node("decode", 1)])
+    with pytest.raises(ClusterError, match=r"gave up after .* prefill needs 1 replicas"):
+        check_placement(settings_of())
+
+
+def test_pools_that_idle_nodes_cannot_hold_fail_soon(nodes, monkeypatch):
+    monkeypatch.setattr(placement, "JOIN_S", 0.1)
+    nodes([node("prefill", 2), node("", 2)])
+    with pytest.raises(ClusterError, match=r"^decode needs 1 replicas .* no node of the cluster"):
+        check_placement(settings_of())
+
+
+def test_pools_wait_for_nodes_that_are_on_their_way(nodes, monkeypatch):
+    monkeypatch.setattr(placement, "JOIN_S", 0.0)
+    joined = [node("prefill", 2), node("decode", 1)]
+    nodes(*[joined[:1]] * 20, joined, on_their_way=True)
+    check_placement(settings_of())
+
+
 @pytest.mark.ray
 def test_a_real_cluster_says_so_within_thirty_seconds(deploy, save_tiny, tmp_path):
     path = str(save_tiny(tmp_path, "llama"))
@@ -63,8 +123,6 @@ def test_a_real_cluster_says_so_within_thirty_seconds(deploy, save_tiny, tmp_pat
 @pytest.mark.ray
 def test_a_node_that_cannot_read_is_named(cluster, save_tiny, tmp_path, monkeypatch):
     """The driver reads the model under a name that no worker knows."""
-    from rayapp.distributed.serve.placement import check_readable
-
     settings = settings_of(model=str(tmp_path / "nowhere"))
     began = time.monotonic()
     with pytest.raises(ClusterError) as caught:
@@ -73,6 +131,47 @@ def test_a_node_that_cannot_read_is_named(cluster, save_tiny, tmp_path, monkeypa
     for address, role in (("127.0.0.3", "prefill"), ("127.0.0.4", "decode")):
         assert f"node {address} (role={role})" in str(caught.value)
     assert "nowhere" in str(caught.value)
+
+
+def slow(model, plan):
+    time.sleep(4.0)
+
+
+def stuck(model, plan):
+    time.sleep(600.0)
+
+
+@pytest.mark.ray
+def test_a_slow_node_is_waited_for_and_named(cluster, monkeypatch, caplog):
+    monkeypatch.setattr(patience, "TELL_EVERY_S", 0.5)
+    monkeypatch.setattr(placement, "unreadable", slow)
+    check_readable(settings_of(model="/m"))
+    assert "node 127.0.0.3 (role=prefill)" in caplog.text
+    assert "has not said yet whether it can read" in caplog.text
+
+
+@pytest.mark.ray
+def test_a_node_that_never_answers_is_given_up(cluster, monkeypatch):
+    monkeypatch.setattr(placement, "READ_LIMIT_S", 1.0)
+    monkeypatch.setattr(patience, "TELL_EVERY_S", 0.5)
+    monkeypatch.setattr(placement, "unreadable", stuck)
+    with pytest.raises(ClusterError, match=r"gave up after .* node 127.0.0.4 .role=decode"):
+        check_readable(settings_of(model="/m"))
+
+
+@pytest.mark.ray
+def test_a_node_that_dies_before_it_answers_is_named(cluster, monkeypatch):
+    """At once, whatever other nodes still look at."""
+    monkeypatch.setattr(patience, "TELL_EVERY_S", 0.5)
+    monkeypatch.setattr(placement, "unreadable", stuck)
+    dying = cluster.add_node(NodeSpec(labels={"role": "decode"}))
+    killer = threading.Timer(2.0, cluster.kill_node, [dying])
+    killer.start()
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match=r"node 127.0.0.5 .role=decode.: could not be asked"):
+        check_readable(settings_of(model="/m"))
+    killer.join()
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.ray
