@@ -141,7 +141,7 @@ def test_the_cache_keeps_its_bound(tiny_model, calibration):
 
 
 def kv_sets() -> list[Candidate]:
-    """Rule sets over one block plan, some of them without the rules of the objective."""
+    """Rule sets over one block plan that differ early and late, some without the default rules."""
     base = Candidate((2, 3), (3, 6))
     cut, coded = KVTransfer(first=2, last=3), KVTransfer(first=1, last=0.5, encoding="int8")
     return [
