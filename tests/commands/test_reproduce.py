@@ -132,7 +132,7 @@ def test_the_job_makes_every_row(checkpoint, files, tmp_path, run_job):
     lines = list(csv.DictReader((out / "tables" / "paper.csv").read_text().splitlines()))
     assert len(lines) == sum(map(len, numbers.values()))
     assert "Peers beside ours" in (out / "tables" / "paper.md").read_text()
-    assert "not for quotation: 2 timed runs" in result.output
+    assert "not for quotation: 2 timed runs" in result.stdout
 
 
 @pytest.mark.slow
