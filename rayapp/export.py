@@ -72,7 +72,7 @@ class ExportRecord:
         plan_fingerprint: Fingerprint of the plan.
         healed: Digest of the plan's healed tensors, those of this stage being in the checkpoint.
         source: Signature of the model that the plan was applied to.
-        kept_blocks: For every block of the checkpoint, its number in the source.
+        kept_blocks: Number in the source of every block of the checkpoint.
         removed_blocks: Blocks of the source that are gone.
         not_carried: Sentences on parts of the plan that a checkpoint cannot express.
     """

@@ -127,7 +127,7 @@ def running_service(
 
     Args:
         settings: What to serve.
-        address: Of the cluster; None uses the connection that this process has.
+        address: Address of the cluster; None uses the connection that this process has.
         ready_s: How long every pool together may take to answer, once placement is checked; where
             replicas fail or nodes are lost, it is not waited for.
 
