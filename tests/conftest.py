@@ -48,6 +48,7 @@ pytest_plugins = ["tests.clusters"]
 transformers_logging.disable_progress_bar()  # it would stand in what commands print
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two workers share the tests: one runs all that use clusters, which it shares, and first.
 
