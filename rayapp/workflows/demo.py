@@ -240,10 +240,11 @@ def next_commands(files: Files) -> dict[str, list[str]]:
     """The words after ``rayapp`` of commands that use what the demo left, by what they do."""
     model = ["--model", _short(text_model_path())]
     plan = ["--plan", str(files.out)]
-    goal = ["--calibration", str(files.calibration), "--target-reduction", str(NEXT_REDUCTION)]
+    goal = ["--target-reduction", str(NEXT_REDUCTION), "--encoding", "int8"]
+    lines = ["--calibration", str(files.calibration)]
     test = ["--data", str(files.test), "--split", "test", "--out", str(files.evaluation)]
     return {
-        "Send fewer KV bytes, too": ["kv-select", *model, *plan, *goal],
+        "Choose what KV travels (some minutes)": ["kv-select", *model, *plan, *lines, *goal],
         "Measure what that costs": ["evaluate", *model, *plan, *test],
         "Draw the page again": ["report", *plan],
         "Serve the plan until Ctrl-C": ["serve", *model, *plan],
