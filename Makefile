@@ -6,19 +6,30 @@ PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11; d
 VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
-# Two processes: one for all tests that use clusters, one for the others (tests/conftest.py).
-TWO := -n 2 --dist loadgroup
 
-.PHONY: demo test slow check lint types format clean
+.PHONY: demo test test-on-clusters test-alone slow slow-on-clusters slow-alone check lint types format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rayapp demo --out out/demo
 
+# Two processes side by side: one for the tests on clusters, which share one, and one for the others.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(TWO) -m "not slow"
+	$(MAKE) --no-print-directory -j 2 -O test-on-clusters test-alone
+
+test-on-clusters:
+	$(BIN)/python -m pytest -m "ray and not slow"
+
+test-alone:
+	$(BIN)/python -m pytest -m "not ray and not slow"
 
 slow: $(VENV)/.test
-	$(BIN)/python -m pytest $(TWO) -m slow
+	$(MAKE) --no-print-directory -j 2 -O slow-on-clusters slow-alone
+
+slow-on-clusters:
+	$(BIN)/python -m pytest -m "ray and slow"
+
+slow-alone:
+	$(BIN)/python -m pytest -m "not ray and slow"
 
 check: lint types test
 

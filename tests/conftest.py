@@ -47,20 +47,6 @@ torch.set_num_threads(1)
 pytest_plugins = ["tests.clusters"]
 transformers_logging.disable_progress_bar()  # it would stand in what commands print
 
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers share the tests: one runs all that use clusters, which it shares, and first.
-
-    Modules stay whole, since they share fixtures.
-    """
-    for item in items:
-        uses_ray = item.get_closest_marker("ray") or "nodes" in getattr(item, "fixturenames", ())
-        group = "clusters" if uses_ray else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "clusters")
-
-
 CONFIGS = {
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,
