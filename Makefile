@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 
 # Two processes side by side: one for the tests on clusters, which share one, and one for the others.
 test: $(VENV)/.test
-	$(MAKE) --no-print-directory -j 2 -O test-on-clusters test-alone
+	$(MAKE) --no-print-directory -j 2 test-on-clusters test-alone
 
 test-on-clusters:
 	$(BIN)/python -m pytest -m "ray and not slow"
@@ -23,7 +23,7 @@ test-alone:
 	$(BIN)/python -m pytest -m "not ray and not slow"
 
 slow: $(VENV)/.test
-	$(MAKE) --no-print-directory -j 2 -O slow-on-clusters slow-alone
+	$(MAKE) --no-print-directory -j 2 slow-on-clusters slow-alone
 
 slow-on-clusters:
 	$(BIN)/python -m pytest -m "ray and slow"
