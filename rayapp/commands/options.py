@@ -70,40 +70,31 @@ def _command(
     function: Callable[..., None], without: frozenset[str], defaults: Mapping[str, object]
 ) -> Callable[..., None]:
     hints = get_type_hints(function, include_extras=True)
-    models: dict[str, type[BaseModel]] = {}
+    models = {name: kind for name, kind in hints.items() if _is_settings(kind)}
     parameters: dict[str, inspect.Parameter] = {}
     for name, parameter in inspect.signature(function).parameters.items():
-        if inspect.isclass(hints[name]) and issubclass(hints[name], BaseModel):
-            models[name] = hints[name]
-            for option in options_of(hints[name]):
+        if name in models:
+            for option in options_of(models[name]):
                 if option.name not in without:
-                    usual = option.parameter
-                    default = defaults.get(option.name, usual.default)
-                    parameters.setdefault(option.name, usual.replace(default=default))
+                    default = defaults.get(option.name, option.default)
+                    parameters.setdefault(option.name, option.parameter.replace(default=default))
         else:
             own = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
             parameters[name] = own
 
     def run(**given: Any) -> None:
-        settings, faults = {}, []
-        for name, kind in models.items():
-            try:
-                settings[name] = _filled(kind, given, without)
-            except InputError as error:
-                faults.append(str(error))
-        if faults:
-            raise InputError("; ".join(faults))
         own = {name: value for name, value in given.items() if name in hints and name not in models}
-        function(**settings, **own)
+        function(**_all_filled(models, given, without), **own)
 
-    run.__name__, run.__doc__, run.__module__ = (
-        function.__name__,
-        function.__doc__,
-        function.__module__,
-    )
-    run.__annotations__ = {name: each.annotation for name, each in parameters.items()}
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__module__ = function.__module__
+    run.__annotations__ = {name: one.annotation for name, one in parameters.items()}
     run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     return run
+
+
+def _is_settings(kind: Any) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, BaseModel)
 
 
 def options_of(kind: type[BaseModel]) -> Iterator[Option]:
@@ -174,6 +165,22 @@ def _on_the_command_line(annotation: Any) -> Any:
         inner: Any = _on_the_command_line(arguments[0])
         return list[inner] if inner else None
     return None
+
+
+def _all_filled(
+    models: Mapping[str, type[BaseModel]], given: Mapping[str, Any], without: frozenset[str]
+) -> dict[str, BaseModel]:
+    """The settings models of a command; raises :class:`InputError` naming every bad option."""
+    settings: dict[str, BaseModel] = {}
+    faults = []
+    for name, kind in models.items():
+        try:
+            settings[name] = _filled(kind, given, without)
+        except InputError as error:
+            faults.append(str(error))
+    if faults:
+        raise InputError("; ".join(faults))
+    return settings
 
 
 def _filled(kind: type[BaseModel], given: Mapping[str, Any], without: frozenset[str]) -> BaseModel:
