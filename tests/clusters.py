@@ -104,19 +104,19 @@ class Deployed:
 
 
 @pytest.fixture(scope="session")
-def nodes() -> Iterator[LocalCluster]:
+def shared_nodes() -> Iterator[LocalCluster]:
     """The one cluster of a test run: three nodes, for all tests that do not break them."""
     with local_cluster() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def cluster(nodes: LocalCluster) -> Iterator[LocalCluster]:
+def cluster(shared_nodes: LocalCluster) -> Iterator[LocalCluster]:
     """The cluster, with this process connected to it for the time of a module."""
     import ray
 
-    ray.init(nodes.address, log_to_driver=False, logging_level="error")
-    yield nodes
+    ray.init(shared_nodes.address, log_to_driver=False, logging_level="error")
+    yield shared_nodes
     ray.shutdown()
 
 
