@@ -120,6 +120,19 @@ def cluster(shared_nodes: LocalCluster) -> Iterator[LocalCluster]:
     ray.shutdown()
 
 
+@pytest.fixture
+def own_cluster(cluster: LocalCluster) -> Iterator[LocalCluster]:
+    """A cluster that a test may break, in place of the shared one while the test runs."""
+    import ray
+
+    ray.shutdown()
+    with local_cluster() as running:
+        ray.init(running.address, log_to_driver=False, logging_level="error")
+        yield running
+        ray.shutdown()
+    ray.init(cluster.address, log_to_driver=False, logging_level="error")
+
+
 @pytest.fixture(scope="module")
 def deploy(cluster: LocalCluster) -> Callable[..., Any]:
     """``with deploy(model=..., ...) as deployed``; the settings of ``ServiceSettings``."""

@@ -160,12 +160,12 @@ def test_a_node_that_never_answers_is_given_up(cluster, monkeypatch):
 
 
 @pytest.mark.ray
-def test_a_node_that_dies_before_it_answers_is_named(cluster, monkeypatch):
+def test_a_node_that_dies_before_it_answers_is_named(own_cluster, monkeypatch):
     """At once, whatever other nodes still look at."""
     monkeypatch.setattr(patience, "TELL_EVERY_S", 0.5)
     monkeypatch.setattr(placement, "unreadable", stuck)
-    dying = cluster.add_node(NodeSpec(labels={"role": "decode"}))
-    killer = threading.Timer(2.0, cluster.kill_node, [dying])
+    dying = own_cluster.add_node(NodeSpec(labels={"role": "decode"}))
+    killer = threading.Timer(2.0, own_cluster.kill_node, [dying])
     killer.start()
     began = time.monotonic()
     with pytest.raises(ClusterError, match=r"node 127.0.0.5 .role=decode.: could not be asked"):
