@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -28,14 +28,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def ray_processes() -> set[int]:
-    """Every process of Ray on this machine, by the names that Ray gives them."""
-    found = set()
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if re.search(r"ray::|/ray/|raylet|gcs_server", line):
-            found.add(process.info["pid"])
-    return found
+def left_behind(mark: str) -> set[int]:
+    """The processes that inherited an environment variable, whatever else runs on this machine."""
+    left = set()
+    for process in psutil.process_iter(["pid"]):
+        with contextlib.suppress(psutil.Error):
+            if mark in process.environ():
+                left.add(process.pid)
+    return left
 
 
 class Served:
@@ -141,11 +141,12 @@ def test_from_ready_line_to_interrupt(save_tiny, tmp_path, served, mode, number)
 @pytest.mark.timeout(1500)
 def test_the_demo_twice(tmp_path):
     """The whole loop, and at once again over what it left."""
-    before = ray_processes()
+    mark = f"RAYAPP_TEST_{os.getpid()}"
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-m", "rayapp.cli", "demo", "--out", str(tmp_path / "demo")],
             capture_output=True, text=True, timeout=700, check=False,
+            env={**os.environ, mark: "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         assert "reduction factor" in done.stdout
@@ -164,4 +165,4 @@ def test_the_demo_twice(tmp_path):
         answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
         assert len(answers) == 8
     time.sleep(3)
-    assert ray_processes() <= before
+    assert not left_behind(mark)

@@ -145,6 +145,7 @@ def test_options_in_prose_exist(guide):
         assert set(re.findall(r"(?<= )--[\w-]+", found[2])) <= known, span
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("guide", RUN, ids=named)
