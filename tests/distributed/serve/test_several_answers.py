@@ -301,10 +301,9 @@ def test_calls_that_are_never_routed_end_in_a_deadline(service, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("service", ["two_of_each"], indirect=True)
 def test_a_lost_decode_replica_changes_no_answer(service, reference):
     """Several answers of one request are prefilled again, and replayed, at once."""
-    if len(service.health["pools"].get("decode", ())) < 2:
-        pytest.skip("needs a second decode replica")
     asked = Asked(2, 4, stream=True, options={**SEEDED, "max_tokens": 150, "ignore_eos": True})
     with ThreadPoolExecutor(1) as pool:
         answered = pool.submit(check, asked, service.client, reference)
