@@ -250,6 +250,56 @@ def test_an_attempt_cancelled_while_its_kv_is_loaded_is_not_admitted(stage, copy
     run(scenario())
 
 
+def test_an_attempt_cancelled_before_it_comes_is_not_admitted_and_the_next_one_is(stage):
+    """Nothing orders a call and its cancellation on their way to a replica."""
+
+    async def scenario():
+        pair = Pair(stage, max_num_seqs=1)
+        await pair.decode.cancel("overtaken", 0)
+        with pytest.raises(UnavailableError, match="was cancelled before it came"):
+            await pair.admitted(request_of("overtaken"))
+        await pair.check_idle()
+        again = replace(request_of("overtaken"), attempt=1)
+        first, _ = await pair.admitted(again)
+        answer = [*first.first.token_ids, *await pair.rest(again)]
+        assert answer == expected_tokens(stage, again)
+        await pair.check_idle()
+
+    run(scenario())
+
+
+def test_an_attempt_cancelled_while_it_waits_for_a_slot_gets_none(stage):
+    async def scenario():
+        pair = Pair(stage, max_num_seqs=1)
+        await pair.admitted(request_of("holder", max_tokens=200, ignore_eos=True))
+        waiter = asyncio.ensure_future(pair.admitted(request_of("waiter")))
+        while not pair.decode._num_waiting:
+            await asyncio.sleep(0.001)
+        await pair.decode.cancel("waiter", 0)
+        await pair.decode.cancel("holder", 0)
+        with pytest.raises(UnavailableError, match="was cancelled before it came"):
+            await waiter
+        await pair.check_idle()
+
+    run(scenario())
+
+
+def test_only_the_latest_cancellations_are_remembered(stage, monkeypatch):
+    monkeypatch.setattr("rayapp.distributed.serve.replicas.leases._MAX_CANCELLED", 2)
+
+    async def scenario():
+        pair = Pair(stage, max_num_seqs=1)
+        for name in ("first", "second", "first", "third"):
+            await pair.decode.cancel(name, 0)
+        await pair.admitted(request_of("second"))
+        with pytest.raises(UnavailableError, match="was cancelled before it came"):
+            await pair.admitted(request_of("first"))
+        await pair.decode.cancel("second", 0)
+        await pair.check_idle()
+
+    run(scenario())
+
+
 def test_a_cancelled_prompt_leaves_the_queue_at_once(stage):
     async def scenario():
         pair = Pair(stage, max_waiting=2)

@@ -35,7 +35,7 @@ from rayapp.plan import PruningPlan
 
 _UPDATE_PAUSE_S = 0.2
 _MAX_LOST_REPLICAS = 3
-# Time limit for telling a replica to free a slot; after it, the replica's own deadlines free it.
+# Longest wait of a client's end for a replica to free a slot; the call itself goes on after it.
 _FREEING_S = 1.0
 
 
@@ -229,7 +229,11 @@ class DisaggregatedAttempts:
         with suppress(*DIED):
             response.cancel()
         await ask_all(
-            self._decode, "cancel", request.request_id, request.attempt, within_s=_FREEING_S
+            self._decode,
+            "cancel",
+            request.request_id,
+            request.attempt,
+            within_s=self._deadlines.lease_s,
         )
 
     async def _decoded(
@@ -265,18 +269,22 @@ class DisaggregatedAttempts:
             address=Address(place.replica_id),
         )
         with suppress(*DIED, TimeoutError):
-            async with asyncio.timeout(_FREEING_S):
+            async with asyncio.timeout(self._deadlines.lease_s):
                 await response
 
     async def _to_the_end(self, freeing: Coroutine[Any, Any, None]) -> None:
         """Finish freeing resources, even if the caller is cancelled once more in the meantime.
 
         A client that leaves may cause two cancellations: one by our own watch, and one by Serve.
+        A replica on a busy node may answer late: the caller waits for a moment only, and the call
+        goes on until the replica would free the slot by itself.
         """
         task = asyncio.ensure_future(freeing)
         self._freeing.add(task)
         task.add_done_callback(self._freeing.discard)
-        await asyncio.shield(task)
+        done, _ = await asyncio.wait({task}, timeout=_FREEING_S)
+        for freed in done:
+            freed.result()
 
 
 class UnifiedAttempts:

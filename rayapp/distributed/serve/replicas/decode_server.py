@@ -137,14 +137,12 @@ class DecodeServer:
             self._leases.end(lease)
 
     async def cancel(self, request_id: str, attempt: int, address: Address = ANY) -> None:
-        """End a lease, in whatever phase the attempt is; without a lease this is harmless."""
-        lease = self._leases.newest(request_id)
-        if lease is not None and lease.request.attempt <= attempt:
-            lease.fail(UnavailableError(f"request {request_id} was cancelled"))
-            self._leases.end(lease)
+        """End a lease, in whatever phase the attempt is, even before it has come here."""
+        self._leases.cancel(request_id, attempt)
 
     async def _take_lease(self, handover: Handover) -> Lease:
         """Wait for a slot; an older attempt of the request loses its slot first."""
+        self._leases.check_not_cancelled(handover.request)
         older = self._leases.newest(handover.request.request_id)
         if older is not None and older.request.attempt < handover.request.attempt:
             older.fail(UnavailableError(f"{older.key} was replaced by a later attempt"))

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from rayapp.engine.request import GenerationRequest, TokenBatch, merged
 from rayapp.errors import DeadlineError, TransferError, UnavailableError
 
+# Cancelled requests that are remembered, the latest ones: far more than can be on their way here.
+_MAX_CANCELLED = 4096
+
 
 @dataclass(eq=False)
 class Lease:
@@ -64,6 +67,7 @@ class Leases:
 
     def __init__(self, on_end: Callable[[Lease], None]) -> None:
         self._leases: dict[tuple[str, int], Lease] = {}
+        self._cancelled: dict[str, int] = {}
         self._on_end = on_end
 
     def __len__(self) -> int:
@@ -74,13 +78,34 @@ class Leases:
 
         Raises:
             TransferError: The attempt has a lease already.
+            UnavailableError: The attempt was cancelled before it came.
         """
+        self.check_not_cancelled(request)
         lease = Lease(request)
         if lease.key in self._leases:
             raise TransferError(f"{lease.key} holds a slot here already; prefill it again")
         self._leases[lease.key] = lease
         self._limit(lease, "it did not finish", total_s)
         return lease
+
+    def cancel(self, request_id: str, attempt: int) -> None:
+        """End the lease of this attempt or an earlier one; an attempt that comes later gets none.
+
+        Nothing orders a call and its cancellation on their way here: the cancellation may come
+        first, and without a memory of it the lease would last until its time is up.
+        """
+        self._cancelled[request_id] = max(attempt, self._cancelled.pop(request_id, attempt))
+        if len(self._cancelled) > _MAX_CANCELLED:
+            del self._cancelled[next(iter(self._cancelled))]
+        lease = self.newest(request_id)
+        if lease is not None and lease.request.attempt <= attempt:
+            lease.fail(UnavailableError(f"request {request_id} was cancelled"))
+            self.end(lease)
+
+    def check_not_cancelled(self, request: GenerationRequest) -> None:
+        """Raise :class:`UnavailableError` if this attempt has been cancelled."""
+        if request.attempt <= self._cancelled.get(request.request_id, -1):
+            raise UnavailableError(f"request {request.request_id} was cancelled before it came")
 
     def expect_reader(self, lease: Lease, within_s: float) -> None:
         """End the lease if nobody reads it within ``within_s``."""
