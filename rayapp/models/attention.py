@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
@@ -32,6 +32,16 @@ Observer = Callable[[torch.Tensor, torch.Tensor, float], None]
 the scale of their products."""
 
 _observers: list[Observer] = []
+
+
+class Attending(Protocol):
+    """An object in the place of a mask, which computes attention itself."""
+
+    def attend(
+        self, module: torch.nn.Module, query_BQTD: torch.Tensor, scaling: float | None
+    ) -> torch.Tensor:
+        """Return attention outputs ``(B, T, Q, D)`` over the KV that the object holds."""
+        ...
 
 
 @contextmanager
@@ -68,12 +78,14 @@ def packed_sdpa(
     query_BQTD: torch.Tensor,
     keys_BHKD: torch.Tensor,
     values_BHKD: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | Attending | None,
     *,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention outputs ``(B, T, Q, D)``; a mask, bool or added, broadcasts to ``(B, 1, T, K)``."""
+    if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+        return attention_mask.attend(module, query_BQTD, scaling), None
     for observe in _observers:
         default = query_BQTD.shape[-1] ** -0.5
         observe(query_BQTD, keys_BHKD, default if scaling is None else scaling)

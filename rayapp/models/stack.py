@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rayapp.errors import ModelError
-from rayapp.models.attention import PACKED_SDPA
+from rayapp.models.attention import PACKED_SDPA, Attending
 from rayapp.models.blocks import (
     apply_stage,
     find_decoder,
@@ -36,7 +36,7 @@ class BlockCache(Protocol):
         ...
 
 
-Masks = Mapping[int, torch.Tensor | None]
+Masks = Mapping[int, torch.Tensor | Attending | None]
 
 
 class BlockStack:
@@ -126,7 +126,8 @@ class BlockStack:
             hidden_BTE: Hidden states that enter block ``start``.
             positions_BT: Position of every token in the unpruned sequence, int64, ``(B or 1, T)``.
             cache: The cache that receives KV, and returns the KV to attend to.
-            masks: Boolean masks by block, which broadcast to ``(B, 1, T, K)``, True = may attend.
+            masks: Boolean masks by block, which broadcast to ``(B, 1, T, K)``, True = may attend,
+                or objects that compute attention themselves.
                 A block without one is causal if T == K (its sliding window honoured), and sees all
                 entries if T == 1.
             start: The first block to run.
@@ -142,7 +143,7 @@ class BlockStack:
                 device = self.devices[number]
                 hidden_BTE, positions_BT = hidden_BTE.to(device), positions_BT.to(device)
                 rotary = (rotary[0].to(device), rotary[1].to(device))
-                mask = None if mask is None else mask.to(device)
+                mask = mask.to(device) if isinstance(mask, torch.Tensor) else mask
             hidden_BTE = self._decoder.layers[number](
                 hidden_BTE,
                 attention_mask=mask,

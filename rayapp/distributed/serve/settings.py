@@ -137,6 +137,11 @@ class ServiceSettings(Strict):
     max_num_seqs: int = Field(
         default=8, ge=1, description="Sequences that one decode replica runs at once."
     )
+    max_num_batched_tokens: int = Field(
+        default=512,
+        ge=1,
+        description="Prompt tokens that one step may compute; longer prompts run in chunks.",
+    )
     max_waiting: int = Field(
         default=256,
         ge=1,
