@@ -9,7 +9,7 @@ Shapes: B = sequences, E = hidden size, Q = query heads, H = KV heads, D = head 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import nn
 from torch.nn import functional
 
 from rayapp.models.blocks import PartialBlock
-from rayapp.models.stack import BlockCache, BlockStack, Masks
+from rayapp.models.stack import BlockCache, BlockStack
 
+Masks = Mapping[int, torch.Tensor | None]
 Rotary = tuple[torch.Tensor, torch.Tensor]
 Block = Callable[[torch.Tensor, Rotary, torch.Tensor | None, BlockCache], torch.Tensor]
 
