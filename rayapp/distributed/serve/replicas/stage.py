@@ -74,8 +74,8 @@ class StageModel:
 def load_stage(
     settings: ServiceSettings, stage: Literal["prefill", "decode", "unified"]
 ) -> StageModel:
-    """Read the tensors that ``stage`` runs; one compute thread per replica."""
-    torch.set_num_threads(1)
+    """Read the tensors that ``stage`` runs; a replica computes with as many threads as CPUs."""
+    torch.set_num_threads(settings.pools[stage].threads)
     plan = PruningPlan.load(settings.plan) if settings.plan else PruningPlan()
     device = settings.pools[stage].device
     path = locate(settings.model, settings.revision).directory
@@ -112,7 +112,12 @@ class SerialThread:
     """
 
     def __init__(self, name: str) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=_one_thread)
+        self._executor = ThreadPoolExecutor(
+            1,
+            thread_name_prefix=name,
+            initializer=torch.set_num_threads,
+            initargs=(torch.get_num_threads(),),
+        )
 
     def submit(self, call: Callable[..., Result], *arguments: Any) -> asyncio.Future[Result]:
         """Queue a call at once, without waiting for it."""
@@ -140,7 +145,3 @@ class SerialThread:
             running.exception()
             raise cancelled
         return running.result()
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
