@@ -14,9 +14,10 @@ from collections.abc import Iterator
 
 import torch
 
-DenseLogits = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""One side of a KL, as :func:`dense_logits` makes it: logits ``(C, V)`` as they are, and the log of
-their normaliser and the sum of the probabilities that follow from it, both ``(C,)``."""
+DenseLogits = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""One side of a KL, as :func:`dense_logits` makes it: logits ``(C, V)`` as they are, and of each
+token the log of their normaliser, the sum of the probabilities that follow from it, and the
+likeliest token, all ``(C,)``."""
 
 _BLOCK_ELEMENTS = 1 << 16
 """Number of logits that are worked on at a time on a CPU, so that they stay in its cache."""
@@ -50,18 +51,19 @@ def nll(logits_CV: torch.Tensor, token_ids_C: torch.Tensor) -> torch.Tensor:
 def dense_logits(logits_CV: torch.Tensor) -> DenseLogits:
     """The first side of a KL, ready to be compared with any number of others.
 
-    It keeps the logits in their own element type and two numbers a token: probabilities are made
+    It keeps the logits in their own element type and three numbers a token: probabilities are made
     again for every comparison, which costs less than it costs to keep them.
     """
+    shape = logits_CV.shape[:-1]
+    norms_C, totals_C = (_wide(logits_CV.new_zeros(shape)).flatten() for _ in range(2))
+    likeliest_C = torch.zeros_like(norms_C, dtype=torch.int64)
     flat_CV = logits_CV.flatten(0, -2)
-    norms, totals = [], []
     for rows in _blocks(flat_CV):
         part_CV = _wide(flat_CV[rows])
-        norms.append(part_CV.logsumexp(dim=-1))
-        totals.append(_probabilities(part_CV, norms[-1]).sum(dim=-1))
-    shape = logits_CV.shape[:-1]
-    empty = _wide(flat_CV.new_zeros(0))
-    return logits_CV, torch.cat([empty, *norms]).view(shape), torch.cat([empty, *totals]).view(shape)
+        norms_C[rows] = part_CV.logsumexp(dim=-1)
+        totals_C[rows] = _probabilities(part_CV, norms_C[rows]).sum(dim=-1)
+        likeliest_C[rows] = part_CV.argmax(dim=-1)
+    return logits_CV, norms_C.view(shape), totals_C.view(shape), likeliest_C.view(shape)
 
 
 def kl(dense_logits_CV: torch.Tensor, plan_logits_CV: torch.Tensor) -> torch.Tensor:
@@ -72,35 +74,28 @@ def kl(dense_logits_CV: torch.Tensor, plan_logits_CV: torch.Tensor) -> torch.Ten
 def kl_from(dense: DenseLogits, plan_logits_CV: torch.Tensor) -> torch.Tensor:
     """KL of each token's distribution to that of ``plan_logits_CV`` in nats, ``(C,)``, float64.
 
-    With p the dense probabilities, d the differences of logits and x = d - sum p d,
-    ``KL = log1p(sum p expm1(x)) - sum p x``: a common shift of the logits falls out, and what is
-    left is as small as the KL itself. Where that overflows (a KL beyond 80), float64 is used.
+    With p the dense probabilities and x the differences of logits minus their mean under p,
+    ``KL = log1p(sum p expm1(x)) - sum p x``, whose terms are of the size of the KL. The likeliest
+    token's difference is taken off first, so that a common shift of the logits falls out before
+    anything is rounded. Where ``expm1`` overflows (a KL beyond 80), float64 is used.
     """
-    dense_CV, norms_C, totals_C = dense[0].flatten(0, -2), dense[1].flatten(), dense[2].flatten()
-    plan_CV = plan_logits_CV.flatten(0, -2)
+    dense_CV, plan_CV = dense[0].flatten(0, -2), plan_logits_CV.flatten(0, -2)
+    norms_C, totals_C, likeliest_C = (tensor.flatten() for tensor in dense[1:])
     parts = [plan_CV.new_zeros(0, dtype=torch.float64)]
     for rows in _blocks(plan_CV):
-        part_CV = _wide(dense_CV[rows])
-        gaps_CV = torch.sub(_wide(plan_CV[rows]), part_CV)
-        probs_CV = _probabilities(part_CV, norms_C[rows])
-        part_C = _centred_kl(probs_CV, totals_C[rows], gaps_CV)
+        part_CV, other_CV, likeliest_C1 = dense_CV[rows], plan_CV[rows], likeliest_C[rows, None]
+        shift_C1 = _wide(other_CV.gather(-1, likeliest_C1)) - part_CV.gather(-1, likeliest_C1)
+        gaps_CV = torch.sub(_wide(other_CV), shift_C1).sub_(part_CV)
+        probs_CV = _probabilities(_wide(part_CV), norms_C[rows])
+        # Probabilities in float32 do not quite sum up to 1: their sum is divided out.
+        gaps_CV.sub_((_weighted_sum(probs_CV, gaps_CV) / totals_C[rows])[:, None])
+        mean_C = _weighted_sum(probs_CV, gaps_CV).double() / totals_C[rows]
+        growth_C = _weighted_sum(probs_CV, gaps_CV.expm1_()).double() / totals_C[rows]
+        part_C = growth_C.log1p() - mean_C
         if not part_C.isfinite().all():
-            part_C = kl_of(log_softmax64(dense_CV[rows]), log_softmax64(plan_CV[rows]))
+            part_C = kl_of(log_softmax64(part_CV), log_softmax64(other_CV))
         parts.append(part_C)
     return torch.cat(parts).view(plan_logits_CV.shape[:-1])
-
-
-def _centred_kl(
-    probs_CV: torch.Tensor, totals_C: torch.Tensor, gaps_CV: torch.Tensor
-) -> torch.Tensor:
-    """The formula of :func:`kl_from`, float64; ``gaps_CV`` is used up.
-
-    Probabilities in float32 sum up to ``totals_C``, not quite to 1, which is divided out.
-    """
-    gaps_CV.sub_(_weighted_sum(probs_CV, gaps_CV)[:, None] / totals_C[:, None])
-    mean_C = _weighted_sum(probs_CV, gaps_CV).double() / totals_C
-    growth_C = _weighted_sum(probs_CV, gaps_CV.expm1_()).double() / totals_C
-    return growth_C.log1p() - mean_C
 
 
 def _weighted_sum(weights_CV: torch.Tensor, values_CV: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ class Score:
 
 Reference = tuple[torch.Tensor, ...]
 """The dense model's outputs that candidates are compared with: logits ``(..., V)`` in the model's
-element type and two numbers a token (:data:`rayapp.models.likelihood.DenseLogits`), or the
+element type and three numbers a token (:data:`rayapp.models.likelihood.DenseLogits`), or the
 ``top_k`` of logits."""
 
 
@@ -57,9 +57,11 @@ def token_values(
     """The objective at every continuation token, ``(C,)``, float64; any leading shape works."""
     if objective.kind == "nll" or reference is None:
         return nll(logits_CV, token_ids_C)
-    first, second, third = reference
-    compare = kl_top_k if objective.kl_top_k else kl_from
-    return compare((first, second, third), logits_CV)
+    if objective.kl_top_k:
+        top_CK, ids_CK, others_C = reference
+        return kl_top_k((top_CK, ids_CK, others_C), logits_CV)
+    dense_CV, norms_C, totals_C, likeliest_C = reference
+    return kl_from((dense_CV, norms_C, totals_C, likeliest_C), logits_CV)
 
 
 def combine(
