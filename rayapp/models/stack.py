@@ -23,6 +23,7 @@ from rayapp.models.blocks import (
     sliding_windows,
     text_config,
 )
+from rayapp.models.products import weight_of
 from rayapp.models.real_tokens import RealTokens
 from rayapp.plan import PruningPlan, Stage
 
@@ -179,7 +180,7 @@ class BlockStack:
         """Logits ``(B, T, V)`` of hidden states that left the last block."""
         norm, head = self._decoder.norm, self.model.get_output_embeddings()
         normed_BTE = norm(hidden_BTE.to(norm.weight.device))
-        return head(normed_BTE.to(head.weight.device))
+        return head(normed_BTE.to(weight_of(head).device))
 
 
 def _moved(mask: Any, device: torch.device) -> Any:
