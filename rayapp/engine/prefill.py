@@ -202,7 +202,9 @@ class PrefillEngine:
         runs, counts = [run for run, _ in chunks], [count for _, count in chunks]
         row = Pass([run.kv for run in runs], counts, self.stack)
         hidden_1TE = torch.cat([run.hidden_CE(count) for run, count in chunks])[None]
-        hidden_1TE = self.stack.run(hidden_1TE, row.positions_1T, row, row.masks)
+        hidden_1TE = self.stack.run(
+            hidden_1TE, row.positions_1T, row, row.masks, real_tokens=row.real_tokens
+        )
         row.finish()
         ends = torch.tensor(counts).cumsum(0) - 1
         last_B = ends[[not run.num_left for run in runs]].to(hidden_1TE.device)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from rayapp.kv.cache import CaptureCache, StackShape
-from rayapp.models.attention import packed_sdpa
+from rayapp.models.real_tokens import RealTokens
 
 
 class PromptKV:
@@ -62,9 +62,9 @@ class PromptKV:
 
 
 class Pass:
-    """The next ``counts`` tokens of ``prompts`` in one row: the cache and the attention of a run.
+    """The next ``counts`` tokens of ``prompts`` in one row, and the cache that a run of it fills.
 
-    It is passed to ``BlockStack.run`` as the cache, and :attr:`masks` as the masks.
+    ``BlockStack.run`` takes it as the cache, with its :attr:`masks` and :attr:`real_tokens`.
     """
 
     def __init__(
@@ -72,59 +72,32 @@ class Pass:
     ) -> None:
         self._prompts = tuple(prompts)
         self._counts = tuple(counts)
-        self._windows = tuple(stack.windows)
-        self._attended: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._block = 0
-        self._masks = {
-            window: [_mask(kv, count, window) for kv, count in zip(prompts, counts, strict=True)]
-            for window in set(self._windows)
+        parts = list(zip(self._prompts, self._counts, strict=True))
+        by_window = {
+            window: [_mask(kv, count, window) for kv, count in parts]
+            for window in set(stack.windows)
         }
+        self.masks = {block: by_window[window] for block, window in enumerate(stack.windows)}
+        self.real_tokens = RealTokens.full(*((1, count) for count in counts))
         self.positions_1T = torch.cat(
-            [
-                kv.positions_T[kv.num_done : kv.num_done + count]
-                for kv, count in zip(prompts, counts, strict=True)
-            ]
+            [kv.positions_T[kv.num_done : kv.num_done + count] for kv, count in parts]
         )[None]
-
-    @property
-    def masks(self) -> dict[int, Pass]:
-        """The masks of all blocks: attention asks this pass itself."""
-        return dict.fromkeys(range(len(self._windows)), self)
 
     def update(
         self, keys_1HTD: torch.Tensor, values_1HTD: torch.Tensor, block: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the pass's entries of ``block`` to every prompt; :meth:`attend` sees all of them."""
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Add the entries of ``block`` to every prompt; return what each prompt attends to."""
         pieces = zip(
             self._prompts,
             keys_1HTD.split(self._counts, dim=2),
             values_1HTD.split(self._counts, dim=2),
             strict=True,
         )
-        self._attended = [kv.append(block, keys, values) for kv, keys, values in pieces]
-        self._block = block
-        return keys_1HTD, values_1HTD
-
-    def attend(
-        self, module: torch.nn.Module, query_1QTD: torch.Tensor, scaling: float | None
-    ) -> torch.Tensor:
-        """Attention outputs ``(1, T, Q, D)`` of the block that wrote its entries last."""
-        window = self._windows[self._block]
-        outputs = []
-        for query_1QCD, (keys, values), mask in zip(
-            query_1QTD.split(self._counts, dim=2),
-            self._attended,
-            self._masks[window],
-            strict=True,
-        ):
-            mask = None if mask is None else mask.to(query_1QCD.device)
-            attended, _ = packed_sdpa(module, query_1QCD, keys, values, mask, scaling=scaling)
-            outputs.append(attended)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        attended = [kv.append(block, keys, values) for kv, keys, values in pieces]
+        return [keys for keys, _ in attended], [values for _, values in attended]
 
     def finish(self) -> None:
         """Count the tokens as run once all blocks have run."""
-        self._attended = []
         for kv, count in zip(self._prompts, self._counts, strict=True):
             kv.num_done += count
 

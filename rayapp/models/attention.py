@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from rayapp.models.real_tokens import RealTokens
 
 PACKED_SDPA = "rayapp_packed_sdpa"
 
@@ -32,16 +34,6 @@ Observer = Callable[[torch.Tensor, torch.Tensor, float], None]
 the scale of their products."""
 
 _observers: list[Observer] = []
-
-
-class Attending(Protocol):
-    """An object in the place of a mask, which computes attention itself."""
-
-    def attend(
-        self, module: torch.nn.Module, query_BQTD: torch.Tensor, scaling: float | None
-    ) -> torch.Tensor:
-        """Return attention outputs ``(B, T, Q, D)`` over the KV that the object holds."""
-        ...
 
 
 @contextmanager
@@ -78,14 +70,27 @@ def packed_sdpa(
     query_BQTD: torch.Tensor,
     keys_BHKD: torch.Tensor,
     values_BHKD: torch.Tensor,
-    attention_mask: torch.Tensor | Attending | None,
+    attention_mask: torch.Tensor | None,
     *,
     scaling: float | None = None,
+    real_tokens: RealTokens | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention outputs ``(B, T, Q, D)``; a mask, bool or added, broadcasts to ``(B, 1, T, K)``."""
-    if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
-        return attention_mask.attend(module, query_BQTD, scaling), None
+    """Attention outputs ``(B, T, Q, D)``; a mask, bool or added, broadcasts to ``(B, 1, T, K)``.
+
+    With ``real_tokens``, queries and outputs are those of all batches in one row, and keys, values
+    and masks are sequences with one tensor (of masks: or None) per batch.
+    """
+    if real_tokens is not None:
+        batches = zip(
+            real_tokens.heads_apart(query_BQTD),
+            keys_BHKD,
+            values_BHKD,
+            attention_mask or [None] * len(keys_BHKD),
+            strict=True,
+        )
+        attended = [packed_sdpa(module, *each, scaling=scaling, **kwargs)[0] for each in batches]
+        return real_tokens.joined(attended), None
     for observe in _observers:
         default = query_BQTD.shape[-1] ** -0.5
         observe(query_BQTD, keys_BHKD, default if scaling is None else scaling)

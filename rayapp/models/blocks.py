@@ -18,6 +18,7 @@ from rayapp.errors import ModelError, PlanError
 from rayapp.models.fingerprint import canonical_name, model_fingerprint, weights_digest
 from rayapp.models.healed import healed_parameters
 from rayapp.models.kv_settings import kv_settings
+from rayapp.models.products import unpack
 from rayapp.plan import Mode, ModelSignature, PruningPlan, Stage
 
 SUPPORTED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -147,12 +148,15 @@ def apply_stage(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreT
         PlanError: The plan was made for another model, or its healed tensors cannot be used.
     """
     staged = apply_modes(model, plan, stage)
+    healed = healed_parameters(model, plan, stage)
+    replaced = {name.rpartition(".")[0] for name in healed}
+    unpack(staged, [n for n, _ in staged.named_modules() if canonical_name(n) in replaced])
     owners = {
         canonical_name(f"{prefix}.{name}"): (module, name)
         for prefix, module in staged.named_modules()
         for name in module._parameters
     }
-    for name, parameter in healed_parameters(model, plan, stage).items():
+    for name, parameter in healed.items():
         if name not in owners:
             raise PlanError(
                 f"healed tensor {name!r} is of a part that {stage} does not run under this plan; "

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from rayapp.errors import PlanError
 from rayapp.models.fingerprint import canonical_name
+from rayapp.models.products import named_weights
 from rayapp.plan import HEALED_FILE, STAGES, PruningPlan, Stage
 
 Tensors = Mapping[str, torch.Tensor]
@@ -98,7 +99,7 @@ def attach(model: PreTrainedModel, healed: HealedWeights) -> None:
             shape.
     """
     known = _attached(model).setdefault(healed.digest, {})
-    parameters = {canonical_name(name): p for name, p in model.named_parameters()}
+    parameters = {canonical_name(name): p for name, p in named_weights(model)}
     for stage, tensors in healed.stages.items():
         if stage not in known:
             known[stage] = {n: _parameter(n, t, parameters) for n, t in tensors.items()}
@@ -136,7 +137,7 @@ def _attached(model: Any) -> dict[str, dict[Stage, dict[str, nn.Parameter]]]:
 
 
 def _parameter(
-    name: str, tensor: torch.Tensor, parameters: Mapping[str, nn.Parameter]
+    name: str, tensor: torch.Tensor, parameters: Mapping[str, torch.Tensor]
 ) -> nn.Parameter:
     own = parameters.get(name)
     if own is None or not name.startswith(f"{_BLOCKS}."):
@@ -153,10 +154,10 @@ def _parameter(
     return nn.Parameter(value, requires_grad=False)
 
 
-def _device(name: str, parameters: Mapping[str, nn.Parameter]) -> torch.device:
+def _device(name: str, parameters: Mapping[str, torch.Tensor]) -> torch.device:
     """Device of the tensor's block, whose frozen parameters are there even if this one is not."""
     block = ".".join(name.split(".")[:2])
-    there: Iterable[nn.Parameter] = (
+    there: Iterable[torch.Tensor] = (
         p for n, p in parameters.items() if n.startswith(f"{block}.") and not p.is_meta
     )
     return next((p.device for p in there), torch.device("cpu"))

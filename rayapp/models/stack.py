@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rayapp.errors import ModelError
-from rayapp.models.attention import PACKED_SDPA, Attending
+from rayapp.models.attention import PACKED_SDPA
 from rayapp.models.blocks import (
     apply_stage,
     find_decoder,
@@ -23,6 +23,8 @@ from rayapp.models.blocks import (
     sliding_windows,
     text_config,
 )
+from rayapp.models.products import weight_of
+from rayapp.models.real_tokens import RealTokens
 from rayapp.plan import PruningPlan, Stage
 
 
@@ -36,7 +38,8 @@ class BlockCache(Protocol):
         ...
 
 
-Masks = Mapping[int, torch.Tensor | Attending | None]
+Masks = Mapping[int, Any]
+"""Masks by block; those of joined batches are sequences with a mask, or None, per batch."""
 
 
 class BlockStack:
@@ -119,6 +122,7 @@ class BlockStack:
         start: int = 0,
         stop: int | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        real_tokens: RealTokens | None = None,
     ) -> torch.Tensor:
         """Run blocks ``start`` to ``stop`` (exclusive; default: all); return hidden states.
 
@@ -126,14 +130,16 @@ class BlockStack:
             hidden_BTE: Hidden states that enter block ``start``.
             positions_BT: Position of every token in the unpruned sequence, int64, ``(B or 1, T)``.
             cache: The cache that receives KV, and returns the KV to attend to.
-            masks: Boolean masks by block, which broadcast to ``(B, 1, T, K)``, True = may attend,
-                or objects that compute attention themselves.
+            masks: Boolean masks by block, which broadcast to ``(B, 1, T, K)``, True = may attend.
                 A block without one is causal if T == K (its sliding window honoured), and sees all
                 entries if T == 1.
             start: The first block to run.
             stop: The block before which to stop.
             rotary: The result of :meth:`rotary` for these positions, if it is at hand.
+            real_tokens: The batches whose real tokens ``hidden_BTE`` joins in one row. The cache
+                then returns keys and values of every batch, and masks are given per batch.
         """
+        joined = {} if real_tokens is None else {"real_tokens": real_tokens}
         positions_BT = positions_BT.to(hidden_BTE.device)
         rotary = self.rotary(hidden_BTE, positions_BT) if rotary is None else rotary
         masks = self._window_masks(positions_BT) if masks is None else masks
@@ -143,13 +149,14 @@ class BlockStack:
                 device = self.devices[number]
                 hidden_BTE, positions_BT = hidden_BTE.to(device), positions_BT.to(device)
                 rotary = (rotary[0].to(device), rotary[1].to(device))
-                mask = mask.to(device) if isinstance(mask, torch.Tensor) else mask
+                mask = _moved(mask, device)
             hidden_BTE = self._decoder.layers[number](
                 hidden_BTE,
                 attention_mask=mask,
                 position_ids=positions_BT,
                 past_key_values=cache,
                 position_embeddings=rotary,
+                **joined,
             )
         return hidden_BTE
 
@@ -173,4 +180,11 @@ class BlockStack:
         """Logits ``(B, T, V)`` of hidden states that left the last block."""
         norm, head = self._decoder.norm, self.model.get_output_embeddings()
         normed_BTE = norm(hidden_BTE.to(norm.weight.device))
-        return head(normed_BTE.to(head.weight.device))
+        return head(normed_BTE.to(weight_of(head).device))
+
+
+def _moved(mask: Any, device: torch.device) -> Any:
+    """A mask, or the masks of joined batches, on ``device``."""
+    if mask is None or isinstance(mask, torch.Tensor):
+        return None if mask is None else mask.to(device)
+    return tuple(_moved(each, device) for each in mask)

@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rayapp.data.lines import ImageLine, read_lines
 from rayapp.errors import DataError, InputError
-from rayapp.models.blocks import MULTIMODAL_TYPES, text_config
+from rayapp.models.blocks import MULTIMODAL_TYPES, decoder_blocks, text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.hub import locate
 from rayapp.models.loading import load_model, load_tokenizer
+from rayapp.models.products import pack_products
 from rayapp.plan import ModelSignature
 from rayapp.pruning.evaluator.calibration import Calibration, load_calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
@@ -157,6 +158,7 @@ def open_evaluator(
     torch.set_num_threads(compute.threads)
     loaded = load_model(score.model, dtype=score.dtype, device=compute.device)
     teach(loaded.model, calibration.words)
+    pack_products(loaded.model, decoder_blocks(loaded.model))
     return Evaluator(loaded.model, calibration, score.scoring(), cache_bytes=compute.cache_bytes)
 
 

@@ -25,6 +25,7 @@ from rayapp.data.lines import TokenizedLine
 from rayapp.errors import DataError, SearchError
 from rayapp.models.blocks import text_config
 from rayapp.models.fingerprint import canonical_name
+from rayapp.models.products import unpack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan, Stage
 from rayapp.pruning.candidates.healing import HealedPair, Pair
@@ -139,6 +140,7 @@ class _Survivor:
         self.pair = pair
         self._stack = BlockStack(model, PruningPlan(), pair.stage)
         self._block = self._stack.blocks[pair.survivor]
+        unpack(self._block)
         self._dtype = self._stack.dtype
         self._names: dict[str, nn.Parameter] = {}
         for prefix, module in self._block.named_modules():
