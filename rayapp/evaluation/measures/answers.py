@@ -18,10 +18,14 @@ _BATCHES_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """Whether greedy decoding gave the expected answer, and the bytes of its KV."""
+    """Whether greedy decoding gave the expected answer, and the bytes of its KV.
+
+    ``begins`` leaves the end marker aside: greedy decoding begins with the completion.
+    """
 
     is_match: bool
     transfer: TransferRecord
+    begins: bool = False
 
 
 def judge_answers(
@@ -35,7 +39,8 @@ def judge_answers(
     """Answer every prompt greedily and compare with its continuation, end marker included.
 
     Decode writes exactly as many tokens as the expected answer has, without stopping early. So the
-    KV of every prompt travels and is counted, even if the first token is wrong.
+    KV of every prompt travels and is counted, even if the first token is wrong. A completion of a
+    single token that is cut off gets two, since the KV of one is never sent.
 
     Args:
         pipeline: Prefill, wire and continuous decode of one plan.
@@ -59,17 +64,19 @@ def judge_answers(
 
 
 def _greedy(line: TokenizedLine) -> SamplingParams:
-    return SamplingParams(max_tokens=len(line.continuation), temperature=0.0, ignore_eos=True)
+    max_tokens = max(2, len(line.continuation))
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
 
 
 def _judge(
     line: TokenizedLine, completion: Completion, end_token_ids: Sequence[int]
 ) -> JudgedAnswer:
-    *expected, end = line.continuation
-    *answer, last = completion.token_ids
     if completion.transfer is None:
         raise IntegrityError(
             f"an answer of {len(line.continuation)} tokens came without a transfer"
         )
-    is_match = answer == expected and last in (end, *end_token_ids)
-    return JudgedAnswer(is_match, completion.transfer)
+    expected = line.continuation[:-1] if line.ends else line.continuation
+    begins = completion.token_ids[: len(expected)] == expected
+    ends = (line.continuation[-1], *end_token_ids)
+    is_match = begins and (not line.ends or completion.token_ids[-1] in ends)
+    return JudgedAnswer(is_match, completion.transfer, begins)
