@@ -176,8 +176,7 @@ def tokenize_line(
     """Tokenise a line; raises :class:`DataError` if it cannot be used, naming ``where``."""
     if line.ends and tokenizer.eos_token_id is None:
         raise DataError(
-            f"{where}: the tokenizer names no end marker; set its eos_token, "
-            'or write "ends": false'
+            f'{where}: the tokenizer names no end marker; set its eos_token, or write "ends": false'
         )
     # Our rule is stricter than the tokenizer's: a model_max_length below the context only logs a
     # warning.

@@ -26,8 +26,8 @@ class MeasuredRow(Strict):
     """A task, or the mean over tasks (``mean``): its examples, and the sums of their KV's bytes.
 
     Prompt tokens are those of the unpruned prompt, with all tokens of its images.
-    ``decode_share`` is the share of the scored tokens that decode computed; the others are prefill's
-    first tokens. ``seen`` says how the plan was chosen or trained on this task; empty if it was not.
+    ``decode_share`` is the share of the scored tokens that decode computed; the others are first
+    tokens, of prefill. ``seen`` says how the plan was chosen or trained on this task; empty if not.
     """
 
     task: str
@@ -284,6 +284,11 @@ class EvaluationResult(Strict):
         left_out = sum(task.num_left_out for task in self.texts)
         if left_out:
             reasons.append(f"{left_out:,} tokens of text lie beyond the limit of windows")
+        if self.test_met_by:
+            reasons.append(
+                f"this test set was met before by {len(self.test_met_by)} other plans; choose on a "
+                "validation set"
+            )
         if not self.settings.split:
             reasons.append("the split of the data is not stated")
         return tuple(reasons)

@@ -10,10 +10,10 @@ from rayapp.data.lines import TokenizedLine
 from rayapp.engine.local import Completion, LocalPipeline
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import IntegrityError
-from rayapp.evaluation.progress import ProgressCallback, silent
 from rayapp.kv.ledger import TransferRecord
 
-_BATCHES_AT_ONCE = 8
+BATCHES_AT_ONCE = 8
+"""Batches of sequences that one call answers, so that one ends as the next begins."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,6 @@ def judge_answers(
     lines: Sequence[TokenizedLine],
     *,
     end_token_ids: Sequence[int] = (),
-    progress: ProgressCallback = silent,
-    what: str = "answers",
 ) -> list[JudgedAnswer]:
     """Answer every prompt greedily and compare with its continuation, end marker included.
 
@@ -46,21 +44,13 @@ def judge_answers(
         pipeline: Prefill, wire and continuous decode of one plan.
         lines: Prompts with their expected continuations.
         end_token_ids: Tokens that may stand for the end marker beside the expected one.
-        progress: Called after every slice of prompts.
-        what: The label of the progress.
     """
-    step = pipeline.max_num_seqs * _BATCHES_AT_ONCE
-    judged: list[JudgedAnswer] = []
-    for start in range(0, len(lines), step):
-        some = lines[start : start + step]
-        sampling = [_greedy(line) for line in some]
-        completions = pipeline.generate([prompt_of(line) for line in some], sampling)
-        judged += [
-            _judge(line, completion, end_token_ids)
-            for line, completion in zip(some, completions, strict=True)
-        ]
-        progress(what, len(judged), len(lines))
-    return judged
+    sampling = [_greedy(line) for line in lines]
+    completions = pipeline.generate([prompt_of(line) for line in lines], sampling)
+    return [
+        _judge(line, completion, end_token_ids)
+        for line, completion in zip(lines, completions, strict=True)
+    ]
 
 
 def _greedy(line: TokenizedLine) -> SamplingParams:
