@@ -26,10 +26,12 @@ from rayapp.evaluation.progress import ProgressCallback, silent
 from rayapp.evaluation.quality import FORMS, RolloutResult
 from rayapp.evaluation.result import (
     MEAN,
+    ChoiceResult,
     EvaluationResult,
     LatencyResult,
-    MeasuredRow,
     PlanSummary,
+    TaskResult,
+    TextResult,
 )
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.evaluation.sides import Sides
@@ -43,20 +45,22 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT_SETTINGS = EvaluationSettings()
 NAMELESS = "examples"
+AnyData = Sequence[str | Path]
+"""Files of lines, or directories of them."""
 
-Row = TypeVar("Row", bound=MeasuredRow | RolloutResult)
+_Row = TypeVar("_Row", TaskResult, ChoiceResult, TextResult, RolloutResult)
 _Group = TypeVar("_Group", JudgedCompletions, AnsweredQuestions, ScoredWindows)
 
 
 def evaluate(
     model: str | Path,
     plan: PruningPlan | str | Path | None,
-    data: Sequence[str | Path],
+    data: AnyData,
     *,
     settings: EvaluationSettings = _DEFAULT_SETTINGS,
     place: Place = HERE,
     out: str | Path | None = None,
-    texts: Sequence[str | Path] = (),
+    texts: AnyData = (),
     progress: ProgressCallback = silent,
 ) -> EvaluationResult:
     """Measure a plan's losses and savings beside the dense model on the same examples.
@@ -83,35 +87,51 @@ def evaluate(
         PlanError: The plan is malformed or was made for another model.
         DataError: A file cannot be read or holds no example, or a line (named) is malformed.
     """
-    chosen, checkpoint = _chosen(plan), Checkpoint(model)
-    examples = _read(checkpoint, chosen, data, texts, settings)
-    with_images = bool(examples.image_lines) or chosen.visual_tokens is not None
-    subject = Subject(Path(checkpoint.path), settings, with_images=with_images)
+    chosen, subject, examples = checked_inputs(model, plan, data, texts, settings)
     with num_threads(settings.num_threads), place.open(subject) as compute:
         where = None if out is None else Path(out)
-        begun = _begun(compute, checkpoint, chosen, settings, examples, where)
-        journal = Journal(where, _identity(begun))
+        begun = _begun(compute, subject, chosen, examples, where)
+        weights = begun.model.weights_fingerprint
+        journal = Journal(where, piece_identity(compute, weights, chosen, settings))
         measurer = Measurer(compute, chosen, settings, progress, journal)
-        tokenizer = load_tokenizer(checkpoint.path)
+        tokenizer = load_tokenizer(subject.model)
         result = _Evaluation(measurer, begun, chosen, tokenizer, where).run(examples)
         journal.close()
     return result
 
 
+def checked_inputs(
+    model: str | Path,
+    plan: PruningPlan | str | Path | None,
+    data: AnyData,
+    texts: AnyData,
+    settings: EvaluationSettings,
+) -> tuple[PruningPlan, Subject, EvaluationData]:
+    """The inputs of an evaluation, checked before any weights are read.
+
+    Raises:
+        InputError: As in :func:`evaluate`.
+    """
+    chosen, checkpoint = _chosen(plan), Checkpoint(model)
+    examples = _read(checkpoint, chosen, data, texts, settings)
+    with_images = bool(examples.image_lines) or chosen.visual_tokens is not None
+    return chosen, Subject(Path(checkpoint.path), settings, with_images=with_images), examples
+
+
 def _begun(
     compute: PieceCompute,
-    checkpoint: Checkpoint,
+    subject: Subject,
     plan: PruningPlan,
-    settings: EvaluationSettings,
     data: EvaluationData,
     out: Path | None,
 ) -> EvaluationResult:
     """The result before anything is measured."""
+    settings = subject.settings
     compute.use(plan)
-    device, dtype = compute.measure(_place)
+    device, dtype = compute.measure(placed)
     met = meet(out, settings.split, data.files, plan.fingerprint)
     return EvaluationResult(
-        model=checkpoint.signature(),
+        model=Checkpoint(subject.model).signature(),
         dtype=dtype,
         plan=_summary(plan),
         settings=settings,
@@ -121,24 +141,26 @@ def _begun(
     )
 
 
-def _place(sides: Sides) -> tuple[str, str]:
+def placed(sides: Sides) -> tuple[str, str]:
     """The device and element type that a model computes in."""
     model = sides.loaded.model
     return str(model.device), str(model.dtype).removeprefix("torch.")
 
 
-def _identity(begun: EvaluationResult) -> dict[str, Any]:
-    """What measured pieces depend on, except their examples."""
-    settings = begun.settings.model_dump(
-        mode="json", include={"max_num_seqs", "max_rollout_tokens", "num_threads"}
-    )
+def piece_identity(
+    compute: PieceCompute, weights: str, plan: PruningPlan, settings: EvaluationSettings
+) -> dict[str, Any]:
+    """What measured pieces depend on, except their examples; ``weights`` is the fingerprint."""
+    device, dtype = compute.measure(placed)
+    versions = this_machine(device=device, num_threads=settings.num_threads).versions
+    sizes = {"max_num_seqs", "max_rollout_tokens", "num_threads"}
     return {
-        "weights": begun.model.weights_fingerprint,
-        "plan": begun.plan.fingerprint,
-        "dtype": begun.dtype,
-        "device": begun.machine.device,
-        "versions": begun.machine.versions,
-        **settings,
+        "weights": weights,
+        "plan": plan.fingerprint,
+        "dtype": dtype,
+        "device": device,
+        "versions": versions,
+        **settings.model_dump(mode="json", include=sizes),
     }
 
 
@@ -151,8 +173,8 @@ def _chosen(plan: PruningPlan | str | Path | None) -> PruningPlan:
 def _read(
     checkpoint: Checkpoint,
     plan: PruningPlan,
-    data: Sequence[str | Path],
-    texts: Sequence[str | Path],
+    data: AnyData,
+    texts: AnyData,
     settings: EvaluationSettings,
 ) -> EvaluationData:
     """Check plan and data against the checkpoint without its weights."""
@@ -271,7 +293,7 @@ class _Evaluation:
             self._keep(rollouts=(*self._result.rollouts, self._marked(row)))
             openings = [*openings, *second_openings(some, done, self._tokenizer)]
 
-    def _marked(self, row: Row) -> Row:
+    def _marked(self, row: _Row) -> _Row:
         """A row that says how the plan has seen its task."""
         task = row.source if isinstance(row, RolloutResult) else row.task
         return row.model_copy(update={"seen": self._seen.get(task, "")})

@@ -17,6 +17,8 @@ from rayapp.plan import ModelSignature, Stage
 from rayapp.settings import Strict
 
 MEAN = "mean"
+Side = Literal["dense", "plan"]
+SIDES: tuple[Side, ...] = ("dense", "plan")
 CLAIM_EXAMPLES = 2_000
 CLAIM_PROMPT_TOKENS = 128
 CLAIM_RUNS = 30
@@ -147,19 +149,19 @@ class LatencyResult(Strict):
     link_gbps: float | None = None
     first_token: Stage = "prefill"
 
-    def handoff_ms(self, side: Literal["dense", "plan"]) -> float:
+    def handoff_ms(self, side: Side) -> float:
         """A prompt's way to decode: its bytes over the link, then into decode's cache."""
         times: StageTimes = getattr(self, side)
         sent_ms = 8e-6 * (times.bytes_sent or 0) / self.link_gbps if self.link_gbps else 0.0
         return sent_ms + (times.admit_ms or 0.0)
 
-    def ttft_ms(self, side: Literal["dense", "plan"]) -> float:
+    def ttft_ms(self, side: Side) -> float:
         """Time to the first token; it waits for the handoff where decode samples it."""
         times: StageTimes = getattr(self, side)
         waits = side == "plan" and self.first_token == "decode"
         return times.prefill_ms + (self.handoff_ms(side) if waits else 0.0)
 
-    def whole_ms(self, side: Literal["dense", "plan"]) -> float:
+    def whole_ms(self, side: Side) -> float:
         """Time of a whole answer, its handoff included wherever it falls."""
         times: StageTimes = getattr(self, side)
         return times.answer_ms + self.handoff_ms(side)

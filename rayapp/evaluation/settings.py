@@ -7,10 +7,24 @@ from typing import Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from rayapp.evaluation.bootstrap import NUM_RESAMPLES
-from rayapp.settings import Strict, Threads
+from rayapp.settings import Address, Settings, Strict, Threads, Workers
 
 LINK_GBPS = 10.0
 """Gigabits per second of the link that transfers are computed with (project default)."""
+
+
+class Spread(Settings):
+    """Where an evaluation computes; no number depends on it."""
+
+    model_config = ConfigDict(title="Where it is computed")
+
+    workers: Workers = 0
+    address: Address = None
+
+    @property
+    def in_process(self) -> bool:
+        """Whether everything is computed in this process, without Ray."""
+        return not self.workers and self.address is None
 
 
 class EvaluationSettings(Strict):
@@ -48,6 +62,13 @@ class EvaluationSettings(Strict):
         description="Plans that this data set is to tell the best of; intervals of the margin and "
         "of perplexity are widened for so many.",
         json_schema_extra={"option": "compared"},
+    )
+    expected_flips: float = Field(
+        default=0.1,
+        gt=0,
+        le=1,
+        description="Share of answers that only one side is expected to give right; --plan-only "
+        "tells the interval that follows.",
     )
     num_rollouts: int = Field(
         default=0,

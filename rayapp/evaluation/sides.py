@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,7 +74,7 @@ class Sides:
 
     def measured(self, kind: str, examples: Sequence[Any]) -> list[Any]:
         """Measure examples of one kind (:mod:`rayapp.evaluation.pieces.piece`), in their order."""
-        measures = {
+        measures: dict[str, Callable[[Sequence[Any]], Sequence[Any]]] = {
             "likelihood": self.likelihoods,
             "dense answers": partial(self.answers, "dense"),
             "plan answers": partial(self.answers, "plan"),
@@ -111,7 +111,8 @@ class Sides:
     def rollouts(self, openings: Sequence[Opening]) -> list[Rollout]:
         """Greedy answers of both sides, and the plan along the dense model's."""
         return roll_out(
-            *self._pipelines,
+            self._pipelines[0],
+            self._pipelines[1],
             (self.dense, self.plan),
             [opening.prompt for opening in openings],
             max_tokens=self._settings.max_rollout_tokens,

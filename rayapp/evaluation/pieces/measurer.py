@@ -58,9 +58,9 @@ class Measurer:
     def completions(self, task: str, lines: Sequence[TokenizedLine]) -> JudgedCompletions:
         """Measure likelihoods, then greedy answers through the engine that serves."""
         sums = self._measured(f"{task}: likelihood", list(likelihood_pieces(lines)))
-        judged = [self._answers(task, "dense answers", lines)]
-        judged.append(self._answers(task, "plan answers", lines))
-        return JudgedCompletions(lines, sums, *judged, by_prefill=self._by_prefill)
+        dense = self._answers(task, "dense answers", lines)
+        plan = self._answers(task, "plan answers", lines)
+        return JudgedCompletions(lines, sums, dense, plan, by_prefill=self._by_prefill)
 
     def _answers(
         self,

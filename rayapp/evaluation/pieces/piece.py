@@ -41,11 +41,6 @@ class Piece:
         content = [self.kind, [asdict(example) for example in self.examples]]
         return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:24]
 
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens that this piece runs on each side it runs on, padding aside."""
-        return sum(map(_num_tokens, self.examples))
-
 
 @dataclass(frozen=True)
 class Done:
@@ -94,12 +89,6 @@ def _slices(kind: Kind, examples: Sequence[Any], size: int) -> Iterator[Piece]:
 def _piece(kind: Kind, examples: Sequence[Any], places: Iterable[int]) -> Piece:
     chosen = tuple(places)
     return Piece(kind, chosen, tuple(examples[place] for place in chosen))
-
-
-def _num_tokens(example: Any) -> int:
-    if isinstance(example, Question):
-        return len(example.prompt) + sum(map(len, example.choices))
-    return len(example.prompt) + len(getattr(example, "continuation", ()))
 
 
 def as_json(value: Any) -> Any:
