@@ -19,10 +19,10 @@ import torch
 
 from rayapp.errors import DataError, InputError
 from rayapp.evaluation.data import EvaluationData, read_data
-from rayapp.evaluation.evaluate import num_threads
+from rayapp.evaluation.evaluate import num_threads, piece_identity, placed
 from rayapp.evaluation.machine import this_machine
-from rayapp.evaluation.measures.prompt_bytes import PromptBytes
 from rayapp.evaluation.paper.outcome import (
+    ROW_FILE,
     RowOutcome,
     SearchCost,
     WeightBytes,
@@ -33,19 +33,23 @@ from rayapp.evaluation.paper.overlap import checked_overlaps
 from rayapp.evaluation.paper.rows import DENSE, Row, chosen_rows, left_out, search_settings
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.paper.tables import Paper, caveats, definitions, mean_accuracy
+from rayapp.evaluation.pieces.compute import PieceCompute, Subject
+from rayapp.evaluation.pieces.journal import Journal
+from rayapp.evaluation.pieces.measurer import Measurer
 from rayapp.evaluation.progress import ProgressCallback as EvaluationProgress
 from rayapp.evaluation.result import LatencyResult
 from rayapp.evaluation.sides import Sides
 from rayapp.models.blocks import text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.hub import locate
-from rayapp.models.loading import LoadedModel, load_model, load_tokenizer
+from rayapp.models.loading import load_tokenizer
 from rayapp.plan import PLAN_FILE, PruningPlan, is_outdated, renewal_hint
 from rayapp.pruning.kv_choice.settings import KVSelectSettings
 from rayapp.pruning.preparation import prepare
 from rayapp.pruning.progress import ProgressCallback as SearchProgress
 from rayapp.pruning.search.journal import JOURNAL_FILE
 from rayapp.pruning.settings.search import SearchSettings
+from rayapp.workflows.evaluate import place_of
 from rayapp.workflows.kv_select import kv_select
 from rayapp.workflows.prune import prune
 
@@ -102,15 +106,14 @@ class _Reproduction:
     def run(self) -> Paper:
         """Run all searches before all measurements: model and evaluators do not share memory."""
         plans = self._plans()
-        with num_threads(self.settings.threads):
-            loaded = load_model(
-                self.settings.model, dtype=self.settings.dtype, device=self.settings.device
-            )
+        subject = Subject(Path(self.settings.model), self.settings.evaluation())
+        place = place_of(self.settings.model_settings(), self.settings.spread())
+        with num_threads(self.settings.threads), place.open(subject) as compute:
             measured: list[RowOutcome] = []
             for row in self._rows:
                 if row.name in plans:
-                    measured.append(self._measured(row, plans, loaded, measured))
-                    paper = self._paper(measured, loaded)
+                    measured.append(self._measured(row, plans, compute, measured))
+                    paper = self._paper(measured, compute)
                     paper.write(self._out / TABLES_DIRECTORY)
                     logger.info("%s: done%s", row.title, mean_accuracy(paper, row.name))
         return paper
@@ -221,7 +224,7 @@ class _Reproduction:
         self,
         row: Row,
         plans: Mapping[str, tuple[PruningPlan, str | None]],
-        loaded: LoadedModel,
+        compute: PieceCompute,
         before: list[RowOutcome],
     ) -> RowOutcome:
         """Measure a row's outcome; results in its file are not measured again."""
@@ -237,18 +240,22 @@ class _Reproduction:
                     f"{plan.fingerprint}; delete the row's directory to make it again"
                 )
             with self.watch.evaluation() as progress:
-                sides = Sides(loaded, plan, self.settings.evaluation(), progress)
-                outcome = self._with_data(outcome, sides, path)
-                outcome = self._with_speed(outcome, sides)
+                compute.use(plan)
+                weights, wanted = self._signature.weights_fingerprint, self.settings.evaluation()
+                journal = Journal(path / ROW_FILE, piece_identity(compute, weights, plan, wanted))
+                measurer = Measurer(compute, plan, wanted, progress, journal)
+                outcome = self._with_data(outcome, measurer, path)
+                journal.close()
+                outcome = self._with_speed(outcome, measurer, compute)
         outcome.save(path)  # The file keeps data sets of earlier runs.
         data = {name: outcome.data[name] for name in self._data}
         return outcome.model_copy(update={"data": data})
 
-    def _with_data(self, row_outcome: RowOutcome, sides: Sides, path: Path) -> RowOutcome:
+    def _with_data(self, row_outcome: RowOutcome, measurer: Measurer, path: Path) -> RowOutcome:
         for name, data in self._data.items():
             known = row_outcome.data.get(name)
             if known is None:
-                outcome = measure_data(sides, name, data)
+                outcome = measure_data(measurer, name, data)
                 row_outcome = row_outcome.model_copy(
                     update={"data": {**row_outcome.data, name: outcome}}
                 )
@@ -260,29 +267,38 @@ class _Reproduction:
                 )
         return row_outcome
 
-    def _with_speed(self, outcome: RowOutcome, sides: Sides) -> RowOutcome:
+    def _with_speed(
+        self, outcome: RowOutcome, measurer: Measurer, compute: PieceCompute
+    ) -> RowOutcome:
         settings = self.settings.evaluation()
         timings: tuple[LatencyResult, ...] = outcome.latency
         if settings.num_runs and not timings:
-            timings = tuple(sides.latency(size) for size in settings.batch_sizes)
+            timings = tuple(
+                measurer.latency(size, length)
+                for length in settings.timed_lengths
+                for size in settings.batch_sizes
+            )
         length = [settings.num_prompt_tokens]
-        sent = [PromptBytes.of(side, length).bytes_sent for side in (sides.dense, sides.plan)]
+        sent = [
+            compute.measure(Sides.prompt_bytes, length, side).bytes_sent
+            for side in ("dense", "plan")
+        ]
         update = {
             "latency": timings,
             "timed_bytes": (sent[0], sent[1]),
-            "weights": _weight_bytes(sides),
+            "weights": compute.measure(_weight_bytes),
         }
         return outcome.model_copy(update=update)
 
-    def _paper(self, measured: list[RowOutcome], loaded: LoadedModel) -> Paper:
+    def _paper(self, measured: list[RowOutcome], compute: PieceCompute) -> Paper:
         settings = self.settings
-        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        device, dtype = compute.measure(placed)
         warned = caveats(settings, measured, dtype)
         warned += [
             f"{name}: {count:,} prompts stand in what plans were chosen or trained on"
             for name, count in self._overlaps.items()
         ]
-        machine = this_machine(device=str(loaded.model.device), num_threads=settings.threads)
+        machine = this_machine(device=device, num_threads=settings.threads)
         notes = definitions(settings, self._rows, self.bases)
         return Paper(settings, tuple(measured), dict(self.left_out), machine, notes, warned)
 

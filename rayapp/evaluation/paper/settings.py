@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from rayapp.evaluation.settings import EvaluationSettings
+from rayapp.evaluation.settings import LINK_GBPS, EvaluationSettings, Spread
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import CalibrationFile, ScoreSettings
 from rayapp.pruning.settings.search import Heal, Method, SearchSettings
@@ -15,6 +15,7 @@ from rayapp.settings import (
     Device,
     DTypeName,
     ModelName,
+    ModelSettings,
     Revision,
     Settings,
     Threads,
@@ -24,8 +25,6 @@ from rayapp.settings import (
 SHARE = 0.125
 """Share of all blocks that every plan removes by default: the lightest compression of the peers'
 tables."""
-LINK_GBPS = 10.0
-"""Gigabits per second of the link that transfers are computed with (project default)."""
 
 _NOT_IDENTITY = {
     "model", "calibration", "heal_data", "data", "out", "rows", "workers", "address", "resume",
@@ -191,6 +190,16 @@ class ReproduceSettings(Settings):
             workers=self.workers, address=self.address, device=self.device, threads=self.threads
         )
 
+    def model_settings(self) -> ModelSettings:
+        """The model as rows are measured."""
+        return ModelSettings(
+            model=self.model, revision=self.revision, dtype=self.dtype, device=self.device
+        )
+
+    def spread(self) -> Spread:
+        """Where rows are measured."""
+        return Spread(workers=self.workers, address=self.address)
+
     def evaluation(self) -> EvaluationSettings:
         """The settings of the rows' evaluation."""
         return EvaluationSettings(
@@ -200,4 +209,5 @@ class ReproduceSettings(Settings):
             num_window_tokens=self.num_window_tokens,
             num_threads=self.threads,
             num_runs=self.num_runs,
+            link_gbps=self.link_gbps,
         )

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
+from rayapp.evaluation.cells import Table
 from rayapp.evaluation.machine import Machine
 from rayapp.evaluation.paper.numbers import (
     ACCURACY,
@@ -27,7 +28,6 @@ from rayapp.evaluation.paper.outcome import RowOutcome
 from rayapp.evaluation.paper.rows import OURS, PEERS, ROWS, Row
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.result import MEAN
-from rayapp.evaluation.table import Table
 
 _ROWS = {row.name: row for row in ROWS}
 
