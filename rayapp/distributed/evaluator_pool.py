@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from rayapp.distributed.cluster.nodes import free_nodes, nodes_on_their_way, spelled
 from rayapp.distributed.cluster.patience import HOPELESS_S, Patience
 from rayapp.errors import ClusterError, RayappError, SearchError
-from rayapp.pruning.candidates.healing import HealedPair, Pair
+from rayapp.pruning.candidates.healing import HealedUnit, Unit, unit_order
 from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.healing.training import Healer
@@ -31,8 +31,8 @@ from rayapp.pruning.settings.training import DEFAULT_TRAINING, Training
 
 logger = logging.getLogger(__name__)
 
-Piece = Work | Pair
-"""One piece of work for an evaluator: candidates on a chunk, or a pair to train."""
+Piece = Work | Unit
+"""One piece of work for an evaluator: candidates on a chunk, or a unit to train."""
 
 MAX_LOSSES = 3
 """Number of evaluators that one piece of work may lose before the search gives up on it."""
@@ -62,13 +62,13 @@ class EvaluatorServer:
         """Compute one piece of work."""
         return compute_one(self._ready(), work)
 
-    def heal(self, pair: Pair) -> HealedPair:
-        """Train one pair."""
+    def heal(self, unit: Unit) -> HealedUnit:
+        """Train one unit."""
         assert self._healer is not None, "a search that heals brings its data"
-        return self._healer.heal(pair)
+        return self._healer.heal(unit)
 
-    def add_healed(self, healed: HealedPair) -> None:
-        """Add a trained pair to the evaluator."""
+    def add_healed(self, healed: HealedUnit) -> None:
+        """Add a trained unit to the evaluator."""
         self._ready().add_healed(healed)
 
     def alive(self) -> None:
@@ -87,13 +87,13 @@ class EvaluatorServer:
 class _Evaluator:
     """An actor, the chunks whose states it may still cache, and the failed starts before it.
 
-    ``healed`` are the trained pairs that were sent to it.
+    ``healed`` are the trained units that were sent to it.
     """
 
     actor: Any
     failed_starts: int
     chunks: set[int] = field(default_factory=set)
-    healed: set[Pair] = field(default_factory=set)
+    healed: set[Unit] = field(default_factory=set)
     started: bool = False
 
 
@@ -105,8 +105,8 @@ class EvaluatorPool:
         compute: ``workers`` evaluators, each with ``threads`` CPUs, and one GPU where ``device``
             is CUDA.
         calibration: Sent to every evaluator once.
-        heal_data: What pairs are trained on; sent to every evaluator once.
-        training: How pairs are trained.
+        heal_data: What units are trained on; sent to every evaluator once.
+        training: How units are trained.
         hopeless_s: How long to wait for a node that can hold an evaluator, while there is none.
     """
 
@@ -123,7 +123,7 @@ class EvaluatorPool:
         self._num_wanted = max(1, compute.workers)
         self._told = (score, compute, training)
         self._calibration, self._heal_data = ray.put(calibration), ray.put(heal_data)
-        self._healed: dict[Pair, Any] = {}
+        self._healed: dict[Unit, Any] = {}
         self._hopeless_s = hopeless_s
         self._needs = {"num_cpus": compute.threads, "num_gpus": int("cuda" in compute.device)}
         self._starting: dict[Any, _Evaluator] = {}
@@ -152,13 +152,13 @@ class EvaluatorPool:
         """
         yield from self._results(list(work))
 
-    def heal(self, pairs: Sequence[Pair]) -> Iterator[HealedPair]:
-        """Train every pair once, and yield pairs as they finish; raises as :meth:`run` does."""
-        yield from self._results(list(pairs))
+    def heal(self, units: Sequence[Unit]) -> Iterator[HealedUnit]:
+        """Train every unit once, and yield units as they finish; raises as :meth:`run` does."""
+        yield from self._results(list(units))
 
-    def add_healed(self, healed: HealedPair) -> None:
-        """Keep a trained pair, which is sent to an evaluator before work that needs it."""
-        self._healed[healed.pair] = ray.put(healed)
+    def add_healed(self, healed: HealedUnit) -> None:
+        """Keep a trained unit, which is sent to an evaluator before work that needs it."""
+        self._healed[healed.unit] = ray.put(healed)
 
     def _results(self, waiting: list[Any]) -> Iterator[Any]:
         """Yield the evaluators' results of all pieces as they finish."""
@@ -178,7 +178,7 @@ class EvaluatorPool:
                 yield done
 
     def measure(
-        self, function: Callable[..., Measured], *arguments: object, pairs: Collection[Pair] = ()
+        self, function: Callable[..., Measured], *arguments: object, units: Collection[Unit] = ()
     ) -> Measured:
         """Call a function on one evaluator, and on another one if that is lost.
 
@@ -190,7 +190,7 @@ class EvaluatorPool:
             while not self._idle:
                 self._wait()
             evaluator = self._idle[0]  # It stays idle if the function fails.
-            self._send_pairs(evaluator, frozenset(pairs))
+            self._send_units(evaluator, frozenset(units))
             try:
                 measured: Measured = _fetch(evaluator.actor.measure.remote(function, *arguments))
             except RayActorError as error:
@@ -221,12 +221,12 @@ class EvaluatorPool:
             self._busy[self._submitted(evaluator, piece)] = (evaluator, piece)
 
     def _chosen(self, evaluator: _Evaluator, waiting: list[Any]) -> Piece:
-        """Choose the next pair, or work on a chunk that the evaluator or nobody has cached."""
+        """Choose the next unit, or work on a chunk that the evaluator or nobody has cached."""
         running = [other for other, _ in self._busy.values()]
         taken = {chunk for other in [*self._idle, *running] for chunk in other.chunks}
 
         def rank(piece: Piece) -> tuple[bool, bool, int]:
-            if isinstance(piece, Pair):
+            if not isinstance(piece, Work):
                 return False, False, 0
             return piece.chunk not in evaluator.chunks, piece.chunk in taken, piece.chunk
 
@@ -235,17 +235,17 @@ class EvaluatorPool:
 
     def _submitted(self, evaluator: _Evaluator, piece: Piece) -> Any:
         """Submit a piece; return a reference to its result. An actor keeps the order of calls."""
-        if isinstance(piece, Pair):
+        if not isinstance(piece, Work):
             return evaluator.actor.heal.remote(piece)
         evaluator.chunks.add(piece.chunk)
-        self._send_pairs(evaluator, piece.pairs)
+        self._send_units(evaluator, piece.units)
         return evaluator.actor.compute.remote(piece)
 
-    def _send_pairs(self, evaluator: _Evaluator, pairs: frozenset[Pair]) -> None:
-        """Send pairs to an evaluator before the calls that follow."""
-        for pair in sorted(pairs - evaluator.healed):
-            evaluator.actor.add_healed.remote(self._healed[pair])
-            evaluator.healed.add(pair)
+    def _send_units(self, evaluator: _Evaluator, units: frozenset[Unit]) -> None:
+        """Send units to an evaluator before the calls that follow."""
+        for unit in sorted(units - evaluator.healed, key=unit_order):
+            evaluator.actor.add_healed.remote(self._healed[unit])
+            evaluator.healed.add(unit)
 
     def _wait(self) -> list[Any]:
         """References of work that ended; evaluators that finished starting become idle."""
@@ -321,7 +321,7 @@ def _count_loss(losses: dict[Piece, int], piece: Piece) -> None:
     if losses[piece] >= MAX_LOSSES:
         what = (
             f"while healing {piece}"
-            if isinstance(piece, Pair)
+            if not isinstance(piece, Work)
             else f"on chunk {piece.chunk} with {len(piece.candidates)} candidates"
         )
         raise SearchError(

@@ -24,8 +24,8 @@ from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.sampled_fingerprint import sampled_fingerprint
 from rayapp.plan import PLAN_FILE, STAGES, ModelSignature, PruningPlan
 from rayapp.pruning.candidates.healing import Pair
-from rayapp.pruning.healing.trained_pairs import DIRECTORY as PAIRS_DIRECTORY
-from rayapp.pruning.healing.trained_pairs import pair_context, pair_file
+from rayapp.pruning.healing.healed_units import DIRECTORY as PAIRS_DIRECTORY
+from rayapp.pruning.healing.healed_units import unit_context, unit_file
 from rayapp.pruning.search.journal import JOURNAL_FILE
 from rayapp.pruning.settings.training import Training
 
@@ -213,7 +213,7 @@ class _Found:
             return
         settings, blocks = header["settings"], self.names.new.num_blocks
         old, new = (
-            pair_context(
+            unit_context(
                 weights=weights,
                 data=header["heal_data"],
                 first_token=settings["first_token"],
@@ -225,7 +225,7 @@ class _Found:
         for stage in STAGES:
             for first in range(blocks - 1):
                 for pair in (Pair(stage, first, first + 1), Pair(stage, first + 1, first)):
-                    yield pair_file(old, pair), pair_file(new, pair)
+                    yield unit_file(old, pair), unit_file(new, pair)
 
 
 def _home(path: Path) -> Path:

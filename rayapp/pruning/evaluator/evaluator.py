@@ -3,8 +3,10 @@
 A state is named by exactly what it depends on, and looked up before it is computed:
 
 - prefill's hidden state that enters block ``b``: the chunk and prefill's skips before ``b``; the
-  skips of a survivor also say that it is healed, and for which neighbour;
-- the KV of block ``b``: the same names, and the rule whose encoding it went through, if any;
+  skips of a survivor also say that it is healed, and for which neighbour, and those of a span's
+  last block that it has a bridge;
+- the KV of block ``b``: the same names, whether its projections were refit, and the rule whose
+  encoding it went through, if any;
 - decode's hidden state that enters block ``b``: decode's skips before ``b``, and prefill's skips
   before the last block under ``b`` where decode attended, with the transfer rules of the blocks
   where it did.
@@ -35,7 +37,8 @@ from rayapp.pruning.candidates.candidate import (
     kv_rule,
     transfer_of,
 )
-from rayapp.pruning.candidates.healing import NO_HEALING, PARTS, HealedPair, Healing, Pair
+from rayapp.pruning.candidates.fits import Fit, FitKind
+from rayapp.pruning.candidates.healing import NO_HEALING, PARTS, HealedUnit, Healing, Pair
 from rayapp.pruning.evaluator.block_runner import KV, BlockKVSlot, BlockRunner, with_room
 from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.evaluator.handoff import Handoff, handoff
@@ -57,6 +60,8 @@ class _Pass:
 
     ``rules`` are the transfer rules of all blocks; a block where decode does not attend has the
     rule that sends all.
+
+    ``fits`` are the linear maps of a healed candidate, by stage, kind and block.
     """
 
     chunk: int
@@ -64,12 +69,17 @@ class _Pass:
     prefill: tuple[int, ...]
     decode: tuple[int, ...]
     rules: tuple[KVRule, ...]
+    fits: Mapping[tuple[Stage, FitKind, int], Fit] = field(default_factory=dict)
     held: dict[_Key, Tensors] = field(default_factory=dict)
 
     @property
     def is_dense(self) -> bool:
         cut = any(rule[1:] != SEND_ALL_RULE for rule in self.rules)
         return not any(self.prefill) and not any(self.decode) and not cut
+
+    def refit(self, block: int) -> Fit | None:
+        """The projections that write the block's KV in prefill, if they were refit."""
+        return self.fits.get(("prefill", "kv", block))
 
 
 class Evaluator:
@@ -128,7 +138,7 @@ class Evaluator:
             sums.append(tuple(sums_B.tolist()))
         return sums
 
-    def add_healed(self, healed: HealedPair) -> None:
+    def add_healed(self, healed: HealedUnit) -> None:
         """Make a trained pair known to candidates that use it."""
         self.runner.add_healed(healed)
 
@@ -162,14 +172,14 @@ class Evaluator:
         See :func:`rayapp.models.attention.observed_attention`. Transfer rules are not applied.
         """
         run = self._pass(replace(candidate, kv=()), chunk, {}, healing)
-        skips, inputs = run.prefill if stage == "prefill" else run.decode, run.inputs
+        inputs = run.inputs
         if stage == "prefill":
             hidden_BTE, positions_BT = self._prefill_state(run, block), inputs.prefill_positions_BP
             mask, slot = self.masks.prefill(chunk, block), BlockKVSlot()
         else:
             hidden_BTE, positions_BT = self._decode_state(run, block), inputs.decode_positions_BD
             mask, slot = self.masks.decode(chunk, block), _slot(run, self._written_kv(run, block))
-        self._run(stage, block, skips[block], hidden_BTE, positions_BT, mask, slot)
+        self._run(run, stage, block, hidden_BTE, positions_BT, mask, slot)
 
     def inputs(self, chunk: int) -> Handoff:
         """Inputs of both stages on a chunk."""
@@ -194,7 +204,8 @@ class Evaluator:
             kv_rule(b, SEND_ALL if decode[b] & ATTENTION else wanted.get(b, SEND_ALL))
             for b in range(blocks)
         )
-        return _Pass(chunk, self.inputs(chunk), prefill, decode, rules)
+        fits = {(fit.stage, fit.kind, fit.block): fit for fit in healing.fits(candidate)}
+        return _Pass(chunk, self.inputs(chunk), prefill, decode, rules, fits)
 
     def _reference(self, chunk: int) -> Reference:
         """The dense stages' outputs with uncut KV, which candidates are compared with."""
@@ -236,7 +247,7 @@ class Evaluator:
             mask = self.masks.prefill(run.chunk, current)
             slot = BlockKVSlot()
             hidden_BPE = self._run(
-                "prefill", current, run.prefill[current], hidden_BPE, positions_BP, mask, slot
+                run, "prefill", current, hidden_BPE, positions_BP, mask, slot
             )
             if slot.written:
                 self._keep_kv(run, current, slot.written)
@@ -273,7 +284,8 @@ class Evaluator:
         kv = self._find(_kv_key(run, block), run)
         if kv is None:
             self.forwards += hidden_BPE.shape[0] * hidden_BPE.shape[1] / 2
-            written = self.runner.write_kv(block, hidden_BPE, run.inputs.prefill_positions_BP)
+            positions_BP = run.inputs.prefill_positions_BP
+            written = self.runner.write_kv(block, hidden_BPE, positions_BP, run.refit(block))
             return self._keep_kv(run, block, written)
         return kv[0], kv[1]
 
@@ -311,27 +323,28 @@ class Evaluator:
             slot = _slot(run, self._kv(run, block)) if attends else BlockKVSlot()
             mask = self.masks.decode_bias(run.chunk, block, run.rules[block]) if attends else None
             hidden_BDE = self._run(
-                "decode", block, run.decode[block], hidden_BDE, positions_BD, mask, slot
+                run, "decode", block, hidden_BDE, positions_BD, mask, slot
             )
             self._keep(_decode_key(run, block + 1), (hidden_BDE,), run)
         return hidden_BDE
 
     def _run(
         self,
+        run: _Pass,
         stage: Stage,
         block: int,
-        skipped: int,
         hidden_BTE: torch.Tensor,
         positions_BT: torch.Tensor,
         mask: torch.Tensor | None,
         slot: BlockKVSlot,
     ) -> torch.Tensor:
+        skipped = run.prefill[block] if stage == "prefill" else run.decode[block]
         self.blocks_run += 1
         parts_run = 2 - (skipped & PARTS).bit_count()
         self.forwards += hidden_BTE.shape[0] * hidden_BTE.shape[1] * parts_run / 2
         if skipped & ~PARTS:
-            pair = Pair.of_mark(stage, block, skipped)
-            return self.runner.run_healed(pair, hidden_BTE, positions_BT, mask, slot)
+            unit = run.fits.get((stage, "bridge", block)) or Pair.of_mark(stage, block, skipped)
+            return self.runner.run_healed(unit, hidden_BTE, positions_BT, mask, slot)
         return self.runner.run(block, skipped, hidden_BTE, positions_BT, mask, slot)
 
     def _find(self, key: _Key, run: _Pass) -> Tensors | None:
@@ -352,10 +365,11 @@ def _slot(run: _Pass, kv: KV) -> BlockKVSlot:
 
 
 def _kv_key(run: _Pass, block: int) -> _Key:
-    return ("kv", run.chunk, block, run.prefill[:block])
+    return ("kv", run.chunk, block, run.prefill[:block], run.refit(block))
 
 
 def _decode_key(run: _Pass, block: int) -> _Key:
     attended = [b for b in range(block) if not run.decode[b] & ATTENTION]
     prefill = run.prefill[: attended[-1]] if attended else ()
-    return ("decode", run.chunk, run.decode[:block], prefill, run.rules[:block])
+    refits = tuple(filter(None, map(run.refit, attended)))
+    return ("decode", run.chunk, run.decode[:block], prefill, refits, run.rules[:block])
