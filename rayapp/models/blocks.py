@@ -173,8 +173,8 @@ def _add_bridges(staged: PreTrainedModel, healed: Iterable[str], stage: Stage) -
         block = blocks[number]
         if not isinstance(block, PartialBlock) or block.mode.attends or block.mode.has_mlp:
             raise PlanError(
-                f"block {number} has a bridge, which stands for blocks that do not run, but {stage} "
-                "runs it; use the weights that were written with the plan"
+                f"block {number} has a bridge, which stands for blocks that do not run, but "
+                f"{stage} runs it; use the weights that were written with the plan"
             )
         block.add_module(BRIDGE, Bridge(text.hidden_size, text.rms_norm_eps))
 

@@ -23,6 +23,7 @@ from rayapp.errors import InputError, PlanError
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.sampled_fingerprint import sampled_fingerprint
 from rayapp.plan import PLAN_FILE, STAGES, ModelSignature, PruningPlan
+from rayapp.pruning.candidates.fits import all_fits
 from rayapp.pruning.candidates.healing import Pair
 from rayapp.pruning.healing.healed_units import DIRECTORY as PAIRS_DIRECTORY
 from rayapp.pruning.healing.healed_units import unit_context, unit_file
@@ -218,7 +219,7 @@ class _Found:
                 data=header["heal_data"],
                 first_token=settings["first_token"],
                 dtype=settings["dtype"],
-                training=Training(settings["heal_steps"], settings["heal_learning_rate"]),
+                training=Training(settings.get("heal_steps"), settings.get("heal_learning_rate")),
             )
             for weights in (self.names.old, self.names.new.weights_fingerprint)
         )
@@ -226,6 +227,8 @@ class _Found:
             for first in range(blocks - 1):
                 for pair in (Pair(stage, first, first + 1), Pair(stage, first + 1, first)):
                     yield unit_file(old, pair), unit_file(new, pair)
+        for fit in all_fits(blocks):
+            yield unit_file(old, fit), unit_file(new, fit)
 
 
 def _home(path: Path) -> Path:

@@ -15,11 +15,12 @@ the fit then begins or ends one block further inside.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rayapp.plan import Stage
+from rayapp.plan import STAGES, Stage
 
 FitKind = Literal["bridge", "kv"]
 
@@ -84,3 +85,15 @@ def span_fits(
             yield Fit(stage, "kv", first, block, block)
     if bridged and first < stop:
         yield Fit(stage, "bridge", first, stop, span[1] - 1)
+
+
+def all_fits(num_blocks: int) -> Iterator[Fit]:
+    """Every fit that some candidate of a model of so many blocks may be healed with."""
+    for stage in STAGES:
+        for first, last in itertools.combinations_with_replacement(range(num_blocks), 2):
+            yield Fit(stage, "bridge", first, last + 1, last)
+            if first < last:
+                yield Fit(stage, "bridge", first, last, last)
+    for block in range(num_blocks):
+        for first in (*range(block), block + 1):
+            yield Fit("prefill", "kv", first, block, block)

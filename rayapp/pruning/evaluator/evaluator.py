@@ -246,9 +246,7 @@ class Evaluator:
                 self._write_kv(run, current, hidden_BPE)
             mask = self.masks.prefill(run.chunk, current)
             slot = BlockKVSlot()
-            hidden_BPE = self._run(
-                run, "prefill", current, hidden_BPE, positions_BP, mask, slot
-            )
+            hidden_BPE = self._run(run, "prefill", current, hidden_BPE, positions_BP, mask, slot)
             if slot.written:
                 self._keep_kv(run, current, slot.written)
             self._keep(("prefill", run.chunk, run.prefill[: current + 1]), (hidden_BPE,), run)
@@ -322,9 +320,7 @@ class Evaluator:
             attends = not run.decode[block] & ATTENTION
             slot = _slot(run, self._kv(run, block)) if attends else BlockKVSlot()
             mask = self.masks.decode_bias(run.chunk, block, run.rules[block]) if attends else None
-            hidden_BDE = self._run(
-                run, "decode", block, hidden_BDE, positions_BD, mask, slot
-            )
+            hidden_BDE = self._run(run, "decode", block, hidden_BDE, positions_BD, mask, slot)
             self._keep(_decode_key(run, block + 1), (hidden_BDE,), run)
         return hidden_BDE
 
