@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from rayapp import __version__
 from rayapp.errors import InputError, ModelError, PlanError
 from rayapp.models.blocks import MULTIMODAL_TYPES, text_config
+from rayapp.models.bridge import BRIDGE
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.fingerprint import canonical_name
 from rayapp.models.healed import HealedWeights, Tensors
@@ -141,6 +142,7 @@ def export_stage(
     chosen.check_model(signature)
     kept = kept_blocks(chosen, stage, signature.num_blocks)
     healed = _healed(chosen, stage)
+    _check_expressible(healed, stage)
     _check_free(target)
     record = ExportRecord(
         rayapp_version=__version__,
@@ -224,6 +226,17 @@ def _healed(plan: PruningPlan, stage: Part) -> Tensors:
             "--stage decode"
         )
     return decode
+
+
+def _check_expressible(healed: Tensors, stage: Part) -> None:
+    """Raise if the stage has bridges, for which no architecture of a checkpoint has a place."""
+    bridged = sorted({int(name.split(".")[1]) for name in healed if name.split(".")[2] == BRIDGE})
+    if bridged:
+        raise PlanError(
+            f"{stage} has a bridge in block {', '.join(map(str, bridged))}: a linear map in place "
+            "of removed blocks, which an ordinary checkpoint cannot express; search with --heal "
+            "pair, all or none, or serve the plan with rayapp"
+        )
 
 
 def _not_carried(plan: PruningPlan, stage: Part, checkpoint: Checkpoint) -> Iterator[str]:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rayapp.errors import ModelError, PlanError
+from rayapp.models.bridge import BRIDGE, Bridge
 from rayapp.models.fingerprint import canonical_name, model_fingerprint, weights_digest
 from rayapp.models.healed import healed_parameters
 from rayapp.models.kv_settings import kv_settings
@@ -149,6 +150,7 @@ def apply_stage(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreT
     """
     staged = apply_modes(model, plan, stage)
     healed = healed_parameters(model, plan, stage)
+    _add_bridges(staged, healed, stage)
     replaced = {name.rpartition(".")[0] for name in healed}
     unpack(staged, [n for n, _ in staged.named_modules() if canonical_name(n) in replaced])
     owners = {
@@ -165,6 +167,19 @@ def apply_stage(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreT
         module, attribute = owners[name]
         module._parameters[attribute] = parameter
     return staged
+
+
+def _add_bridges(staged: PreTrainedModel, healed: Iterable[str], stage: Stage) -> None:
+    """Give every block whose healed tensors are a bridge an empty one."""
+    text, blocks = text_config(staged.config), decoder_blocks(staged)
+    for number in sorted({int(n.split(".")[1]) for n in healed if n.split(".")[2] == BRIDGE}):
+        block = blocks[number]
+        if not isinstance(block, PartialBlock) or block.mode.attends or block.mode.has_mlp:
+            raise PlanError(
+                f"block {number} has a bridge, which stands for blocks that do not run, but "
+                f"{stage} runs it; use the weights that were written with the plan"
+            )
+        block.add_module(BRIDGE, Bridge(text.hidden_size, text.rms_norm_eps))
 
 
 def apply_modes(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreTrainedModel:
@@ -203,6 +218,7 @@ class PartialBlock(nn.Module):
     """A pre-norm decoder block that has only the parts that are computed.
 
     Parts keep the names that they have in the full block, so that a checkpoint's tensor names fit.
+    A block without attention and MLP may end a span that a :class:`Bridge` stands for.
     """
 
     def __init__(self, block: Any, mode: Mode) -> None:
@@ -243,7 +259,8 @@ class PartialBlock(nn.Module):
                 hidden_states = hidden_states + attended
         if self.mode.has_mlp:
             hidden_states = hidden_states + parts.mlp(parts.post_attention_layernorm(hidden_states))
-        return hidden_states
+        bridge = self._modules.get(BRIDGE)
+        return hidden_states if bridge is None else bridge(hidden_states)
 
 
 class KVProjection(nn.Module):

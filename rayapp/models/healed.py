@@ -1,4 +1,4 @@
-"""Healed tensors replace parameters of one stage, and lie beside the plan that names them.
+"""Healed tensors replace parameters of one stage, or add to them, and lie beside their plan.
 
 A plan directory has only the tensors that healing changed, as an adapter directory does. Their
 names are ``prefill.`` or ``decode.`` and the parameter's canonical name; the plan has the digest of
@@ -21,12 +21,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rayapp.errors import PlanError
+from rayapp.models.bridge import BRIDGE
 from rayapp.models.fingerprint import canonical_name
 from rayapp.models.products import named_weights
 from rayapp.plan import HEALED_FILE, STAGES, PruningPlan, Stage
 
 Tensors = Mapping[str, torch.Tensor]
 _BLOCKS = "layers"
+
+ADDED_BIASES = ("k_proj.bias", "v_proj.bias")
+"""Parameters that healing may add to a model that has none of them."""
 
 
 @dataclass(frozen=True)
@@ -139,19 +143,40 @@ def _attached(model: Any) -> dict[str, dict[Stage, dict[str, nn.Parameter]]]:
 def _parameter(
     name: str, tensor: torch.Tensor, parameters: Mapping[str, torch.Tensor]
 ) -> nn.Parameter:
-    own = parameters.get(name)
-    if own is None or not name.startswith(f"{_BLOCKS}."):
+    like = _likeness(name, parameters)
+    if like is None or not name.startswith(f"{_BLOCKS}."):
         raise PlanError(
             f"healed tensor {name!r} is of no block of the model; use the {HEALED_FILE} that was "
             "written with the plan"
         )
-    if tensor.shape != own.shape:
+    shape, dtype = like
+    if tensor.shape != shape:
         raise PlanError(
             f"healed tensor {name!r} has shape {tuple(tensor.shape)}, the model "
-            f"{tuple(own.shape)}; use the {HEALED_FILE} that was written with the plan"
+            f"{tuple(shape)}; use the {HEALED_FILE} that was written with the plan"
         )
-    value = tensor.to(_device(name, parameters), own.dtype)
+    value = tensor.to(_device(name, parameters), dtype)
     return nn.Parameter(value, requires_grad=False)
+
+
+def _likeness(
+    name: str, parameters: Mapping[str, torch.Tensor]
+) -> tuple[torch.Size, torch.dtype] | None:
+    """Shape and type of a healed tensor; None if the model has no place for it.
+
+    Beside the model's own parameters, a block has places for the tensors of healing in closed form:
+    a bridge, and biases of projections that have none.
+    """
+    if name in parameters:
+        return parameters[name].shape, parameters[name].dtype
+    block, _, rest = name.rpartition(".")
+    if f"{block}.weight" in parameters and name.endswith(ADDED_BIASES):
+        weight = parameters[f"{block}.weight"]
+        return weight.shape[:1], weight.dtype
+    norm = parameters.get(f"{block.removesuffix(f'.{BRIDGE}')}.input_layernorm.weight")
+    if norm is None or not block.endswith(f".{BRIDGE}") or rest not in ("weight", "bias"):
+        return None
+    return torch.Size([*norm.shape] * (2 if rest == "weight" else 1)), norm.dtype
 
 
 def _device(name: str, parameters: Mapping[str, torch.Tensor]) -> torch.device:

@@ -22,7 +22,7 @@ from rayapp.plan import ModelSignature
 from rayapp.pruning.evaluator.calibration import Calibration, load_calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.evaluator.visual_words import ImageWordReader, teach
-from rayapp.pruning.healing.trained_pairs import pair_context
+from rayapp.pruning.healing.healed_units import unit_context
 from rayapp.pruning.healing.training import BATCH_TOKENS, HELD_BACK_EVERY, Healer
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import ScoreSettings
@@ -186,7 +186,7 @@ def open_healer(
 def heal_context(score: ScoreSettings, training: Training, prepared: Prepared) -> dict[str, Any]:
     """Everything that trained tensors depend on, except the pair."""
     assert prepared.heal_data is not None, "only searches that heal ask"
-    return pair_context(
+    return unit_context(
         weights=prepared.signature.weights_fingerprint,
         data=prepared.heal_data.fingerprint,
         first_token=score.first_token,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
@@ -79,12 +80,27 @@ def finding_line(finding: Finding) -> RenderableType:
 
 
 def _healed(plan: PruningPlan) -> dict[tuple[str, int], str]:
-    """Notes on healed survivors by stage and block: the removed block, and the error left."""
-    return {
-        (r["stage"], r["survivor"]): f" + {r['removed']} (healed, relative MSE "
-        f"{r['relative_mse_before']:.2g} to {r['relative_mse_after']:.2g})"
-        for r in plan.provenance.get("healed", ())
+    """Notes on healed blocks by stage and block: what healed them, and the error left."""
+    notes: dict[tuple[str, int], str] = {}
+    for record in plan.provenance.get("healed", ()):
+        place, what = _healing_note(record)
+        errors = (record[f"relative_mse_{when}"] for when in ("before", "after"))
+        notes[place] = notes.get(place, "") + " + {} (relative MSE {:.2g} to {:.2g})".format(
+            what, *errors
+        )
+    return notes
+
+
+def _healing_note(record: Mapping[str, Any]) -> tuple[tuple[str, int], str]:
+    """The stage and block that a record of healing is about, and the words for it."""
+    stage = record["stage"]
+    if "survivor" in record:
+        return (stage, record["survivor"]), f"{record['removed']}, healed"
+    words = {
+        "kv": "KV refit from {first}",
+        "bridge": "bridge {first} to {stop}",
     }
+    return (stage, record["block"]), words[record["kind"]].format(**record)
 
 
 def _amount(rule: KVTransfer) -> str:

@@ -12,7 +12,7 @@ from rayapp.errors import SearchError
 from rayapp.plan import HEALED_FILE
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.candidates.healing import Healing, Pair
-from rayapp.pruning.healing.trained_pairs import HealedPairs
+from rayapp.pruning.healing.healed_units import HealedUnits
 from rayapp.pruning.preparation import heal_context, open_evaluator, open_healer, prepare
 from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.pruning.storage import Storage
@@ -55,7 +55,7 @@ def settings(tmp_path_factory, save_tiny) -> Told:
 def opened(settings, compute):
     prepared, score = prepare(*settings), settings.score
     context = heal_context(score, settings.search.training(), prepared)
-    healed = HealedPairs(Storage(settings.out), context, compute)
+    healed = HealedUnits(Storage(settings.out), context, compute)
     scorer = Scorer(prepared.calibration, score.scoring(), compute, weights="w", healed=healed)
     scorer.heal_with(Healing.of_all(5))
     return scorer
@@ -86,8 +86,8 @@ def local(settings):
 
 
 def test_tensors_are_equal_bit_for_bit(settings, pool):
-    wanted = {h.pair: (h.weights.digest, h.record()) for h in local(settings).heal(PAIRS)}
-    found = {h.pair: (h.weights.digest, h.record()) for h in pool.heal(PAIRS)}
+    wanted = {h.unit: (h.weights.digest, h.record()) for h in local(settings).heal(PAIRS)}
+    found = {h.unit: (h.weights.digest, h.record()) for h in pool.heal(PAIRS)}
     assert found == wanted
     assert len(found) == 4
 

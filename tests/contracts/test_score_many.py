@@ -18,7 +18,7 @@ from rayapp.distributed.evaluator_pool import EvaluatorPool
 from rayapp.errors import SearchError
 from rayapp.plan import KVTransfer
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
-from rayapp.pruning.candidates.healing import HealedPair, Healing, Pair
+from rayapp.pruning.candidates.healing import HealedUnit, Healing, Pair
 from rayapp.pruning.candidates.space import Space
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.evaluator.naive import naive_scores
@@ -165,9 +165,9 @@ def test_every_piece_of_work_is_run_once(compute, candidates):
     assert list(compute.run([])) == []
 
 
-def test_trained_pairs_are_equal_bit_for_bit(compute, local):
-    found = {healed.pair: healed for healed in compute.heal(PAIRS)}
-    wanted = {healed.pair: healed for healed in local.heal(PAIRS)}
+def test_healed_units_are_equal_bit_for_bit(compute, local):
+    found = {healed.unit: healed for healed in compute.heal(PAIRS)}
+    wanted = {healed.unit: healed for healed in local.heal(PAIRS)}
     assert found.keys() == wanted.keys() == set(PAIRS)
     for pair, healed in found.items():
         assert healed.weights.digest == wanted[pair].weights.digest
@@ -211,12 +211,12 @@ def test_a_measure_of_a_healed_plan(told, compute, local):
     plan, rule = Candidate((4, 5), (4, 5)), KVTransfer(first=1, last=3)
     own = dict(open_model(told.score.model).get_decoder().named_parameters())
     name = "layers.3.self_attn.q_proj.weight"
-    healed = HealedPair(Pair("decode", 2, 3), {name: -own[name].detach()}, 1.0, 1.0)
+    healed = HealedUnit(Pair("decode", 2, 3), {name: -own[name].detach()}, 1.0, 1.0)
     for each in (local, compute):
         each.add_healed(healed)
-    asked = (measure_attention_mass, plan, rule, Healing(fixed=(healed.pair,)))
-    found = compute.measure(*asked, pairs=[healed.pair])
-    assert found == local.measure(*asked, pairs=[healed.pair])
+    asked = (measure_attention_mass, plan, rule, Healing(fixed=(healed.unit,)))
+    found = compute.measure(*asked, units=[healed.unit])
+    assert found == local.measure(*asked, units=[healed.unit])
     before = {mass.block: mass for mass in local.measure(measure_attention_mass, plan, rule)}
     assert {mass.block for mass in found if mass != before[mass.block]} == {3, 4}
 

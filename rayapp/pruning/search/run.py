@@ -163,7 +163,7 @@ class _Search:
     def _method(self) -> SearchMethod:
         settings, kind = self._settings, METHODS[self._settings.method]
         compute = self._scorer.compute
-        splits_blocks = settings.pruning_set or settings.heal == "pair"
+        splits_blocks = settings.pruning_set or settings.trains_pairs == "pair"
         uses_influence = kind.uses_influence or splits_blocks
         if uses_influence and self._journal.influence is None:
             self._journal.add_influence(_checked(compute.measure(measure_influence)))
@@ -174,7 +174,7 @@ class _Search:
             assert influence is not None, "measured above"
             self._space = _restricted(self._space, influence, settings.distillation_threshold)
         if settings.heal != "none":
-            self._scorer.heal_with(_healing(settings, self._model.num_blocks, influence))
+            self._scorer.heal_with(self._healing(influence))
         return kind(
             Setup(
                 space=self._space,
@@ -184,6 +184,25 @@ class _Search:
                 influence=influence,
                 gate_hessian=self._journal.gate_hessian,
             )
+        )
+
+    def _healing(self, influence: Influence | None) -> Healing:
+        """The removed blocks that get survivors, and whether maps heal what these leave."""
+        settings, num_blocks, healing = self._settings, self._model.num_blocks, Healing()
+        if settings.trains_pairs == "all":
+            healing = Healing.of_all(num_blocks)
+        elif settings.trains_pairs == "pair":
+            assert influence is not None, "measured before"
+            prefill, decode = (
+                distillation_set(influence, stage, num_blocks, settings.distillation_threshold)
+                for stage in STAGES
+            )
+            healing = Healing(num_blocks, prefill, decode)
+        return replace(
+            healing,
+            num_blocks=num_blocks,
+            linear=settings.heals_linearly,
+            first_token=self._score_settings.first_token,
         )
 
     def _generation(
@@ -215,7 +234,7 @@ class _Search:
         def report(finished: float) -> None:
             self._report(generation.phase, finished, left - finished)
 
-        self._scorer.heal(new, lambda *pairs: self._report(generation.phase, 0.0, left, pairs))
+        self._scorer.heal(new, lambda *units: self._report(generation.phase, 0.0, left, units))
         if self._settings.racing and generation.phase != VERIFIED:
             scores = race(self._scorer, new, self._number, on_progress=report)
         else:
@@ -246,7 +265,7 @@ class _Search:
             self._best = rank
 
     def _report(
-        self, phase: str, unfinished: float, left: float, pairs: tuple[int, int] | None = None
+        self, phase: str, unfinished: float, left: float, units: tuple[int, int] | None = None
     ) -> None:
         if self._on_progress is None:
             return
@@ -260,7 +279,7 @@ class _Search:
                 best=str(self._best[1]) if self._best else None,
                 best_score=self._best[0] if self._best else None,
                 num_evaluators=self._scorer.compute.num_evaluators,
-                pairs=pairs,
+                units=units,
             )
         )
 
@@ -279,7 +298,7 @@ class _Search:
             visual_tokens=self._score_settings.visual_tokens,
             provenance=self._provenance(seconds),
         )
-        write_trials(self._storage, self._trials, self._scorer.pairs)
+        write_trials(self._storage, self._trials, self._scorer.units)
         plan = write_plan(self._storage, plan, best, self._scorer)
         return SearchResult(
             plan=plan,
@@ -327,28 +346,16 @@ def write_plan(
     storage: Storage, plan: PruningPlan, candidate: Candidate, scorer: Scorer
 ) -> PruningPlan:
     """Write a candidate's plan, after the healed tensors that it was scored with, if any."""
-    pairs = scorer.pairs(candidate)
-    if pairs and scorer.healed is not None:
-        weights = scorer.healed.weights(pairs)
+    units = scorer.units(candidate)
+    if units and scorer.healed is not None:
+        weights = scorer.healed.weights(units)
         storage.write_bytes(HEALED_FILE, weights.dumps())
-        records = [dict(scorer.healed.record(pair)) for pair in pairs]
+        records = [dict(scorer.healed.record(unit)) for unit in units]
         directory = None if "://" in storage.location else Path(storage.location).absolute()
         plan = plan.model_copy(update={"provenance": {**plan.provenance, "healed": records}})
         plan = plan.with_healed(weights.digest, directory)
     storage.write_bytes(PLAN_FILE, plan.dumps().encode())
     return plan
-
-
-def _healing(settings: SearchSettings, num_blocks: int, influence: Influence | None) -> Healing:
-    """The removed blocks that are healed."""
-    if settings.heal == "all":
-        return Healing.of_all(num_blocks)
-    assert influence is not None, "measured before"
-    prefill, decode = (
-        distillation_set(influence, stage, num_blocks, settings.distillation_threshold)
-        for stage in STAGES
-    )
-    return Healing(num_blocks, prefill, decode)
 
 
 def _check_method(settings: SearchSettings, space: Space) -> None:

@@ -16,7 +16,7 @@ from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.candidates.healing import Healing, Pair
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.evaluator.objective import combine
-from rayapp.pruning.healing.trained_pairs import HealedPairs, pairs_of_plan
+from rayapp.pruning.healing.healed_units import HealedUnits, units_of_plan
 from rayapp.pruning.preparation import heal_context, open_evaluator, open_healer, prepare
 from rayapp.pruning.progress import SearchProgress
 from rayapp.pruning.scorer import LocalCompute, Scorer
@@ -54,7 +54,7 @@ class Counting(LocalCompute):
         for healed in super().heal(pairs):
             if self.limit is not None and len(self.trained) >= self.limit:
                 raise KeyboardInterrupt
-            self.trained.append(healed.pair)
+            self.trained.append(healed.unit)
             yield healed
 
 
@@ -66,7 +66,7 @@ def search(settings, limit=None, on_progress=None) -> tuple[SearchResult, Counti
     compute = Counting(evaluator, healer)
     compute.trained, compute.limit = [], limit
     context = heal_context(score, training, prepared)
-    healed = HealedPairs(Storage(settings.out), context, compute)
+    healed = HealedUnits(Storage(settings.out), context, compute)
     scorer = Scorer(prepared.calibration, score.scoring(), compute, weights="w", healed=healed)
     found = run_search(score, settings.search, scorer, prepared.signature, on_progress=on_progress)
     return found, compute
@@ -105,13 +105,13 @@ def test_what_is_written(settings, undisturbed, moments):
     assert all(
         0 < r["relative_mse_after"] <= r["relative_mse_before"] for r in plan.provenance["healed"]
     )
-    assert [healed.pair for healed in sorted(pairs_of_plan(plan), key=lambda h: h.pair)] == [*pairs]
+    assert [healed.unit for healed in sorted(units_of_plan(plan), key=lambda h: h.unit)] == [*pairs]
     rows = pq.read_table(out / "trials.parquet").to_pylist()
     rows = [r for r in rows if r["prefill_removed"] == 1 and r["decode_removed"] == 2]
     best = min(rows, key=lambda r: r["score"])
     assert best["healed"] == [str(pair) for pair in pairs]
     assert len(compute.trained) == len({*compute.trained}) == len(list((out / "healed").iterdir()))
-    assert any(m.pairs and m.pairs[0] and "pairs done" in m.line() for m in moments)
+    assert any(m.units and m.units[0] and "healing (" in m.line() for m in moments)
 
 
 def test_evaluation_scores_the_written_plan_as_the_search_did(settings, undisturbed):
@@ -127,10 +127,10 @@ def test_evaluation_scores_the_written_plan_as_the_search_did(settings, undistur
     bare = TwoStages(model, plan.with_healed(None))
     assert {i: found.kl for i, found in likelihoods(dense, bare, lines)} != sums
     evaluator = Evaluator(model, prepared.calibration, settings.score.scoring())
-    fixed = pairs_of_plan(plan)
+    fixed = units_of_plan(plan)
     for healed in fixed:
         evaluator.add_healed(healed)
-    healing = Healing(fixed=tuple(healed.pair for healed in fixed))
+    healing = Healing(fixed=tuple(healed.unit for healed in fixed))
     found = evaluator.line_sums([Candidate.from_plan(plan)], 0, healing)[0]
     chunk_lines = prepared.calibration.chunks[0].lines
     assert found == pytest.approx([sums[line] for line in chunk_lines], rel=1e-4, abs=1e-6)
