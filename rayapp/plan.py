@@ -38,6 +38,10 @@ FINGERPRINT_MARK = "v2:"
 Stage = Literal["prefill", "decode"]
 STAGES: tuple[Stage, ...] = ("prefill", "decode")
 Encoding = Literal["model", "int8", "int4"]
+KEY_GROUP = 64
+"""Number of kept entries of a block, counted from its first in prompt order, whose encoded keys
+share scales (project default, measured by ``benchmarks/key_groups.py``). It defines ``int8`` and
+``int4``: with another number the same plan makes other tokens."""
 Sharing = Literal["equal", "diversity"]
 
 
@@ -283,8 +287,17 @@ class PruningPlan(Strict):
         )
 
     @property
+    def is_encoded(self) -> bool:
+        """True if the KV of any block travels in another type than the model's own."""
+        return any(rule.encoding != "model" for rule in self.kv_transfer.values())
+
+    @property
     def fingerprint(self) -> str:
-        """Hash of all fields that change the computation; provenance and spelling do not count."""
+        """Hash of all that changes the computation; provenance and spelling do not count.
+
+        The definition of the encodings belongs to it where a block is encoded, so that releases
+        which encode differently never take each other's KV, evaluations or scores for their own.
+        """
         content = self.model_dump(mode="json", exclude={"provenance"})
         for stage in STAGES:
             modes = content[stage]["blocks"]
@@ -294,6 +307,8 @@ class PruningPlan(Strict):
             for b in sorted(content["kv_transfer"])
             if self.kv_transfer[int(b)] != SEND_ALL
         }
+        if self.is_encoded:  # Plans that encode nothing keep their fingerprint.
+            content["key_group"] = KEY_GROUP
         if self.is_empty:
             content["model"] = None
         if self.healed is None:  # Plans from before healing keep their fingerprint.

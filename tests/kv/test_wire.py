@@ -32,7 +32,7 @@ def forge(message: Message, change) -> Message:  # type: ignore[no-untyped-def]
     padded = text + bytes(-len(text) % 64)
     total = PREFIX_BYTES + len(padded) + len(body)
     prefix = bytearray(PREFIX_BYTES)
-    struct.pack_into("<8sIIQ", prefix, 0, b"RAYAPPKV", 1, len(text), total)
+    struct.pack_into("<8sIIQ", prefix, 0, b"RAYAPPKV", 2, len(text), total)
     rest = prefix[60:] + padded + body
     struct.pack_into("<I", prefix, 56, zlib.crc32(rest, zlib.crc32(prefix[:56])))
     return np.frombuffer(bytes(prefix) + padded + body, np.uint8)
