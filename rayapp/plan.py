@@ -12,6 +12,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -134,6 +135,15 @@ class KVTransfer(Strict):
 
 
 SEND_ALL = KVTransfer()
+
+
+def encoding_identity(rules: Mapping[int, KVTransfer]) -> dict[str, int]:
+    """The definition of the encodings as part of an identity; empty if no block is encoded.
+
+    It keeps records of plans that encode nothing as they are, and those of other encodings apart.
+    """
+    is_encoded = any(rule.encoding != "model" for rule in rules.values())
+    return {"key_group": KEY_GROUP} if is_encoded else {}
 
 
 class VisualTokens(Strict):
@@ -287,11 +297,6 @@ class PruningPlan(Strict):
         )
 
     @property
-    def is_encoded(self) -> bool:
-        """True if the KV of any block travels in another type than the model's own."""
-        return any(rule.encoding != "model" for rule in self.kv_transfer.values())
-
-    @property
     def fingerprint(self) -> str:
         """Hash of all that changes the computation; provenance and spelling do not count.
 
@@ -307,8 +312,7 @@ class PruningPlan(Strict):
             for b in sorted(content["kv_transfer"])
             if self.kv_transfer[int(b)] != SEND_ALL
         }
-        if self.is_encoded:  # Plans that encode nothing keep their fingerprint.
-            content["key_group"] = KEY_GROUP
+        content |= encoding_identity(self.kv_transfer)
         if self.is_empty:
             content["model"] = None
         if self.healed is None:  # Plans from before healing keep their fingerprint.

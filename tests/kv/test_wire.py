@@ -258,6 +258,16 @@ def test_a_consistent_header_larger_than_its_message_is_refused(envelope: Envelo
         message_sizes(forge(message, grow))
 
 
+def test_a_message_of_the_first_format_is_refused_by_its_version(
+    segment: KVSegment, envelope: Envelope
+) -> None:
+    """It may hold one scale per channel and message, and would be decoded to other numbers."""
+    message = pack(segment, envelope)
+    struct.pack_into("<I", message, 8, 1)
+    with pytest.raises(WireError, match=r"version 1, not .* version 2; run the same release"):
+        unpack(message, envelope)
+
+
 def test_a_cut_message_is_refused_with_both_sizes(segment: KVSegment, envelope: Envelope) -> None:
     message = pack(segment, envelope)
     with pytest.raises(WireError, match=f"declares {message.nbytes} bytes.*{message.nbytes - 64}"):
