@@ -68,6 +68,18 @@ class KVQuality:
             for task, group in self.groups().items()
         }
 
+    def lost(self, other: KVQuality) -> tuple[float, float]:
+        """Points of exact match lost against another way, mean over tasks, with its upper bound.
+
+        The bound is of 95 %, one-sided, paired by line (bootstrap).
+        """
+        pairs = [
+            [100.0 * (other.is_match[i] - self.is_match[i]) for i in group]
+            for group in self.groups().values()
+        ]
+        bound = upper_bound(pairs, num_resamples=2_000)
+        return bound.mean, bound.upper
+
     def mean_kl(self) -> tuple[float, float]:
         """Mean over tasks of the mean over tokens, and its 95 % upper bound (bootstrap)."""
         groups = list(self.groups().values())
