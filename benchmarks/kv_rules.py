@@ -42,7 +42,7 @@ from kv.choosers import (
     in_all_blocks,
 )
 from kv.quality import KVQuality, attentions, kv_quality, tuned
-from lines.articles import ArticleLines
+from lines.articles import ArticleLines, add_articles
 from lines.drawn import drawn_lines
 from recorder.options import add_dtype, add_model, add_seed, benchmark_parser, model_name
 from recorder.page import Block
@@ -202,13 +202,7 @@ def parser() -> ArgumentParser:
     options.add_argument("--fresh-per-task", type=int, default=500)
     options.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     options.add_argument("--evaluations", type=int, help="most sets that an elimination scores")
-    options.add_argument(
-        "--articles", type=Path, nargs="+", metavar="FILE",
-        help="JSON lines with articles in `prompt`: real text instead of the test-bed's questions",
-    )  # fmt: skip
-    options.add_argument("--caption", help="the model's name and origin, as the page tells it")
-    options.add_argument("--prompt-tokens", type=int, nargs=2, default=[300, 450])
-    options.add_argument("--answer-tokens", type=int, default=16, help="of an article that goes on")
+    add_articles(options)
     options.add_argument("--tasks", nargs="+", choices=tasks.TASKS, default=list(tasks.TASKS))
     options.add_argument("--split", choices=tasks.SPLITS, default="validation")
     options.add_argument("--length", choices=("long", "mixed"), default="long")
@@ -245,8 +239,7 @@ def measure(recorder: Recorder) -> None:
 def drawer(loaded: LoadedModel, arguments: Namespace) -> Callable[[str, int, int], Calibration]:
     """Draws lines of a split: of articles where they are given, or of the test-bed."""
     if arguments.articles:
-        sizes = (*arguments.prompt_tokens, arguments.answer_tokens)
-        return ArticleLines(loaded.tokenizer, arguments.articles, *sizes).drawn
+        return ArticleLines.asked(loaded.tokenizer, arguments).drawn
     return partial(drawn_lines, loaded.tokenizer, length=arguments.length, names=arguments.tasks)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,17 @@ THINGS = ("harbour", "library", "museum", "garden", "station", "factory", "bridg
 CALIBRATION_SHARE = 64
 """Articles of 256 that calibration lines are made of; all others are judged on."""
 _FRAME = re.compile(r"\A(###\n)?(Article: |Passage \d+:\n)|\n\nSummarize the above.*\Z", re.DOTALL)
+
+
+def add_articles(options: ArgumentParser) -> None:
+    """Options of lines that are made of articles instead of the test-bed's questions."""
+    options.add_argument(
+        "--articles", type=Path, nargs="+", metavar="FILE",
+        help="JSON lines with articles in `prompt`: real text instead of the test-bed's questions",
+    )  # fmt: skip
+    options.add_argument("--caption", help="the model's name and origin, as the page tells it")
+    options.add_argument("--prompt-tokens", type=int, nargs=2, default=[300, 450])
+    options.add_argument("--answer-tokens", type=int, default=16, help="of an article that goes on")
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,11 @@ class ArticleLines:
     min_tokens: int
     max_tokens: int
     text_tokens: int
+
+    @classmethod
+    def asked(cls, tokenizer: PreTrainedTokenizerBase, arguments: Namespace) -> ArticleLines:
+        """As the options of :func:`add_articles` say."""
+        return cls(tokenizer, arguments.articles, *arguments.prompt_tokens, arguments.answer_tokens)
 
     def drawn(self, split: str, per_task: int, seed: int) -> Calibration:
         """Equally many lines of both tasks; raises :class:`InputError` if articles are too few."""
