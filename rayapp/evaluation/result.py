@@ -168,11 +168,14 @@ class EvaluationResult(Strict):
     """Everything that ``rayapp evaluate`` measured; everything but ``latency`` is reproducible.
 
     ``complete`` is false in a file that was written while later tasks or timings were still open.
+    ``model_caption`` says what was done to the model's weights before we got them, and stands in
+    the title of every table (:class:`rayapp.models.formats.origin.Origin`).
     """
 
     version: Literal[1] = 1
     complete: bool = False
     model: ModelSignature
+    model_caption: str = ""
     dtype: str
     plan: PlanSummary
     settings: EvaluationSettings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rich.table import Table as RichTable
@@ -53,7 +53,10 @@ class Table:
 
 
 def tables(result: EvaluationResult) -> tuple[Table, ...]:
-    """The tables of a result: quality by kind of example, bytes and, if measured, timings."""
+    """The tables of a result: quality by kind of example, bytes and, if measured, timings.
+
+    If the model has a caption, it stands in every title.
+    """
     tables = [_quality(result)] if result.tasks else []
     if result.choices:
         tables.append(_accuracy(result.choices, result.choice_mean))
@@ -62,7 +65,8 @@ def tables(result: EvaluationResult) -> tuple[Table, ...]:
     tables.append(_bytes(result))
     if result.latency:
         tables.append(_timings(result.latency))
-    return tuple(tables)
+    of = f" ({result.model_caption})" if result.model_caption else ""
+    return tuple(replace(table, title=table.title + of) for table in tables)
 
 
 def markdown(result: EvaluationResult) -> str:
