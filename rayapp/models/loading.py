@@ -127,9 +127,9 @@ def _check_vocabulary(
     if beyond:
         first = min(beyond, key=vocabulary.__getitem__)
         raise ModelError(
-            f"{path}: the tokenizer has {len(beyond):,} ids beyond the model's vocabulary of "
-            f"{num_embeddings:,} (first: {first!r}, id {vocabulary[first]:,}); give the tokenizer "
-            "that the model was trained with, or resize the embeddings (resize_token_embeddings)"
+            f"{path}: the tokenizer has ids up to {max(vocabulary.values())}, and the model only "
+            f"{num_embeddings} embeddings (first without: {first!r}, id {vocabulary[first]}); give "
+            "the tokenizer that the model was trained with, or resize_token_embeddings"
         )
 
 
