@@ -31,7 +31,8 @@ class Listed(NamedTuple):
 
 COMMANDS = {
     "demo": Listed(
-        FIND, "Run the whole loop on the small shipped model: search, evaluate, serve, ask, report."
+        FIND,
+        "Run the whole loop on a small model, or on yours: search, evaluate, serve, ask, report.",
     ),
     "prune": Listed(FIND, "Search which blocks (or parts) prefill and decode can each do without."),
     "kv-select": Listed(FIND, "Choose which KV of a plan travels, and in which encoding."),

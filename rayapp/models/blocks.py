@@ -46,8 +46,8 @@ def check_supported(config: PreTrainedConfig) -> None:
     if not outer_known or text.model_type not in SUPPORTED_TYPES:
         experts = " (a mixture of experts)" if _num_experts(text) > 1 else ""
         raise ModelError(
-            f"architecture {kind!r}{experts} is not supported; use one of {', '.join(SUPPORTED_TYPES)}, "
-            f"alone or inside {' or '.join(MULTIMODAL_TYPES)}"
+            f"architecture {kind!r}{experts} is not supported; use one of "
+            f"{', '.join(SUPPORTED_TYPES)}, alone or inside {' or '.join(MULTIMODAL_TYPES)}"
         )
     rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in _STATEFUL_ROPE:

