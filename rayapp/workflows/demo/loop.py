@@ -207,10 +207,11 @@ def result_table(evaluation: EvaluationResult) -> Table:
     ratio = f"{mean.bytes_full / mean.bytes_sent:.3f}x"
     table.add_row("KV bytes per request", f"{full:,.0f}", f"{sent:,.0f}", ratio)
     caption = f"{evaluation.model_caption}; " if evaluation.model_caption else ""
+    sizes = f"{timing.num_prompt_tokens} tokens in, {timing.num_answer_tokens} out"
     table.caption = (
         f"{caption}{evaluation.tasks[0].num_examples} held-out examples per task, "
-        f"{evaluation.dtype}; timing: {timing.num_prompt_tokens} tokens in, "
-        f"{timing.num_answer_tokens} out, batch {timing.batch_size}, median of {timing.num_runs} interleaved runs"
+        f"{evaluation.dtype}; timing: {sizes}, batch {timing.batch_size}, median of "
+        f"{timing.num_runs} interleaved runs"
     )
     return table
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rayapp.errors import InputError, ModelError
+from rayapp.models.formats.block_quants import BLOCK, quantise, through
 from rayapp.models.formats.gguf import write_dequantised
-from rayapp.models.formats.q4_1 import BLOCK, through_q4_1
 from rayapp.models.loading import load_model
 from tests.models.formats.tiny_gguf import tiny_original, write_gguf
 
@@ -27,13 +27,13 @@ def test_a_gguf_becomes_an_ordinary_checkpoint(tmp_path):
     wanted = dict(original.named_parameters())
     for name, made in loaded.model.named_parameters():
         tensor = wanted[name].detach()
-        expected = through_q4_1(tensor) if tensor.dim() == 2 else tensor
+        expected = through(tensor, "Q4_1") if tensor.dim() == 2 else tensor
         assert torch.equal(made, expected.to(torch.bfloat16)), name
     # Whoever does not know rayapp reads the same model.
     plain = AutoModelForCausalLM.from_pretrained(out).float().eval()
     ids = torch.arange(2, 40)[None]
     for tensor in original.parameters():
-        kept = through_q4_1(tensor.detach()) if tensor.dim() == 2 else tensor.detach()
+        kept = through(tensor.detach(), "Q4_1") if tensor.dim() == 2 else tensor.detach()
         tensor.data = kept.to(torch.bfloat16).float()
     with torch.no_grad():
         assert torch.allclose(plain(ids).logits, original(ids).logits, atol=1e-4)
@@ -58,11 +58,23 @@ def test_without_the_package_the_remedy_is_named(tmp_path, monkeypatch):
 def test_q4_1_keeps_sixteen_levels_between_the_ends_of_a_block():
     torch.manual_seed(0)
     weights = torch.randn(6, 2 * BLOCK)
-    kept = through_q4_1(weights)
+    kept = through(weights, "Q4_1")
     for before, after in zip(weights.view(-1, BLOCK), kept.view(-1, BLOCK), strict=True):
         assert len(after.unique()) <= 16
         step = (before.max() - before.min()) / 15
         assert (before - after).abs().max() <= step * 0.51
-    assert through_q4_1(weights.bfloat16()).dtype == torch.bfloat16
+    assert through(weights.bfloat16(), "Q4_1").dtype == torch.bfloat16
     with pytest.raises(InputError, match="rows of 33 weights"):
-        through_q4_1(torch.zeros(2, 33))
+        through(torch.zeros(2, 33), "Q4_1")
+
+
+def test_a_model_is_rounded_as_its_file_would_be(tiny_model):
+    untied = {"tie_word_embeddings": False, "hidden_size": 64, "intermediate_size": 96}
+    before, after = (tiny_model("qwen2", **untied) for _ in range(2))
+    quantise(after, "Q4_1")
+    kinds = {"embed_tokens": "Q8_0", "lm_head": "Q8_0", "norm": None, "bias": None}
+    wanted = dict(before.named_parameters())
+    for name, weights in after.named_parameters():
+        kind = next((kinds[part] for part in kinds if part in name), "Q4_1")
+        expected = wanted[name] if kind is None else through(wanted[name], kind)
+        assert torch.equal(weights, expected), name
