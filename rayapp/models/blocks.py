@@ -46,9 +46,10 @@ def check_supported(config: PreTrainedConfig) -> None:
     kind = config.model_type if text is config else f"{config.model_type} over {text.model_type}"
     outer_known = text is config or config.model_type in MULTIMODAL_TYPES
     if not outer_known or text.model_type not in SUPPORTED_TYPES:
+        experts = " (a mixture of experts)" if _num_experts(text) > 1 else ""
         raise ModelError(
-            f"architecture {kind!r} is not supported; use one of {', '.join(SUPPORTED_TYPES)}, "
-            f"alone or inside {' or '.join(MULTIMODAL_TYPES)}"
+            f"architecture {kind!r}{experts} is not supported; use one of "
+            f"{', '.join(SUPPORTED_TYPES)}, alone or inside {' or '.join(MULTIMODAL_TYPES)}"
         )
     rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in _STATEFUL_ROPE:
@@ -56,6 +57,12 @@ def check_supported(config: PreTrainedConfig) -> None:
             f"architecture {kind!r} with rope_type {rope!r} is not supported: its keys depend on "
             "the longest prompt seen; use default, linear, llama3 or yarn"
         )
+
+
+def _num_experts(text: PreTrainedConfig) -> int:
+    """Number of MLPs that a router chooses from in a block; 0 for ordinary blocks."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    return max((getattr(text, name, None) or 0 for name in names), default=0)
 
 
 def find_decoder(model: nn.Module) -> Any:

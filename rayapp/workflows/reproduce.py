@@ -41,7 +41,7 @@ from rayapp.evaluation.result import LatencyResult
 from rayapp.evaluation.sides import Sides
 from rayapp.models.blocks import text_config
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.hub import locate
+from rayapp.models.hub import from_directory, locate
 from rayapp.models.loading import load_tokenizer
 from rayapp.plan import PLAN_FILE, PruningPlan, is_outdated, renewal_hint
 from rayapp.pruning.kv_choice.settings import KVSelectSettings
@@ -299,7 +299,9 @@ class _Reproduction:
             for name, count in self._overlaps.items()
         ]
         machine = this_machine(device=device, num_threads=settings.threads)
-        notes = definitions(settings, self._rows, self.bases)
+        caption = from_directory(settings.model).caption
+        notes = [f"the model: {caption}"] if caption else []
+        notes += definitions(settings, self._rows, self.bases)
         return Paper(settings, tuple(measured), dict(self.left_out), machine, notes, warned)
 
 

@@ -33,9 +33,9 @@ def plan_tables(plan: PruningPlan) -> list[RenderableType]:
         return [Text("empty plan: the dense model, exactly (fits every model)")]
     removed = ", ".join(f"{plan.removed(stage):g} from {stage}" for stage in STAGES)
     head = (
-        f"plan {plan.fingerprint} for {plan.model.model_type} of {plan.model.num_blocks} blocks "
-        f"(weights {plan.model.weights_fingerprint})\nblocks removed: {removed}; "
-        f"first answer token from {plan.first_token}"
+        f"plan {plan.fingerprint} for {_caption(plan)}{plan.model.model_type} of "
+        f"{plan.model.num_blocks} blocks (weights {plan.model.weights_fingerprint})\n"
+        f"blocks removed: {removed}; first answer token from {plan.first_token}"
     )
     healed = _healed(plan)
     if plan.healed:
@@ -54,6 +54,13 @@ def plan_tables(plan: PruningPlan) -> list[RenderableType]:
     if plan.visual_tokens:
         parts.append(Text(f"visual tokens: {plan.visual_tokens.model_dump_json()}"))
     return parts
+
+
+def _caption(plan: PruningPlan) -> str:
+    """The model's caption, if the plan's provenance has one, as the beginning of a sentence."""
+    model = plan.provenance.get("model")
+    caption = model.get("caption") if isinstance(model, Mapping) else None
+    return f"{caption}: " if caption else ""
 
 
 def kv_table(selection: KVSelection) -> RenderableType:

@@ -19,7 +19,7 @@ from rayapp.evaluation.report.charts import (
 )
 from rayapp.evaluation.report.findings import Findings, LedgerJSON
 from rayapp.evaluation.report.kv_findings import KVFindings
-from rayapp.evaluation.report.origins import origins, provenance
+from rayapp.evaluation.report.origins import model_caption, origins, provenance
 from rayapp.evaluation.report.plots import (
     Plot,
     block_plot,
@@ -75,7 +75,7 @@ def render_report(findings: Findings) -> str:
     )
     return environment.get_template(_PAGE).render(
         title="Pruning report",
-        subtitle=_subtitle(findings.plan),
+        subtitle=_subtitle(findings),
         facts=_facts(findings),
         findings=findings,
         plan=findings.plan,
@@ -155,13 +155,15 @@ def _num_blocks(findings: Findings) -> int:
     return model.num_blocks if model else 0
 
 
-def _subtitle(plan: PruningPlan) -> str:
+def _subtitle(findings: Findings) -> str:
+    caption, plan = model_caption(findings), findings.plan
+    name = f"{caption}. " if caption else ""
     if plan.is_empty:
-        return "The dense model: nothing is removed."
+        return f"{name}The dense model: nothing is removed."
     removed = " and ".join(f"{plan.removed(stage):g} from {stage}" for stage in STAGES)
     model = plan.model
     of = f" of the {model.num_blocks} of {model.model_type}" if model else ""
-    return f"Blocks removed{of}: {removed} (a part counts one half)."
+    return f"{name}Blocks removed{of}: {removed} (a part counts one half)."
 
 
 def score_words(plan: PruningPlan) -> str:
