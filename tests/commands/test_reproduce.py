@@ -290,9 +290,9 @@ def test_a_data_set_has_one_kind(settings, files, tmp_path):
         reproduce(settings, WATCH)
 
 
-def test_a_nameless_data_set_is_refused(checkpoint, files, run_job):
+def test_a_nameless_data_set_is_refused(checkpoint, files, run_job_here):
     words = ["--model", str(checkpoint), "--calibration", files["calibration"], "--out", "x"]
-    result = run_job("reproduce", *words, "--data", files["GSM"])
+    result = run_job_here("reproduce", *words, "--data", files["GSM"])
     assert result.returncode == 2
     assert "is not NAME=FILE" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
