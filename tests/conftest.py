@@ -20,6 +20,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -49,6 +50,12 @@ from transformers.utils import logging as transformers_logging
 torch.set_num_threads(1)
 pytest_plugins = ["tests.clusters"]
 transformers_logging.disable_progress_bar()  # it would stand in what commands print
+
+# How long a draw takes tells of the machine, and of what else it does; not of the code.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 CONFIGS = {
     "llama": LlamaConfig,

@@ -79,23 +79,27 @@ def render_report(findings: Findings) -> str:
     A section appears if its data exist. Every section says what it shows, and what it does not
     prove.
     """
-    return _environment().get_template(_PAGE).render(
-        title="Pruning report",
-        subtitle=_subtitle(findings.plan),
-        facts=_facts(findings),
-        findings=findings,
-        plan=findings.plan,
-        plan_json=findings.plan.dumps(),
-        num_blocks=_num_blocks(findings),
-        score=score_words(findings.plan),
-        num_lines=_lines(findings.plan.provenance),
-        origins=origins(findings),
-        provenance=provenance(findings.plan),
-        **_removal(findings),
-        **_quality(findings),
-        **_visual(findings),
-        **_transfer(findings),
-        **_search(findings),
+    return (
+        _environment()
+        .get_template(_PAGE)
+        .render(
+            title="Pruning report",
+            subtitle=_subtitle(findings.plan),
+            facts=_facts(findings),
+            findings=findings,
+            plan=findings.plan,
+            plan_json=findings.plan.dumps(),
+            num_blocks=_num_blocks(findings),
+            score=score_words(findings.plan),
+            num_lines=_lines(findings.plan.provenance),
+            origins=origins(findings),
+            provenance=provenance(findings.plan),
+            **_removal(findings),
+            **_quality(findings),
+            **_visual(findings),
+            **_transfer(findings),
+            **_search(findings),
+        )
     )
 
 

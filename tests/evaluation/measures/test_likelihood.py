@@ -123,7 +123,9 @@ def test_a_teacher_forced_match_is_what_greedy_decoding_gives():
         prefill=StagePlan(blocks={5: Mode.KV_ONLY}),
         decode=StagePlan(blocks={2: Mode.REMOVED, 6: Mode.REMOVED}),
     )
-    examples = [e for task in TASKS for e in generate(task, "validation", 4, seed=5, length="short")]
+    examples = [
+        e for task in TASKS for e in generate(task, "validation", 4, seed=5, length="short")
+    ]
     lines = [
         TokenizedLine(
             tuple(loaded.tokenizer(example.prompt)["input_ids"]),
