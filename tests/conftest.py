@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import io
+import logging
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -46,6 +50,12 @@ from transformers.utils import logging as transformers_logging
 torch.set_num_threads(1)
 pytest_plugins = ["tests.clusters"]
 transformers_logging.disable_progress_bar()  # it would stand in what commands print
+
+# How long a draw takes tells of the machine, and of what else it does; not of the code.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 CONFIGS = {
     "llama": LlamaConfig,
@@ -235,19 +245,52 @@ def testbed_path() -> Path:
     return text_model_path()
 
 
+JOBS = Path(__file__).parents[1] / "jobs"
+Done = subprocess.CompletedProcess[str]
+
+
+def start_job(name: str, *words: object) -> Done:
+    command = [sys.executable, str(JOBS / f"{name}.py"), *map(str, words)]
+    wide = {**os.environ, "COLUMNS": "160"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, env=wide
+    )
+
+
+def call_job(name: str, *words: object) -> Done:
+    file, out, err = JOBS / f"{name}.py", io.StringIO(), io.StringIO()
+    warnings = logging.StreamHandler(err)  # a new process would write them there
+    warnings.setLevel(logging.WARNING)
+    code: Any = 0
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(out), redirect_stderr(err):
+        patched.setattr(sys, "argv", [str(file), *map(str, words)])
+        patched.setenv("COLUMNS", "160")
+        logging.getLogger().addHandler(warnings)
+        try:
+            runpy.run_path(str(file), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            logging.getLogger().removeHandler(warnings)
+    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
+
+
 @pytest.fixture(scope="session")
-def run_job() -> Callable[..., subprocess.CompletedProcess[str]]:
+def run_job() -> Callable[..., Done]:
     """``run_job(name, *words)`` runs a file of ``jobs`` as a cluster would: in a new process."""
-    jobs = Path(__file__).parents[1] / "jobs"
+    return start_job
 
-    def run(name: str, *words: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(jobs / f"{name}.py"), *map(str, words)]
-        wide = {**os.environ, "COLUMNS": "160"}
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=600, check=False, env=wide
-        )
 
-    return run
+@pytest.fixture(scope="session")
+def run_job_here() -> Callable[..., Done]:
+    """``run_job_here(name, *words)`` does the same in this process, which has torch already."""
+    return call_job
+
+
+def pytest_collection_finish() -> None:
+    """Half a second of every search for garbage went through what torch and its like define."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,18 @@ _DEFAULT_ENTRIES = 256
 _DEFAULT_DTYPE = "bfloat16"
 
 
+@cache
+def _environment() -> Environment:
+    """The environment of all reports: a template is compiled once, not once per report."""
+    return Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def write_report(path: str | Path, findings: Findings) -> Path:
     """Write :func:`render_report` to ``path``, creating its directory; returns the file.
 
@@ -66,30 +79,27 @@ def render_report(findings: Findings) -> str:
     A section appears if its data exist. Every section says what it shows, and what it does not
     prove.
     """
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(_PAGE).render(
-        title="Pruning report",
-        subtitle=_subtitle(findings),
-        facts=_facts(findings),
-        findings=findings,
-        plan=findings.plan,
-        plan_json=findings.plan.dumps(),
-        num_blocks=_num_blocks(findings),
-        score=score_words(findings.plan),
-        num_lines=_lines(findings.plan.provenance),
-        origins=origins(findings),
-        provenance=provenance(findings.plan),
-        **_removal(findings),
-        **_quality(findings),
-        **_visual(findings),
-        **_transfer(findings),
-        **_search(findings),
+    return (
+        _environment()
+        .get_template(_PAGE)
+        .render(
+            title="Pruning report",
+            subtitle=_subtitle(findings),
+            facts=_facts(findings),
+            findings=findings,
+            plan=findings.plan,
+            plan_json=findings.plan.dumps(),
+            num_blocks=_num_blocks(findings),
+            score=score_words(findings.plan),
+            num_lines=_lines(findings.plan.provenance),
+            origins=origins(findings),
+            provenance=provenance(findings.plan),
+            **_removal(findings),
+            **_quality(findings),
+            **_visual(findings),
+            **_transfer(findings),
+            **_search(findings),
+        )
     )
 
 

@@ -39,7 +39,7 @@ def settings(tmp_path_factory, save_tiny, write_calibration) -> Told:
         out=str(directory / "undisturbed"),
         prefill_remove=1,
         decode_remove=2,
-        evaluations=20,
+        evaluations=12,
         generation_size=4,
     )
 
