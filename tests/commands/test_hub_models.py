@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from rayapp.plan import PruningPlan
 from rayapp.workflows.prune import prune
@@ -79,7 +80,7 @@ def test_evaluators_of_a_cluster_find_the_model_by_its_id(
     """The nodes look into a cache of their own, which has the model as well."""
     (model,) = hub.glob("models--*")
     shutil.copytree(model, hub_cache / model.name)
-    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
     found = [
         prune(
             *Told.of(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.util import placement_group, remove_placement_group
 
 from rayapp.distributed.cluster import patience
-from rayapp.distributed.cluster.local import STAGE_NODES
+from rayapp.distributed.cluster.nodes import free_nodes
 from rayapp.distributed.evaluator_pool import EvaluatorPool
 from rayapp.errors import ClusterError, ModelError
 from rayapp.pruning.evaluator.evaluator import Evaluator
@@ -159,34 +159,20 @@ def test_evaluators_that_fit_nowhere_are_named(settings, prepared, cluster):
 def test_evaluators_wait_for_what_others_use_and_say_so(
     settings, prepared, cluster, caplog, monkeypatch
 ):
-    """The limit of what is hopeless does not count: other actors have a CPU of every node."""
+    """The limit of what is hopeless does not count: others have all CPUs, for a while."""
     monkeypatch.setattr(patience, "TELL_EVERY_S", 0.5)
-    threads = STAGE_NODES[0].num_cpus
-    search = settings.but(workers=1, threads=threads)
-    holders = [
-        ray.remote(num_cpus=1, label_selector=spec.labels)(Holder).remote() for spec in STAGE_NODES
-    ]
-    ray.get([holder.hold.remote() for holder in holders])
-
-    def release() -> None:
-        for holder in holders:
-            ray.kill(holder)
-
-    releasing = threading.Timer(3.0, release)
+    search = settings.but(workers=1)
+    others = placement_group(
+        [{"CPU": node.free["CPU"]} for node in free_nodes()], strategy="STRICT_SPREAD"
+    )
+    assert others.wait(60)
+    releasing = threading.Timer(3.0, remove_placement_group, [others])
     releasing.start()
     with EvaluatorPool(search.score, search.compute, prepared.calibration, hopeless_s=0.5) as pool:
         assert pool.measure(measure_costs).num_blocks == prepared.signature.num_blocks
     releasing.join()
-    needed = f"0 of 1 were placed and load the model, the others wait for {threads} CPU"
-    assert needed in caplog.text
-    assert re.search(r": [0-3] CPU, 0 GPU free", caplog.text)
-
-
-class Holder:
-    """What an actor that only keeps its CPUs does."""
-
-    def hold(self) -> None:
-        return None
+    assert "0 of 1 were placed and load the model, the others wait for 1 CPU" in caplog.text
+    assert ": 0 CPU, 0 GPU free" in caplog.text
 
 
 def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,6 @@ from rayapp.distributed.cluster import patience
 from rayapp.distributed.cluster.local import NodeSpec
 from rayapp.distributed.cluster.nodes import FreeNode, free_nodes
 from rayapp.distributed.serve import placement
-from rayapp.distributed.serve.deploy import running_service
 from rayapp.distributed.serve.placement import check_placement, check_readable, misfit
 from rayapp.distributed.serve.settings import ServiceSettings
 from rayapp.errors import ClusterError, ModelError, PlanError
@@ -108,6 +107,8 @@ def test_pools_wait_for_nodes_that_are_on_their_way(nodes, monkeypatch):
 
 @pytest.mark.ray
 def test_a_real_cluster_says_so_within_thirty_seconds(cluster, tiny_llama, monkeypatch):
+    from rayapp.distributed.serve.deploy import running_service
+
     asked = [
         ({"decode": {"labels": {"role": "moon"}}}, "labelled role=moon, and no node"),
         ({"prefill": {"replicas": 50, "labels": {"role": "prefill"}}}, "only 4 fit"),
@@ -135,6 +136,7 @@ def test_a_node_that_cannot_read_is_named(cluster, save_tiny, tmp_path, monkeypa
     assert "nowhere" in str(caught.value)
 
 
+# What nodes are asked in place of ``unreadable``; to ask it they import this file, so it is light.
 def slow(model, plan):
     time.sleep(2.0)
 
@@ -182,6 +184,8 @@ def test_a_node_that_dies_before_it_answers_is_named(cluster, monkeypatch):
 
 @pytest.mark.ray
 def test_bad_models_and_plans_are_the_users_input(cluster, tiny_llama, tmp_path):
+    from rayapp.distributed.serve.deploy import running_service
+
     plan = tmp_path / "plan.json"
     plan.write_text('{"prefill": {"blocks": {"0": "removed"}}}')
     for error, settings in (
