@@ -124,8 +124,9 @@ def test_a_real_cluster_says_so_within_thirty_seconds(cluster, tiny_llama, monke
 
 
 @pytest.mark.ray
-def test_a_node_that_cannot_read_is_named(cluster, save_tiny, tmp_path, monkeypatch):
-    """The driver reads the model under a name that no worker knows."""
+def test_a_node_that_cannot_read_is_named(cluster, tiny_llama, tmp_path):
+    """All that have answered when the first one cannot, so the processes are started before."""
+    check_readable(settings_of(model=str(tiny_llama)))
     settings = settings_of(model=str(tmp_path / "nowhere"))
     began = time.monotonic()
     with pytest.raises(ClusterError) as caught:
