@@ -48,7 +48,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.utils import logging as transformers_logging
 
 torch.set_num_threads(1)
-pytest_plugins = ["tests.clusters"]
+pytest_plugins = ["tests.clusters", "tests.services", "tests.evaluators", "tests.order"]
 transformers_logging.disable_progress_bar()  # it would stand in what commands print
 
 # How long a draw takes tells of the machine, and of what else it does; not of the code.
@@ -144,12 +144,11 @@ LLAVA_VISION = CLIPVisionConfig(
 )
 
 
-def make_llava(kind: str, text: str = "llama") -> PreTrainedModel:
-    """A random float32 model; ``kind`` is its model type."""
+def make_llava(kind: str, text: str = "llama", **overrides: object) -> PreTrainedModel:
+    """A random float32 model; ``kind`` is its model type, ``overrides`` its language model's."""
+    shapes: dict[str, Any] = {**LLAVA_TEXT, **overrides}
     language: PreTrainedConfig = (
-        MistralConfig(**LLAVA_TEXT, sliding_window=10)
-        if text == "mistral"
-        else LlamaConfig(**LLAVA_TEXT)
+        MistralConfig(**shapes, sliding_window=10) if text == "mistral" else LlamaConfig(**shapes)
     )
     torch.manual_seed(7)
     shared: dict[str, Any] = {
@@ -171,9 +170,9 @@ def make_processor(kind: str) -> Any:
     return LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=PINPOINTS)
 
 
-def save_llava(directory: Path, kind: str, text: str = "llama") -> Path:
+def save_llava(directory: Path, kind: str, text: str = "llama", **overrides: object) -> Path:
     """Write a tiny LLaVA with tokenizer (``<image>`` is its placeholder) and image processor."""
-    model, tokenizer = make_llava(kind, text), make_byte_tokenizer()
+    model, tokenizer = make_llava(kind, text, **overrides), make_byte_tokenizer()
     fillers = [f"<unused-{number}>" for number in range(258, IMAGE_TOKEN)]
     tokenizer.add_tokens([AddedToken(name, special=True) for name in (*fillers, "<image>")])
     assert tokenizer.convert_tokens_to_ids("<image>") == IMAGE_TOKEN
@@ -205,7 +204,7 @@ def processor() -> Callable[[str], Any]:
 
 @pytest.fixture(scope="session")
 def tiny_llava_path() -> Callable[..., Path]:
-    """``tiny_llava_path(directory, kind, text="llama")`` writes a checkpoint; returns its path."""
+    """``tiny_llava_path(directory, kind, text, **overrides)`` writes a checkpoint; its path."""
     return save_llava
 
 

@@ -10,6 +10,8 @@ import pytest
 from huggingface_hub import constants
 
 from rayapp.plan import PruningPlan
+from rayapp.workflows.prune import prune
+from tests.told import Told
 
 NAME, COMMIT = "owner/small", "c" * 40
 
@@ -76,11 +78,21 @@ def test_a_miss_is_one_clear_line(run, options, said):
 
 
 @pytest.mark.ray
-def test_evaluators_of_a_cluster_find_the_model_by_its_id(hub, tmp_path, run_job, monkeypatch):
-    """Here the environment names the cache, as on every node; all runs are processes."""
-    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
-    alone = search(run_job, hub, tmp_path / "alone")
-    # A cluster of its own: the machine may run others.
-    plan = search(run_job, hub, tmp_path / "plan", "--workers", 1, "--address", "local")
-    assert plan.decode == alone.decode
-    assert plan.provenance["model"] == {"id": NAME, "revision": COMMIT}
+def test_evaluators_of_a_cluster_find_the_model_by_its_id(
+    hub, hub_cache, cluster, monkeypatch, tmp_path
+):
+    """The nodes look into a cache of their own, which has the model as well."""
+    (model,) = hub.glob("models--*")
+    shutil.copytree(model, hub_cache / model.name)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    found = [
+        prune(
+            *Told.of(
+                model=NAME, calibration=str(hub / "lines.jsonl"), out=str(tmp_path / str(workers)),
+                decode_remove=1, method="random", evaluations=3, workers=workers,
+            )
+        ).plan
+        for workers in (0, 1)
+    ]  # fmt: skip
+    assert found[0].decode == found[1].decode
+    assert found[1].provenance["model"] == {"id": NAME, "revision": COMMIT}
