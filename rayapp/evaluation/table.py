@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-
 from rayapp.evaluation.cells import (
     DECODED,
     NAMELESS,
