@@ -90,7 +90,6 @@ def choice_likelihoods(
     side: TwoStages, questions: Sequence[Question]
 ) -> Iterator[tuple[int, tuple[float, ...]]]:
     """Summed log-likelihood of every choice, in nats; yields ``(index, sums)`` in any order."""
-
     for group in question_groups(questions):
         counts = [torch.tensor([len(questions[i].choices) for i in batch]) for batch in group]
         rows = [[c for i in batch for c in questions[i].choices] for batch in group]
