@@ -30,9 +30,7 @@ def drawn(stage: str, count: int, num_blocks: int, remove: int, seed: int) -> li
 
 def scored(wanted: dict[str, Any]) -> dict[str, Any]:
     """Sums of every line and candidate, and what they cost once the dense model was run."""
-    score = ScoreSettings(
-        model=wanted["model"], calibration=wanted["lines"], dtype=wanted["dtype"]
-    )
+    score = ScoreSettings(model=wanted["model"], calibration=wanted["lines"], dtype=wanted["dtype"])
     compute = ComputeSettings(threads=wanted["threads"])
     calibration = prepare_scoring(score, compute).calibration
     evaluator = open_evaluator(score, compute, calibration)

@@ -41,7 +41,10 @@ def choices_part(arguments: Namespace) -> dict[str, Any]:
         "num_questions": len(questions),
         "num_choices": len(rows),
         "dtype": arguments.dtype[-1],
-        "tokens": {"a row per choice": sum(map(len, rows)), "every token once": sum(map(len, once))},
+        "tokens": {
+            "a row per choice": sum(map(len, rows)),
+            "every token once": sum(map(len, once)),
+        },
         "seconds": seconds,
     }
 

@@ -35,21 +35,19 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure dense beside plan: quality, KL, bytes and latency."""
-    from rich.console import Console
-
     from rayapp.evaluation.evaluate import evaluate as measure
     from rayapp.evaluation.progress import shown_progress
     from rayapp.evaluation.table import tables, visual_table
     from rayapp.evaluation.visual.study import compare, study_of
     from rayapp.models.hub import locate
+    from rayapp.workflows.terminal import show, table_console
 
     where = locate(model.model, model.revision).directory
     placed: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
     with shown_progress() as progress:
         result = measure(where, plan, data, settings=settings, out=out, progress=progress, **placed)
-    console = Console()
-    for table in tables(result):
-        console.print(table.rich())
+    console = table_console()
+    show(console, *(table.rich() for table in tables(result)))
     for caveat in result.caveats:
         console.print(f"not for quotation: {caveat}", highlight=False)
     if not compare_visual_tokens:
@@ -57,7 +55,7 @@ def evaluate(
     with shown_progress() as progress:
         study = study_of(compare_visual_tokens)
         compared = compare(where, data, study, settings=settings, progress=progress, **placed)
-    console.print(visual_table(compared).rich())
+    show(console, visual_table(compared).rich())
     beside = out or plan
     if beside is not None:
         typer.echo(compared.save_beside(beside))
