@@ -122,7 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_complain(error, 2))
     except RayappError as error:
         sys.exit(_complain(error, 1))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if str(stop):  # A command that keeps what it had says what and where.
+            _say("interrupted", stop)
         sys.exit(130)
 
 
@@ -132,8 +134,12 @@ def run_job(name: str) -> None:
 
 
 def _complain(error: RayappError, code: int) -> int:
-    Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+    _say("error", error)
     return code
+
+
+def _say(kind: str, cause: BaseException) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"{kind}: {cause}", markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ class BlockStack:
         joined = {} if real_tokens is None else {"real_tokens": real_tokens}
         positions_BT = positions_BT.to(hidden_BTE.device)
         rotary = self.rotary(hidden_BTE, positions_BT) if rotary is None else rotary
-        masks = self._window_masks(positions_BT) if masks is None else masks
+        masks = self.window_masks(positions_BT) if masks is None else masks
         for number in range(start, self.num_blocks if stop is None else stop):
             mask = masks.get(number)
             if self._is_spread:
@@ -163,7 +163,7 @@ class BlockStack:
             )
         return hidden_BTE
 
-    def _window_masks(self, positions_BT: torch.Tensor) -> Masks:
+    def window_masks(self, positions_BT: torch.Tensor) -> Masks:
         """Masks of the sliding-window blocks over a fresh prompt that spans more than the window.
 
         The span is counted in positions, not in tokens, because pruned prompts have gaps.

@@ -30,6 +30,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rayapp.kv.quantize import round_trip
+from rayapp.models.likelihood import slice_tokens
 from rayapp.plan import SEND_ALL, KVTransfer, Stage
 from rayapp.pruning.candidates.candidate import (
     ATTENTION,
@@ -50,9 +51,6 @@ from rayapp.pruning.evaluator.objective import Reference, reference_of, token_va
 from rayapp.pruning.evaluator.state_cache import StateCache, Tensors
 from rayapp.pruning.settings.compute import CACHE_BYTES
 from rayapp.pruning.settings.objective import Objective
-
-SLICE_ELEMENTS = 1 << 23
-"""Number of logits that exist at one time: 32 MB in float32 (project default)."""
 
 LineSums = tuple[float, ...]
 _Key = tuple[object, ...]
@@ -226,7 +224,7 @@ class Evaluator:
         uncut KV, or None if the objective is no comparison.
         """
         num_tokens = int(self.inputs(chunk).valid_BC.sum())
-        step = max(1, SLICE_ELEMENTS // self.runner.vocab_size)
+        step = slice_tokens(self.runner.vocab_size)
         dense_NE = None
         for start in range(0, num_tokens, step):
             rows, key = slice(start, start + step), ("reference", chunk, start)

@@ -32,7 +32,7 @@ from rayapp.pruning.methods.method import Generation, SearchMethod, Setup
 from rayapp.pruning.methods.table import GRADIENT_METHODS, METHODS
 from rayapp.pruning.progress import ProgressCallback, SearchProgress
 from rayapp.pruning.scorer import Scorer
-from rayapp.pruning.search.journal import Journal, Trial, check_replayed
+from rayapp.pruning.search.journal import JOURNAL_FILE, Journal, Trial, check_replayed
 from rayapp.pruning.search.racing import race
 from rayapp.pruning.search.trials import write_trials
 from rayapp.pruning.settings.score import ScoreSettings
@@ -139,7 +139,28 @@ class _Search:
         self._replayed = 0
 
     def run(self) -> SearchResult:
-        """Run generation by generation to the end."""
+        """Run generation by generation to the end, or to an interrupt, and write the best plan.
+
+        Raises:
+            KeyboardInterrupt: The search was interrupted; the message says what it keeps.
+        """
+        try:
+            self._run()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._interrupted()) from None
+        return self._finish()
+
+    def _interrupted(self) -> str:
+        """Keep the best plan so far, and say so."""
+        kept = (
+            f"{len(self._told)} candidates are scored and stay in "
+            f"{self._storage.location}/{JOURNAL_FILE}; the same command with --resume goes on"
+        )
+        if self._best is None:
+            return f"no plan yet; {kept}"
+        return f"best so far: {self._finish(interrupted=True).summary(self._settings.out)}; {kept}"
+
+    def _run(self) -> None:
         replay = iter(list(self._journal.generations))
         method = self._method()
         dense = Generation((DENSE,), "dense")
@@ -150,7 +171,6 @@ class _Search:
         if runners_up := self._runners_up():
             verified = Generation(runners_up, VERIFIED)
             self._generation(verified, next(replay, None), left=len(runners_up))
-        return self._finish()
 
     def _runners_up(self) -> tuple[Candidate, ...]:
         """The best estimates after races, to be scored on all chunks before a plan is chosen."""
@@ -283,7 +303,7 @@ class _Search:
             )
         )
 
-    def _finish(self) -> SearchResult:
+    def _finish(self, *, interrupted: bool = False) -> SearchResult:
         if self._best is None:
             raise SearchError(
                 f"{len(self._told)} candidates were scored, none of them within the sizes and sets "
@@ -296,7 +316,7 @@ class _Search:
             first_token=self._score_settings.first_token,
             kv_transfer=self._score_settings.kv_transfer,
             visual_tokens=self._score_settings.visual_tokens,
-            provenance=self._provenance(seconds),
+            provenance=self._provenance(seconds) | ({"interrupted": True} if interrupted else {}),
         )
         write_trials(self._storage, self._trials, self._scorer.units)
         plan = write_plan(self._storage, plan, best, self._scorer)
