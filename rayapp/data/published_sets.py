@@ -1,0 +1,235 @@
+"""A directory of published sets as files of lines: to calibrate on, to heal on, and to judge by.
+
+Calibration and healing draw on train splits of WikiText, PIQA and instructions, and on nothing
+else. What calibrates never heads a table, so judged sets of those domains are named apart. Tasks
+answered by one letter or word are no judged sets: decode would compute no scored token.
+
+The layout is ``wikitext2/``, ``piqa/``, ``instructions/dolly.jsonl``, ``arc/``, ``hellaswag/``,
+``socialiqa/``, ``lambada/`` and ``long_prompts/``; a set that is missing is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rayapp.data.json_lines import read_objects
+from rayapp.data.lines import ChoiceLine, Line, parse_line
+from rayapp.errors import DataError
+
+PROMPT_WORDS, CONTINUATION_WORDS = 96, 32
+"""Words of a paragraph that are a calibration line's prompt, and of its continuation (project
+default)."""
+COMPLETION_WORDS = 48
+"""Words of a completion that calibration scores at most (project default)."""
+MIN_LINES = 8
+"""Smallest number of lines of a heal file: every eighth is held back."""
+
+_CALIBRATION = {
+    "WikiText": "wikitext2/train*.txt",
+    "PIQA": "piqa/train*.jsonl",
+    "instructions": "instructions/dolly*.jsonl",
+}
+_JUDGED = {
+    "ARC-e": "arc/arc_easy_test*.jsonl",
+    "ARC-c": "arc/arc_challenge_val*.jsonl",
+    "HellaSwag": "hellaswag/val*.jsonl",
+    "Social IQa": "socialiqa/val*.jsonl",
+    "LAMBADA": "lambada/test*.jsonl",
+    "XSum": "long_prompts/xsum*.jsonl",
+}
+_CALIBRATION_DOMAINS = {"PIQA": "piqa/val*.jsonl", "WikiText": "wikitext2/test*.txt"}
+_TEXTS = ("XSum", "WikiText")
+IN_DOMAIN = " (calibration domain)"
+"""Ending of the name of a judged set that is of a calibration domain."""
+
+
+@dataclass(frozen=True)
+class PublishedFiles:
+    """The files that a directory of published sets became.
+
+    Attributes:
+        calibration: Calibration files, disjoint by prompt.
+        heal_data: Lines for healing, disjoint from them; None if too few were left.
+        judged: Files of judged sets by name.
+    """
+
+    calibration: tuple[str, ...]
+    heal_data: str | None = None
+    judged: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_files(
+    directory: str | Path,
+    out: str | Path,
+    *,
+    num_sets: int,
+    lines_per_task: int,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PublishedFiles:
+    """Write the files of a directory of published sets into ``out``.
+
+    Args:
+        directory: The directory, in the layout above.
+        out: Directory of the files.
+        num_sets: Number of calibration sets.
+        lines_per_task: Number of lines that each calibration set has of every task at most.
+        seed: Seed of the draw of calibration lines.
+        tokenizer: Its chat template, if it has one, is put around instructions.
+
+    Raises:
+        DataError: There is nothing to calibrate on or to judge by, or a line is malformed.
+    """
+    home, target = Path(directory), Path(out)
+    judged = {
+        f"{name}{ending}": list(_objects(name, home, pattern))
+        for ending, sets in (("", _JUDGED), (IN_DOMAIN, _CALIBRATION_DOMAINS))
+        for name, pattern in sets.items()
+        if _file(home, pattern) is not None
+    }
+    as_chat = partial(_as_chat, tokenizer)
+    pools = _pools(home, _judged_prompts(judged.values()), seed, as_chat)
+    for what, found, known in (
+        ("calibrate on", pools, _CALIBRATION),
+        ("judge by", judged, _JUDGED),
+    ):
+        if not found:
+            listed = ", ".join(known.values())
+            raise DataError(f"{home}: holds no set to {what}; give one of {listed}")
+    target.mkdir(parents=True, exist_ok=True)
+    share = min(lines_per_task, *(len(pool) // (num_sets + 1) for pool in pools.values()))
+    if not share:
+        fewest = min(pools, key=lambda name: len(pools[name]))
+        raise DataError(
+            f"{home}: {len(pools[fewest])} lines of {fewest} do not make {num_sets} calibration "
+            f"sets and a heal set; give {num_sets + 1} or more, or fewer sets"
+        )
+    sets = [
+        [line for pool in pools.values() for line in pool[n * share : (n + 1) * share]]
+        for n in range(num_sets)
+    ]
+    rest = [line for pool in pools.values() for line in pool[num_sets * share :][: 8 * share]]
+    return PublishedFiles(
+        tuple(_written(target / f"calibration-{n}.jsonl", lines) for n, lines in enumerate(sets)),
+        _written(target / "heal.jsonl", rest) if len(rest) >= MIN_LINES else None,
+        {
+            name: _written(target / f"judged-{_plain(name)}.jsonl", lines)
+            for name, lines in judged.items()
+        },
+    )
+
+
+def _file(home: Path, pattern: str) -> Path | None:
+    return min(home.glob(pattern), default=None)
+
+
+def _pools(
+    home: Path, judged: set[str], seed: int, as_chat: Callable[[str], str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Calibration lines by task, each prompt once and none that is judged, in a drawn order."""
+    pools = {}
+    for task, pattern in _CALIBRATION.items():
+        file = _file(home, pattern)
+        if file is None:
+            continue
+        passages = file.suffix == ".txt"
+        lines = _passages(file) if passages else _completions(file, as_chat)
+        by_hash = {prompt_hash(line["prompt"]): line | {"task": task} for line in lines}
+        hashes = sorted(set(by_hash) - judged)
+        random.Random(f"{seed} {task}").shuffle(hashes)
+        pools[task] = [by_hash[key] for key in hashes]
+    return pools
+
+
+def prompt_hash(prompt: str) -> str:
+    """Hash of a prompt; case and white space make no difference."""
+    return hashlib.sha256(" ".join(prompt.casefold().split()).encode()).hexdigest()
+
+
+def _judged_prompts(sets: Iterable[Sequence[Mapping[str, Any]]]) -> set[str]:
+    """Hashes of all prompts that a plan is judged by."""
+    return {prompt_hash(line["prompt"]) for lines in sets for line in lines if "prompt" in line}
+
+
+def _passages(file: Path) -> Iterator[dict[str, Any]]:
+    """Lines of long paragraphs: their beginning, and how it goes on."""
+    for paragraph in _paragraphs(file):
+        words = paragraph.split()
+        if len(words) >= PROMPT_WORDS + CONTINUATION_WORDS:
+            rest = words[PROMPT_WORDS : PROMPT_WORDS + CONTINUATION_WORDS]
+            yield {"prompt": " ".join(words[:PROMPT_WORDS]), "completion": " " + " ".join(rest)}
+
+
+def _completions(file: Path, as_chat: Callable[[str], str]) -> Iterator[dict[str, Any]]:
+    """Lines of a file, questions with their right choice; chat for the lines of no benchmark."""
+    for number, fields in read_objects(file):
+        line = parse_line(fields, f"{file} line {number}")
+        prompt = as_chat(line.prompt) if isinstance(line, Line) else line.prompt
+        answered = line.answered if isinstance(line, ChoiceLine) else line
+        yield {"prompt": prompt, "completion": _shortened(answered.completion)}
+
+
+def _as_chat(tokenizer: PreTrainedTokenizerBase | None, instruction: str) -> str:
+    """An instruction in the form in which the model reads one."""
+    if tokenizer is None or not tokenizer.chat_template:
+        return instruction
+    messages = [{"role": "user", "content": instruction}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _shortened(completion: str) -> str:
+    """The first words of a long completion."""
+    words = completion.split(" ")
+    return " ".join(words[:COMPLETION_WORDS])
+
+
+def _objects(name: str, home: Path, pattern: str) -> Iterator[dict[str, Any]]:
+    """The lines of a judged set, with its name as their task."""
+    file = _file(home, pattern)
+    assert file is not None, "only sets that are there are read"
+    if file.suffix == ".txt":
+        yield from ({"text": paragraph, "task": name} for paragraph in _paragraphs(file))
+        return
+    for number, fields in read_objects(file):
+        line = parse_line(fields, f"{file} line {number}")
+        if name in _TEXTS:
+            yield {"text": _article(line.prompt), "task": name}
+        else:
+            yield line.model_copy(update={"task": name}).model_dump(exclude={"image"})
+
+
+def _article(prompt: str) -> str:
+    """An article without the words that ask for its summary."""
+    _, _, rest = prompt.rpartition("Article: ")
+    return rest.partition("\n\nSummarize")[0].strip()
+
+
+def _paragraphs(file: Path) -> list[str]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise DataError(f"{file}: cannot be read ({reason}); give a text file") from None
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def _plain(name: str) -> str:
+    """A name for a file, without spaces and brackets."""
+    return re.sub(r"[^\w]+", "-", name.lower()).strip("-")
+
+
+def _written(file: Path, lines: Iterable[Mapping[str, Any]]) -> str:
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    return str(temporary.replace(file))
