@@ -11,8 +11,9 @@ from pydantic import Field, ValidationError
 from rayapp.errors import DataError
 from rayapp.evaluation.bootstrap import Bound
 from rayapp.evaluation.machine import Machine
+from rayapp.evaluation.quality import Quality, RolloutResult
 from rayapp.evaluation.settings import EvaluationSettings
-from rayapp.plan import ModelSignature
+from rayapp.plan import ModelSignature, Stage
 from rayapp.settings import Strict
 
 MEAN = "mean"
@@ -25,6 +26,8 @@ class MeasuredRow(Strict):
     """A task, or the mean over tasks (``mean``): its examples, and the sums of their KV's bytes.
 
     Prompt tokens are those of the unpruned prompt, with all tokens of its images.
+    ``decode_share`` is the share of the scored tokens that decode computed; the others are prefill's
+    first tokens. ``seen`` says how the plan was chosen or trained on this task; empty if it was not.
     """
 
     task: str
@@ -35,6 +38,8 @@ class MeasuredRow(Strict):
     bytes_sent: int
     overhead_bytes: int
     saved_by_visual_tokens_bytes: int = 0
+    decode_share: float | None = Field(default=None, ge=0, le=1)
+    seen: str = ""
 
     @property
     def reduction(self) -> float:
@@ -51,6 +56,8 @@ class TaskResult(MeasuredRow):
     NLL and KL are nats per continuation token, end marker included; ``exact_match`` is the share of
     completions that greedy decoding reproduces to the end marker. ``points_lost`` is in percentage
     points, dense minus plan. Bytes are sums over the plan's transfers of these examples.
+    ``dense_answer`` and ``plan_answer`` leave the end marker aside: shares of completions that
+    greedy decoding begins with (LAMBADA's last word).
     """
 
     num_tokens: int = Field(ge=1)
@@ -61,6 +68,8 @@ class TaskResult(MeasuredRow):
     dense_exact_match: float
     plan_exact_match: float
     points_lost: Bound
+    dense_answer: float | None = None
+    plan_answer: float | None = None
 
 
 class ChoiceResult(MeasuredRow):
@@ -107,11 +116,16 @@ class TextResult(MeasuredRow):
 
 
 class StageTimes(Strict):
-    """Medians over runs: one prompt's prefill, one decode step, and a whole answer of N tokens."""
+    """Medians over runs: one prompt's prefill, one decode step, and a whole answer of N tokens.
+
+    ``admit_ms`` is one prompt's KV put into decode's cache, and ``bytes_sent`` its message.
+    """
 
     prefill_ms: float
     tpot_ms: float
     answer_ms: float
+    admit_ms: float | None = None
+    bytes_sent: int | None = None
 
 
 class LatencyResult(Strict):
@@ -130,6 +144,25 @@ class LatencyResult(Strict):
     dense: StageTimes
     plan: StageTimes
     speedup_at_least: float | None = None
+    link_gbps: float | None = None
+    first_token: Stage = "prefill"
+
+    def handoff_ms(self, side: Literal["dense", "plan"]) -> float:
+        """A prompt's way to decode: its bytes over the link, then into decode's cache."""
+        times: StageTimes = getattr(self, side)
+        sent_ms = 8e-6 * (times.bytes_sent or 0) / self.link_gbps if self.link_gbps else 0.0
+        return sent_ms + (times.admit_ms or 0.0)
+
+    def ttft_ms(self, side: Literal["dense", "plan"]) -> float:
+        """Time to the first token; it waits for the handoff where decode samples it."""
+        times: StageTimes = getattr(self, side)
+        waits = side == "plan" and self.first_token == "decode"
+        return times.prefill_ms + (self.handoff_ms(side) if waits else 0.0)
+
+    def whole_ms(self, side: Literal["dense", "plan"]) -> float:
+        """Time of a whole answer, its handoff included wherever it falls."""
+        times: StageTimes = getattr(self, side)
+        return times.answer_ms + self.handoff_ms(side)
 
     @property
     def speedup(self) -> float:
@@ -168,6 +201,8 @@ class EvaluationResult(Strict):
     """Everything that ``rayapp evaluate`` measured; everything but ``latency`` is reproducible.
 
     ``complete`` is false in a file that was written while later tasks or timings were still open.
+    Means leave out tasks that the plan has seen, unless it has seen them all. ``test_met_by`` names
+    other plans (fingerprints) that met a file of this test split in the same directory.
     """
 
     version: Literal[1] = 1
@@ -183,6 +218,9 @@ class EvaluationResult(Strict):
     choice_mean: ChoiceResult | None = None
     texts: tuple[TextResult, ...] = ()
     text_mean: TextResult | None = None
+    rollouts: tuple[RolloutResult, ...] = ()
+    quality: Quality | None = None
+    test_met_by: tuple[str, ...] = ()
     latency: tuple[LatencyResult, ...] = ()
     machine: Machine
 
