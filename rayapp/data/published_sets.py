@@ -91,6 +91,7 @@ def write_files(
         DataError: There is nothing to calibrate on or to judge by, or a line is malformed.
     """
     home, target = Path(directory), Path(out)
+    # The task keeps its plain name, so that what calibrates is known to be of the same one.
     judged = {
         f"{name}{ending}": list(_objects(name, home, pattern))
         for ending, sets in (("", _JUDGED), (IN_DOMAIN, _CALIBRATION_DOMAINS))
