@@ -14,7 +14,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -76,6 +76,8 @@ def write_files(
     lines_per_task: int,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    judged_by: Collection[str] = (),
+    text_tokens: int | None = None,
 ) -> PublishedFiles:
     """Write the files of a directory of published sets into ``out``.
 
@@ -85,7 +87,9 @@ def write_files(
         num_sets: Number of calibration sets.
         lines_per_task: Number of lines that each calibration set has of every task at most.
         seed: Seed of the draw of calibration lines.
-        tokenizer: Its chat template, if it has one, is put around instructions.
+        tokenizer: Its chat template, if it has one, is put around instructions; it counts tokens.
+        judged_by: Names of the judged sets that are wanted; all without any.
+        text_tokens: Number of tokens after which a judged text ends, at the next paragraph.
 
     Raises:
         DataError: There is nothing to calibrate on or to judge by, or a line is malformed.
@@ -98,6 +102,11 @@ def write_files(
         for name, pattern in sets.items()
         if _file(home, pattern) is not None
     }
+    missing = sorted(set(judged_by) - set(judged))
+    if missing:
+        raise DataError(
+            f"{home}: holds no set {missing[0]!r} to judge by; use some of {', '.join(judged)}"
+        )
     as_chat = partial(_as_chat, tokenizer)
     pools = _pools(home, _judged_prompts(judged.values()), seed, as_chat)
     for what, found, known in (
@@ -124,8 +133,11 @@ def write_files(
         tuple(_written(target / f"calibration-{n}.jsonl", lines) for n, lines in enumerate(sets)),
         _written(target / "heal.jsonl", rest) if len(rest) >= MIN_LINES else None,
         {
-            name: _written(target / f"judged-{_plain(name)}.jsonl", lines)
+            name: _written(
+                target / f"judged-{_plain(name)}.jsonl", _cut(lines, text_tokens, tokenizer)
+            )
             for name, lines in judged.items()
+            if not judged_by or name in judged_by
         },
     )
 
@@ -222,6 +234,21 @@ def _paragraphs(file: Path) -> list[str]:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise DataError(f"{file}: cannot be read ({reason}); give a text file") from None
     return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def _cut(
+    lines: Sequence[Mapping[str, Any]],
+    most: int | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Iterator[Mapping[str, Any]]:
+    """The lines of a judged set, those of texts up to a number of tokens."""
+    count = 0
+    for line in lines:
+        if most is not None and count >= most:
+            return
+        if tokenizer is not None and "text" in line:
+            count += len(tokenizer(line["text"], verbose=False)["input_ids"])
+        yield line
 
 
 def _plain(name: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rayapp.errors import InputError
 from rayapp.evaluation.paper.count import search_evaluations
+from rayapp.evaluation.paper.presets import cheapest_blocks
 from rayapp.evaluation.paper.rows import (
     DENSE,
     Row,
@@ -23,6 +24,7 @@ from rayapp.pruning.kv_choice.settings import KVSelectSettings
 from rayapp.pruning.preparation import Prepared, prepare
 from rayapp.pruning.progress import ProgressCallback
 from rayapp.pruning.search.journal import JOURNAL_FILE
+from rayapp.pruning.search.sensitivity import Sensitivity
 from rayapp.pruning.settings.search import SearchSettings
 from rayapp.workflows.kv_select import kv_select
 from rayapp.workflows.prune import prune
@@ -67,6 +69,7 @@ class PaperPlans:
         self.bases: dict[str, str] = {}
         self.sizes = {row.name: row_sizes(row, settings, signature.num_blocks) for row in rows}
         self._prepared: Prepared | None = None
+        self._maps: Sequence[Sensitivity] = ()
         self._check_searches()
 
     def path(self, row: Row) -> Path:
@@ -107,9 +110,13 @@ class PaperPlans:
         self.left_out[row.name] = reason
         logger.warning("%s is left out: %s", row.title, reason)
 
-    def plans(self) -> dict[str, Planned]:
-        """The plans by row; rows without one are named in ``left_out``."""
+    def plans(self, maps: Sequence[Sensitivity] = ()) -> dict[str, Planned]:
+        """The plans by row; rows without one are named in ``left_out``.
+
+        ``maps`` are the costs of every block alone, for the rows that follow them.
+        """
         plans: dict[str, Planned] = {}
+        self._maps = maps
         for row in self._rows:
             if row.name in self.left_out:
                 continue
@@ -131,6 +138,9 @@ class PaperPlans:
             return self._kept(row, PruningPlan()), None
         if row.made is not None:
             return self._kept(row, row.made(self._signature)), None
+        if row.mapped:
+            plan = cheapest_blocks(row, self._signature, self._maps)
+            return self._kept(row, plan), None
         if row.plan:
             return self._given(row), None
         if row.search is not None:

@@ -18,21 +18,24 @@ def with_files(settings: ReproduceSettings) -> tuple[ReproduceSettings, tuple[st
     that are given by name take precedence.
 
     Raises:
-        DataError: The directory holds nothing to calibrate on or to judge by, or a bad line.
+        DataError: The directory holds nothing to calibrate on or to judge by, or a bad line, or a
+            set that is named is not in it.
     """
-    directory = settings.data.get(PUBLISHED)
-    if directory is None:
+    wanted = {name: path for name, path in settings.data.items() if Path(path).is_dir()}
+    if not wanted:
         assert settings.calibration is not None, "the settings were checked"
         return settings, (settings.calibration,)
     files = write_files(
-        directory,
+        next(iter(wanted.values())),
         Path(settings.out) / DATA_DIRECTORY,
         num_sets=max(settings.maps, 1),
         lines_per_task=settings.calibration_per_task,
         seed=settings.seed,
         tokenizer=load_tokenizer(settings.model),
+        judged_by=() if PUBLISHED in wanted else tuple(wanted),
+        text_tokens=settings.text_tokens,
     )
-    given = {name: path for name, path in settings.data.items() if name != PUBLISHED}
+    given = {name: path for name, path in settings.data.items() if name not in wanted}
     update = {
         "data": {**files.judged, **given},
         "calibration": settings.calibration or files.calibration[0],

@@ -118,7 +118,7 @@ class _Reproduction:
         logger.info("%s", self._count(None).sentence())
         if self.settings.preset == "paper" and self.settings.maps:
             self._maps = self._mapped()
-        plans = self._made.plans()
+        plans = self._made.plans(self._maps)
         with self._loaded() as loaded:
             logger.info("%s", self._count(self._rate(loaded)).sentence())
             measured: list[RowOutcome] = []

@@ -11,14 +11,15 @@ POP's rule needs no search: the last blocks, with the first answer token from de
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from rayapp.evaluation.paper.rows import DENSE, Row
 from rayapp.evaluation.paper.settings import Preset
-from rayapp.plan import Encoding, KVTransfer, ModelSignature, PruningPlan, Stage
+from rayapp.plan import STAGES, Encoding, KVTransfer, ModelSignature, PruningPlan, Stage
 from rayapp.pruning.candidates.candidate import Candidate
+from rayapp.pruning.search.sensitivity import Sensitivity
 
 _SHARED = {"shared": True, "kv_modes": False}
 _SUBSET = {"kv_modes": False, "method": "annealing"}
@@ -55,6 +56,8 @@ OF_BLOCKS = 30
 PREFILL, DECODE, PAIRS = (2, 4, 6, 8, 10, 12, 15), (1, 2, 3, 4), ((4, 2), (8, 2), (8, 4))
 PEERS_PREFILL, PEERS_DECODE, PEERS_PAIRS = (4, 8, 12), (2, 4), ((8, 2),)
 """Sizes at which peers are searched too; a subset of ours."""
+Size = tuple[int, int]
+"""Blocks that prefill and decode remove."""
 _PEERS = (
     ("similarity", "ShortGPT", "arXiv:2403.03853"),
     ("greedy", "SLEB", "arXiv:2402.09025"),
@@ -72,21 +75,9 @@ def _paper(num_blocks: int) -> Iterator[Row]:
     ours = _sizes(num_blocks, PREFILL, DECODE, PAIRS)
     theirs = _sizes(num_blocks, PEERS_PREFILL, PEERS_DECODE, PEERS_PAIRS)
     yield DENSE
-    for size in ours:
-        yield _sized("ours", "ours, blocks", "ours", size, _OURS)
-    for size in ours:
-        yield _sized("parts", "ours, parts", "ours", size, {**_OURS, "unit": "part"})
-    for size in ours:
-        if not size[1]:
-            yield _sized("late", "ours, first token from decode", "ours", size, _OURS, "decode")
-            made = partial(last_blocks, *size)
-            yield _sized("pop", "POP's rule", "arXiv:2602.03295", size, None, "decode", made=made)
-    for name, title, source in _PEERS:
-        for size in theirs:
-            yield _sized(name, title, source, size, {**_OURS, "method": name}, beside="ours")
-    for prefill, decode in theirs:
-        subset = (prefill, max(prefill, decode))
-        yield _sized("pdtrim", "PDTrim, subset rule", "arXiv:2509.04467", subset, _SUBSET)
+    yield from _without_search(ours)
+    yield from _searched(ours)
+    yield from _peers(theirs)
     for size in theirs:
         yield _sized("healed", "ours, blocks, healed", "ours", size, _OURS, healed=True)
     pairs = tuple(_name("ours", size) for size in ours if all(size))
@@ -96,20 +87,53 @@ def _paper(num_blocks: int) -> Iterator[Row]:
         yield Row(encoding, f"dense with {encoding} KV", "", sizes=(0, 0), made=made)
 
 
+def _without_search(sizes: list[Size]) -> Iterator[Row]:
+    """POP's rule, and the blocks that cost least alone."""
+    of_prefill = [size for size in sizes if not size[1]]
+    for size in of_prefill:
+        made = partial(last_blocks, *size)
+        yield _sized("pop", "POP's rule", "arXiv:2602.03295", size, None, "decode", made=made)
+    for size in sizes:
+        yield _sized("singles", "cheapest blocks alone", "ours", size, None, mapped=True)
+    for size in of_prefill:
+        title = "cheapest blocks alone, first token from decode"
+        yield _sized("late_singles", title, "ours", size, None, "decode", mapped=True)
+
+
+def _searched(sizes: list[Size]) -> Iterator[Row]:
+    """Our searches: of blocks, of their parts, and with the first answer token from decode."""
+    for size in sizes:
+        yield _sized("ours", "ours, blocks", "ours", size, _OURS)
+    for size in sizes:
+        yield _sized("parts", "ours, parts", "ours", size, {**_OURS, "unit": "part"})
+    for size in sizes:
+        if not size[1]:
+            yield _sized("late", "ours, first token from decode", "ours", size, _OURS, "decode")
+
+
+def _peers(sizes: list[Size]) -> Iterator[Row]:
+    for name, title, source in _PEERS:
+        for size in sizes:
+            yield _sized(name, title, source, size, {**_OURS, "method": name}, beside="ours")
+    subsets = dict.fromkeys((prefill, max(prefill, decode)) for prefill, decode in sizes)
+    for size in subsets:
+        yield _sized("pdtrim", "PDTrim, subset rule", "arXiv:2509.04467", size, _SUBSET)
+
+
 def _sizes(
     num_blocks: int,
     prefill: tuple[int, ...],
     decode: tuple[int, ...],
-    pairs: tuple[tuple[int, int], ...],
-) -> list[tuple[int, int]]:
+    pairs: tuple[Size, ...],
+) -> list[Size]:
     """Sizes carried to a model's depth, each once; a stage keeps a block at least."""
     wanted = [*((k, 0) for k in prefill), *((0, k) for k in decode), *pairs]
-    carried = [tuple(max(bool(k), round(k * num_blocks / OF_BLOCKS)) for k in s) for s in wanted]
+    carried = [tuple(max(min(k, 1), round(k * num_blocks / OF_BLOCKS)) for k in s) for s in wanted]
     kept = [(p, d) for p, d in carried if max(p, d) < num_blocks]
     return list(dict.fromkeys(kept))
 
 
-def _name(family: str, size: tuple[int, int]) -> str:
+def _name(family: str, size: Size) -> str:
     return f"{family}-p{size[0]}-d{size[1]}"
 
 
@@ -117,7 +141,7 @@ def _sized(
     family: str,
     title: str,
     source: str,
-    size: tuple[int, int],
+    size: Size,
     search: Mapping[str, Any] | None,
     first_token: Stage = "prefill",
     *,
@@ -147,6 +171,20 @@ def last_blocks(prefill: int, decode: int, model: ModelSignature) -> PruningPlan
         for count in (prefill, decode)
     )
     return Candidate(prefill_parts, decode_parts).plan(model, first_token="decode")
+
+
+def cheapest_blocks(row: Row, model: ModelSignature, maps: Sequence[Sensitivity]) -> PruningPlan:
+    """The plan of the blocks whose removal alone costs least, on the mean over calibration sets."""
+    singles = [one.singles for one in maps if one.singles]
+    assert row.sizes is not None, "a row of the map has sizes"
+    assert singles, "the map is measured before such rows"
+    parts = []
+    for stage, count in zip(STAGES, row.sizes, strict=True):
+        costs = [sum(values) for values in zip(*(s.stage(stage) for s in singles), strict=True)]
+        order = sorted(range(model.num_blocks), key=lambda block: (costs[block], block))
+        chosen = sorted(order[: int(count)])
+        parts.append(tuple(part for block in chosen for part in (2 * block, 2 * block + 1)))
+    return Candidate(parts[0], parts[1]).plan(model, first_token=row.first_token)
 
 
 def encoded(encoding: Encoding, model: ModelSignature) -> PruningPlan:

@@ -36,6 +36,7 @@ class Row:
         sizes: Blocks that prefill and decode remove; None takes those of the settings.
         first_token: The stage that makes the first answer token.
         made: A plan of a rule, which needs no search.
+        mapped: Whether the plan is that of the blocks that cost least alone, by the map of blocks.
         plan: A plan's directory or file, for a row of a plan that exists already.
     """
 
@@ -50,6 +51,7 @@ class Row:
     sizes: tuple[float, float] | None = None
     first_token: Stage = "prefill"
     made: Callable[[ModelSignature], PruningPlan] | None = None
+    mapped: bool = False
     plan: str = ""
 
     @property
@@ -92,6 +94,8 @@ def row_sizes(row: Row, settings: ReproduceSettings, num_blocks: int) -> tuple[f
 
 def left_out(row: Row, settings: ReproduceSettings, sizes: tuple[float, float]) -> str | None:
     """The reason why a row cannot be made with these settings; None if it can."""
+    if row.mapped and not settings.maps:
+        return "--maps 0 was given"
     if row.healed and settings.heal_data is None:
         return "no --heal-data was given"
     if row.healed and settings.heal == "none":

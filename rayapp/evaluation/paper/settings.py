@@ -38,7 +38,8 @@ LINK_GBPS = 10.0
 _NOT_IDENTITY = {
     "model", "calibration", "heal_data", "data", "out", "rows", "workers", "address", "resume",
     "allow_overlap", "link_gbps", "threads", "device", "num_runs", "num_prompt_tokens",
-    "num_answer_tokens", "batch_sizes", "preset", "plans", "calibration_per_task", "maps", "count",
+    "num_answer_tokens", "batch_sizes", "preset", "plans", "calibration_per_task", "text_tokens",
+    "maps", "count",
 }  # fmt: skip
 
 
@@ -58,7 +59,8 @@ class ReproduceSettings(Settings):
     data: dict[str, str] = Field(
         min_length=1,
         description="Evaluation file, of lines of one kind, as NAME=FILE; may be given several "
-        "times. A directory of published sets stands for all of them, and calibrates and heals.",
+        "times. A directory of published sets stands for all of them, and calibrates and heals; "
+        "NAME=DIR takes one of its sets.",
         json_schema_extra={"as_texts": True},
     )
     plans: dict[str, str] = Field(
@@ -71,6 +73,12 @@ class ReproduceSettings(Settings):
         default=32,
         ge=1,
         description="Calibration lines of every task that are drawn from published sets.",
+    )
+    text_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens of each text of published sets that perplexity is measured on; all "
+        "without.",
     )
     maps: int = Field(
         default=3,
@@ -222,7 +230,12 @@ class ReproduceSettings(Settings):
 
     @model_validator(mode="after")
     def _calibrated(self) -> ReproduceSettings:
-        if self.calibration is None and PUBLISHED not in self.data:
+        directories = {path for path in self.data.values() if Path(path).is_dir()}
+        if len(directories) > 1:
+            raise ValueError(
+                f"data={', '.join(sorted(directories))}: give one directory of published sets"
+            )
+        if self.calibration is None and not directories:
             raise ValueError(
                 f"calibration=None with data={', '.join(self.data)}: give --calibration, or a "
                 "directory of published sets as --data"
