@@ -246,7 +246,7 @@ def _cut(
     for line in lines:
         if most is not None and count >= most:
             return
-        if tokenizer is not None and "text" in line:
+        if most is not None and tokenizer is not None and "text" in line:
             count += len(tokenizer(line["text"], verbose=False)["input_ids"])
         yield line
 
