@@ -30,7 +30,7 @@ def values(tmp_path_factory, save_tiny, published_sets):
         "data": [f"ARC-e={sets}", f"XSum={sets}"],
         "calibration_per_task": 2,
         "maps": 2,
-        "rows": "pop-p2-d0,singles-p1-d0,one-given",
+        "rows": "pop-p2-d0,singles-p1-d0",
         "num_runs": 1,
         "num_prompt_tokens": 16,
         "num_answer_tokens": 2,
