@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from rayapp.models.blocks import signature_of
 from rayapp.models.healed import attach
+from rayapp.models.real_tokens import RealTokens
 from rayapp.models.stack import BlockStack
 from rayapp.plan import Mode, PruningPlan, StagePlan
 from rayapp.pruning.candidates.candidate import ATTENTION, MLP
@@ -31,15 +32,29 @@ class BlockKVSlot:
 
     With ``room``, the new entries overwrite the last ``room`` entries of ``prefix`` in place, and
     nothing is copied. Whoever shares such a prefix must not read those entries afterwards.
+
+    ``tokens`` says which tokens of a batch stand in one row; their entries are kept as a batch.
     """
 
     prefix: KV | None = None
     written: KV | None = None
     room: int = 0
+    tokens: RealTokens | None = None
 
-    def update(self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, block: int) -> KV:
-        """Keys and values that the block attends to: the prefix, then its own new entries."""
+    def update(self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, block: int) -> Any:
+        """Keys and values that the block attends to: the prefix, then its own new entries.
+
+        Those of tokens in one row are given per batch, as attention wants them.
+        """
         del block
+        if self.tokens is None:
+            return self._attended(keys_BHTD, values_BHTD)
+        (keys_BHTD,) = self.tokens.heads_apart(keys_BHTD)
+        (values_BHTD,) = self.tokens.heads_apart(values_BHTD)
+        keys_BHKD, values_BHKD = self._attended(keys_BHTD, values_BHTD)
+        return (keys_BHKD,), (values_BHKD,)
+
+    def _attended(self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor) -> KV:
         self.written = (keys_BHTD, values_BHTD)
         if self.prefix is None:
             return self.written
@@ -79,6 +94,7 @@ class BlockRunner:
         self._healed: dict[Pair, BlockStack] = {}
         self._rotated: tuple[torch.Tensor, Any, tuple[torch.Tensor, torch.Tensor]] | None = None
         self.num_blocks = self._dense.num_blocks
+        self.vocab_size = self._dense.vocab_size
         self.windows = self._dense.windows
         self.device = self._dense.device
         self.dtype = self._dense.dtype
@@ -133,10 +149,11 @@ class BlockRunner:
             hidden_BTE,
             positions_BT,
             slot,
-            {block: mask},
+            {block: mask if slot.tokens is None or mask is None else (mask,)},
             start=block,
             stop=block + 1,
             rotary=self._rotated[2],
+            real_tokens=slot.tokens,
         )
 
     def add_healed(self, healed: HealedPair) -> None:
@@ -158,9 +175,15 @@ class BlockRunner:
         stack = self._healed[pair]
         return self._run_one(stack, pair.survivor, hidden_BTE, positions_BT, mask, slot)
 
-    def write_kv(self, block: int, hidden_BTE: torch.Tensor, positions_BT: torch.Tensor) -> KV:
+    def write_kv(
+        self,
+        block: int,
+        hidden_BTE: torch.Tensor,
+        positions_BT: torch.Tensor,
+        tokens: RealTokens | None = None,
+    ) -> KV:
         """Keys and values ``(B, H, T, D)`` of one block: bit for bit what attention writes."""
-        slot = BlockKVSlot()
+        slot = BlockKVSlot(tokens=tokens)
         stack = self._stacks[Mode.KV_ONLY]
         stack.run(hidden_BTE, positions_BT, slot, {}, start=block, stop=block + 1)
         assert slot.written is not None, f"kv_only wrote nothing in block {block}"

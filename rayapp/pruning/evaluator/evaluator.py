@@ -12,13 +12,16 @@ A state is named by exactly what it depends on, and looked up before it is compu
 So a candidate restarts at its first changed block, siblings share prefixes when they come in order,
 and a candidate that changes decode alone reuses the whole prefill. Results never depend on which
 states were reused: the same operation runs on the same shapes either way.
-Shapes: B = lines, P = prompt tokens, D = tokens that decode runs, C = continuation tokens,
+
+Only real tokens are run, all lines of a chunk in one row; only KV and attention have padding, and
+only the states that predict a scored token meet the head, a slice of them at a time.
+Shapes: B = lines, P = prompt tokens, D = tokens that decode runs, N = real tokens of all lines,
 E = hidden size, V = vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -44,6 +47,9 @@ from rayapp.pruning.evaluator.objective import Reference, reference_of, token_va
 from rayapp.pruning.evaluator.state_cache import StateCache, Tensors
 from rayapp.pruning.settings.compute import CACHE_BYTES
 from rayapp.pruning.settings.objective import Objective
+
+SLICE_ELEMENTS = 1 << 23
+"""Number of logits that exist at one time: 32 MB in float32 (project default)."""
 
 LineSums = tuple[float, ...]
 _Key = tuple[object, ...]
@@ -84,8 +90,8 @@ class Evaluator:
 
     Attributes:
         blocks_run: Blocks run so far, counting blocks of which nothing is left too.
-        forwards: Block x token forwards so far, padding included. A part counts one half, and so
-            does the KV of a block that is written without its attention.
+        forwards: Block x token forwards so far. A part counts one half, and so does the KV of a
+            block that is written without its attention.
         masks: Attention masks of both stages' tokens.
     """
 
@@ -117,16 +123,21 @@ class Evaluator:
         use under ``healing`` must have been added before.
         """
         lines = self.calibration.chunks[chunk]
-        valid_BC = self.inputs(chunk).valid_BC
-        reference = self._reference(chunk) if self.objective.kind == "kl" else None
-        sums = []
-        for candidate in candidates:
-            run = self._pass(candidate, chunk, self.objective.kv_transfer, healing)
-            logits_BCV = self._logits(run)
-            values_BC = token_values(self.objective, reference, logits_BCV, lines.continuations_BC)
-            sums_B = values_BC.cpu().masked_fill(~valid_BC, 0.0).sum(dim=1)
-            sums.append(tuple(sums_B.tolist()))
-        return sums
+        token_ids_N = lines.continuations_BC[self.inputs(chunk).valid_BC]
+        states = [
+            self._predicting_states(self._pass(c, chunk, self.objective.kv_transfer, healing))
+            for c in candidates
+        ]
+        values = [list[torch.Tensor]() for _ in candidates]
+        for rows, reference in self._slices(chunk):
+            for state_NE, found in zip(states, values, strict=True):
+                logits_NV = self.runner.logits(state_NE[None, rows])[0]
+                found.append(token_values(self.objective, reference, logits_NV, token_ids_N[rows]))
+        counts_B = lines.continuation_lengths_B.tolist()
+        return [
+            tuple(float(line_N.sum()) for line_N in torch.cat(found).cpu().split(counts_B))
+            for found in values
+        ]
 
     def add_healed(self, healed: HealedPair) -> None:
         """Make a trained pair known to candidates that use it."""
@@ -137,8 +148,8 @@ class Evaluator:
         """The dense model's hidden states that enter ``block`` at a stage's positions, ``BTE``."""
         run = self._pass(DENSE, chunk, {})
         if stage == "prefill":
-            return self._prefill_state(run, block)
-        return self._decode_state(run, block)
+            return run.inputs.prefill_tokens.apart(self._prefill_state(run, block))[0]
+        return run.inputs.decode_tokens.apart(self._decode_state(run, block))[0]
 
     @torch.inference_mode()
     def dense_kv(self, chunk: int, block: int) -> KV:
@@ -164,12 +175,13 @@ class Evaluator:
         run = self._pass(replace(candidate, kv=()), chunk, {}, healing)
         skips, inputs = run.prefill if stage == "prefill" else run.decode, run.inputs
         if stage == "prefill":
-            hidden_BTE, positions_BT = self._prefill_state(run, block), inputs.prefill_positions_BP
-            mask, slot = self.masks.prefill(chunk, block), BlockKVSlot()
+            hidden_1NE, positions_1N = self._prefill_state(run, block), inputs.prefill_positions_1N
+            mask = self.masks.prefill(chunk, block)
+            slot = BlockKVSlot(tokens=inputs.prefill_tokens)
         else:
-            hidden_BTE, positions_BT = self._decode_state(run, block), inputs.decode_positions_BD
+            hidden_1NE, positions_1N = self._decode_state(run, block), inputs.decode_positions_1N
             mask, slot = self.masks.decode(chunk, block), _slot(run, self._written_kv(run, block))
-        self._run(stage, block, skips[block], hidden_BTE, positions_BT, mask, slot)
+        self._run(stage, block, skips[block], hidden_1NE, positions_1N, mask, slot)
 
     def inputs(self, chunk: int) -> Handoff:
         """Inputs of both stages on a chunk."""
@@ -196,52 +208,62 @@ class Evaluator:
         )
         return _Pass(chunk, self.inputs(chunk), prefill, decode, rules)
 
-    def _reference(self, chunk: int) -> Reference:
-        """The dense stages' outputs with uncut KV, which candidates are compared with."""
-        reference = self._cache.get(("reference", chunk))
-        if reference is None:
-            logits_BCV = self._logits(self._pass(DENSE, chunk, {}))
-            reference = reference_of(self.objective, logits_BCV)
-            self._cache.put(("reference", chunk), reference, dense=True)
-        return reference
+    def _slices(self, chunk: int) -> Iterator[tuple[slice, Reference | None]]:
+        """Scored tokens that meet the head together, so that the memory of logits is bounded.
 
-    def _logits(self, run: _Pass) -> torch.Tensor:
-        """Logits of every continuation token, ``(B, C, V)``.
+        With them comes what candidates are compared with there: the dense stages' outputs with
+        uncut KV, or None if the objective is no comparison.
+        """
+        num_tokens = int(self.inputs(chunk).valid_BC.sum())
+        step = max(1, SLICE_ELEMENTS // self.runner.vocab_size)
+        dense_NE = None
+        for start in range(0, num_tokens, step):
+            rows, key = slice(start, start + step), ("reference", chunk, start)
+            reference = self._cache.get(key)
+            if reference is None and self.objective.kind == "kl":
+                if dense_NE is None:
+                    dense_NE = self._predicting_states(self._pass(DENSE, chunk, {}))
+                logits_NV = self.runner.logits(dense_NE[None, rows])[0]
+                reference = reference_of(self.objective, logits_NV)
+                self._cache.put(key, reference, dense=True)
+            yield rows, reference
+
+    def _predicting_states(self, run: _Pass) -> torch.Tensor:
+        """The states ``(N, E)`` that predict every continuation token, line by line.
 
         If prefill runs to the end anyway, it goes first, so that all its KV is written before
         decode.
         """
-        if not run.inputs.first_from_prefill:
-            return self.runner.logits(self._decode_state(run))
-        prompt_BPE = self._prefill_state(run, self.runner.num_blocks)
-        decoded_BDE = self._decode_state(run)
-        last_B = run.inputs.num_prefilled_B.to(prompt_BPE.device) - 1
-        rows_B = torch.arange(len(last_B), device=last_B.device)
-        last_B1E = prompt_BPE[rows_B, last_B][:, None]
-        return self.runner.logits(torch.cat([last_B1E, decoded_BDE], dim=1))
+        inputs = run.inputs
+        if not inputs.first_from_prefill:
+            return self._decode_state(run)[0]
+        prompt_1NE = self._prefill_state(run, self.runner.num_blocks)
+        joined_NE = torch.cat([prompt_1NE[0], self._decode_state(run)[0].to(prompt_1NE.device)])
+        return joined_NE[inputs.predicting_N.to(joined_NE.device)]
 
     def _prefill_state(self, run: _Pass, block: int) -> torch.Tensor:
-        """Prefill's hidden states that enter ``block``, ``(B, P, E)``."""
-        start, hidden_BPE = block, None
-        while start and hidden_BPE is None:
+        """Prefill's hidden states that enter ``block``, ``(1, N, E)``."""
+        start, hidden_1NE, inputs = block, None, run.inputs
+        while start and hidden_1NE is None:
             state = self._find(("prefill", run.chunk, run.prefill[:start]), run)
-            hidden_BPE = state[0] if state else None
-            start -= hidden_BPE is None
-        if hidden_BPE is None:
-            hidden_BPE = self.runner.embed(run.inputs.prefill_ids_BP)
-        positions_BP = run.inputs.prefill_positions_BP
+            hidden_1NE = state[0] if state else None
+            start -= hidden_1NE is None
+        if hidden_1NE is None:
+            ids_1N = inputs.prefill_tokens.joined([inputs.prefill_ids_BP])
+            hidden_1NE = self.runner.embed(ids_1N)
+        positions_1N = inputs.prefill_positions_1N
         for current in range(start, block):
             if run.prefill[current] & ATTENTION and not run.decode[current] & ATTENTION:
-                self._write_kv(run, current, hidden_BPE)
+                self._write_kv(run, current, hidden_1NE)
             mask = self.masks.prefill(run.chunk, current)
-            slot = BlockKVSlot()
-            hidden_BPE = self._run(
-                "prefill", current, run.prefill[current], hidden_BPE, positions_BP, mask, slot
+            slot = BlockKVSlot(tokens=inputs.prefill_tokens)
+            hidden_1NE = self._run(
+                "prefill", current, run.prefill[current], hidden_1NE, positions_1N, mask, slot
             )
             if slot.written:
                 self._keep_kv(run, current, slot.written)
-            self._keep(("prefill", run.chunk, run.prefill[: current + 1]), (hidden_BPE,), run)
-        return hidden_BPE
+            self._keep(("prefill", run.chunk, run.prefill[: current + 1]), (hidden_1NE,), run)
+        return hidden_1NE
 
     def _kv(self, run: _Pass, block: int) -> KV:
         """The KV of ``block`` that decode reads: prefill's entries after the transfer.
@@ -268,12 +290,15 @@ class Evaluator:
             return self._write_kv(run, block, self._prefill_state(run, block))
         return kv[0], kv[1]
 
-    def _write_kv(self, run: _Pass, block: int, hidden_BPE: torch.Tensor) -> KV:
+    def _write_kv(self, run: _Pass, block: int, hidden_1NE: torch.Tensor) -> KV:
         """Write the KV of ``block`` from the states that enter it, without its attention."""
         kv = self._find(_kv_key(run, block), run)
         if kv is None:
-            self.forwards += hidden_BPE.shape[0] * hidden_BPE.shape[1] / 2
-            written = self.runner.write_kv(block, hidden_BPE, run.inputs.prefill_positions_BP)
+            self.forwards += hidden_1NE.shape[1] / 2
+            inputs = run.inputs
+            written = self.runner.write_kv(
+                block, hidden_1NE, inputs.prefill_positions_1N, inputs.prefill_tokens
+            )
             return self._keep_kv(run, block, written)
         return kv[0], kv[1]
 
@@ -296,43 +321,43 @@ class Evaluator:
         return keys_BHPD, values_BHPD
 
     def _decode_state(self, run: _Pass, stop: int | None = None) -> torch.Tensor:
-        """Decode's hidden states ``(B, D, E)`` that enter block ``stop``; None is the end."""
+        """Decode's hidden states ``(1, N, E)`` that enter block ``stop``; None is the end."""
         stop = self.runner.num_blocks if stop is None else stop
-        start, hidden_BDE = stop, None
-        while start and hidden_BDE is None:
+        start, hidden_1NE, inputs = stop, None, run.inputs
+        while start and hidden_1NE is None:
             state = self._find(_decode_key(run, start), run)
-            hidden_BDE = state[0] if state else None
-            start -= hidden_BDE is None
-        if hidden_BDE is None:
-            hidden_BDE = self.runner.embed(run.inputs.decode_ids_BD)
-        positions_BD = run.inputs.decode_positions_BD
+            hidden_1NE = state[0] if state else None
+            start -= hidden_1NE is None
+        if hidden_1NE is None:
+            hidden_1NE = self.runner.embed(inputs.decode_tokens.joined([inputs.decode_ids_BD]))
+        positions_1N = inputs.decode_positions_1N
         for block in range(start, stop):
             attends = not run.decode[block] & ATTENTION
             slot = _slot(run, self._kv(run, block)) if attends else BlockKVSlot()
             mask = self.masks.decode_bias(run.chunk, block, run.rules[block]) if attends else None
-            hidden_BDE = self._run(
-                "decode", block, run.decode[block], hidden_BDE, positions_BD, mask, slot
+            hidden_1NE = self._run(
+                "decode", block, run.decode[block], hidden_1NE, positions_1N, mask, slot
             )
-            self._keep(_decode_key(run, block + 1), (hidden_BDE,), run)
-        return hidden_BDE
+            self._keep(_decode_key(run, block + 1), (hidden_1NE,), run)
+        return hidden_1NE
 
     def _run(
         self,
         stage: Stage,
         block: int,
         skipped: int,
-        hidden_BTE: torch.Tensor,
-        positions_BT: torch.Tensor,
+        hidden_1NE: torch.Tensor,
+        positions_1N: torch.Tensor,
         mask: torch.Tensor | None,
         slot: BlockKVSlot,
     ) -> torch.Tensor:
         self.blocks_run += 1
         parts_run = 2 - (skipped & PARTS).bit_count()
-        self.forwards += hidden_BTE.shape[0] * hidden_BTE.shape[1] * parts_run / 2
+        self.forwards += hidden_1NE.shape[1] * parts_run / 2
         if skipped & ~PARTS:
             pair = Pair.of_mark(stage, block, skipped)
-            return self.runner.run_healed(pair, hidden_BTE, positions_BT, mask, slot)
-        return self.runner.run(block, skipped, hidden_BTE, positions_BT, mask, slot)
+            return self.runner.run_healed(pair, hidden_1NE, positions_1N, mask, slot)
+        return self.runner.run(block, skipped, hidden_1NE, positions_1N, mask, slot)
 
     def _find(self, key: _Key, run: _Pass) -> Tensors | None:
         return run.held.get(key) or self._cache.get(key)
@@ -348,7 +373,8 @@ class Evaluator:
 
 def _slot(run: _Pass, kv: KV) -> BlockKVSlot:
     """A slot in which decode's entries follow those of the prompt."""
-    return BlockKVSlot(prefix=kv, room=run.inputs.decode_ids_BD.shape[1])
+    inputs = run.inputs
+    return BlockKVSlot(prefix=kv, room=inputs.decode_ids_BD.shape[1], tokens=inputs.decode_tokens)
 
 
 def _kv_key(run: _Pass, block: int) -> _Key:

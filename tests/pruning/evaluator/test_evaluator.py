@@ -103,7 +103,7 @@ def test_decode_only_candidates_run_no_prefill(tiny_model, calibration):
     assert evaluator.blocks_run - before == 2 * len(one.chunks)
     tokens = evaluator.forwards
     scores(evaluator, [Candidate((), (4, 5))])  # block 2: blocks 3 and 4 run on the answer only
-    answers = sum(chunk.continuations_BC[:, 1:].numel() for chunk in one.chunks)
+    answers = sum(len(line.continuation) - 1 for line in one.lines)
     assert evaluator.forwards - tokens == 2 * answers
     before = evaluator.blocks_run
     scores(evaluator, [Candidate((6, 7), ())])  # kv_only 3: prefill and decode differ from block 4
@@ -131,7 +131,8 @@ def test_top_k_needs_no_more_than_it_keeps(tiny_model, calibration):
     for found, want, most in zip(scores(evaluator, candidates), wanted, exact, strict=True):
         assert abs(found.value - want.value) <= 1e-5 * want.value + 1e-7
         assert found.value <= most.value + 1e-12
-    assert {tensor.shape[-1] for tensor in evaluator._reference(0)[:2]} == {20}
+    _, reference = next(evaluator._slices(0))
+    assert {tensor.shape[-1] for tensor in reference[:2]} == {20}
 
 
 def test_the_cache_keeps_its_bound(tiny_model, calibration):
