@@ -5,21 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from rayapp.data.published_sets import IN_DOMAIN
 from rayapp.evaluation.machine import Machine
+from rayapp.evaluation.paper.marks import quality_speed
 from rayapp.evaluation.paper.numbers import (
     ACCURACY,
     ALL_DATA,
     ANSWER,
     BYTES,
     MARGIN,
-    PERPLEXITY,
     TPOT,
     TTFT,
     WITH_TRANSFER,
@@ -28,7 +27,7 @@ from rayapp.evaluation.paper.numbers import (
     row_numbers,
 )
 from rayapp.evaluation.paper.outcome import RowOutcome
-from rayapp.evaluation.paper.pictures import BlockMap, Mark, QualitySpeed
+from rayapp.evaluation.paper.pictures import BlockMap, QualitySpeed
 from rayapp.evaluation.paper.rows import DENSE, Row
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.result import MEAN
@@ -107,33 +106,10 @@ class Paper:
             title = "KL of every block taken away alone, prefill above decode"
             stages = ([one.stage(stage) for one in singles] for stage in STAGES)
             drawn["blocks.svg"] = BlockMap(title, *stages)
-        marks = [mark for row in self.rows if (mark := self._mark(row))]
-        if marks and self.settings.preset == "paper":
-            title = "What every plan keeps, against how much faster its first token comes"
-            drawn["quality.svg"] = QualitySpeed(title, marks)
+        picture = quality_speed(self.record()["rows"])
+        if picture.marks and self.settings.preset == "paper":
+            drawn["quality.svg"] = picture
         return drawn
-
-    def _mark(self, outcome: RowOutcome) -> Mark | None:
-        """A row in the picture of quality and speed; None if it was not timed."""
-        row, name = self.row_of[outcome.name], outcome.name
-        ttft = self.number(name, "batch 1", TTFT)
-        if ttft is None or row.name == DENSE.name:
-            return None
-        margin = self.number(name, MEAN, MARGIN)
-        losses = [
-            n.difference
-            for n in self.numbers[name]
-            if n.metric == PERPLEXITY and not n.data.endswith(IN_DOMAIN)
-        ]
-        lost = 100 * (math.exp(sum(losses) / len(losses)) - 1) if losses else None
-        return Mark(
-            method=row.title.removesuffix(", healed"),
-            label=f"{outcome.prefill_removed:g}+{outcome.decode_removed:g}",
-            healed=row.healed,
-            speedup=ttft.difference,
-            kept=margin.plan if margin else None,
-            perplexity=lost,
-        )
 
     def csv(self) -> str:
         """The numbers as CSV, one per line."""
@@ -146,17 +122,22 @@ class Paper:
         return text.getvalue()
 
     def json(self) -> str:
-        """Everything except the outcomes per example, which lie beside the plans, as JSON."""
+        """The record as JSON."""
+        return json.dumps(self.record(), indent=2) + "\n"
+
+    def record(self) -> dict[str, Any]:
+        """Everything except the outcomes per example, which lie beside the plans; plain data."""
         rows = [
             {
                 **row.model_dump(mode="json", exclude={"data", "latency"}),
                 "title": self.title(row.name),
                 "source": self.row_of[row.name].source,
+                "healed": self.row_of[row.name].healed,
                 "numbers": [asdict(number) for number in self.numbers[row.name]],
             }
             for row in self.rows
         ]
-        record = {
+        return {
             "settings": self.settings.model_dump(mode="json"),
             "machine": self.machine.model_dump(mode="json"),
             "rows": rows,
@@ -165,7 +146,6 @@ class Paper:
             "notes": list(self.notes),
             "caveats": list(self.caveats),
         }
-        return json.dumps(record, indent=2) + "\n"
 
     def tables(self) -> list[Table]:
         """The non-empty tables: quality, ours beside the peers, speed, bytes and searches."""

@@ -18,6 +18,7 @@ from rayapp.models.likelihood import dense_logits, kl_from, kl_top_k, nll, top_k
 from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.settings.objective import Objective
 
+
 @dataclass(frozen=True)
 class Score:
     """A candidate's score, lower is better, and its parts.
