@@ -109,7 +109,8 @@ def report(record: Record) -> list[Block]:
         f"{asked['caption'] or asked['model']}, {asked['dtype']}, {threads(asked['threads'])}; "
         f"time to the first token of {asked['prompt_tokens']:,} tokens, batch 1, median of "
         f"{asked['runs']} interleaved runs; calibrated on {asked['calibration_per_task']} lines of "
-        "every task. A mark's label says how many blocks prefill and decode miss."
+        "every task. A mark's label says how many blocks prefill (p) and decode (d) miss; up is "
+        "better."
     )
     drawn: list[Block] = [picture] if picture.marks else []
     notes = [f"- {note}" for note in record["notes"]]

@@ -35,7 +35,7 @@ def _mark(row: Mapping[str, Any]) -> Mark | None:
     ]
     return Mark(
         method=row["title"].removesuffix(", healed"),
-        label=f"{row['prefill_removed']:g}+{row['decode_removed']:g}",
+        missed=(row["prefill_removed"], row["decode_removed"]),
         healed=row["healed"],
         speedup=timed.difference,
         kept=kept.plan if kept else None,

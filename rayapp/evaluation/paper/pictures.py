@@ -79,7 +79,7 @@ class Mark:
 
     Attributes:
         method: Name of the method in the legend.
-        label: Sizes in a few letters.
+        missed: Blocks that prefill and decode miss.
         healed: Whether it is healed; healed marks are filled.
         speedup: Dense over plan of the time to the first token.
         kept: Share of the margin above chance that is kept, in per cent; None without any task.
@@ -87,16 +87,22 @@ class Mark:
     """
 
     method: str
-    label: str
+    missed: tuple[float, float]
     healed: bool
     speedup: float
     kept: float | None = None
     perplexity: float | None = None
 
+    @property
+    def label(self) -> str:
+        """The sizes in a few letters: ``p8`` or ``p8 d2``."""
+        sizes = zip("pd", self.missed, strict=True)
+        return " ".join(f"{stage}{count:g}" for stage, count in sizes if count)
+
 
 @dataclass(frozen=True)
 class QualitySpeed:
-    """What every plan keeps against how much faster its first token comes.
+    """What every plan keeps against how much faster its first token comes; up is better.
 
     Attributes:
         title: What is shown, for readers who cannot see it.
@@ -118,6 +124,8 @@ class QualitySpeed:
             every = figure.subplots(max(len(shown), 1), 1, sharex=True, squeeze=False)[:, 0]
             for (name, value), axes in zip(shown, every, strict=False):
                 self._draw(axes, name, value)
+            if shown and shown[-1] is panels[-1]:
+                every[-1].invert_yaxis()  # up is better in both panels
             every[-1].set_xlabel("times faster to the first token")
             handles, labels = every[0].get_legend_handles_labels()
             figure.legend(
@@ -131,6 +139,14 @@ class QualitySpeed:
         for (method, healed), marks in _grouped(self.marks).items():
             number = methods.index(method)
             points = [(mark.speedup, y, mark) for mark in marks if (y := value(mark)) is not None]
+            of_prefill = sorted((x, y) for x, y, mark in points if not mark.missed[1])
+            axes.plot(
+                [x for x, _ in of_prefill],
+                [y for _, y in of_prefill],
+                color=colours(number % 10),
+                linewidth=1,
+                linestyle="-" if healed else ":",
+            )
             axes.plot(
                 [x for x, _, _ in points],
                 [y for _, y, _ in points],

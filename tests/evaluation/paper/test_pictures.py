@@ -6,9 +6,9 @@ from rayapp.evaluation.paper.pictures import GREY, BlockMap, Mark, QualitySpeed
 
 MAP = BlockMap("blocks", [[1.0, 0.1, 0.01], [2.0, 0.1, 0.02]], [[3.0, 1.0, 0.5], [3.0, 2.0, 0.4]])
 MARKS = [
-    Mark("ours", "2+0", False, 1.2, kept=99.0, perplexity=1.0),
-    Mark("ours", "2+0", True, 1.2, kept=99.5),
-    Mark("POP's rule", "4+0", False, 1.3, perplexity=6.0),
+    Mark("ours", (2, 0), False, 1.2, kept=99.0, perplexity=1.0),
+    Mark("ours", (2, 0), True, 1.2, kept=99.5),
+    Mark("POP's rule", (4, 0.5), False, 1.3, perplexity=6.0),
 ]
 
 
@@ -31,3 +31,7 @@ def test_letters_can_be_read_on_white_and_on_dark():
     for ground in ("#ffffff", "#0d1117"):
         high, low = sorted((luminance(GREY), luminance(ground)), reverse=True)
         assert (high + 0.05) / (low + 0.05) > 3.5
+
+
+def test_marks_name_their_sizes():
+    assert [mark.label for mark in MARKS] == ["p2", "p2", "p4 d0.5"]
