@@ -60,8 +60,10 @@ def measure(recorder: Recorder) -> None:
         workers=arguments.workers, threads=arguments.threads, device=arguments.device
     )
     with shown_progress() as progress:
-        maps = map_blocks(score, compute, files.calibration, work / "maps", progress=progress)
-    recorder.write(maps=[one.model_dump(mode="json", exclude={"influence"}) for one in maps])
+        maps = []
+        for one in map_blocks(score, compute, files.calibration, work / "maps", progress=progress):
+            maps.append(one.model_dump(mode="json", exclude={"influence"}))
+            recorder.write(maps=maps)
 
 
 def report(record: Record) -> list[Block]:

@@ -32,7 +32,7 @@ default)."""
 COMPLETION_WORDS = 48
 """Words of a completion that calibration scores at most (project default)."""
 MIN_LINES = 8
-"""Smallest number of lines of a heal file: every eighth is held back."""
+"""Smallest number of lines of a heal file, since every eighth only judges (project default)."""
 
 _CALIBRATION = {
     "WikiText": "wikitext2/train*.txt",
@@ -85,7 +85,7 @@ def write_files(
         directory: The directory, in the layout above.
         out: Directory of the files.
         num_sets: Number of calibration sets.
-        lines_per_task: Number of lines that each calibration set has of every task at most.
+        lines_per_task: Number of lines that a calibration set has of every task at most.
         seed: Seed of the draw of calibration lines.
         tokenizer: Its chat template, if it has one, is put around instructions; it counts tokens.
         judged_by: Names of the judged sets that are wanted; all without any.
@@ -149,7 +149,7 @@ def _file(home: Path, pattern: str) -> Path | None:
 def _pools(
     home: Path, judged: set[str], seed: int, as_chat: Callable[[str], str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Calibration lines by task, each prompt once and none that is judged, in a drawn order."""
+    """Calibration lines by task, in a drawn order; no prompt comes twice, and none is judged."""
     pools = {}
     for task, pattern in _CALIBRATION.items():
         file = _file(home, pattern)

@@ -38,7 +38,7 @@ Planned = tuple[PruningPlan, str | None]
 
 
 class PaperPlans:
-    """Makes the plans of all rows, each in its directory; what is there is not made again.
+    """Makes the plans of all rows in directories of their own; none is made twice.
 
     Args:
         settings: The settings of the reproduction.

@@ -81,7 +81,7 @@ def count_work(settings: ReproduceSettings, watch: Watch) -> Count:
     """Count what is done and what is left of the tables, in tokens and in hours.
 
     Raises:
-        InputError: As in :func:`reproduce`.
+        InputError: Model, data, sizes or directory cannot be used, as in :func:`reproduce`.
     """
     return _opened(settings, watch).counted()
 
@@ -144,13 +144,14 @@ class _Reproduction:
 
     def _mapped(self) -> list[Sensitivity]:
         with self.watch.evaluation() as progress:
-            return map_blocks(
+            maps = map_blocks(
                 self.settings.score(),
                 self.settings.compute(),
                 self.calibrations,
                 self._out / MAPS_DIRECTORY,
                 progress=progress,
             )
+            return list(maps)
 
     def _count(self, rate: float | None) -> Count:
         """The work of all rows that can be made; ``rate`` in tokens per second, if it is known."""

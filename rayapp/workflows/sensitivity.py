@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ def map_blocks(
     out: str | Path,
     *,
     progress: ProgressCallback = silent,
-) -> list[Sensitivity]:
-    """Measure the cost of removing every block alone on several calibration sets.
+) -> Iterator[Sensitivity]:
+    """Measure the cost of removing every block alone, on one calibration set after another.
 
     Every set has a directory in ``out``, and is not measured again if it was.
 
@@ -75,23 +75,20 @@ def map_blocks(
         ClusterError: The cluster cannot be reached, or cannot place an evaluator.
         SearchError: A score is not finite, or writing failed.
     """
-    score, maps = located(score), []
+    score = located(score)
     for number, calibration in enumerate(calibrations):
         on_these = score.model_copy(update={"calibration": calibration})
         prepared = prepare_scoring(on_these, compute)
         signature = prepared.signature
         what = f"blocks, calibration set {number + 1} of {len(calibrations)}"
         with opened_scorer(on_these, compute, prepared) as scorer:
-            maps.append(
-                measure_sensitivity(
-                    Storage(str(Path(out) / f"set-{number}")),
-                    scorer,
-                    weights=signature.weights_fingerprint,
-                    num_blocks=signature.num_blocks,
-                    on_progress=_whole(progress, what),
-                )
+            yield measure_sensitivity(
+                Storage(str(Path(out) / f"set-{number}")),
+                scorer,
+                weights=signature.weights_fingerprint,
+                num_blocks=signature.num_blocks,
+                on_progress=_whole(progress, what),
             )
-    return maps
 
 
 def _whole(progress: ProgressCallback, what: str) -> Callable[[float, int], None]:

@@ -102,7 +102,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class QualitySpeed:
-    """What every plan keeps against how much faster its first token comes; up is better.
+    """Quality that plans keep, against how much faster their first token comes; up is better.
 
     Attributes:
         title: What is shown, for readers who cannot see it.

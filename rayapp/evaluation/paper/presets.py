@@ -126,7 +126,7 @@ def _sizes(
     decode: tuple[int, ...],
     pairs: tuple[Size, ...],
 ) -> list[Size]:
-    """Sizes carried to a model's depth, each once; a stage keeps a block at least."""
+    """Sizes carried to a model's depth, without repetitions; a stage keeps a block at least."""
     wanted = [*((k, 0) for k in prefill), *((0, k) for k in decode), *pairs]
     carried = [tuple(max(min(k, 1), round(k * num_blocks / OF_BLOCKS)) for k in s) for s in wanted]
     kept = [(p, d) for p, d in carried if max(p, d) < num_blocks]
