@@ -8,22 +8,37 @@ from typing import Annotated, Any
 import typer
 
 from rayapp.commands.options import command
-from rayapp.evaluation.settings import EvaluationSettings
+from rayapp.evaluation.settings import EvaluationSettings, Spread
 from rayapp.settings import ModelSettings
 
 
 @command()
 def evaluate(
     model: ModelSettings,
-    data: Annotated[
-        list[Path],
-        typer.Option(help="File of JSON lines to measure on; may be given several times."),
-    ],
     settings: EvaluationSettings,
+    spread: Spread,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="File of lines to measure on, or a directory of them; may be given several times."
+        ),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="File whose lines are read as text for perplexity; may be given several times."
+        ),
+    ] = None,
     plan: Annotated[
         Path | None,
         typer.Option(help="Plan directory or plan.json; without it, the dense model."),
     ] = None,
+    plan_only: Annotated[
+        bool,
+        typer.Option(
+            help="Count and say what would be measured, how exactly and how long; measure nothing."
+        ),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file that receives the result.")] = None,
     compare_visual_tokens: Annotated[
         list[int] | None,
@@ -38,16 +53,28 @@ def evaluate(
     from rich.console import Console
 
     from rayapp.evaluation.evaluate import evaluate as measure
+    from rayapp.evaluation.forecast import forecast
     from rayapp.evaluation.progress import shown_progress
     from rayapp.evaluation.table import tables, visual_table
     from rayapp.evaluation.visual.study import compare, study_of
     from rayapp.models.hub import locate
+    from rayapp.workflows.evaluate import place_of
 
     where = locate(model.model, model.revision).directory
-    placed: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
-    with shown_progress() as progress:
-        result = measure(where, plan, data, settings=settings, out=out, progress=progress, **placed)
+    place, lines, texts = place_of(model, spread), data or [], text or []
     console = Console()
+    if plan_only:
+        with shown_progress() as progress:
+            told = forecast(where, plan, lines, texts=texts, settings=settings, place=place)
+        for table in told.tables():
+            console.print(table.rich())
+        console.print(told.sentence(), highlight=False)
+        return
+    with shown_progress() as progress:
+        result = measure(
+            where, plan, lines, settings=settings, place=place, out=out, texts=texts,
+            progress=progress,
+        )  # fmt: skip
     for table in tables(result):
         console.print(table.rich())
     for caveat in result.caveats:
@@ -56,7 +83,8 @@ def evaluate(
         return
     with shown_progress() as progress:
         study = study_of(compare_visual_tokens)
-        compared = compare(where, data, study, settings=settings, progress=progress, **placed)
+        placed: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+        compared = compare(where, lines, study, settings=settings, progress=progress, **placed)
     console.print(visual_table(compared).rich())
     beside = out or plan
     if beside is not None:

@@ -13,6 +13,10 @@ from pydantic import Field
 from rayapp.evaluation.bootstrap import Bound, Interval
 from rayapp.settings import Strict
 
+Form = Literal["plain", "chat", "second turn"]
+"""How the prompt of a rollout is written."""
+FORMS: tuple[Form, ...] = ("plain", "chat", "second turn")
+
 
 class PositionBin(Strict):
     """Answer tokens ``first`` to ``last`` (from 0) of all rollouts: their number, KL, agreement.
@@ -50,7 +54,7 @@ class RolloutResult(Strict):
     """
 
     source: str
-    form: Literal["plain", "chat", "second turn"]
+    form: Form
     num_rollouts: int = Field(ge=1)
     num_tokens: int = Field(ge=1)
     max_tokens: int = Field(ge=1)

@@ -17,6 +17,8 @@ from rayapp.plan import ModelSignature, Stage
 from rayapp.settings import Strict
 
 MEAN = "mean"
+Side = Literal["dense", "plan"]
+SIDES: tuple[Side, ...] = ("dense", "plan")
 CLAIM_EXAMPLES = 2_000
 CLAIM_PROMPT_TOKENS = 128
 CLAIM_RUNS = 30
@@ -26,8 +28,8 @@ class MeasuredRow(Strict):
     """A task, or the mean over tasks (``mean``): its examples, and the sums of their KV's bytes.
 
     Prompt tokens are those of the unpruned prompt, with all tokens of its images.
-    ``decode_share`` is the share of the scored tokens that decode computed; the others are prefill's
-    first tokens. ``seen`` says how the plan was chosen or trained on this task; empty if it was not.
+    ``decode_share`` is the share of the scored tokens that decode computed; the others are first
+    tokens, of prefill. ``seen`` says how the plan was chosen or trained on this task; empty if not.
     """
 
     task: str
@@ -147,19 +149,19 @@ class LatencyResult(Strict):
     link_gbps: float | None = None
     first_token: Stage = "prefill"
 
-    def handoff_ms(self, side: Literal["dense", "plan"]) -> float:
+    def handoff_ms(self, side: Side) -> float:
         """A prompt's way to decode: its bytes over the link, then into decode's cache."""
         times: StageTimes = getattr(self, side)
         sent_ms = 8e-6 * (times.bytes_sent or 0) / self.link_gbps if self.link_gbps else 0.0
         return sent_ms + (times.admit_ms or 0.0)
 
-    def ttft_ms(self, side: Literal["dense", "plan"]) -> float:
+    def ttft_ms(self, side: Side) -> float:
         """Time to the first token; it waits for the handoff where decode samples it."""
         times: StageTimes = getattr(self, side)
         waits = side == "plan" and self.first_token == "decode"
         return times.prefill_ms + (self.handoff_ms(side) if waits else 0.0)
 
-    def whole_ms(self, side: Literal["dense", "plan"]) -> float:
+    def whole_ms(self, side: Side) -> float:
         """Time of a whole answer, its handoff included wherever it falls."""
         times: StageTimes = getattr(self, side)
         return times.answer_ms + self.handoff_ms(side)
@@ -284,6 +286,11 @@ class EvaluationResult(Strict):
         left_out = sum(task.num_left_out for task in self.texts)
         if left_out:
             reasons.append(f"{left_out:,} tokens of text lie beyond the limit of windows")
+        if self.test_met_by:
+            reasons.append(
+                f"this test set was met before by {len(self.test_met_by)} other plans; choose on a "
+                "validation set"
+            )
         if not self.settings.split:
             reasons.append("the split of the data is not stated")
         return tuple(reasons)

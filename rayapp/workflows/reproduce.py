@@ -20,11 +20,11 @@ import torch
 
 from rayapp.errors import DataError, InputError
 from rayapp.evaluation.data import EvaluationData, read_data
-from rayapp.evaluation.evaluate import num_threads
+from rayapp.evaluation.evaluate import num_threads, piece_identity, placed
 from rayapp.evaluation.machine import this_machine
-from rayapp.evaluation.measures.prompt_bytes import PromptBytes
-from rayapp.evaluation.paper.count import Count, Job, probed_rate, tokens_of
+from rayapp.evaluation.paper.count import Count, Job, few_lines, probed_rate, tokens_of
 from rayapp.evaluation.paper.outcome import (
+    ROW_FILE,
     RowOutcome,
     SearchCost,
     WeightBytes,
@@ -36,16 +36,20 @@ from rayapp.evaluation.paper.presets import rows_of
 from rayapp.evaluation.paper.rows import Row, chosen_rows
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.paper.tables import Paper, caveats, definitions, mean_accuracy
+from rayapp.evaluation.pieces.compute import PieceCompute, Subject
+from rayapp.evaluation.pieces.journal import Journal
+from rayapp.evaluation.pieces.measurer import Measurer
 from rayapp.evaluation.progress import ProgressCallback as EvaluationProgress
 from rayapp.evaluation.result import LatencyResult
 from rayapp.evaluation.sides import Sides
 from rayapp.models.blocks import text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.hub import locate
-from rayapp.models.loading import LoadedModel, load_model, load_tokenizer
+from rayapp.models.loading import load_tokenizer
 from rayapp.plan import PruningPlan, is_outdated, renewal_hint
 from rayapp.pruning.progress import ProgressCallback as SearchProgress
 from rayapp.pruning.search.sensitivity import Sensitivity
+from rayapp.workflows.evaluate import place_of
 from rayapp.workflows.paper_plans import PaperPlans, Planned
 from rayapp.workflows.published import with_files
 from rayapp.workflows.sensitivity import map_blocks
@@ -119,28 +123,31 @@ class _Reproduction:
         if self.settings.preset == "paper" and self.settings.maps:
             self._maps = self._mapped()
         plans = self._made.plans(self._maps)
-        with self._loaded() as loaded:
-            logger.info("%s", self._count(self._rate(loaded)).sentence())
+        with self._computing() as compute:
+            logger.info("%s", self._count(self._rate(compute)).sentence())
             measured: list[RowOutcome] = []
             for row in self._rows:
                 if row.name in plans:
-                    measured.append(self._measured(row, plans, loaded, measured))
-                    paper = self._paper(measured, loaded)
+                    measured.append(self._measured(row, plans, compute, measured))
+                    paper = self._paper(measured, compute)
                     paper.write(self._out / TABLES_DIRECTORY)
-                    told = mean_accuracy(paper, row.name), self._count(self._rate(loaded))
+                    told = mean_accuracy(paper, row.name), self._count(self._rate(compute))
                     logger.info("%s: done%s; %s", row.title, told[0], told[1].sentence())
         return paper
 
     def counted(self) -> Count:
         """Count what is done and what is left, and measure a rate if no row has one."""
-        with self._loaded() as loaded:
-            return self._count(self._rate(loaded))
+        with self._computing() as compute:
+            return self._count(self._rate(compute))
 
     @contextmanager
-    def _loaded(self) -> Iterator[LoadedModel]:
+    def _computing(self) -> Iterator[PieceCompute]:
         settings = self.settings
-        with num_threads(settings.threads):
-            yield load_model(settings.model, dtype=settings.dtype, device=settings.device)
+        subject = Subject(Path(settings.model), settings.evaluation())
+        place = place_of(settings.model_settings(), settings.spread())
+        with num_threads(settings.threads), place.open(subject) as compute:
+            compute.use(PruningPlan())
+            yield compute
 
     def _mapped(self) -> list[Sensitivity]:
         with self.watch.evaluation() as progress:
@@ -168,12 +175,15 @@ class _Reproduction:
             jobs.append(Job(row.title, sizes, search, tokens, 0 if shares else len(left)))
         return Count(jobs, rate)
 
-    def _rate(self, loaded: LoadedModel) -> float:
+    def _rate(self, compute: PieceCompute) -> float:
         """Tokens per second of both sides: of rows that are done, or of a few lines now."""
         known = [RowOutcome.load(self._made.path(row)) for row in self._rows]
         tokens = sum(outcome.tokens for outcome in known if outcome)
         seconds = sum(outcome.seconds for outcome in known if outcome)
-        return tokens / seconds if seconds else probed_rate(loaded, self._data.values())
+        if seconds:
+            return tokens / seconds
+        lines = few_lines(self._data.values())
+        return compute.num_evaluators * compute.measure(probed_rate, lines)
 
     def _claim_directory(self) -> None:
         """Record the subject of the rows, and refuse a directory with another subject."""
@@ -203,7 +213,7 @@ class _Reproduction:
         self,
         row: Row,
         plans: Mapping[str, Planned],
-        loaded: LoadedModel,
+        compute: PieceCompute,
         before: list[RowOutcome],
     ) -> RowOutcome:
         """Measure a row's outcome; results in its file are not measured again."""
@@ -219,19 +229,23 @@ class _Reproduction:
                     f"{plan.fingerprint}; delete the row's directory to make it again"
                 )
             with self.watch.evaluation() as progress:
-                sides = Sides(loaded, plan, self.settings.evaluation(), progress)
-                outcome = self._with_data(outcome, sides, path)
-                outcome = self._with_speed(outcome, sides)
+                compute.use(plan)
+                weights, wanted = self._signature.weights_fingerprint, self.settings.evaluation()
+                journal = Journal(path / ROW_FILE, piece_identity(compute, weights, plan, wanted))
+                measurer = Measurer(compute, plan, wanted, progress, journal)
+                outcome = self._with_data(outcome, measurer, path)
+                journal.close()
+                outcome = self._with_speed(outcome, measurer, compute)
         outcome.save(path)  # The file keeps data sets of earlier runs.
         data = {name: outcome.data[name] for name in self._data}
         return outcome.model_copy(update={"data": data})
 
-    def _with_data(self, row_outcome: RowOutcome, sides: Sides, path: Path) -> RowOutcome:
+    def _with_data(self, row_outcome: RowOutcome, measurer: Measurer, path: Path) -> RowOutcome:
         for name, data in self._data.items():
             known = row_outcome.data.get(name)
             if known is None:
                 began_s = time.perf_counter()
-                outcome = measure_data(sides, name, data)
+                outcome = measure_data(measurer, name, data)
                 update = {
                     "data": {**row_outcome.data, name: outcome},
                     "tokens": row_outcome.tokens + 2 * tokens_of(data),
@@ -246,29 +260,38 @@ class _Reproduction:
                 )
         return row_outcome
 
-    def _with_speed(self, outcome: RowOutcome, sides: Sides) -> RowOutcome:
+    def _with_speed(
+        self, outcome: RowOutcome, measurer: Measurer, compute: PieceCompute
+    ) -> RowOutcome:
         settings = self.settings.evaluation()
         timings: tuple[LatencyResult, ...] = outcome.latency
         if settings.num_runs and not timings:
-            timings = tuple(sides.latency(size) for size in settings.batch_sizes)
+            timings = tuple(
+                measurer.latency(size, length)
+                for length in settings.timed_lengths
+                for size in settings.batch_sizes
+            )
         length = [settings.num_prompt_tokens]
-        sent = [PromptBytes.of(side, length).bytes_sent for side in (sides.dense, sides.plan)]
+        sent = [
+            compute.measure(Sides.prompt_bytes, length, side).bytes_sent
+            for side in ("dense", "plan")
+        ]
         update = {
             "latency": timings,
             "timed_bytes": (sent[0], sent[1]),
-            "weights": _weight_bytes(sides),
+            "weights": compute.measure(_weight_bytes),
         }
         return outcome.model_copy(update=update)
 
-    def _paper(self, measured: list[RowOutcome], loaded: LoadedModel) -> Paper:
+    def _paper(self, measured: list[RowOutcome], compute: PieceCompute) -> Paper:
         settings = self.settings
-        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        device, dtype = compute.measure(placed)
         warned = caveats(settings, measured, dtype)
         warned += [
             f"{name}: {count:,} prompts stand in what plans were chosen or trained on"
             for name, count in self._overlaps.items()
         ]
-        machine = this_machine(device=str(loaded.model.device), num_threads=settings.threads)
+        machine = this_machine(device=device, num_threads=settings.threads)
         notes = definitions(settings, self._rows, self._made.bases)
         left_out = dict(self._made.left_out)
         return Paper(

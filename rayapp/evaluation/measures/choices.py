@@ -89,7 +89,7 @@ def choice_likelihoods(
     side: TwoStages, questions: Sequence[Question]
 ) -> Iterator[tuple[int, tuple[float, ...]]]:
     """Summed log-likelihood of every choice, in nats; yields ``(index, sums)`` in any order."""
-    for batch in _batches(questions):
+    for batch in question_batches(questions):
         prompts_BT = torch.tensor([questions[i].prompt for i in batch])
         counts_B = torch.tensor([len(questions[i].choices) for i in batch])
         rows = [choice for i in batch for choice in questions[i].choices]
@@ -105,7 +105,7 @@ def choice_likelihoods(
             yield index, tuple(next(sums) for _ in questions[index].choices)
 
 
-def _batches(questions: Sequence[Question]) -> Iterator[list[int]]:
+def question_batches(questions: Sequence[Question]) -> Iterator[list[int]]:
     """Indices of questions with equally long prompts; every choice has a prompt's KV."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, question in enumerate(questions):
@@ -123,12 +123,22 @@ def _num_tokens(question: Question) -> int:
 
 @dataclass(frozen=True)
 class AnsweredQuestions:
-    """The log-likelihoods of one task on both sides, by question and choice."""
+    """The log-likelihoods of one task on both sides, by question and choice.
+
+    ``by_prefill`` says whether the plan's prefill computes the first token of every choice.
+    """
 
     questions: Sequence[Question]
     dense: Sequence[tuple[float, ...]]
     plan: Sequence[tuple[float, ...]]
     sent: PromptBytes
+    by_prefill: bool = True
+
+    @property
+    def decode_share(self) -> float:
+        """Share of the choices' tokens that decode computed; prefill may make the first ones."""
+        lengths = [len(choice) for question in self.questions for choice in question.choices]
+        return 1 - self.by_prefill * len(lengths) / sum(lengths)
 
     def right(self, sums: Sequence[tuple[float, ...]], *, by_character: bool) -> list[bool]:
         """Whether the right choice is the likeliest, question by question."""
@@ -181,5 +191,6 @@ def choice_result(
         dense_acc_norm=accuracy("dense", by_character=True),
         plan_acc_norm=accuracy("plan", by_character=True),
         acc_norm_lost=lost(by_character=True),
+        decode_share=sum(group.decode_share for group in groups) / len(groups),
         **PromptBytes.total(group.sent for group in groups).fields(),
     )

@@ -13,11 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rayapp.data.lines import TokenizedLine
+from rayapp.evaluation.cells import Table
 from rayapp.evaluation.data import EvaluationData
-from rayapp.evaluation.measures.likelihood import TwoStages, likelihoods
-from rayapp.evaluation.table import Table
-from rayapp.models.loading import LoadedModel
-from rayapp.plan import PruningPlan
+from rayapp.evaluation.measures.likelihood import likelihoods
+from rayapp.evaluation.sides import Sides
 from rayapp.pruning.methods.method import Setup
 from rayapp.pruning.methods.table import GRADIENT_METHODS, METHODS
 from rayapp.pruning.settings.search import SearchSettings
@@ -119,18 +118,20 @@ def search_evaluations(search: SearchSettings, num_blocks: int) -> int:
     return METHODS[name](setup).evaluations_left + gradients * GRADIENT_PASSES
 
 
-def probed_rate(loaded: LoadedModel, data_sets: Iterable[EvaluationData]) -> float:
-    """Tokens per second of the dense model beside itself, on a few lines of the data."""
-    lines = list(itertools.islice(_few(data_sets), NUM_PROBED))
-    dense, plan = (TwoStages(loaded.model, PruningPlan()) for _ in range(2))
+def probed_rate(sides: Sides, lines: Sequence[TokenizedLine]) -> float:
+    """Tokens per second of both sides together, on a few lines."""
     began_s = time.perf_counter()
-    scored = [likelihood.num_tokens for _, likelihood in likelihoods(dense, plan, lines)]
+    scored = [sums.num_tokens for _, sums in likelihoods(sides.dense, sides.plan, lines)]
     seconds = time.perf_counter() - began_s
     return 2 * (sum(scored) + sum(len(line.prompt) for line in lines)) / seconds
 
 
-def _few(data_sets: Iterable[EvaluationData]) -> Iterator[TokenizedLine]:
-    """Lines of one kind after another, one of every task."""
+def few_lines(data_sets: Iterable[EvaluationData]) -> list[TokenizedLine]:
+    """Lines that a rate can be probed on: one of every task, none about images."""
+    return list(itertools.islice(_firsts(data_sets), NUM_PROBED))
+
+
+def _firsts(data_sets: Iterable[EvaluationData]) -> Iterator[TokenizedLine]:
     for data in data_sets:
         for question in (task[0] for task in data.choices.values()):
             yield TokenizedLine(question.prompt, question.choices[0], question.task)

@@ -17,8 +17,8 @@ from rayapp.evaluation.measures.choices import AnsweredQuestions, Question
 from rayapp.evaluation.measures.completions import JudgedCompletions
 from rayapp.evaluation.measures.perplexity import ScoredWindows
 from rayapp.evaluation.measures.prompt_bytes import PromptBytes
+from rayapp.evaluation.pieces.measurer import Measurer
 from rayapp.evaluation.result import LatencyResult
-from rayapp.evaluation.sides import Sides
 from rayapp.settings import Strict
 
 MetricName = Literal["acc", "acc_norm", "exact match", "perplexity"]
@@ -157,12 +157,12 @@ class RowOutcome(Strict):
             ) from None
 
 
-def measure_data(sides: Sides, name: str, data: EvaluationData) -> DataOutcome:
+def measure_data(measurer: Measurer, name: str, data: EvaluationData) -> DataOutcome:
     """Measure a data set of one kind on both sides; its tasks count together."""
     groups: list[JudgedCompletions | AnsweredQuestions | ScoredWindows] = [
-        *(sides.completions(_label(name, t), lines) for t, lines in data.completions.items()),
-        *(sides.choices(_label(name, t), questions) for t, questions in data.choices.items()),
-        *(sides.texts(_label(name, t), windows) for t, windows in data.texts.items()),
+        *(measurer.completions(_label(name, t), lines) for t, lines in data.completions.items()),
+        *(measurer.choices(_label(name, t), questions) for t, questions in data.choices.items()),
+        *(measurer.texts(_label(name, t), windows) for t, windows in data.texts.items()),
     ]
     sent = PromptBytes.total(group.sent for group in groups)
     lengths = [length for group in groups for length in _prompt_lengths(group)]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from rayapp.evaluation.settings import EvaluationSettings
+from rayapp.evaluation.settings import LINK_GBPS, EvaluationSettings, Spread
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import CalibrationFile, ScoreSettings
 from rayapp.pruning.settings.search import Heal, Method, SearchSettings
@@ -17,6 +17,7 @@ from rayapp.settings import (
     Device,
     DTypeName,
     ModelName,
+    ModelSettings,
     Revision,
     Settings,
     Threads,
@@ -32,8 +33,6 @@ TIMED: dict[Preset, tuple[int, int]] = {"tables": (128, 64), "paper": (1020, 129
 conversations (Azure, 2023)."""
 PUBLISHED = "published sets"
 """The name of a directory of published sets among the data, until its sets take its place."""
-LINK_GBPS = 10.0
-"""Gigabits per second of the link that transfers are computed with (project default)."""
 
 _NOT_IDENTITY = {
     "model", "calibration", "heal_data", "data", "out", "rows", "workers", "address", "resume",
@@ -264,6 +263,16 @@ class ReproduceSettings(Settings):
             workers=self.workers, address=self.address, device=self.device, threads=self.threads
         )
 
+    def model_settings(self) -> ModelSettings:
+        """The model as rows are measured."""
+        return ModelSettings(
+            model=self.model, revision=self.revision, dtype=self.dtype, device=self.device
+        )
+
+    def spread(self) -> Spread:
+        """Where rows are measured."""
+        return Spread(workers=self.workers, address=self.address)
+
     def evaluation(self) -> EvaluationSettings:
         """The settings of the rows' evaluation."""
         timed = TIMED[self.preset]
@@ -277,6 +286,7 @@ class ReproduceSettings(Settings):
             num_prompt_tokens=self.num_prompt_tokens or timed[0],
             num_answer_tokens=self.num_answer_tokens or timed[1],
             batch_sizes=self.batch_sizes,
+            link_gbps=self.link_gbps,
         )
 
 

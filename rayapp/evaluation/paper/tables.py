@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rayapp.evaluation.cells import Table
 from rayapp.evaluation.machine import Machine
 from rayapp.evaluation.paper.marks import quality_speed
 from rayapp.evaluation.paper.numbers import (
@@ -31,7 +32,6 @@ from rayapp.evaluation.paper.pictures import BlockMap, QualitySpeed
 from rayapp.evaluation.paper.rows import DENSE, Row
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.result import MEAN
-from rayapp.evaluation.table import Table
 from rayapp.plan import STAGES
 from rayapp.pruning.search.sensitivity import Sensitivity
 

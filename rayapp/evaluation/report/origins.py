@@ -47,7 +47,11 @@ def provenance(plan: PruningPlan) -> Rows:
     for name, value in plan.provenance.items():
         if name not in _IN_SECTIONS:
             parts = value if isinstance(value, dict) else {"": value}
-            rows += [(f"{name} {key}".rstrip(), _plain(part)) for key, part in parts.items()]
+            rows += [
+                (f"{name} {key}".rstrip(), _plain(part))
+                for key, part in parts.items()
+                if (name, key) != ("seen", "prompts") and key != "seen"
+            ]
     return rows
 
 

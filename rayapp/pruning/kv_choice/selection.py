@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from rayapp.data.seen import Seen
 from rayapp.errors import InputError, PlanError
 from rayapp.plan import HEALED_FILE, PLAN_FILE, KVTransfer, PruningPlan
 from rayapp.pruning.candidates.candidate import Candidate
@@ -318,6 +319,7 @@ class _Selection:
             "settings": self._settings.identity(self._score_settings),
             "calibration": self._scorer.calibration.fingerprint,
             "num_lines": len(self._scorer.calibration.lines),
+            "seen": Seen.of([self._score_settings.calibration]).model_dump(mode="json"),
             **{key: value for key, value in selection.record().items() if key != "blocks"},
         }
         provenance = {**self._plan.provenance, "kv_select": summary}

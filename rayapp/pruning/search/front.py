@@ -20,7 +20,7 @@ from rayapp.pruning.evaluator.objective import Score
 from rayapp.pruning.measures.costs import Costs
 from rayapp.pruning.progress import ProgressCallback
 from rayapp.pruning.scorer import Scorer
-from rayapp.pruning.search.run import SearchResult, run_search, write_plan
+from rayapp.pruning.search.run import SearchResult, run_search, seen_by, write_plan
 from rayapp.pruning.search.sizes import kept_costs
 from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.pruning.settings.search import SearchSettings
@@ -168,6 +168,7 @@ def _write(
 ) -> None:
     """Write the plans first and their list last, so that the list names no missing plan."""
     rows: list[dict[str, Any]] = []
+    seen = seen_by(score, search)
     for number, point in enumerate(points):
         directory = f"front/{number:02d}"
         plan = point.candidate.plan(
@@ -178,6 +179,7 @@ def _write(
             provenance={
                 **from_directory(score.model).provenance,
                 "settings": {**search.identity, **score.identity},
+                "seen": seen,
                 "score": point.score,
                 "score_by_task": scores[point.candidate].tasks,
                 "estimated": dict(zip(PRICE, point.price, strict=True)),

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from rayapp import __version__
+from rayapp.data.seen import Seen
 from rayapp.errors import SearchError
 from rayapp.models.hub import from_directory
 from rayapp.plan import HEALED_FILE, PLAN_FILE, STAGES, ModelSignature, PruningPlan
@@ -306,6 +307,7 @@ class _Search:
             **{key: value for key, value in self._header().items() if key != "model"},
             "environment": self._environment,
             "num_lines": len(self._scorer.calibration.lines),
+            "seen": seen_by(self._score_settings, self._settings),
             "score": best.value,
             "score_by_task": best.tasks,
             "dense_score": dense.value,
@@ -314,6 +316,11 @@ class _Search:
             "evaluator_seconds": round(sum(score.seconds for score in self._told.values()), 3),
             "seconds": round(seconds, 3),
         }
+
+
+def seen_by(score: ScoreSettings, search: SearchSettings) -> dict[str, Any]:
+    """What a search chooses and trains on, for the plan's provenance."""
+    return Seen.of([score.calibration, search.heal_data]).model_dump(mode="json")
 
 
 def write_plan(
