@@ -30,7 +30,8 @@ PROMPT_WORDS, CONTINUATION_WORDS = 96, 32
 """Words of a paragraph that are a calibration line's prompt, and of its continuation (project
 default)."""
 COMPLETION_WORDS = 48
-"""Words of a completion that calibration scores at most (project default)."""
+"""Words of a completion that calibration scores at most (project default); no end marker follows
+a completion that is cut off."""
 MIN_LINES = 8
 """Smallest number of lines of a heal file, since every eighth only judges (project default)."""
 
@@ -180,7 +181,8 @@ def _passages(file: Path) -> Iterator[dict[str, Any]]:
         words = paragraph.split()
         if len(words) >= PROMPT_WORDS + CONTINUATION_WORDS:
             rest = words[PROMPT_WORDS : PROMPT_WORDS + CONTINUATION_WORDS]
-            yield {"prompt": " ".join(words[:PROMPT_WORDS]), "completion": " " + " ".join(rest)}
+            prompt, completion = " ".join(words[:PROMPT_WORDS]), " " + " ".join(rest)
+            yield {"prompt": prompt, "completion": completion, "ends": False}
 
 
 def _completions(file: Path, as_chat: Callable[[str], str]) -> Iterator[dict[str, Any]]:
@@ -189,7 +191,9 @@ def _completions(file: Path, as_chat: Callable[[str], str]) -> Iterator[dict[str
         line = parse_line(fields, f"{file} line {number}")
         prompt = as_chat(line.prompt) if isinstance(line, Line) else line.prompt
         answered = line.answered if isinstance(line, ChoiceLine) else line
-        yield {"prompt": prompt, "completion": _shortened(answered.completion)}
+        completion = _shortened(answered.completion)
+        cut_off = {} if completion == answered.completion else {"ends": False}
+        yield {"prompt": prompt, "completion": completion, **cut_off}
 
 
 def _as_chat(tokenizer: PreTrainedTokenizerBase | None, instruction: str) -> str:

@@ -27,7 +27,9 @@ def test_sets_are_disjoint_and_what_calibrates_is_named_so(home, tmp_path):
     every = [prompt for each in sets for prompt in each]
     assert len(set(every)) == len(every)
     assert sorted(files.judged) == ["ARC-e", f"WikiText{IN_DOMAIN}", "XSum"]
-    tasks = {line.task for _, line in read_lines(files.calibration[0])}
+    lines = [line for _, line in read_lines(files.calibration[0])]
+    tasks = {line.task for line in lines}
+    assert all(line.ends == (line.task != "WikiText") for line in lines), "texts are cut off"
     assert tasks == {"WikiText", "PIQA", "instructions"}
     article = json.loads(Path(files.judged["XSum"]).read_text().splitlines()[0])
     assert article["task"] == "XSum"

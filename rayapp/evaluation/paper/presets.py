@@ -115,6 +115,10 @@ def _peers(sizes: list[Size]) -> Iterator[Row]:
     for name, title, source in _PEERS:
         for size in sizes:
             yield _sized(name, title, source, size, {**_OURS, "method": name}, beside="ours")
+    for name, title, source in _PEERS:
+        for size in sizes:
+            search = {**_OURS, "method": name}
+            yield _sized(f"{name}_healed", f"{title}, healed", source, size, search, healed=True)
     subsets = dict.fromkeys((prefill, max(prefill, decode)) for prefill, decode in sizes)
     for size in subsets:
         yield _sized("pdtrim", "PDTrim, subset rule", "arXiv:2509.04467", size, _SUBSET)
