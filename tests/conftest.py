@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import logging
 import os
+import random
 import runpy
 import subprocess
 import sys
@@ -202,6 +204,44 @@ def processor() -> Callable[[str], Any]:
     return make_processor
 
 
+def write_published_sets(directory: Path, num_lines: int = 24) -> Path:
+    """Random words in the layout and the formats of published sets, short enough for bytes."""
+    rng = random.Random(7)
+
+    def words(count: int) -> str:
+        return " ".join(rng.choice("abcdefgh") for _ in range(count))
+
+    files: dict[str, list[object]] = {
+        "wikitext2/train_part.txt": [words(130) for _ in range(num_lines)],
+        "wikitext2/test.txt": [words(60) for _ in range(4)],
+        "piqa/train.jsonl": [
+            {"goal": words(9), "sol1": words(3), "sol2": words(4), "label": n % 2}
+            for n in range(num_lines)
+        ],
+        "instructions/dolly.jsonl": [
+            {"prompt": words(9), "completion": words(5), "task": "instructions"}
+            for n in range(num_lines)
+        ],
+        "arc/arc_easy_test.jsonl": [
+            {"prompt": words(8), "choices": [" a", " b c", " d"], "answer": n % 3, "task": "arc"}
+            for n in range(6)
+        ],
+        "long_prompts/xsum.jsonl": [
+            {
+                "prompt": f"###\nArticle: {words(40)}\n\nSummarize the above article.\n",
+                "completion": words(4),
+            }
+            for _ in range(3)
+        ],
+    }
+    for name, lines in files.items():
+        file = directory / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        file.write_text("\n\n".join(texts) + "\n")
+    return directory
+
+
 @pytest.fixture(scope="session")
 def tiny_llava_path() -> Callable[..., Path]:
     """``tiny_llava_path(directory, kind, text, **overrides)`` writes a checkpoint; its path."""
@@ -272,6 +312,12 @@ def call_job(name: str, *words: object) -> Done:
         finally:
             logging.getLogger().removeHandler(warnings)
     return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def published_sets() -> Callable[..., Path]:
+    """``published_sets(directory, num_lines=24)`` writes a small directory of published sets."""
+    return write_published_sets
 
 
 @pytest.fixture(scope="session")
