@@ -11,6 +11,7 @@ from rayapp.distributed.evaluator_pool import EvaluatorPool
 from rayapp.errors import SearchError
 from rayapp.plan import HEALED_FILE
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
+from rayapp.pruning.candidates.fits import Fit
 from rayapp.pruning.candidates.healing import Healing, Pair
 from rayapp.pruning.healing.healed_units import HealedUnits
 from rayapp.pruning.preparation import heal_context, open_evaluator, open_healer, prepare
@@ -22,7 +23,9 @@ from tests.told import Told
 pytestmark = pytest.mark.ray
 
 CANDIDATES = [DENSE, Candidate((), (2, 3)), Candidate((4, 5), (4, 5)), Candidate((6, 7), (2, 3))]
+FITS = [Fit("prefill", "kv", 1, 3, 3), Fit("decode", "bridge", 1, 3, 2)]
 PAIRS = [Pair("decode", 1, 2), Pair("decode", 2, 3), Pair("prefill", 2, 3), Pair("prefill", 3, 4)]
+UNITS = [*PAIRS, *FITS]
 
 
 def write_lines(path: Path, count: int, letter: str) -> str:
@@ -52,12 +55,12 @@ def settings(tmp_path_factory, save_tiny) -> Told:
     )
 
 
-def opened(settings, compute):
+def opened(settings, compute, healing=Healing.of_all(5)):  # noqa: B008 - frozen
     prepared, score = prepare(*settings), settings.score
     context = heal_context(score, settings.search.training(), prepared)
     healed = HealedUnits(Storage(settings.out), context, compute)
     scorer = Scorer(prepared.calibration, score.scoring(), compute, weights="w", healed=healed)
-    scorer.heal_with(Healing.of_all(5))
+    scorer.heal_with(healing)
     return scorer
 
 
@@ -86,17 +89,18 @@ def local(settings):
 
 
 def test_tensors_are_equal_bit_for_bit(settings, pool):
-    wanted = {h.unit: (h.weights.digest, h.record()) for h in local(settings).heal(PAIRS)}
-    found = {h.unit: (h.weights.digest, h.record()) for h in pool.heal(PAIRS)}
+    wanted = {h.unit: (h.weights.digest, h.record()) for h in local(settings).heal(UNITS)}
+    found = {h.unit: (h.weights.digest, h.record()) for h in pool.heal(UNITS)}
     assert found == wanted
-    assert len(found) == 4
+    assert len(found) == 6
 
 
-def test_scores_are_equal_bit_for_bit(tmp_path, settings, pool):
+@pytest.mark.parametrize("healing", [Healing.of_all(5), Healing(5, linear=True)])
+def test_scores_are_equal_bit_for_bit(tmp_path, settings, pool, healing):
     here, there = (settings.but(out=str(tmp_path / name)) for name in "ab")
-    wanted = opened(here, local(here)).score_many(CANDIDATES)
+    wanted = opened(here, local(here), healing).score_many(CANDIDATES)
     seen: list[tuple[int, int]] = []
-    scorer = opened(there, pool)
+    scorer = opened(there, pool, healing)
     scorer.heal(CANDIDATES, lambda *pairs: seen.append(pairs))
     found = scorer.score_many(CANDIDATES)
     assert [s.lines for s in found] == [s.lines for s in wanted]

@@ -156,6 +156,10 @@ class Healing:
                 pairs.append(Pair(stage, removed, near[0]))
         return tuple(sorted(pairs))
 
+    def num_bridges(self, candidate: Candidate, stage: Stage) -> int:
+        """Number of spans of a stage that a linear map stands for."""
+        return sum(fit.kind == "bridge" for fit in self.stage_fits(candidate, stage))
+
     def skips(self, candidate: Candidate, stage: Stage, num_blocks: int) -> tuple[int, ...]:
         """Bits of every block as :meth:`Candidate.skips` gives them, with the marks of healing."""
         skips = list(candidate.skips(stage, num_blocks))
