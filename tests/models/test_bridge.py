@@ -23,7 +23,8 @@ def bridged(model, stages=("prefill", "decode"), block=2):
         f"layers.{block}.bridge.weight": torch.randn(48, 48) / 10,
         f"layers.{block}.bridge.bias": torch.randn(48),
     }
-    weights = HealedWeights.of(dict.fromkeys(stages, tensors))
+    copies = [{name: tensor.clone() for name, tensor in tensors.items()} for _ in stages]
+    weights = HealedWeights.of(dict(zip(stages, copies, strict=True)))
     gone = StagePlan(blocks={1: Mode.REMOVED, 2: Mode.REMOVED})
     plan = PruningPlan(model=signature_of(model), prefill=gone, decode=gone)
     return plan.with_healed(weights.digest), weights, tensors

@@ -157,6 +157,7 @@ def test_every_section_says_what_it_does_not_show(everything):
     assert page.headings == [
         "What each stage computes",
         "Healed pairs",
+        "Linear maps in closed form",
         "Dense beside plan",
         "Quality: dense beside plan",
         "KV per request (bfloat16)",
