@@ -1,7 +1,7 @@
 """Claim: linear maps in closed form take half of the KL or more from removed spans, in seconds.
 
 Each setting removes blocks from prefill (where their KV is still written) or from decode, and is
-healed in four ways: not at all, by maps in closed form (`--heal linear`), by trained survivors
+healed in several ways: not at all, by maps in closed form (`--heal linear`), by trained survivors
 (`--heal all`, with as many steps as `--pair-steps` says), and by both. Maps and survivors learn
 from one text; KL to the dense model and perplexity are judged on another one, both cut into lines
 of `--prompt-tokens` that prefill runs and `--answer-tokens` that decode continues. Every line runs
@@ -31,7 +31,7 @@ from rayapp.evaluation.measures.likelihood import TwoStages, line_likelihood
 from rayapp.models.healed import HealedWeights, attach
 from rayapp.models.loading import LoadedModel, load_model
 from rayapp.plan import STAGES, PruningPlan
-from rayapp.pruning.candidates.candidate import Candidate
+from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.candidates.fits import Fit
 from rayapp.pruning.candidates.healing import NO_HEALING, HealedUnit, Healing, Unit
 from rayapp.pruning.healing.training import Healer
@@ -69,6 +69,8 @@ def measure(recorder: Recorder) -> None:
     for setting in arguments.settings:
         candidate = candidate_of(setting)
         for name, healing in healings(loaded.signature.num_blocks).items():
+            if healing.served and all(f.before == DENSE for f in healing.fits(candidate)):
+                continue  # the only span reads dense states
             weights, seconds = learner.weights(healing, candidate)
             kl, perplexity = judge.measured(candidate, weights)
             row = {"setting": setting, "healing": name, "kl": kl, "perplexity": perplexity}
@@ -83,6 +85,7 @@ def healings(num_blocks: int) -> dict[str, Healing]:
     return {
         "none": NO_HEALING,
         "linear": Healing(num_blocks, linear=True),
+        "linear, served states": Healing(num_blocks, linear=True, served=True),
         "pairs": pairs,
         "pairs and linear": replace(pairs, linear=True),
     }

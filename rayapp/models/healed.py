@@ -29,9 +29,6 @@ from rayapp.plan import HEALED_FILE, STAGES, PruningPlan, Stage
 Tensors = Mapping[str, torch.Tensor]
 _BLOCKS = "layers"
 
-ADDED_BIASES = ("k_proj.bias", "v_proj.bias")
-"""Parameters that healing may add to a model that has none of them."""
-
 
 @dataclass(frozen=True)
 class HealedWeights:
@@ -164,15 +161,11 @@ def _likeness(
 ) -> tuple[torch.Size, torch.dtype] | None:
     """Shape and type of a healed tensor; None if the model has no place for it.
 
-    Beside the model's own parameters, a block has places for the tensors of healing in closed form:
-    a bridge, and biases of projections that have none.
+    Beside its own parameters, a block has a place for those of a bridge.
     """
     if name in parameters:
         return parameters[name].shape, parameters[name].dtype
     block, _, rest = name.rpartition(".")
-    if f"{block}.weight" in parameters and name.endswith(ADDED_BIASES):
-        weight = parameters[f"{block}.weight"]
-        return weight.shape[:1], weight.dtype
     norm = parameters.get(f"{block.removesuffix(f'.{BRIDGE}')}.input_layernorm.weight")
     if norm is None or not block.endswith(f".{BRIDGE}") or rest not in ("weight", "bias"):
         return None

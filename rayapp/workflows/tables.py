@@ -92,9 +92,9 @@ def _healed(plan: PruningPlan) -> dict[tuple[str, int], str]:
     for record in plan.provenance.get("healed", ()):
         place, what = _healing_note(record)
         errors = (record[f"relative_mse_{when}"] for when in ("before", "after"))
-        notes[place] = notes.get(place, "") + " + {} (relative MSE {:.2g} to {:.2g})".format(
-            what, *errors
-        )
+        notes[place] = notes.get(
+            place, ""
+        ) + " + {} (healed, relative MSE {:.2g} to {:.2g})".format(what, *errors)
     return notes
 
 
@@ -102,7 +102,7 @@ def _healing_note(record: Mapping[str, Any]) -> tuple[tuple[str, int], str]:
     """The stage and block that a record of healing is about, and the words for it."""
     stage = record["stage"]
     if "survivor" in record:
-        return (stage, record["survivor"]), f"{record['removed']}, healed"
+        return (stage, record["survivor"]), f"{record['removed']}"
     words = {
         "kv": "KV refit from {first}",
         "bridge": "bridge {first} to {stop}",

@@ -9,6 +9,7 @@ from rayapp.distributed.evaluator_pool import EvaluatorPool
 from rayapp.errors import SearchError
 from rayapp.plan import HEALED_FILE
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
+from rayapp.pruning.candidates.fits import Fit
 from rayapp.pruning.candidates.healing import Healing, Pair
 from rayapp.pruning.healing.healed_units import HealedUnits
 from rayapp.pruning.preparation import heal_context, open_evaluator, open_healer, prepare
@@ -19,15 +20,17 @@ from rayapp.workflows.prune import prune
 pytestmark = pytest.mark.ray
 
 CANDIDATES = [DENSE, Candidate((), (2, 3)), Candidate((4, 5), (4, 5)), Candidate((6, 7), (2, 3))]
+FITS = [Fit("prefill", "kv", 1, 3, 3), Fit("decode", "bridge", 1, 3, 2)]
 PAIRS = [Pair("decode", 1, 2), Pair("decode", 2, 3), Pair("prefill", 2, 3), Pair("prefill", 3, 4)]
+UNITS = [*PAIRS, *FITS]
 
 
-def opened(settings, compute):
+def opened(settings, compute, healing=Healing.of_all(5)):  # noqa: B008 - frozen
     prepared, score = prepare(*settings), settings.score
     context = heal_context(score, settings.search.training(), prepared)
     healed = HealedUnits(Storage(settings.out), context, compute)
     scorer = Scorer(prepared.calibration, score.scoring(), compute, weights="w", healed=healed)
-    scorer.heal_with(Healing.of_all(5))
+    scorer.heal_with(healing)
     return scorer
 
 
@@ -39,17 +42,18 @@ def local(settings):
 
 
 def test_tensors_are_equal_bit_for_bit(told, evaluators):
-    wanted = {h.unit: (h.weights.digest, h.record()) for h in local(told).heal(PAIRS)}
-    found = {h.unit: (h.weights.digest, h.record()) for h in evaluators.heal(PAIRS)}
+    wanted = {h.unit: (h.weights.digest, h.record()) for h in local(told).heal(UNITS)}
+    found = {h.unit: (h.weights.digest, h.record()) for h in evaluators.heal(UNITS)}
     assert found == wanted
-    assert len(found) == 4
+    assert len(found) == 6
 
 
-def test_scores_are_equal_bit_for_bit(tmp_path, told, evaluators):
+@pytest.mark.parametrize("healing", [Healing.of_all(5), Healing(5, linear=True)])
+def test_scores_are_equal_bit_for_bit(tmp_path, told, evaluators, healing):
     here, there = (told.but(out=str(tmp_path / name)) for name in "ab")
-    wanted = opened(here, local(here)).score_many(CANDIDATES)
+    wanted = opened(here, local(here), healing).score_many(CANDIDATES)
     seen: list[tuple[int, int]] = []
-    scorer = opened(there, evaluators)
+    scorer = opened(there, evaluators, healing)
     scorer.heal(CANDIDATES, lambda *pairs: seen.append(pairs))
     found = scorer.score_many(CANDIDATES)
     assert [s.lines for s in found] == [s.lines for s in wanted]
@@ -89,7 +93,7 @@ def test_a_pair_lost_with_its_evaluator_is_trained_elsewhere(
             ray.kill(busy[0][0].actor)
 
     def add_and_count(healed) -> None:
-        added.append(healed.pair)
+        added.append(healed.unit)
         add(healed)
 
     monkeypatch.setattr(evaluators, "_assign", assign_and_kill)

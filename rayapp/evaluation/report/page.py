@@ -14,6 +14,7 @@ from rayapp.errors import InputError
 from rayapp.evaluation.report.charts import (
     Share,
     byte_shares,
+    fit_records,
     healing_records,
     removal_map,
     transfer_strips,
@@ -106,7 +107,7 @@ def render_report(findings: Findings) -> str:
 def _removal(findings: Findings) -> dict[str, Any]:
     healed = healing_records(findings.plan)
     cells = removal_map(findings.plan, _num_blocks(findings), healed)
-    return {"healed": healed, "removal": cells}
+    return {"healed": healed, "fits": fit_records(findings.plan), "removal": cells}
 
 
 def _quality(findings: Findings) -> dict[str, Any]:
@@ -291,7 +292,7 @@ def _threshold(plan: PruningPlan) -> dict[str, float]:
     settings = plan.provenance.get("settings")
     if not isinstance(settings, Mapping):
         return {}
-    splits = settings.get("pruning_set") or settings.get("heal") == "pair"
+    splits = settings.get("pruning_set") or "pair" in settings.get("heal", "")
     value = settings.get("distillation_threshold")
     return {f"d_T = {value:g}": 1 - value} if splits and isinstance(value, float) else {}
 

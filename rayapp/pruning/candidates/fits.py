@@ -8,7 +8,9 @@ and both are solved by least squares on the dense model's states:
   that entered the span (SwiftKV, arXiv:2410.03960, trains them; we solve for them).
 - ``bridge``: a linear map stands for the span in the residual (ReplaceMe, arXiv:2505.02819).
 
-A fit depends on no candidate, so each is solved once for all of them. A survivor of a pair
+A fit that reads the dense model's states depends on no candidate, so each is solved once for all of
+them. A fit that reads the states that the healed stage really makes (``before``) belongs to all
+candidates that begin alike. A survivor of a pair
 (:mod:`rayapp.pruning.candidates.healing`) beside the span does a part of the span's work already:
 the fit then begins or ends one block further inside.
 """
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rayapp.plan import STAGES, Stage
+from rayapp.pruning.candidates.candidate import DENSE, Candidate
 
 FitKind = Literal["bridge", "kv"]
 
@@ -36,6 +39,8 @@ class Fit:
         stop: The block whose input state, or KV, the map gives.
         block: The block that has the map's tensors: ``stop`` itself for KV, and the last one of the
             span for a bridge.
+        before: What is skipped, and healed in closed form, before the state that the map reads; by
+            default nothing is, and the state is the dense model's.
     """
 
     stage: Stage
@@ -43,11 +48,13 @@ class Fit:
     first: int
     stop: int
     block: int
+    before: Candidate = DENSE
 
     def __str__(self) -> str:
+        behind = "" if self.before == DENSE else f" behind {self.before}"
         if self.kind == "kv":
-            return f"{self.stage} KV of {self.stop} from {self.first}"
-        return f"{self.stage} bridge {self.first} to {self.stop}"
+            return f"{self.stage} KV of {self.stop} from {self.first}{behind}"
+        return f"{self.stage} bridge {self.first} to {self.stop}{behind}"
 
 
 def spans(skipped: Sequence[bool]) -> Iterator[tuple[int, int]]:
@@ -68,6 +75,7 @@ def span_fits(
     writes_kv: Sequence[bool],
     *,
     bridged: bool,
+    before: Candidate = DENSE,
 ) -> Iterator[Fit]:
     """The fits of one span.
 
@@ -78,17 +86,18 @@ def span_fits(
             survivor behind it that of its last block.
         writes_kv: Whether a block still writes KV, block by block.
         bridged: Whether anything reads the state behind the span.
+        before: What is skipped before the span, if its fits read the states that this leaves.
     """
     first, stop = span[0] + absorbed[0], span[1] - absorbed[1]
     for block in range(*span):
-        if writes_kv[block] and block != first:
-            yield Fit(stage, "kv", first, block, block)
+        if writes_kv[block] and (block != first or before != DENSE):
+            yield Fit(stage, "kv", first, block, block, before)
     if bridged and first < stop:
-        yield Fit(stage, "bridge", first, stop, span[1] - 1)
+        yield Fit(stage, "bridge", first, stop, span[1] - 1, before)
 
 
 def all_fits(num_blocks: int) -> Iterator[Fit]:
-    """Every fit that some candidate of a model of so many blocks may be healed with."""
+    """Every fit to dense states that a candidate of a model of so many blocks may have."""
     for stage in STAGES:
         for first, last in itertools.combinations_with_replacement(range(num_blocks), 2):
             yield Fit(stage, "bridge", first, last + 1, last)

@@ -20,7 +20,7 @@ import torch
 
 from rayapp.models.healed import HealedWeights
 from rayapp.plan import STAGES, Stage
-from rayapp.pruning.candidates.candidate import ATTENTION, MLP, Candidate
+from rayapp.pruning.candidates.candidate import ATTENTION, DENSE, MLP, Candidate
 from rayapp.pruning.candidates.fits import Fit, span_fits, spans
 
 PARTS = ATTENTION | MLP
@@ -28,9 +28,10 @@ ABSORBS_BEFORE, ABSORBS_AFTER = 4, 8
 """Bits of a survivor, beside those of skipped parts: it does the work of the block before it, or of
 the block after it. States that depend on healed tensors thus have keys of their own."""
 
-BRIDGED, BRIDGED_SHORT = 16, 32
+BRIDGED, BRIDGED_SHORT, BRIDGED_SERVED = 16, 32, 64
 """Bits of the last block of a span that has a bridge: it gives the state behind the span, or the
-one before the span's last block, whose work the next survivor does."""
+one before the span's last block, whose work the next survivor does; and it was fitted to states
+that the healed stage makes."""
 
 
 @dataclass(frozen=True, order=True)
@@ -78,14 +79,16 @@ def unit_order(unit: Unit) -> tuple[Any, ...]:
 class Healing:
     """The blocks of each stage that are healed when they are removed, if a survivor is free.
 
-    With ``linear``, all that pairs leave of a removed span is healed in closed form. ``fixed`` are
-    the units of an existing plan; they replace the rule.
+    With ``linear``, all that pairs leave of a removed span is healed in closed form: by fits that
+    read the dense model's states, or with ``served`` (and no pairs) those that the healed stage
+    really makes. ``fixed`` are the units of an existing plan; they replace the rule.
     """
 
     num_blocks: int = 0
     prefill: frozenset[int] = frozenset()
     decode: frozenset[int] = frozenset()
     linear: bool = False
+    served: bool = False
     first_token: Stage = "prefill"
     fixed: tuple[Unit, ...] = ()
 
@@ -130,6 +133,7 @@ class Healing:
                 (absorbed.get(first) == first - 1, absorbed.get(stop - 1) == stop),
                 reads_kv if stage == "prefill" else [False] * self.num_blocks,
                 bridged=stop < self.num_blocks or not ends_unread,
+                before=_before(candidate, stage, first) if self.served else DENSE,
             )
         )
 
@@ -156,6 +160,10 @@ class Healing:
                 pairs.append(Pair(stage, removed, near[0]))
         return tuple(sorted(pairs))
 
+    def num_bridges(self, candidate: Candidate, stage: Stage) -> int:
+        """Number of spans of a stage that a linear map stands for."""
+        return sum(fit.kind == "bridge" for fit in self.stage_fits(candidate, stage))
+
     def skips(self, candidate: Candidate, stage: Stage, num_blocks: int) -> tuple[int, ...]:
         """Bits of every block as :meth:`Candidate.skips` gives them, with the marks of healing."""
         skips = list(candidate.skips(stage, num_blocks))
@@ -164,7 +172,17 @@ class Healing:
         for fit in self.stage_fits(candidate, stage):
             if fit.kind == "bridge":
                 skips[fit.block] |= BRIDGED if fit.stop > fit.block else BRIDGED_SHORT
+                skips[fit.block] |= 0 if fit.before == DENSE else BRIDGED_SERVED
         return tuple(skips)
+
+
+def _before(candidate: Candidate, stage: Stage, block: int) -> Candidate:
+    """What is skipped before the state that enters a block.
+
+    States of prefill do not depend on decode, so there decode skips the same: no KV is written.
+    """
+    parts = tuple(part for part in candidate.parts(stage) if part < 2 * block)
+    return Candidate(parts if stage == "prefill" else candidate.prefill, parts)
 
 
 NO_HEALING = Healing()
@@ -194,8 +212,11 @@ class HealedUnit:
 
     def record(self) -> dict[str, Any]:
         """The unit's blocks and losses, as JSON for a plan's provenance."""
+        unit = asdict(self.unit)
+        if isinstance(self.unit, Fit):
+            unit["before"] = str(self.unit.before)
         return {
-            **asdict(self.unit),
+            **unit,
             "relative_mse_before": self.loss_before,
             "relative_mse_after": self.loss_after,
         }

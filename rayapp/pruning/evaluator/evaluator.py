@@ -154,7 +154,22 @@ class Evaluator:
     @torch.inference_mode()
     def dense_state(self, stage: Stage, chunk: int, block: int) -> torch.Tensor:
         """The dense model's hidden states that enter ``block`` at a stage's positions, ``BTE``."""
-        run = self._pass(DENSE, chunk, {})
+        return self.state(DENSE, stage, chunk, block)
+
+    @torch.inference_mode()
+    def state(
+        self,
+        candidate: Candidate,
+        stage: Stage,
+        chunk: int,
+        block: int,
+        healing: Healing = NO_HEALING,
+    ) -> torch.Tensor:
+        """A candidate's hidden states that enter ``block`` at a stage's positions, ``(B, T, E)``.
+
+        Transfer rules are not applied; units of ``healing`` were added before.
+        """
+        run = self._pass(candidate, chunk, {}, healing)
         if stage == "prefill":
             return run.inputs.prefill_tokens.apart(self._prefill_state(run, block))[0]
         return run.inputs.decode_tokens.apart(self._decode_state(run, block))[0]

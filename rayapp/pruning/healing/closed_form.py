@@ -1,4 +1,4 @@
-"""Solves the fits of healing in closed form, on the dense model's states alone.
+"""Solves the fits of healing in closed form: maps from the states of a stage to dense targets.
 
 Inputs are states of root mean square 1, which is what every norm of the span rescales, and for
 targets that have a bias a constant. All fits that read the same states share the sums of their
@@ -15,7 +15,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ from rayapp.errors import DataError, SearchError
 from rayapp.models.blocks import find_decoder
 from rayapp.models.bridge import BRIDGE, normalised
 from rayapp.plan import Stage
+from rayapp.pruning.candidates.candidate import DENSE
 from rayapp.pruning.candidates.fits import Fit
-from rayapp.pruning.candidates.healing import HealedUnit
+from rayapp.pruning.candidates.healing import HealedUnit, Healing
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.healing.least_squares import Moments, best_map, products
 
@@ -46,7 +47,7 @@ take a quarter off the KL that a weight of 1 leaves (project default)."""
 
 @dataclass(frozen=True)
 class _Rows:
-    """Tokens of one chunk: dense states that enter a fit's first block and its last, and weights.
+    """Tokens of one chunk: states that enter a fit's first block and its last, and weights.
 
     A weight is the number of tokens that a token counts as.
     """
@@ -68,10 +69,14 @@ class LinearFitter:
     def __init__(self, train: Evaluator, held_back: Evaluator, *, cache_bytes: int) -> None:
         self._sides = (train, held_back)
         self._decoder = find_decoder(train.runner.model)
+        first_token = train.objective.first_token
+        num_blocks = train.runner.num_blocks
+        self._healing = Healing(num_blocks, linear=True, served=True, first_token=first_token)
         self._epsilon: float = self._decoder.norm.variance_epsilon
         self._grams: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._warned = False
+        self._ready: set[Fit] = set()
 
     @torch.no_grad()
     def solve(self, fit: Fit) -> HealedUnit:
@@ -83,6 +88,7 @@ class LinearFitter:
             DataError: There is no token at the stage's positions.
             SearchError: The dense model's own states are not finite.
         """
+        self._prepare(fit)
         block = self._decoder.layers[fit.block]
         target: _Target = _KVTarget(block) if fit.kind == "kv" else _BridgeTarget()
         train, held_back = (self._moments(side, fit, target) for side in self._sides)
@@ -95,6 +101,18 @@ class LinearFitter:
         named = target.tensors(solved.map_IO).items()
         tensors = {f"layers.{fit.block}.{name}": t.to("cpu", dtype) for name, t in named}
         return HealedUnit(fit, tensors, solved.error_before, solved.error_after)
+
+    def _prepare(self, fit: Fit) -> None:
+        """Solve the fits that the states before a fit are made with, and let both sides run them.
+
+        They are solved here even if they were solved elsewhere, since results are the same.
+        """
+        for needed in self._healing.fits(fit.before):
+            if needed not in self._ready and fit.stage in (needed.stage, "decode"):
+                healed = self.solve(needed)
+                for side in self._sides:
+                    side.add_healed(healed)
+                self._ready.add(needed)
 
     def _check(self, fit: Fit, train: Moments, held_back: Moments) -> None:
         """Raise if a map cannot be solved, and warn once where there are few tokens for it."""
@@ -138,7 +156,7 @@ class LinearFitter:
         prompt, which no answer is like. Held-back lines judge decode by its own positions.
         """
         chunks = range(len(side.calibration.chunks))
-        rows = [_states(side, fit, chunk, fit.stage) for chunk in chunks]
+        rows = [self._states(side, fit, chunk, fit.stage) for chunk in chunks]
         num_tokens = sum(len(row.first_NE) for row in rows if row)
         if not num_tokens:
             raise DataError(
@@ -147,14 +165,43 @@ class LinearFitter:
             )
         few = num_tokens < TOKENS_PER_INPUT * self._decoder.norm.weight.shape[0]
         if fit.stage == "decode" and few and side is self._sides[0]:
-            rows += [_states(side, fit, chunk, "prefill", skipping=SINKS) for chunk in chunks]
+            dense = replace(fit, before=DENSE)
+            rows += [self._states(side, dense, c, "prefill", skipping=SINKS) for c in chunks]
         return [row for row in rows if row]
+
+    def _states(
+        self, side: Evaluator, fit: Fit, chunk: int, stage: Stage, *, skipping: int = 0
+    ) -> _Rows | None:
+        """States of one chunk at a stage's positions that enter the fit's two blocks.
+
+        Those of the first block are made as ``fit.before`` says, those of the last by the dense
+        model. The first ``skipping`` tokens of prompts are left out; None if no others are there.
+        """
+        inputs = side.inputs(chunk)
+        if stage == "prefill":
+            steps_T = torch.arange(inputs.prefill_ids_BP.shape[1])
+            valid_BT = (steps_T >= skipping) & (steps_T < inputs.num_prefilled_B[:, None])
+            weights_T = torch.where(steps_T == 0, FIRST_TOKEN_WEIGHT, 1.0)
+        else:
+            valid_BT = inputs.valid_BC[
+                :, inputs.valid_BC.shape[1] - inputs.decode_ids_BD.shape[1] :
+            ]
+            weights_T = torch.ones(valid_BT.shape[1])
+        if not valid_BT.any():
+            return None
+        states = [
+            side.state(fit.before, stage, chunk, fit.first, self._healing),
+            side.dense_state(stage, chunk, fit.stop),
+        ]
+        weights_N, device = weights_T.expand(valid_BT.shape)[valid_BT], states[0].device
+        first_NE, last_NE = (state_BTE[valid_BT.to(device)] for state_BTE in states)
+        return _Rows(first_NE, last_NE, weights_N.double().to(device))
 
     def _gram(
         self, side: Evaluator, fit: Fit, target: _Target, rows: Sequence[_Rows]
     ) -> torch.Tensor:
         """Sums of the inputs' products, which fits that read the same states share."""
-        key = (self._sides.index(side), fit.stage, fit.first, target.has_bias)
+        key = (self._sides.index(side), fit.stage, fit.first, fit.before, target.has_bias)
         if key not in self._grams:
             grams = []
             for row in rows:
@@ -226,6 +273,7 @@ class _KVTarget(_Target):
         self._head_dim: int = attention.head_dim if hasattr(attention, "k_norm") else 0
         self._num_keys: int = attention.k_proj.weight.shape[0]
         self.has_bias = attention.k_proj.bias is not None
+        self._mean_H1: torch.Tensor | None = None
 
     def outputs(self, rows: Sequence[_Rows]) -> list[torch.Tensor]:
         outputs = [self._keys_and_values(row.last_NE) for row in rows]
@@ -242,9 +290,10 @@ class _KVTarget(_Target):
         """Give every head's keys one length, in place: the mean of their lengths."""
         heads = [keys_NO.unflatten(1, (-1, self._head_dim)) for keys_NO in keys]
         lengths = [heads_NHD.norm(dim=-1, keepdim=True) for heads_NHD in heads]
-        mean_H1 = torch.cat(lengths).mean(dim=0)
+        if self._mean_H1 is None:  # the lines that are fitted come first, and decide for all
+            self._mean_H1 = torch.cat(lengths).mean(dim=0)
         for heads_NHD, length_NH1 in zip(heads, lengths, strict=True):
-            heads_NHD.mul_(mean_H1 / length_NH1.clamp(min=1e-12))
+            heads_NHD.mul_(self._mean_H1 / length_NH1.clamp(min=1e-12))
 
     def prior(self, moments: Moments) -> torch.Tensor:
         norm_E1 = self._norm.weight.double()[:, None]
@@ -266,26 +315,3 @@ class _KVTarget(_Target):
             for name, bias_O in zip(self._projections, map_IO[-1].split(split), strict=True):
                 tensors[f"self_attn.{name}.bias"] = bias_O.clone()
         return tensors
-
-
-def _states(
-    side: Evaluator, fit: Fit, chunk: int, stage: Stage, *, skipping: int = 0
-) -> _Rows | None:
-    """Dense states of one chunk at a stage's positions that enter the fit's two blocks.
-
-    The first ``skipping`` tokens of prompts are left out; None if there are no others.
-    """
-    inputs = side.inputs(chunk)
-    if stage == "prefill":
-        steps_T = torch.arange(inputs.prefill_ids_BP.shape[1])
-        valid_BT = (steps_T >= skipping) & (steps_T < inputs.num_prefilled_B[:, None])
-        weights_T = torch.where(steps_T == 0, FIRST_TOKEN_WEIGHT, 1.0)
-    else:
-        valid_BT = inputs.valid_BC[:, inputs.valid_BC.shape[1] - inputs.decode_ids_BD.shape[1] :]
-        weights_T = torch.ones(valid_BT.shape[1])
-    if not valid_BT.any():
-        return None
-    states = [side.dense_state(stage, chunk, block) for block in (fit.first, fit.stop)]
-    weights_N, device = weights_T.expand(valid_BT.shape)[valid_BT], states[0].device
-    first_NE, last_NE = (state_BTE[valid_BT.to(device)] for state_BTE in states)
-    return _Rows(first_NE, last_NE, weights_N.double().to(device))

@@ -222,6 +222,7 @@ class _Search:
             healing,
             num_blocks=num_blocks,
             linear=settings.heals_linearly,
+            served=settings.heal_states == "served",
             first_token=self._score_settings.first_token,
         )
 

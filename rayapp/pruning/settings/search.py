@@ -28,6 +28,8 @@ Method = Literal[
 _NOT_IDENTITY = {"heal_data", "out", "resume"}
 _TRAINING = {"heal_steps", "heal_learning_rate"}
 
+HealStates = Literal["dense", "served"]
+
 
 class SearchSettings(Settings):
     """The settings of a search and of its output files."""
@@ -85,10 +87,13 @@ class SearchSettings(Settings):
     )
     heal: Heal = Field(
         default="none",
-        description="Healing: a trained neighbour takes over the work of removed blocks, of those "
-        "outside the pruning set (pair), or of all; linear maps in closed form stand for removed "
-        "spans and write the KV of skipped blocks (linear), also for what neighbours leave over "
-        "(pair+linear, all+linear); none heals nothing.",
+        description="Healing of removed blocks: trained neighbours, for those outside the pruning "
+        "set (pair) or all; linear maps in closed form (linear); both; or none.",
+    )
+    heal_states: HealStates = Field(
+        default="dense",
+        description="States that linear maps read: the dense model's, for all candidates alike, or "
+        "those that the healed stage makes (served).",
     )
     heal_data: str | None = Field(
         default=None,
@@ -130,8 +135,9 @@ class SearchSettings(Settings):
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that a journal must agree on: all that change choices, without paths."""
-        unused = set() if self.trains_pairs else _TRAINING
-        unused = unused | ({"heal"} if self.heal == "none" else set())
+        unused = set() if self.trains_pairs else set(_TRAINING)
+        unused |= {"heal"} if self.heal == "none" else set()
+        unused |= {"heal_states"} if self.heal_states == "dense" else set()
         return self.model_dump(mode="json", exclude=_NOT_IDENTITY | unused)
 
     @property
@@ -154,6 +160,11 @@ class SearchSettings(Settings):
             raise InputError(
                 f"heal={self.heal} with heal_data={self.heal_data}: healing needs a file of its "
                 "own; give both --heal and --heal-data, or neither"
+            )
+        if self.heal_states == "served" and self.heal != "linear":
+            raise InputError(
+                f"heal_states=served with heal={self.heal}: only maps without survivors are fitted "
+                "to the states of a healed stage; use --heal linear, or --heal-states dense"
             )
         if self.heal != "none" and self.unit == "part":
             raise InputError(

@@ -136,6 +136,31 @@ def test_evaluation_scores_the_written_plan_as_the_search_did(settings, undistur
     assert found == pytest.approx([sums[line] for line in chunk_lines], rel=1e-4, abs=1e-6)
 
 
+def test_maps_are_searched_with_written_and_served(settings, tmp_path):
+    changes = {"heal": "linear", "prefill_remove": 2, "decode_remove": 1, "evaluations": 6}
+    result, compute = search(elsewhere(settings, tmp_path, **changes))
+    plan = PruningPlan.load(tmp_path)
+    candidate = Candidate.from_plan(plan)
+    units = Healing(5, linear=True).units(candidate)
+    assert [healed.unit for healed in sorted(units_of_plan(plan), key=lambda h: h.unit)] == sorted(
+        units
+    )
+    bare = PruningPlan.model_validate({**dict(plan), "provenance": {}})
+    unrecorded = units_of_plan(bare.with_healed(plan.healed, plan.directory))
+    assert {healed.unit for healed in unrecorded} == {*units}
+    model = load_model(settings.score.model).model
+    lines = prepare(*settings).calibration.lines
+    dense, served = TwoStages(model, PruningPlan()), TwoStages(model, plan)
+    sums = {index: found.kl for index, found in likelihoods(dense, served, lines)}
+    calibration = prepare(*settings).calibration
+    score = combine(settings.score.scoring(), calibration, sums, name="plan").value
+    assert score == pytest.approx(result.score.value, rel=1e-5)
+    again, solved = search(elsewhere(settings, tmp_path, resume=True, **changes))
+    assert same(again) == same(result)
+    assert compute.trained
+    assert not solved.trained
+
+
 @pytest.mark.parametrize("limit", [0, 3])
 def test_killed_while_healing_and_resumed_ends_with_the_same_plan(
     tmp_path, settings, undisturbed, limit
