@@ -1,4 +1,4 @@
-"""A model's own answers as lines: splits share nothing, and sizes are what a machine can pay for."""
+"""Own answers as lines: splits share nothing, and sizes are what a machine can pay for."""
 
 from __future__ import annotations
 
