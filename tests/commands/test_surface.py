@@ -68,7 +68,7 @@ def test_options_of_one_name_are_one_option():
         for written, option in options(name).items():
             if written not in MEANT_THE_SAME or option.param_type_name != "option":
                 continue
-            if name in ("doctor", "report", "serve") and written in (
+            if name in ("demo", "doctor", "report", "serve") and written in (
                 "--model",
                 "--address",
                 "--device",

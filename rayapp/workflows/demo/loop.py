@@ -34,7 +34,7 @@ from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.plan import PruningPlan
 from rayapp.workflows.conclusion import conclude
 from rayapp.workflows.demo.subject import AskedQuestion, Files, Subject
-from rayapp.workflows.demo.testbed import testbed_subject
+from rayapp.workflows.demo.testbed import shipped_subject
 from rayapp.workflows.tables import ledger_tables, plan_tables
 
 WORKERS = 2
@@ -54,7 +54,7 @@ def run_demo(out: Path, console: Console, subject: Subject | None = None) -> Non
         ClusterError: The cluster, the job or the service did not come up.
     """
     began_s = time.monotonic()
-    subject, files = subject or testbed_subject(), Files(out.absolute())
+    subject, files = subject or shipped_subject(), Files(out.absolute())
     questions = _write_data(subject, files)
     with local_cluster(dashboard_port=_free_port()) as cluster:
         _heading(

@@ -12,7 +12,7 @@ CALIBRATION_PER_TASK, TEST_PER_TASK, QUESTIONS_PER_TASK = 48, 100, 2
 SEEDS = {"calibration": 0, "test": 730_241}
 
 
-def testbed_subject() -> Subject:
+def shipped_subject() -> Subject:
     """Return the shipped model with the demo's sizes for it."""
     return Subject(
         name="testbed",
