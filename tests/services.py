@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from rayapp.distributed.cluster.local import LocalCluster
 from rayapp.distributed.serve.settings import APP_NAME, ServiceSettings
 from tests.clusters import Deployed, free_port
 
-UPDATED_WITHIN_S = 240.0
+UPDATED_WITHIN_S = 280.0
 KEY = "secret"
 # Longer than anything waits for a service to be idle: no lease that leaked is freed in time.
 LEASE_S = 120.0
@@ -79,9 +79,10 @@ def _ready(settings: ServiceSettings) -> Deployed:
         _check_status()
         status = serve.status().applications[APP_NAME]
         if status.status.value == "RUNNING":
-            health = client.get("/health")
-            if health.status_code == 200:
-                return Deployed(settings, health.json(), client)
+            with suppress(httpx.TransportError):  # a proxy may still be on its way
+                health = client.get("/health")
+                if health.status_code == 200:
+                    return Deployed(settings, health.json(), client)
         assert time.monotonic() < until_s, status
         time.sleep(0.1)
 
