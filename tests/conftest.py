@@ -339,6 +339,9 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _collect_between_modules() -> object:
+def _leave_nothing_behind() -> object:
+    """A module leaves no garbage, and none of what training sets for its whole process."""
     yield
     gc.collect()
+    torch.set_flush_denormal(False)
+    torch.set_num_threads(1)
