@@ -37,7 +37,7 @@ class JoinedCaches:
     def update(
         self, keys_1HND: torch.Tensor, values_1HND: torch.Tensor, block: int
     ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Give every batch its new entries; return what each attends to."""
+        """Give every batch its new entries; return the entries that it attends to."""
         new = zip(
             self._tokens.heads_apart(keys_1HND), self._tokens.heads_apart(values_1HND), strict=True
         )

@@ -18,7 +18,7 @@ class RealTokens:
     """The real tokens of some batches, in the order of batches, rows and tokens.
 
     Args:
-        valid: Which tokens of each batch are real, bool ``(B, T)``, one mask per batch.
+        valid: Which tokens of the batches are real, bool ``(B, T)``, one mask per batch.
 
     Attributes:
         counts: Number of real tokens of every batch.

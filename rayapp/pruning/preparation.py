@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,8 @@ from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.pruning.settings.search import SearchSettings
 from rayapp.pruning.settings.training import Training
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,12 @@ def open_evaluator(
     torch.set_num_threads(compute.threads)
     loaded = load_model(score.model, dtype=score.dtype, device=compute.device)
     teach(loaded.model, calibration.words)
-    pack_products(loaded.model, decoder_blocks(loaded.model))
+    grown = pack_products(loaded.model, decoder_blocks(loaded.model))
+    logger.info(
+        "evaluator: %.0f MB of weights, at most %.0f MB of states kept for reuse",
+        (loaded.parameter_bytes + grown) / 1e6,
+        compute.cache_bytes / 1e6,
+    )
     return Evaluator(loaded.model, calibration, score.scoring(), cache_bytes=compute.cache_bytes)
 
 
