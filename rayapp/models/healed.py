@@ -9,7 +9,7 @@ plans live over one model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -172,12 +172,21 @@ def _likeness(
 
 
 def _device(name: str, parameters: Mapping[str, nn.Parameter]) -> torch.device:
-    """Device of the tensor's block, whose frozen parameters are there even if this one is not."""
-    block = ".".join(name.split(".")[:2])
-    there: Iterable[nn.Parameter] = (
-        p for n, p in parameters.items() if n.startswith(f"{block}.") and not p.is_meta
-    )
-    return next((p.device for p in there), torch.device("cpu"))
+    """Device of the tensor's block, whose frozen parameters are there even if this one is not.
+
+    A removed block has none, so its bridge lies where the nearest loaded block before it does, or
+    where the embeddings are.
+    """
+    there = {
+        int(n.split(".")[1]): p.device
+        for n, p in parameters.items()
+        if n.startswith(f"{_BLOCKS}.") and not p.is_meta
+    }
+    near = [block for block in sorted(there) if block <= int(name.split(".")[1])]
+    if near:
+        return there[near[-1]]
+    rest = (p.device for n, p in parameters.items() if n.startswith("embed_") and not p.is_meta)
+    return next(rest, torch.device("cpu"))
 
 
 def _named(stages: Mapping[Stage, Tensors]) -> dict[str, torch.Tensor]:

@@ -133,7 +133,7 @@ def test_pairs_and_maps_serve_together_as_they_are_scored(tiny_model, tmp_path):
     scorer = scorer_of(model, tmp_path, training=Training(steps=1))
     healing = replace(Healing.of_all(5), linear=True)
     scorer.heal_with(healing)
-    candidate = removing([1, 2, 3], [2, 3])
+    candidate = removing([1, 2], [3])
     kinds = {type(unit).__name__ for unit in healing.units(candidate)}
     assert kinds == {"Pair", "Fit"}
     (score,) = scorer.score_many([candidate])
