@@ -8,7 +8,7 @@ and both are solved by least squares on the dense model's states:
   that entered the span (SwiftKV, arXiv:2410.03960, trains them; we solve for them).
 - ``bridge``: a linear map stands for the span in the residual (ReplaceMe, arXiv:2505.02819).
 
-A fit that reads the dense model's states depends on no candidate, so each is solved once for all of
+A fit that reads the dense model's states depends on no candidate, so it is solved once for all of
 them. A fit that reads the states that the healed stage really makes (``before``) belongs to all
 candidates that begin alike. Where survivors are trained as well, they take the spans of one block
 (:mod:`rayapp.pruning.candidates.healing`): a survivor beside a longer span would feed its maps with

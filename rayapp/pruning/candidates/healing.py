@@ -66,7 +66,7 @@ class Pair:
 
 
 Unit = Pair | Fit
-"""What healing learns at a time: the survivor of a pair, or one linear map."""
+"""A unit of healing: the survivor of a pair, or one linear map."""
 
 
 def unit_order(unit: Unit) -> tuple[Any, ...]:
@@ -178,7 +178,7 @@ class Healing:
 
 
 def _before(candidate: Candidate, stage: Stage, block: int) -> Candidate:
-    """What is skipped before the state that enters a block.
+    """Everything that is skipped before the state that enters a block.
 
     States of prefill do not depend on decode, so there decode skips the same: no KV is written.
     """
@@ -196,7 +196,7 @@ class HealedUnit:
     Attributes:
         unit: The pair or the fit.
         tensors: The learnt parameters by canonical name, on the CPU.
-        loss_before: Relative mean squared error on held-back lines without healing: of the span's
+        loss_before: Relative mean squared error on judging lines without healing: of the span's
             output, or of the keys and values.
         loss_after: That error with the healed tensors; it is never higher.
     """

@@ -20,7 +20,7 @@ import torch
 
 from rayapp.errors import DataError, SearchError
 from rayapp.models.blocks import find_decoder
-from rayapp.models.bridge import normalised
+from rayapp.models.healed import normalised
 from rayapp.plan import Stage
 from rayapp.pruning.candidates.candidate import DENSE
 from rayapp.pruning.candidates.fits import Fit
@@ -69,7 +69,7 @@ class LinearFitter:
     def solve(self, fit: Fit) -> HealedUnit:
         """Solve one fit; its tensors are the same wherever it is solved on one kind of machine.
 
-        If no map improves on held-back lines, the block stays as it was.
+        If no map improves on the judging lines, the block stays as it was.
 
         Raises:
             DataError: There is no token at the stage's positions.
@@ -201,7 +201,7 @@ class LinearFitter:
         return sum(gram_II.nbytes for gram_II in self._grams.values())
 
     def _inputs(self, hidden_NE: torch.Tensor, target: Target) -> torch.Tensor:
-        """What a map reads of states: ``(N, E)``, or with a constant ``(N, E + 1)``."""
+        """The inputs of a map, made of states: ``(N, E)``, or with a constant ``(N, E + 1)``."""
         normed_NE = normalised(hidden_NE, self._epsilon)
         if not target.has_bias:
             return normed_NE

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rayapp.models.bridge import BRIDGE
+from rayapp.models.healed import BRIDGE
 from rayapp.pruning.healing.least_squares import Moments
 
 
@@ -30,7 +30,7 @@ class Rows:
 
 
 class Target(ABC):
-    """What a kind of fit is fitted to, and the parameters that its map becomes."""
+    """The target of a kind of fit, and the parameters that its map becomes."""
 
     has_bias: bool
 
@@ -69,7 +69,7 @@ class BridgeTarget(Target):
 class KVTarget(Target):
     """A block's keys before rotation, and its values.
 
-    In a family that normalises keys (``k_norm``), only the direction of each head's key counts:
+    In a family that normalises keys (``k_norm``), only the direction of a head's key counts:
     there the targets are directions, in the mean length of the block's own keys.
     """
 

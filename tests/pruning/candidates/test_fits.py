@@ -66,9 +66,9 @@ def test_survivors_take_the_spans_of_one_block():
         "decode bridge 2 to 4",
     ]
     assert named(BOTH, [], [0, 2, 4]) == [
-        "decode 0 into 1",
-        "decode 2 into 3",
-        "decode bridge 4 to 5",
+        "decode 2 into 1",
+        "decode 4 into 3",
+        "decode bridge 0 to 1",  # no neighbour is free
     ]
 
 

@@ -15,8 +15,7 @@ from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import DataError, SearchError
 from rayapp.kv.cache import CaptureCache
 from rayapp.models.blocks import find_decoder, signature_of
-from rayapp.models.bridge import normalised
-from rayapp.models.healed import HealedWeights, attach
+from rayapp.models.healed import HealedWeights, attach, normalised
 from rayapp.models.stack import BlockStack
 from rayapp.plan import STAGES
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
