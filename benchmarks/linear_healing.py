@@ -2,10 +2,10 @@
 
 Each setting removes blocks from prefill (where their KV is still written) or from decode, and is
 healed in several ways: not at all, by maps in closed form (`--heal linear`), by trained survivors
-(`--heal all`, with as many steps as `--pair-steps` says), and by both. Maps and survivors learn
-from one text; KL to the dense model and perplexity are judged on another one, both cut into lines
-of `--prompt-tokens` that prefill runs and `--answer-tokens` that decode continues. Every line runs
-on the stages that are served.
+(`--heal all`, with as many steps as `--pair-steps` says), and by both (`--heal all+linear`). Maps
+and survivors learn from one text; KL to the dense model and perplexity are judged on another one,
+both cut into lines of `--prompt-tokens` that prefill runs and `--answer-tokens` that decode
+continues. Every line runs on the stages that are served.
 
     python benchmarks/linear_healing.py --model M --heal-text train.txt --judge-text test.txt
 """
@@ -87,7 +87,7 @@ def healings(num_blocks: int) -> dict[str, Healing]:
         "linear": Healing(num_blocks, linear=True),
         "linear, served states": Healing(num_blocks, linear=True, served=True),
         "pairs": pairs,
-        "pairs and linear": replace(pairs, linear=True),
+        "pairs for one block, else linear": replace(pairs, linear=True),
     }
 
 

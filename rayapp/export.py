@@ -26,10 +26,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from rayapp import __version__
 from rayapp.errors import InputError, ModelError, PlanError
 from rayapp.models.blocks import MULTIMODAL_TYPES, text_config
-from rayapp.models.bridge import BRIDGE
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.fingerprint import canonical_name
-from rayapp.models.healed import HealedWeights, Tensors
+from rayapp.models.healed import BRIDGE, HealedWeights, Tensors
 from rayapp.models.loading import Part, empty_model
 from rayapp.models.renumber import fewer_blocks, name_before, renumbered
 from rayapp.models.shards import MAX_SHARD_BYTES, appearing, check_free, write_shards

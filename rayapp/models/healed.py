@@ -3,13 +3,14 @@
 A plan directory has only the tensors that healing changed, as an adapter directory does. Their
 names are ``prefill.`` or ``decode.`` and the parameter's canonical name; the plan has the digest of
 all of them. On a model they are kept by that digest, beside its own parameters, so that several
-plans live over one model.
+plans live over one model. A span of removed blocks may have a tensor of its own, its bridge.
+Shapes: B = batch, T = tokens, E = hidden size.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,16 +19,50 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from rayapp.errors import PlanError
-from rayapp.models.bridge import BRIDGE
 from rayapp.models.fingerprint import canonical_name
 from rayapp.models.products import named_weights
 from rayapp.plan import HEALED_FILE, STAGES, PruningPlan, Stage
 
 Tensors = Mapping[str, torch.Tensor]
 _BLOCKS = "layers"
+
+BRIDGE = "bridge"
+"""Name of the map in its block, which is the last one of the span."""
+
+
+def normalised(hidden_BTE: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """States of root mean square 1, in float32: what all norms of a span's blocks rescale."""
+    wide = hidden_BTE.to(torch.float32)
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+
+
+class Bridge(nn.Module):
+    """A linear map in place of a span of blocks that a stage does not run.
+
+    It reads the state that entered the span, and estimates the dense model's state behind it.
+    ReplaceMe (arXiv:2505.02819) maps the residual itself; here the map reads the normalised
+    residual and adds to it, as every block does, so that a few tokens with huge states do not
+    decide it (project default).
+
+    Args:
+        size: Hidden size.
+        epsilon: The epsilon of the model's norms.
+    """
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.empty(size, size, device="meta"), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(size, device="meta"), requires_grad=False)
+
+    def forward(self, hidden_BTE: torch.Tensor) -> torch.Tensor:
+        """The states behind the span, ``(B, T, E)``."""
+        normed_BTE = normalised(hidden_BTE, self.epsilon).to(hidden_BTE.dtype)
+        return hidden_BTE + functional.linear(normed_BTE, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -173,12 +208,21 @@ def _likeness(
 
 
 def _device(name: str, parameters: Mapping[str, torch.Tensor]) -> torch.device:
-    """Device of the tensor's block, whose frozen parameters are there even if this one is not."""
-    block = ".".join(name.split(".")[:2])
-    there: Iterable[torch.Tensor] = (
-        p for n, p in parameters.items() if n.startswith(f"{block}.") and not p.is_meta
-    )
-    return next((p.device for p in there), torch.device("cpu"))
+    """Device of the tensor's block, whose frozen parameters are there even if this one is not.
+
+    A removed block has none, so its bridge lies where the nearest loaded block before it does, or
+    where the embeddings are.
+    """
+    there = {
+        int(n.split(".")[1]): p.device
+        for n, p in parameters.items()
+        if n.startswith(f"{_BLOCKS}.") and not p.is_meta
+    }
+    near = [block for block in sorted(there) if block <= int(name.split(".")[1])]
+    if near:
+        return there[near[-1]]
+    rest = (p.device for n, p in parameters.items() if n.startswith("embed_") and not p.is_meta)
+    return next(rest, torch.device("cpu"))
 
 
 def _named(stages: Mapping[Stage, Tensors]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from rayapp.models.blocks import PartialBlock
-from rayapp.models.bridge import BRIDGE
+from rayapp.models.healed import BRIDGE
 from rayapp.models.stack import BlockCache, BlockStack
 
 Masks = Mapping[int, torch.Tensor | None]

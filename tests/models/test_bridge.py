@@ -8,8 +8,7 @@ import torch
 from rayapp.errors import PlanError
 from rayapp.kv.cache import CaptureCache
 from rayapp.models.blocks import apply_stage, signature_of
-from rayapp.models.bridge import Bridge, normalised
-from rayapp.models.healed import HealedWeights, attach, attached_bytes
+from rayapp.models.healed import Bridge, HealedWeights, attach, attached_bytes, normalised
 from rayapp.models.loading import load_model
 from rayapp.models.single_token import SingleTokenStack
 from rayapp.models.stack import BlockStack

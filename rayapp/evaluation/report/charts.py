@@ -49,8 +49,8 @@ def healing_records(plan: PruningPlan) -> tuple[HealingRecord, ...]:
 class FitRecord:
     """A linear map that healing solved for, as the provenance records it.
 
-    ``what`` names it for people. The errors are relative mean squared errors on held-back lines,
-    without the map and with it.
+    ``what`` names it for people. The errors are relative mean squared errors on lines that were
+    not fitted, without the map and with it.
     """
 
     stage: Stage

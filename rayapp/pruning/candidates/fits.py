@@ -8,11 +8,11 @@ and both are solved by least squares on the dense model's states:
   that entered the span (SwiftKV, arXiv:2410.03960, trains them; we solve for them).
 - ``bridge``: a linear map stands for the span in the residual (ReplaceMe, arXiv:2505.02819).
 
-A fit that reads the dense model's states depends on no candidate, so each is solved once for all of
+A fit that reads the dense model's states depends on no candidate, so it is solved once for all of
 them. A fit that reads the states that the healed stage really makes (``before``) belongs to all
-candidates that begin alike. A survivor of a pair
-(:mod:`rayapp.pruning.candidates.healing`) beside the span does a part of the span's work already:
-the fit then begins or ends one block further inside.
+candidates that begin alike. Where survivors are trained as well, they take the spans of one block
+(:mod:`rayapp.pruning.candidates.healing`): a survivor beside a longer span would feed its maps with
+states that these were not fitted to.
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ def spans(skipped: Sequence[bool]) -> Iterator[tuple[int, int]]:
 def span_fits(
     stage: Stage,
     span: tuple[int, int],
-    absorbed: tuple[bool, bool],
     writes_kv: Sequence[bool],
     *,
     bridged: bool,
@@ -82,27 +81,22 @@ def span_fits(
     Args:
         stage: The stage that skips the span.
         span: Its first block, and the block behind it.
-        absorbed: Whether the survivor before the span does the work of its first block, and the
-            survivor behind it that of its last block.
         writes_kv: Whether a block still writes KV, block by block.
         bridged: Whether anything reads the state behind the span.
         before: What is skipped before the span, if its fits read the states that this leaves.
     """
-    first, stop = span[0] + absorbed[0], span[1] - absorbed[1]
-    for block in range(*span):
+    first, stop = span
+    for block in range(first, stop):
         if writes_kv[block] and (block != first or before != DENSE):
             yield Fit(stage, "kv", first, block, block, before)
-    if bridged and first < stop:
-        yield Fit(stage, "bridge", first, stop, span[1] - 1, before)
+    if bridged:
+        yield Fit(stage, "bridge", first, stop, stop - 1, before)
 
 
 def all_fits(num_blocks: int) -> Iterator[Fit]:
     """Every fit to dense states that a candidate of a model of so many blocks may have."""
-    for stage in STAGES:
-        for first, last in itertools.combinations_with_replacement(range(num_blocks), 2):
+    for first, last in itertools.combinations_with_replacement(range(num_blocks), 2):
+        for stage in STAGES:
             yield Fit(stage, "bridge", first, last + 1, last)
-            if first < last:
-                yield Fit(stage, "bridge", first, last, last)
-    for block in range(num_blocks):
-        for first in (*range(block), block + 1):
-            yield Fit("prefill", "kv", first, block, block)
+        if first < last:
+            yield Fit("prefill", "kv", first, last, last)

@@ -6,7 +6,7 @@ work of both. The survivor is the next block, else the one before; it must run i
 stage, and belongs to one pair only. If neither neighbour is free the block goes unhealed, and its
 real score decides.
 
-Whatever pairs leave of a span of removed blocks may be healed in closed form
+Spans of removed blocks may be healed in closed form instead
 (:mod:`rayapp.pruning.candidates.fits`). Pairs and fits are the **units** of healing.
 """
 
@@ -28,9 +28,8 @@ ABSORBS_BEFORE, ABSORBS_AFTER = 4, 8
 """Bits of a survivor, beside those of skipped parts: it does the work of the block before it, or of
 the block after it. States that depend on healed tensors thus have keys of their own."""
 
-BRIDGED, BRIDGED_SHORT, BRIDGED_SERVED = 16, 32, 64
-"""Bits of the last block of a span that has a bridge: it gives the state behind the span, or the
-one before the span's last block, whose work the next survivor does; and it was fitted to states
+BRIDGED, BRIDGED_SERVED = 16, 32
+"""Bits of the last block of a span that has a bridge, and of one whose bridge was fitted to states
 that the healed stage makes."""
 
 
@@ -67,7 +66,7 @@ class Pair:
 
 
 Unit = Pair | Fit
-"""What healing learns at a time: the survivor of a pair, or one linear map."""
+"""A unit of healing: the survivor of a pair, or one linear map."""
 
 
 def unit_order(unit: Unit) -> tuple[Any, ...]:
@@ -79,9 +78,10 @@ def unit_order(unit: Unit) -> tuple[Any, ...]:
 class Healing:
     """The blocks of each stage that are healed when they are removed, if a survivor is free.
 
-    With ``linear``, all that pairs leave of a removed span is healed in closed form: by fits that
-    read the dense model's states, or with ``served`` (and no pairs) those that the healed stage
-    really makes. ``fixed`` are the units of an existing plan; they replace the rule.
+    With ``linear``, pairs heal spans of one block only, and all other spans are healed in closed
+    form: by fits that read the dense model's states, or with ``served`` (and no pairs) those that
+    the healed stage really makes. ``fixed`` are the units of an existing plan; they replace the
+    rule.
     """
 
     num_blocks: int = 0
@@ -122,15 +122,15 @@ class Healing:
             return ()
         gone = [skipped == PARTS for skipped in candidate.skips(stage, self.num_blocks)]
         reads_kv = [not s & ATTENTION for s in candidate.skips("decode", self.num_blocks)]
-        absorbed = {pair.removed: pair.survivor for pair in self.stage_pairs(candidate, stage)}
+        paired = {pair.removed for pair in self.stage_pairs(candidate, stage)}
         ends_unread = stage == "prefill" and self.first_token == "decode"
         return tuple(
             fit
             for first, stop in spans(gone)
+            if first not in paired
             for fit in span_fits(
                 stage,
                 (first, stop),
-                (absorbed.get(first) == first - 1, absorbed.get(stop - 1) == stop),
                 reads_kv if stage == "prefill" else [False] * self.num_blocks,
                 bridged=stop < self.num_blocks or not ends_unread,
                 before=_before(candidate, stage, first) if self.served else DENSE,
@@ -150,10 +150,12 @@ class Healing:
             return ()
         skips = candidate.skips(stage, self.num_blocks)
         free = {block for block, skipped in enumerate(skips) if not skipped}
+        gone = [skipped == PARTS for skipped in skips]
+        healed = {b for b in self.blocks(stage) if gone[b]}
+        if self.linear:
+            healed &= {first for first, stop in spans(gone) if stop == first + 1}
         pairs: list[Pair] = []
-        for removed in reversed(range(self.num_blocks)):
-            if skips[removed] != PARTS or removed not in self.blocks(stage):
-                continue
+        for removed in sorted(healed, reverse=True):
             near = [block for block in (removed + 1, removed - 1) if block in free]
             if near:
                 free.remove(near[0])
@@ -171,13 +173,12 @@ class Healing:
             skips[pair.survivor] |= pair.mark
         for fit in self.stage_fits(candidate, stage):
             if fit.kind == "bridge":
-                skips[fit.block] |= BRIDGED if fit.stop > fit.block else BRIDGED_SHORT
-                skips[fit.block] |= 0 if fit.before == DENSE else BRIDGED_SERVED
+                skips[fit.block] |= BRIDGED if fit.before == DENSE else BRIDGED_SERVED
         return tuple(skips)
 
 
 def _before(candidate: Candidate, stage: Stage, block: int) -> Candidate:
-    """What is skipped before the state that enters a block.
+    """Everything that is skipped before the state that enters a block.
 
     States of prefill do not depend on decode, so there decode skips the same: no KV is written.
     """
@@ -195,7 +196,7 @@ class HealedUnit:
     Attributes:
         unit: The pair or the fit.
         tensors: The learnt parameters by canonical name, on the CPU.
-        loss_before: Relative mean squared error on held-back lines without healing: of the span's
+        loss_before: Relative mean squared error on judging lines without healing: of the span's
             output, or of the keys and values.
         loss_after: That error with the healed tensors; it is never higher.
     """

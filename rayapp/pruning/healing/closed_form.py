@@ -12,23 +12,22 @@ H = KV heads, D = head dimension.
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from rayapp.errors import DataError, SearchError
 from rayapp.models.blocks import find_decoder
-from rayapp.models.bridge import BRIDGE, normalised
+from rayapp.models.healed import normalised
 from rayapp.plan import Stage
 from rayapp.pruning.candidates.candidate import DENSE
 from rayapp.pruning.candidates.fits import Fit
 from rayapp.pruning.candidates.healing import HealedUnit, Healing
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.healing.least_squares import Moments, best_map, products
+from rayapp.pruning.healing.targets import BridgeTarget, KVTarget, Rows, Target
 
 logger = logging.getLogger(__name__)
 
@@ -43,18 +42,6 @@ FIRST_TOKEN_WEIGHT = 64.0
 """Number of tokens that the first token of a prompt counts as in prefill. All later tokens attend
 to it, and its state is like no other. On a real model weights of 50 and of 1,000 serve alike, and
 take a quarter off the KL that a weight of 1 leaves (project default)."""
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Tokens of one chunk: states that enter a fit's first block and its last, and weights.
-
-    A weight is the number of tokens that a token counts as.
-    """
-
-    first_NE: torch.Tensor
-    last_NE: torch.Tensor
-    weights_N: torch.Tensor
 
 
 class LinearFitter:
@@ -82,7 +69,7 @@ class LinearFitter:
     def solve(self, fit: Fit) -> HealedUnit:
         """Solve one fit; its tensors are the same wherever it is solved on one kind of machine.
 
-        If no map improves on held-back lines, the block stays as it was.
+        If no map improves on the judging lines, the block stays as it was.
 
         Raises:
             DataError: There is no token at the stage's positions.
@@ -90,7 +77,7 @@ class LinearFitter:
         """
         self._prepare(fit)
         block = self._decoder.layers[fit.block]
-        target: _Target = _KVTarget(block) if fit.kind == "kv" else _BridgeTarget()
+        target: Target = KVTarget(block) if fit.kind == "kv" else BridgeTarget()
         train, held_back = (self._moments(side, fit, target) for side in self._sides)
         self._check(fit, train, held_back)
         scale = float(held_back.targets_O.sum())
@@ -134,22 +121,18 @@ class LinearFitter:
                 wanted,
             )
 
-    def _moments(self, side: Evaluator, fit: Fit, target: _Target) -> Moments:
+    def _moments(self, side: Evaluator, fit: Fit, target: Target) -> Moments:
         """The sums of one fit over all tokens of a side."""
         rows = self._rows(side, fit)
-        cross, squares = [], []
+        cross_IO = squares_O = torch.zeros((), dtype=torch.float64, device=rows[0].first_NE.device)
         for row, output_NO in zip(rows, target.outputs(rows), strict=True):
             weighted_NO = output_NO.to(torch.float64) * row.weights_N[:, None]
-            cross.append(products(self._inputs(row.first_NE, target), weighted_NO))
-            squares.append((output_NO * weighted_NO).sum(dim=0))
-        return Moments(
-            self._gram(side, fit, target, rows),
-            torch.stack(cross).sum(dim=0),
-            torch.stack(squares).sum(dim=0),
-            sum(len(row.first_NE) for row in rows),
-        )
+            cross_IO = cross_IO + products(self._inputs(row.first_NE, target), weighted_NO)
+            squares_O = squares_O + (output_NO * weighted_NO).sum(dim=0)
+        num_tokens = sum(len(row.first_NE) for row in rows)
+        return Moments(self._gram(side, fit, target, rows), cross_IO, squares_O, num_tokens)
 
-    def _rows(self, side: Evaluator, fit: Fit) -> list[_Rows]:
+    def _rows(self, side: Evaluator, fit: Fit) -> list[Rows]:
         """Dense states at the stage's positions; where decode's are few, prompts' are added.
 
         The dense model makes states of both stages in the same way, but for the first tokens of a
@@ -171,7 +154,7 @@ class LinearFitter:
 
     def _states(
         self, side: Evaluator, fit: Fit, chunk: int, stage: Stage, *, skipping: int = 0
-    ) -> _Rows | None:
+    ) -> Rows | None:
         """States of one chunk at a stage's positions that enter the fit's two blocks.
 
         Those of the first block are made as ``fit.before`` says, those of the last by the dense
@@ -195,19 +178,19 @@ class LinearFitter:
         ]
         weights_N, device = weights_T.expand(valid_BT.shape)[valid_BT], states[0].device
         first_NE, last_NE = (state_BTE[valid_BT.to(device)] for state_BTE in states)
-        return _Rows(first_NE, last_NE, weights_N.double().to(device))
+        return Rows(first_NE, last_NE, weights_N.double().to(device))
 
     def _gram(
-        self, side: Evaluator, fit: Fit, target: _Target, rows: Sequence[_Rows]
+        self, side: Evaluator, fit: Fit, target: Target, rows: Sequence[Rows]
     ) -> torch.Tensor:
         """Sums of the inputs' products, which fits that read the same states share."""
         key = (self._sides.index(side), fit.stage, fit.first, fit.before, target.has_bias)
         if key not in self._grams:
-            grams = []
+            gram_II = torch.zeros((), dtype=torch.float64, device=rows[0].first_NE.device)
             for row in rows:
                 inputs_NI = self._inputs(row.first_NE, target)
-                grams.append(products(inputs_NI, inputs_NI * row.weights_N[:, None]))
-            self._grams[key] = torch.stack(grams).sum(dim=0)
+                gram_II = gram_II + products(inputs_NI, inputs_NI * row.weights_N[:, None])
+            self._grams[key] = gram_II
         self._grams.move_to_end(key)
         while len(self._grams) > 1 and self._num_bytes > self._cache_bytes:
             self._grams.popitem(last=False)
@@ -217,101 +200,9 @@ class LinearFitter:
     def _num_bytes(self) -> int:
         return sum(gram_II.nbytes for gram_II in self._grams.values())
 
-    def _inputs(self, hidden_NE: torch.Tensor, target: _Target) -> torch.Tensor:
-        """What a map reads of states: ``(N, E)``, or with a constant ``(N, E + 1)``."""
+    def _inputs(self, hidden_NE: torch.Tensor, target: Target) -> torch.Tensor:
+        """The inputs of a map, made of states: ``(N, E)``, or with a constant ``(N, E + 1)``."""
         normed_NE = normalised(hidden_NE, self._epsilon)
         if not target.has_bias:
             return normed_NE
         return torch.cat([normed_NE, normed_NE.new_ones(len(normed_NE), 1)], dim=1)
-
-
-class _Target(ABC):
-    """What a kind of fit is fitted to, and the parameters that its map becomes."""
-
-    has_bias: bool
-
-    @abstractmethod
-    def outputs(self, rows: Sequence[_Rows]) -> list[torch.Tensor]:
-        """The targets ``(N, O)`` of every chunk."""
-
-    @abstractmethod
-    def prior(self, moments: Moments) -> torch.Tensor:
-        """The map of a block that is not healed, ``(I, O)``, float64."""
-
-    @abstractmethod
-    def tensors(self, map_IO: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The parameters of a map, by their names in the block."""
-
-
-class _BridgeTarget(_Target):
-    """The change of the residual over a span; an unhealed span changes nothing."""
-
-    has_bias = True
-
-    def outputs(self, rows: Sequence[_Rows]) -> list[torch.Tensor]:
-        return [row.last_NE.float() - row.first_NE.float() for row in rows]
-
-    def prior(self, moments: Moments) -> torch.Tensor:
-        return torch.zeros_like(moments.cross_IO)
-
-    def tensors(self, map_IO: torch.Tensor) -> dict[str, torch.Tensor]:
-        weight_OI = map_IO[:-1].T.contiguous()
-        return {f"{BRIDGE}.weight": weight_OI, f"{BRIDGE}.bias": map_IO[-1]}
-
-
-class _KVTarget(_Target):
-    """A block's keys before rotation, and its values.
-
-    In a family that normalises keys (``k_norm``), only the direction of each head's key counts:
-    there the targets are directions, in the mean length of the block's own keys.
-    """
-
-    def __init__(self, block: Any) -> None:
-        attention = block.self_attn
-        self._norm = block.input_layernorm
-        self._projections = {"k_proj": attention.k_proj, "v_proj": attention.v_proj}
-        self._head_dim: int = attention.head_dim if hasattr(attention, "k_norm") else 0
-        self._num_keys: int = attention.k_proj.weight.shape[0]
-        self.has_bias = attention.k_proj.bias is not None
-        self._mean_H1: torch.Tensor | None = None
-
-    def outputs(self, rows: Sequence[_Rows]) -> list[torch.Tensor]:
-        outputs = [self._keys_and_values(row.last_NE) for row in rows]
-        if self._head_dim:
-            self._keep_directions([output[:, : self._num_keys] for output in outputs])
-        return outputs
-
-    def _keys_and_values(self, hidden_NE: torch.Tensor) -> torch.Tensor:
-        normed_NE = self._norm(hidden_NE)
-        made = [projection(normed_NE) for projection in self._projections.values()]
-        return torch.cat(made, dim=-1).float()
-
-    def _keep_directions(self, keys: Sequence[torch.Tensor]) -> None:
-        """Give every head's keys one length, in place: the mean of their lengths."""
-        heads = [keys_NO.unflatten(1, (-1, self._head_dim)) for keys_NO in keys]
-        lengths = [heads_NHD.norm(dim=-1, keepdim=True) for heads_NHD in heads]
-        if self._mean_H1 is None:  # the lines that are fitted come first, and decide for all
-            self._mean_H1 = torch.cat(lengths).mean(dim=0)
-        for heads_NHD, length_NH1 in zip(heads, lengths, strict=True):
-            heads_NHD.mul_(self._mean_H1 / length_NH1.clamp(min=1e-12))
-
-    def prior(self, moments: Moments) -> torch.Tensor:
-        norm_E1 = self._norm.weight.double()[:, None]
-        weights_IO = [p.weight.double().T * norm_E1 for p in self._projections.values()]
-        prior_IO = torch.cat(weights_IO, dim=1)
-        if not self.has_bias:
-            return prior_IO
-        biases = [p.bias.double() for p in self._projections.values()]
-        return torch.cat([prior_IO, torch.cat(biases)[None]])
-
-    def tensors(self, map_IO: torch.Tensor) -> dict[str, torch.Tensor]:
-        norm_E = self._norm.weight.double()
-        weights_IO = map_IO[: len(norm_E)] / torch.where(norm_E == 0, torch.inf, norm_E)[:, None]
-        split = [self._num_keys, map_IO.shape[1] - self._num_keys]
-        tensors = {}
-        for name, weight_IO in zip(self._projections, weights_IO.split(split, dim=1), strict=True):
-            tensors[f"self_attn.{name}.weight"] = weight_IO.T.contiguous()
-        if self.has_bias:
-            for name, bias_O in zip(self._projections, map_IO[-1].split(split), strict=True):
-                tensors[f"self_attn.{name}.bias"] = bias_O.clone()
-        return tensors

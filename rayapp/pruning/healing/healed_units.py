@@ -17,8 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from rayapp.models.bridge import BRIDGE
-from rayapp.models.healed import HealedWeights
+from rayapp.models.healed import BRIDGE, HealedWeights
 from rayapp.plan import STAGES, Mode, PruningPlan, Stage
 from rayapp.pruning.candidates.fits import Fit, FitKind
 from rayapp.pruning.candidates.healing import HealedUnit, Pair, Unit, unit_order

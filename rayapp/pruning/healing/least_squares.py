@@ -1,4 +1,4 @@
-"""Linear least squares from sums of products, with a ridge that held-back lines choose.
+"""Linear least squares from sums of products, with a ridge that judging lines choose.
 
 Lines are seen once, and only sums over their tokens are kept, in float64: X^T X, X^T Y and Y^T Y's
 diagonal. From them a map is solved in milliseconds, for any strength of the ridge, and its error on
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Strengths of the ridge that are tried, as shares of each input's own sum of squares: scaling an
+"""Strengths of the ridge that are tried, as shares of the input's own sum of squares: scaling an
 input changes nothing (project default)."""
 
 
@@ -66,7 +66,7 @@ def products(inputs_NI: torch.Tensor, other_NO: torch.Tensor) -> torch.Tensor:
 class Solved:
     """A map, and its mean squared errors relative to those of the prior map's targets.
 
-    ``ridge`` is None if no map was better than the prior on held-back tokens.
+    ``ridge`` is None if no map was better than the prior on judging tokens.
     """
 
     map_IO: torch.Tensor
@@ -83,13 +83,13 @@ def best_map(
     scale: float,
     ridges: Iterable[float] = RIDGES,
 ) -> Solved:
-    """The map whose ridge is best on held-back tokens, solved anew from all tokens.
+    """The map whose ridge is best on judging tokens, solved anew from all tokens.
 
     Args:
         train: Sums of the tokens that a ridge is tried with.
         held_back: Sums of the tokens that judge it.
         prior_IO: The map that the ridge draws to, and that stays if none is better.
-        scale: Size that errors are divided by: the held-back targets' own sum of squares.
+        scale: Size that errors are divided by: the judging targets' own sum of squares.
         ridges: Strengths to try.
     """
     before = float(held_back.squared_errors(prior_IO).sum()) / scale

@@ -22,7 +22,7 @@ import torch
 from rayapp.data.lines import TokenizedLine
 from rayapp.kv.cache import held_entries
 from rayapp.kv.quantize import buffer_sizes
-from rayapp.models.bridge import Bridge
+from rayapp.models.healed import Bridge
 from rayapp.plan import SEND_ALL, KVTransfer, ModelSignature
 from rayapp.pruning.candidates.candidate import ATTENTION, DENSE, MLP, Candidate
 from rayapp.pruning.evaluator.block_runner import BlockKVSlot, BlockRunner

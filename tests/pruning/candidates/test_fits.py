@@ -9,7 +9,7 @@ import pytest
 from rayapp.plan import STAGES
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.candidates.fits import Fit, all_fits, spans
-from rayapp.pruning.candidates.healing import BRIDGED, BRIDGED_SHORT, PARTS, Healing
+from rayapp.pruning.candidates.healing import BRIDGED, BRIDGED_SERVED, PARTS, Healing
 
 BLOCKS = 5
 LINEAR = Healing(BLOCKS, linear=True)
@@ -58,27 +58,26 @@ def test_a_state_that_nothing_reads_is_not_bridged(first_token):
     assert sorted(u.stage for u in bridges) == stages
 
 
-def test_what_survivors_do_is_left_to_them():
+def test_survivors_take_the_spans_of_one_block():
     assert named(BOTH, [2], [2]) == ["decode 2 into 3", "prefill 2 into 3"]
-    assert named(BOTH, [], [1, 2, 3]) == [
-        "decode 1 into 0",
-        "decode 3 into 4",
-        "decode bridge 2 to 3",
+    assert named(BOTH, [0, 2, 3], [2, 3]) == [
+        "prefill 0 into 1",
+        "prefill bridge 2 to 4",
+        "decode bridge 2 to 4",
     ]
-    assert named(BOTH, [1, 2, 3]) == [
-        "prefill 1 into 0",
-        "prefill 3 into 4",
-        "prefill KV of 1 from 2",
-        "prefill KV of 3 from 2",
-        "prefill bridge 2 to 3",
+    assert named(BOTH, [], [0, 2, 4]) == [
+        "decode 2 into 1",
+        "decode 4 into 3",
+        "decode bridge 0 to 1",  # no neighbour is free
     ]
 
 
 def test_marks_tell_bridges_apart():
     candidate = removing([], [1, 2, 3])
     assert LINEAR.skips(candidate, "decode", BLOCKS) == (0, PARTS, PARTS, PARTS | BRIDGED, 0)
-    marks = BOTH.skips(candidate, "decode", BLOCKS)
-    assert marks[3] == PARTS | BRIDGED_SHORT
+    served = Healing(BLOCKS, linear=True, served=True)
+    later = removing([], [0, 2])
+    assert served.skips(later, "decode", BLOCKS)[2] == PARTS | BRIDGED_SERVED
     assert LINEAR.skips(DENSE, "decode", BLOCKS) == (0,) * BLOCKS
 
 

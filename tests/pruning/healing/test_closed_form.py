@@ -15,8 +15,7 @@ from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import DataError, SearchError
 from rayapp.kv.cache import CaptureCache
 from rayapp.models.blocks import find_decoder, signature_of
-from rayapp.models.bridge import normalised
-from rayapp.models.healed import HealedWeights, attach
+from rayapp.models.healed import HealedWeights, attach, normalised
 from rayapp.models.stack import BlockStack
 from rayapp.plan import STAGES
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
@@ -133,7 +132,7 @@ def test_pairs_and_maps_serve_together_as_they_are_scored(tiny_model, tmp_path):
     scorer = scorer_of(model, tmp_path, training=Training(steps=1))
     healing = replace(Healing.of_all(5), linear=True)
     scorer.heal_with(healing)
-    candidate = removing([1, 2, 3], [2, 3])
+    candidate = removing([1, 2], [3])
     kinds = {type(unit).__name__ for unit in healing.units(candidate)}
     assert kinds == {"Pair", "Fit"}
     (score,) = scorer.score_many([candidate])
