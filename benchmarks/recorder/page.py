@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
-from recorder.chart import Chart
-from recorder.dots import Dots
 from recorder.files import write_text
 from recorder.origin import measured_on
 from recorder.record import Record
 from recorder.table import Table
 
-Block = str | Table | Chart | Dots
+
+@runtime_checkable
+class Drawing(Protocol):
+    """A picture of numbers; ``title`` says what it shows, for readers who cannot see it."""
+
+    @property
+    def title(self) -> str: ...
+
+    def svg(self, salt: str) -> str: ...
+
+
+Block = str | Table | Drawing
 """A paragraph or heading in Markdown, a table, or a drawing (one a page)."""
 
 
@@ -30,7 +40,7 @@ def page(blocks: Sequence[Block], record: Record, stem: str) -> str:
 def write_page(home: Path, stem: str, blocks: Sequence[Block], record: Record) -> str:
     """Write a page and its drawing into ``home``; returns the Markdown."""
     for block in blocks:
-        if isinstance(block, Chart | Dots):
+        if isinstance(block, Drawing):
             write_text(home / f"{stem}.svg", block.svg(salt=stem))
     text = page(blocks, record, stem)
     write_text(home / f"{stem}.md", text)
@@ -40,6 +50,6 @@ def write_page(home: Path, stem: str, blocks: Sequence[Block], record: Record) -
 def _markdown(block: Block, stem: str) -> str:
     if isinstance(block, Table):
         return block.markdown()
-    if isinstance(block, Chart | Dots):
+    if isinstance(block, Drawing):
         return f"![{block.title}]({stem}.svg)"
     return block

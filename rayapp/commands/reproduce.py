@@ -19,6 +19,9 @@ def reproduce(settings: ReproduceSettings) -> None:
 
     logging.getLogger("rayapp").setLevel(logging.INFO)
     watch = workflow.Watch(search=ProgressReport, evaluation=shown_progress)
+    if settings.count:
+        typer.echo(workflow.count_work(settings, watch).table().markdown())
+        return
     paper = workflow.reproduce(settings, watch)
     typer.echo(paper.markdown())
     typer.echo(f"{settings.out}/{workflow.TABLES_DIRECTORY}: paper.md, paper.csv, paper.json")

@@ -27,7 +27,10 @@ from rayapp.evaluation.visual.result import VisualQuality, mean_over_tasks
 
 
 def tables(result: EvaluationResult) -> tuple[Table, ...]:
-    """The tables of a result: quality by kind of example, bytes and, if measured, timings."""
+    """The tables of a result: quality by kind of example, bytes and, if measured, timings.
+
+    If the model has a caption, it stands in every title.
+    """
     tables = quality_tables(result.quality) if result.quality else []
     for seen in (False, True):
         tables += _of_kinds(result, seen=seen)
@@ -39,7 +42,8 @@ def tables(result: EvaluationResult) -> tuple[Table, ...]:
         tables.append(_timings(result.latency))
         linked = [timing for timing in result.latency if timing.link_gbps]
         tables += [_with_handoff(linked)] if linked else []
-    return tuple(tables)
+    of = f" ({result.model_caption})" if result.model_caption else ""
+    return tuple(replace(table, title=table.title + of) for table in tables)
 
 
 def _of_kinds(result: EvaluationResult, *, seen: bool) -> Iterable[Table]:

@@ -23,6 +23,8 @@ from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from rayapp.models.real_tokens import RealTokens
+
 PACKED_SDPA = "rayapp_packed_sdpa"
 
 _FEW = 32
@@ -71,9 +73,24 @@ def packed_sdpa(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float | None = None,
+    real_tokens: RealTokens | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention outputs ``(B, T, Q, D)``; a mask, bool or added, broadcasts to ``(B, 1, T, K)``."""
+    """Attention outputs ``(B, T, Q, D)``; a mask, bool or added, broadcasts to ``(B, 1, T, K)``.
+
+    With ``real_tokens``, queries and outputs are those of all batches in one row, and keys, values
+    and masks are sequences with one tensor (of masks: or None) per batch.
+    """
+    if real_tokens is not None:
+        batches = zip(
+            real_tokens.heads_apart(query_BQTD),
+            keys_BHKD,
+            values_BHKD,
+            attention_mask or [None] * len(keys_BHKD),
+            strict=True,
+        )
+        pieces = [packed_sdpa(module, *each, scaling=scaling, **kwargs)[0] for each in batches]
+        return real_tokens.joined(pieces), None
     for observe in _observers:
         default = query_BQTD.shape[-1] ** -0.5
         observe(query_BQTD, keys_BHKD, default if scaling is None else scaling)

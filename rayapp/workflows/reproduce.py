@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rayapp.errors import DataError, InputError
 from rayapp.evaluation.data import EvaluationData, read_data
 from rayapp.evaluation.evaluate import num_threads, piece_identity, placed
 from rayapp.evaluation.machine import this_machine
+from rayapp.evaluation.paper.count import Count, Job, few_lines, probed_rate, tokens_of
 from rayapp.evaluation.paper.outcome import (
     ROW_FILE,
     RowOutcome,
@@ -30,7 +32,8 @@ from rayapp.evaluation.paper.outcome import (
     measure_data,
 )
 from rayapp.evaluation.paper.overlap import checked_overlaps
-from rayapp.evaluation.paper.rows import DENSE, Row, chosen_rows, left_out, search_settings
+from rayapp.evaluation.paper.presets import rows_of
+from rayapp.evaluation.paper.rows import Row, chosen_rows
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.paper.tables import Paper, caveats, definitions, mean_accuracy
 from rayapp.evaluation.pieces.compute import PieceCompute, Subject
@@ -41,23 +44,21 @@ from rayapp.evaluation.result import LatencyResult
 from rayapp.evaluation.sides import Sides
 from rayapp.models.blocks import text_config
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.hub import locate
+from rayapp.models.hub import from_directory, locate
 from rayapp.models.loading import load_tokenizer
-from rayapp.plan import PLAN_FILE, PruningPlan, is_outdated, renewal_hint
-from rayapp.pruning.kv_choice.settings import KVSelectSettings
-from rayapp.pruning.preparation import prepare
+from rayapp.plan import PruningPlan, is_outdated, renewal_hint
 from rayapp.pruning.progress import ProgressCallback as SearchProgress
-from rayapp.pruning.search.journal import JOURNAL_FILE
-from rayapp.pruning.settings.search import SearchSettings
+from rayapp.pruning.search.sensitivity import Sensitivity
 from rayapp.workflows.evaluate import place_of
-from rayapp.workflows.kv_select import kv_select
-from rayapp.workflows.prune import prune
+from rayapp.workflows.paper_plans import PaperPlans, Planned
+from rayapp.workflows.published import with_files
+from rayapp.workflows.sensitivity import map_blocks
 
 logger = logging.getLogger(__name__)
 
 SUBJECT_FILE = "reproduction.json"
-ROWS_DIRECTORY = "rows"
 TABLES_DIRECTORY = "tables"
+MAPS_DIRECTORY = "maps"
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,23 @@ def reproduce(settings: ReproduceSettings, watch: Watch) -> Paper:
         ClusterError: The cluster of the searches cannot be used.
         SearchError: A search cannot go on; finished results are kept.
     """
+    return _opened(settings, watch).run()
+
+
+def count_work(settings: ReproduceSettings, watch: Watch) -> Count:
+    """Count what is done and what is left of the tables, in tokens and in hours.
+
+    Raises:
+        InputError: Model, data, sizes or directory cannot be used, as in :func:`reproduce`.
+    """
+    return _opened(settings, watch).counted()
+
+
+def _opened(settings: ReproduceSettings, watch: Watch) -> _Reproduction:
     directory = locate(settings.model, settings.revision).directory
     there = settings.model_copy(update={"model": str(directory), "revision": None})
-    return _Reproduction(there, watch).run()
+    of_files, calibrations = with_files(there)
+    return _Reproduction(of_files, watch, calibrations)
 
 
 @dataclass
@@ -88,57 +103,87 @@ class _Reproduction:
 
     settings: ReproduceSettings
     watch: Watch
-    left_out: dict[str, str] = field(default_factory=dict)
-    bases: dict[str, str] = field(default_factory=dict)
+    calibrations: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         settings = self.settings
         checkpoint = Checkpoint(settings.model)
         self._signature = checkpoint.signature()
-        self._sizes = settings.sizes(self._signature.num_blocks)
-        self._rows = chosen_rows(settings)
+        self._rows = chosen_rows(settings, rows_of(settings.preset, self._signature.num_blocks))
         self._data = _read(settings, checkpoint)
         self._overlaps = checked_overlaps(settings)
         self._out = Path(settings.out)
-        self._check_searches()
-        self._claim_directory()
+        self._made = PaperPlans(settings, self.watch.search, self._signature, self._rows)
+        self._maps: list[Sensitivity] = []
 
     def run(self) -> Paper:
         """Run all searches before all measurements: model and evaluators do not share memory."""
-        plans = self._plans()
-        subject = Subject(Path(self.settings.model), self.settings.evaluation())
-        place = place_of(self.settings.model_settings(), self.settings.spread())
-        with num_threads(self.settings.threads), place.open(subject) as compute:
+        self._claim_directory()
+        logger.info("%s", self._count(None).sentence())
+        if self.settings.preset == "paper" and self.settings.maps:
+            self._maps = self._mapped()
+        plans = self._made.plans(self._maps)
+        with self._computing() as compute:
+            logger.info("%s", self._count(self._rate(compute)).sentence())
             measured: list[RowOutcome] = []
             for row in self._rows:
                 if row.name in plans:
                     measured.append(self._measured(row, plans, compute, measured))
                     paper = self._paper(measured, compute)
                     paper.write(self._out / TABLES_DIRECTORY)
-                    logger.info("%s: done%s", row.title, mean_accuracy(paper, row.name))
+                    told = mean_accuracy(paper, row.name), self._count(self._rate(compute))
+                    logger.info("%s: done%s; %s", row.title, told[0], told[1].sentence())
         return paper
 
-    def _check_searches(self) -> None:
-        """Check the sizes of every search, and the files of searches with healing and without."""
-        by_files: dict[bool, SearchSettings] = {}
+    def counted(self) -> Count:
+        """Count what is done and what is left, and measure a rate if no row has one."""
+        with self._computing() as compute:
+            return self._count(self._rate(compute))
+
+    @contextmanager
+    def _computing(self) -> Iterator[PieceCompute]:
+        settings = self.settings
+        subject = Subject(Path(settings.model), settings.evaluation())
+        place = place_of(settings.model_settings(), settings.spread())
+        with num_threads(settings.threads), place.open(subject) as compute:
+            compute.use(PruningPlan())
+            yield compute
+
+    def _mapped(self) -> list[Sensitivity]:
+        with self.watch.evaluation() as progress:
+            maps = map_blocks(
+                self.settings.score(),
+                self.settings.compute(),
+                self.calibrations,
+                self._out / MAPS_DIRECTORY,
+                progress=progress,
+            )
+            return list(maps)
+
+    def _count(self, rate: float | None) -> Count:
+        """The work of all rows that can be made; ``rate`` in tokens per second, if it is known."""
+        jobs = []
         for row in self._rows:
-            reason = left_out(row, self.settings, self._sizes)
-            if reason:
-                self._leave_out(row, reason)
-            elif row.search is not None:
-                path = self._path(row)
-                wanted = search_settings(row, self.settings, self._sizes, path, resume=False)
-                wanted.check(self._signature.num_blocks)
-                by_files[row.healed] = wanted
-        for wanted in by_files.values():
-            prepare(self.settings.score(), self.settings.compute(), wanted)
+            if row.name in self._made.left_out:
+                continue
+            known = RowOutcome.load(self._made.path(row))
+            left = [d for name, d in self._data.items() if not (known and name in known.data)]
+            shares = row.name == "unified"  # its outcome is another row's
+            tokens = 0 if shares else 2 * sum(map(tokens_of, left))
+            sizes = " and ".join(f"{size:g}" for size in self._made.sizes[row.name])
+            search = self._made.search_tokens(row)
+            jobs.append(Job(row.title, sizes, search, tokens, 0 if shares else len(left)))
+        return Count(jobs, rate)
 
-    def _path(self, row: Row) -> Path:
-        return self._out / ROWS_DIRECTORY / row.name
-
-    def _leave_out(self, row: Row, reason: str) -> None:
-        self.left_out[row.name] = reason
-        logger.warning("%s is left out: %s", row.title, reason)
+    def _rate(self, compute: PieceCompute) -> float:
+        """Tokens per second of both sides: of rows that are done, or of a few lines now."""
+        known = [RowOutcome.load(self._made.path(row)) for row in self._rows]
+        tokens = sum(outcome.tokens for outcome in known if outcome)
+        seconds = sum(outcome.seconds for outcome in known if outcome)
+        if seconds:
+            return tokens / seconds
+        lines = few_lines(self._data.values())
+        return compute.num_evaluators * compute.measure(probed_rate, lines)
 
     def _claim_directory(self) -> None:
         """Record the subject of the rows, and refuse a directory with another subject."""
@@ -164,71 +209,15 @@ class _Reproduction:
         settings = self.settings.identity
         return {"settings": settings, "weights": self._signature.weights_fingerprint}
 
-    def _plans(self) -> dict[str, tuple[PruningPlan, str | None]]:
-        """Plans by row, with the row from which a unified row takes its plan."""
-        plans: dict[str, tuple[PruningPlan, str | None]] = {}
-        for row in self._rows:
-            if row.name in self.left_out:
-                continue
-            if row is DENSE:
-                plans[row.name] = (self._kept(row, PruningPlan()), None)
-                continue
-            base = next((name for name in reversed(row.after) if name in plans), None)
-            if row.after and base is None:
-                self._leave_out(row, f"it needs one of the rows {', '.join(row.after)}")
-                continue
-            if base is not None:
-                self.bases[row.name] = base
-            try:
-                if row.search is not None:
-                    plans[row.name] = (self._searched(row), None)
-                elif row.name == "unified" and base is not None:
-                    plans[row.name] = (self._kept(row, plans[base][0]), base)
-                elif base is not None:
-                    plans[row.name] = (self._kv_selected(row, base), None)
-            except InputError as error:
-                # The error concerns this row alone: files and sizes were checked before.
-                self._leave_out(row, str(error))
-        return plans
-
-    def _kept(self, row: Row, plan: PruningPlan) -> PruningPlan:
-        plan.save(self._path(row))
-        return PruningPlan.load(self._path(row))
-
-    def _searched(self, row: Row) -> PruningPlan:
-        path = self._path(row)
-        resume = (path / JOURNAL_FILE).is_file()
-        wanted = search_settings(row, self.settings, self._sizes, path, resume=resume)
-        if not (path / PLAN_FILE).is_file():
-            logger.info("%s: searching", row.title)
-            with self.watch.search() as report:
-                score, compute = self.settings.score(), self.settings.compute()
-                prune(score, compute, wanted, on_progress=report)
-        return PruningPlan.load(path)
-
-    def _kv_selected(self, row: Row, base: str) -> PruningPlan:
-        path, settings = self._path(row), self.settings
-        if not (path / PLAN_FILE).is_file():
-            logger.info("%s: selecting KV", row.title)
-            wanted = KVSelectSettings.checked(
-                plan=str(self._out / ROWS_DIRECTORY / base),
-                out=str(path),
-                target_reduction=settings.target_reduction,
-                seed=settings.seed,
-            )
-            with self.watch.search() as report:
-                kv_select(settings.score(), settings.compute(), wanted, on_progress=report)
-        return PruningPlan.load(path)
-
     def _measured(
         self,
         row: Row,
-        plans: Mapping[str, tuple[PruningPlan, str | None]],
+        plans: Mapping[str, Planned],
         compute: PieceCompute,
         before: list[RowOutcome],
     ) -> RowOutcome:
         """Measure a row's outcome; results in its file are not measured again."""
-        path, (plan, base) = self._path(row), plans[row.name]
+        path, (plan, base) = self._made.path(row), plans[row.name]
         shared = next((earlier for earlier in before if earlier.name == base), None)
         if shared is not None:
             outcome = shared.model_copy(update={"name": row.name, "base": base, "search": None})
@@ -255,10 +244,14 @@ class _Reproduction:
         for name, data in self._data.items():
             known = row_outcome.data.get(name)
             if known is None:
+                began_s = time.perf_counter()
                 outcome = measure_data(measurer, name, data)
-                row_outcome = row_outcome.model_copy(
-                    update={"data": {**row_outcome.data, name: outcome}}
-                )
+                update = {
+                    "data": {**row_outcome.data, name: outcome},
+                    "tokens": row_outcome.tokens + 2 * tokens_of(data),
+                    "seconds": row_outcome.seconds + time.perf_counter() - began_s,
+                }
+                row_outcome = row_outcome.model_copy(update=update)
                 row_outcome.save(path)
             elif known.sha256 != data.files[0].sha256:
                 raise InputError(
@@ -299,8 +292,13 @@ class _Reproduction:
             for name, count in self._overlaps.items()
         ]
         machine = this_machine(device=device, num_threads=settings.threads)
-        notes = definitions(settings, self._rows, self.bases)
-        return Paper(settings, tuple(measured), dict(self.left_out), machine, notes, warned)
+        caption = from_directory(settings.model).caption
+        notes = [f"the model: {caption}"] if caption else []
+        notes += definitions(settings, self._rows, self._made.bases)
+        left_out = dict(self._made.left_out)
+        return Paper(
+            settings, tuple(measured), self._rows, left_out, machine, notes, warned, self._maps
+        )
 
 
 def _read(settings: ReproduceSettings, checkpoint: Checkpoint) -> dict[str, EvaluationData]:
@@ -345,7 +343,7 @@ def _check_subject(file: Path, wanted: Mapping[str, Any]) -> None:
 def _begun(row: Row, plan: PruningPlan) -> RowOutcome:
     record = plan.provenance.get("kv_select", plan.provenance)
     cost = None
-    if row is not DENSE:
+    if row.search is not None or row.after:
         cost = SearchCost(
             evaluations=record["evaluations"], seconds=record["seconds"], score=record["score"]
         )

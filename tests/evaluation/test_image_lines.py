@@ -297,13 +297,13 @@ def test_every_stage_of_a_first_token_by_decode(home, write) -> None:
     assert rows[0].saved_by_visual_tokens_bytes == rows[1].saved_by_visual_tokens_bytes
 
 
-def test_the_job_evaluates_lines_about_images(home, write, tmp_path, run_job) -> None:
+def test_the_job_evaluates_lines_about_images(home, write, tmp_path, run_job_here) -> None:
     plan = PruningPlan(model=read_signature(home), visual_tokens=VisualTokens(num_keep=3))
     plan.save(tmp_path / "plan")
     common = ["--model", str(home), "--plan", str(tmp_path / "plan"), "--runs", "0"]
     data = ["--data", str(write(question(0), question(1)))]
     out = tmp_path / "result.json"
-    done = run_job("evaluate", *common, *data, "--out", out)
+    done = run_job_here("evaluate", *common, *data, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "saved by visual pruning" in done.stdout
     assert EvaluationResult.load(out).complete

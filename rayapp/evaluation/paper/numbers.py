@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rayapp.evaluation.bootstrap import Bound, upper_bound
-from rayapp.evaluation.paper.outcome import NUM_RESAMPLES, RowOutcome
+import numpy as np
+
+from rayapp.data.published_sets import IN_DOMAIN
+from rayapp.evaluation.bootstrap import Bound, Resampled, resampled_means, upper_bound
+from rayapp.evaluation.paper.outcome import NUM_RESAMPLES, DataOutcome, Metric, RowOutcome
 from rayapp.evaluation.result import MEAN, LatencyResult
 
-ACCURACY = "accuracy"
+ACCURACY, MARGIN, PERPLEXITY = "accuracy", "margin kept", "perplexity"
 ANSWER, TTFT, TPOT = "answer ms", "TTFT ms", "TPOT ms"
 WITH_TRANSFER = "answer ms with transfer"
 BYTES = "bytes per request"
@@ -60,6 +63,7 @@ def row_numbers(row: RowOutcome, *, link_gbps: float, seed: int) -> list[Number]
         for metric in data.metrics
     ]
     numbers += _mean(row, seed)
+    numbers += margins(row, seed=seed)
     for timing in row.latency:
         numbers += _times(timing)
     if row.base is None:
@@ -74,12 +78,17 @@ def _mean_and_bound(bound: Bound) -> tuple[float, float]:
 
 def _accuracies(row: RowOutcome) -> dict[str, list[float]]:
     """Points lost per example of every data set that has an accuracy."""
-    return {n: d.primary.losses for n, d in row.data.items() if d.primary.is_accuracy}
+    return {n: d.primary.losses for n, d in _heading(row).items() if d.primary.is_accuracy}
+
+
+def _heading(row: RowOutcome) -> dict[str, DataOutcome]:
+    """The data sets that means are taken over: none of a domain that plans were chosen on."""
+    return {name: data for name, data in row.data.items() if not name.endswith(IN_DOMAIN)}
 
 
 def _mean(row: RowOutcome, seed: int) -> list[Number]:
     """The mean over the data sets that have an accuracy; every data set counts alike."""
-    metrics = [d.primary for d in row.data.values() if d.primary.is_accuracy]
+    metrics = [d.primary for d in _heading(row).values() if d.primary.is_accuracy]
     if not metrics:
         return []
     lost = upper_bound([m.losses for m in metrics], seed=seed, num_resamples=NUM_RESAMPLES)
@@ -88,7 +97,51 @@ def _mean(row: RowOutcome, seed: int) -> list[Number]:
     return [Number(MEAN, ACCURACY, lost.num_examples, dense, plan, lost.mean, lost.upper)]
 
 
+def margins(row: RowOutcome, *, seed: int) -> list[Number]:
+    """The share of the dense model's margin above chance that a plan keeps, in per cent.
+
+    A data set is admitted if the dense model's two-sided 95 % interval lies above chance and above
+    the commonest answer; of ``acc`` and ``acc_norm`` that one counts in which dense is better. The
+    mean is over the admitted sets of no calibration domain, which count alike.
+    """
+    kept: dict[str, Resampled] = {}
+    for name, data in row.data.items():
+        accuracies = [metric for metric in data.metrics if metric.is_accuracy]
+        if accuracies:
+            best = max(accuracies, key=lambda metric: metric.dense_value)
+            margin = _kept(best, data.chance, data.majority, seed)
+            if margin is not None:
+                kept[name] = margin
+    numbers = [_margin(name, margin) for name, margin in kept.items()]
+    heading = [kept[name] for name in _heading(row) if name in kept]
+    return [*numbers, _margin(MEAN, Resampled.mean_of(heading))] if heading else numbers
+
+
+def _kept(metric: Metric, chance: float, majority: float, seed: int) -> Resampled | None:
+    means_K, drawn_KR = resampled_means(
+        [metric.dense, metric.plan], seed=seed, num_resamples=NUM_RESAMPLES
+    )
+    num = len(metric.dense)
+    dense = Resampled(float(means_K[0]), drawn_KR[0], num).interval()
+    if dense.lower <= max(chance, majority):
+        return None
+    # A resample without any margin keeps none of it.
+    margin_R = drawn_KR[0] - chance
+    kept_R = np.where(margin_R > 0, drawn_KR[1] - chance, 0.0) / np.where(margin_R > 0, margin_R, 1)
+    kept = (means_K[1] - chance) / (means_K[0] - chance)
+    return Resampled(float(100 * kept), 100 * kept_R, num)
+
+
+def _margin(name: str, kept: Resampled) -> Number:
+    at_least = kept.interval().at_least
+    return Number(
+        name, MARGIN, kept.num_examples, 100.0, kept.mean, 100 - kept.mean, 100 - at_least
+    )
+
+
 def _times(timing: LatencyResult) -> list[Number]:
+    # Where decode samples the first token, it waits for the handoff.
+    first = timing.ttft_ms("dense"), timing.ttft_ms("plan")
     data, runs, dense, plan = (
         f"batch {timing.batch_size}",
         timing.num_runs,
@@ -96,7 +149,7 @@ def _times(timing: LatencyResult) -> list[Number]:
         timing.plan,
     )
     return [
-        Number(data, TTFT, runs, dense.prefill_ms, plan.prefill_ms, timing.ttft_speedup),
+        Number(data, TTFT, runs, *first, first[0] / first[1]),
         Number(data, TPOT, runs, dense.tpot_ms, plan.tpot_ms, timing.tpot_speedup),
         Number(
             data,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ from pydantic import Field, ValidationError
 from rayapp.errors import InputError
 from rayapp.evaluation.bootstrap import Bound, upper_bound
 from rayapp.evaluation.data import EvaluationData, Kind
-from rayapp.evaluation.measures.choices import AnsweredQuestions
+from rayapp.evaluation.measures.choices import AnsweredQuestions, Question
 from rayapp.evaluation.measures.completions import JudgedCompletions
 from rayapp.evaluation.measures.perplexity import ScoredWindows
 from rayapp.evaluation.measures.prompt_bytes import PromptBytes
@@ -73,7 +74,8 @@ class Metric(Strict):
 class DataOutcome(Strict):
     """The outcome of a plan on one data set; ``sha256`` is the file's.
 
-    ``num_prompts`` is the number of prompts whose bytes are summed.
+    ``num_prompts`` is the number of prompts whose bytes are summed. Of multiple choice, ``chance``
+    is the accuracy of guessing, and ``majority`` that of the commonest answer, both in per cent.
     """
 
     sha256: str
@@ -84,6 +86,8 @@ class DataOutcome(Strict):
     bytes_full: int
     bytes_sent: int
     num_left_out: int = 0
+    chance: float = 0.0
+    majority: float = 0.0
 
     @property
     def primary(self) -> Metric:
@@ -111,7 +115,8 @@ class RowOutcome(Strict):
     """All measurements of one row.
 
     ``timed_bytes`` are the bytes that the dense model and the plan send of a prompt of the timed
-    length. ``base`` names the row whose plan and numbers a unified row shares.
+    length. ``tokens`` of both sides were evaluated in ``seconds``. ``base`` names the row whose
+    plan and numbers a unified row shares.
     """
 
     name: str
@@ -123,6 +128,8 @@ class RowOutcome(Strict):
     latency: tuple[LatencyResult, ...] = ()
     timed_bytes: tuple[int, int] = (0, 0)
     weights: WeightBytes | None = None
+    tokens: int = 0
+    seconds: float = 0.0
     base: str | None = None
 
     def save(self, directory: Path) -> None:
@@ -169,7 +176,20 @@ def measure_data(measurer: Measurer, name: str, data: EvaluationData) -> DataOut
         bytes_full=sent.bytes_full,
         bytes_sent=sent.bytes_sent,
         num_left_out=sum(windows.num_left_out for windows in data.texts.values()),
+        **_bars([question for task in data.choices.values() for question in task]),
     )
+
+
+def _bars(questions: Sequence[Question]) -> dict[str, float]:
+    """The accuracies that a model must clear to be able to do the questions, in per cent."""
+    if not questions:
+        return {}
+    chance = math.fsum(1 / len(question.choices) for question in questions)
+    (_, most), *_ = Counter(question.answer for question in questions).most_common(1)
+    return {
+        "chance": 100 * chance / len(questions),
+        "majority": 100 * most / len(questions),
+    }
 
 
 def kind_of_data(data: EvaluationData) -> Kind:
