@@ -1,4 +1,4 @@
-"""What a plan was chosen and trained on: tasks, files and prompts, kept in its provenance.
+"""The tasks, files and prompts that a plan was chosen and trained on, kept in its provenance.
 
 A benchmark that calibrated a plan cannot prove it. The record is small enough for ``plan.json``: of
 a prompt it keeps 40 bits of a hash, so that one prompt in a hundred thousand is mistaken for

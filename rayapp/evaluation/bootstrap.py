@@ -96,7 +96,7 @@ def resampled_means(
     paired.
 
     Args:
-        values_KN: K values of each of N examples.
+        values_KN: K values of all N examples.
         weights: Weight of every example; None weighs them alike.
         seed: Seed of the resampling.
         num_resamples: Number of resamples, R.

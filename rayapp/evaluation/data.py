@@ -302,7 +302,7 @@ class _Sorter:
 
 
 def _as_text(line: EvaluationLine, where: str) -> TextLine:
-    """Any line as a text: what is asked and, of a completion, what is answered."""
+    """Any line as a text: a completion with its prompt before it."""
     if isinstance(line, TextLine):
         return line
     if isinstance(line, Line):

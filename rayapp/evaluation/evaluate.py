@@ -111,7 +111,7 @@ def checked_inputs(
     """The inputs of an evaluation, checked before any weights are read.
 
     Raises:
-        InputError: As in :func:`evaluate`.
+        InputError: The inputs are refused as by :func:`evaluate`.
     """
     chosen, checkpoint = _chosen(plan), Checkpoint(model)
     examples = _read(checkpoint, chosen, data, texts, settings)
@@ -152,7 +152,7 @@ def placed(sides: Sides) -> tuple[str, str]:
 def piece_identity(
     compute: PieceCompute, weights: str, plan: PruningPlan, settings: EvaluationSettings
 ) -> dict[str, Any]:
-    """What measured pieces depend on, except their examples; ``weights`` is the fingerprint."""
+    """Everything that pieces depend on beside their examples; ``weights`` is the fingerprint."""
     device, dtype = compute.measure(placed)
     versions = this_machine(device=device, num_threads=settings.num_threads).versions
     sizes = {"max_num_seqs", "max_rollout_tokens", "num_threads"}

@@ -36,7 +36,7 @@ _PASSES: dict[Kind, int] = {"likelihood": 2, "choices": 2, "rollouts": 4}
 
 @dataclass(frozen=True)
 class ForecastRow:
-    """What one task will take, and how exactly it will tell.
+    """The work of one task, and how exactly it will tell.
 
     ``points`` is the half width of the 95 % interval of points lost; None of texts and rollouts.
     """
@@ -85,7 +85,7 @@ class Forecast:
         return (Table("Before it is measured", columns, rows),)
 
     def sentence(self) -> str:
-        """Everything together."""
+        """All rows together, in one sentence."""
         tokens = sum(row.num_tokens for row in self.rows)
         told = f"{tokens:,} tokens in about {self.seconds / 60:,.1f} min, timings aside"
         if self.macro_points is None:
@@ -108,7 +108,7 @@ def forecast(
     """Count an evaluation's work and measure its rate on a few examples; nothing is kept.
 
     Raises:
-        InputError: As in :func:`rayapp.evaluation.evaluate.evaluate`, with the same arguments.
+        InputError: The inputs are refused as by :func:`rayapp.evaluation.evaluate.evaluate`.
     """
     chosen, subject, examples = checked_inputs(model, plan, data, texts, settings)
     with num_threads(settings.num_threads), place.open(subject) as compute:

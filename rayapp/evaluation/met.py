@@ -1,4 +1,4 @@
-"""A test set is met once: which plans were measured on it, told to the next one.
+"""A test set is met once: the next plan on it learns which others were measured before.
 
 Choosing the best of many plans on the set that proves it flatters the winner. Choose on a
 validation set; a test set is then met by one plan. Whoever measures on files of the split ``test``

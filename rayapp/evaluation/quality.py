@@ -1,4 +1,4 @@
-"""What a reviewer asks of a plan: the margin above chance that it keeps, perplexity, generation.
+"""The end points that reviewers ask of a plan: margin above chance kept, perplexity, generation.
 
 Only tasks that the dense model can do are counted, and none that the plan was chosen or trained on
 (:mod:`rayapp.evaluation.measures.margins`, :mod:`rayapp.evaluation.measures.rollouts`).
@@ -70,7 +70,7 @@ class RolloutResult(Strict):
 
 
 class MarginRow(Strict):
-    """One task with right answers: may it be counted, and what does the plan keep of it?
+    """One task with right answers: whether it is counted, and what the plan keeps of it.
 
     Accuracies and shares lie between 0 and 1. The margin is what the dense model is right beyond
     chance; ``margin_kept`` is ``(plan - chance) / (dense - chance)``.

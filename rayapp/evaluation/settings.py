@@ -14,7 +14,7 @@ LINK_GBPS = 10.0
 
 
 class Spread(Settings):
-    """Where an evaluation computes; no number depends on it."""
+    """The place where an evaluation computes; no number depends on it."""
 
     model_config = ConfigDict(title="Where it is computed")
 

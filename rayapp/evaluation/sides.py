@@ -32,7 +32,7 @@ _Found = TypeVar("_Found")
 
 
 class Sides:
-    """Measures examples of every kind on both sides; each call is one batch, as it is given.
+    """Measures examples of every kind on both sides; a call is one batch, as it is given.
 
     Args:
         loaded: The whole dense model; healed tensors of the plan are read from its directory.

@@ -66,7 +66,7 @@ def _of_kinds(result: EvaluationResult, *, seen: bool) -> Iterable[Table]:
 
 
 def _shares(result: EvaluationResult) -> Iterable[Table]:
-    """The share of every task's scored tokens that each stage computed, where that is known."""
+    """The share of every task's scored tokens by stage, where that is known."""
     rows = [
         (row.task or NAMELESS, f"{row.num_examples:,}", f"{1 - row.decode_share:.0%}",
          f"{row.decode_share:.0%}")

@@ -94,7 +94,7 @@ class TwoStages:
 
     @torch.inference_mode()
     def hand_over_all(self, batches: Sequence[torch.Tensor]) -> list[HandedOver]:
-        """Prefill batches of prompts end to end, and hand over the KV of every batch."""
+        """Prefill batches of prompts, end to end; every batch hands over its own KV."""
         by_prefill = self.plan.first_token == "prefill"
         caches = [CaptureCache.for_stack(self.prefill) for _ in batches]
         positions = [
@@ -249,7 +249,7 @@ def _measured(
 def _token_measures(
     dense_CV: torch.Tensor, plan_CV: torch.Tensor, token_ids_C: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """NLL of dense and plan, KL, and whether dense and plan find the token; all ``(C,)``."""
+    """NLL of dense and plan, KL, and whether a side finds the token likeliest; all ``(C,)``."""
     return (
         nll(dense_CV, token_ids_C).cpu(),
         nll(plan_CV, token_ids_C).cpu(),

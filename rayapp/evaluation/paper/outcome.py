@@ -24,7 +24,7 @@ from rayapp.settings import Strict
 MetricName = Literal["acc", "acc_norm", "exact match", "perplexity"]
 ROW_FILE = "row.json"
 NUM_RESAMPLES = 2_000
-"""Number of resamples of every interval in the tables, which are written anew after each row."""
+"""Number of resamples of every interval in the tables, which are written anew after every row."""
 
 
 class Metric(Strict):

@@ -271,7 +271,7 @@ class ReproduceSettings(Settings):
         )
 
     def spread(self) -> Spread:
-        """Where rows are measured."""
+        """The place where rows are measured."""
         return Spread(workers=self.workers, address=self.address)
 
     def evaluation(self) -> EvaluationSettings:

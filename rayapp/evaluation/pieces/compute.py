@@ -1,4 +1,4 @@
-"""Where pieces are computed: in this process, or on evaluators of a cluster.
+"""The places where pieces are computed: this process, or evaluators of a cluster.
 
 Both keep one contract (``tests/contracts/test_evaluation_pieces.py``); the evaluators' side is
 :mod:`rayapp.distributed.measuring_pool`.
@@ -28,7 +28,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a model, the sizes of batches, and whether there are images.
+    """The subject of an evaluation: a model, sizes of batches, and whether there are images.
 
     ``with_images`` loads the model's image processor, too.
     """

@@ -44,7 +44,7 @@ class Journal:
         self._begin(header)
 
     def known(self, piece: Piece) -> tuple[Any, ...] | None:
-        """What was measured of a piece; None if nothing was."""
+        """The values that were measured of a piece; None if there are none."""
         values = self._known.get(piece.key)
         return None if values is None else tuple(from_json(piece.kind, value) for value in values)
 

@@ -35,11 +35,11 @@ class Measurer:
     """Measures tasks of every kind for one plan.
 
     Args:
-        compute: Where pieces are computed; it is told the plan.
+        compute: The place where pieces are computed; it learns the plan.
         plan: The plan beside the dense model.
         settings: Sizes of batches.
         progress: Called as pieces are done.
-        journal: What was measured before, and is not measured again.
+        journal: The pieces that were measured before, and are not measured again.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from rayapp.evaluation.measures.rollouts import Opening, Rollout
 from rayapp.kv.ledger import TransferRecord
 
 Kind = Literal["likelihood", "dense answers", "plan answers", "choices", "rollouts"]
-"""What is measured; the word is also the progress's."""
+"""The measures of a piece; progress uses the same words."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Done:
-    """What was measured of a piece, example by example, and the seconds that it took."""
+    """The values measured of a piece, example by example, and the seconds that it took."""
 
     piece: Piece
     values: tuple[Any, ...]

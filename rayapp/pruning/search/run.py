@@ -359,7 +359,7 @@ class _Search:
 
 
 def seen_by(score: ScoreSettings, search: SearchSettings) -> dict[str, Any]:
-    """What a search chooses and trains on, for the plan's provenance."""
+    """The files that a search chooses and trains on, as the plan's provenance names them."""
     return Seen.of([score.calibration, search.heal_data]).model_dump(mode="json")
 
 

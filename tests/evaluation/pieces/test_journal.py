@@ -10,6 +10,7 @@ from rayapp.data.lines import TokenizedLine
 from rayapp.errors import RayappError
 from rayapp.evaluation import sides
 from rayapp.evaluation.evaluate import evaluate
+from rayapp.evaluation.measures import likelihood as measure
 from rayapp.evaluation.measures.choices import Question
 from rayapp.evaluation.measures.likelihood import LineLikelihood, likelihoods
 from rayapp.evaluation.measures.rollouts import Opening, Rollout
@@ -59,6 +60,7 @@ def test_a_torn_line_is_measured_again(tmp_path):
 
 
 def test_an_interrupted_evaluation_goes_on_to_the_same_result(tmp_path, save_tiny, monkeypatch):
+    monkeypatch.setattr(measure, "BATCH_TOKENS", 30)  # lines 1 to 3 run together
     home = save_tiny(tmp_path / "model", "llama")
     data = tmp_path / "lines.jsonl"
     lines = [{"prompt": "abc" * n, "completion": "xy"} for n in range(1, 9)]
@@ -80,7 +82,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(tmp_path, save_tin
     resumed = evaluate(
         home, None, [data], settings=SETTINGS, out=out, progress=lambda *told: seen.append(told)
     )
-    assert seen[0] == ("examples: likelihood", 3, 8)
-    assert len(calls) == 4 + 5
+    assert seen[0] == ("examples: likelihood", 5, 8)
+    assert len(calls) == 4 + 3
     assert resumed == whole
     assert not (tmp_path / "part.json.journal").exists()
