@@ -59,8 +59,9 @@ def encode(
     """
     if encoding == "model":
         return keys_HND, values_HND
-    key_codes, key_scales = _quantize_keys(keys_HND, encoding)
-    value_codes, value_scales = _quantize_values(values_HND, encoding)
+    key_codes, key_scales = _quantize(_grouped(keys_HND), encoding, dim=-2)
+    value_codes, value_scales = _quantize(values_HND, encoding, dim=-1)
+    key_codes = _ungrouped(key_codes, keys_HND.shape[-2])
     pack = _pack_nibbles if encoding == "int4" else torch.Tensor.contiguous
     return pack(key_codes), key_scales, pack(value_codes), value_scales
 
@@ -85,10 +86,10 @@ def decode(
             _unpack_nibbles(key_codes, numbers),
             _unpack_nibbles(value_codes, numbers),
         )
-    key_scales_HGD = key_scales.view(heads, num_groups(entries), dim)
-    key_scales_HND = _of_entries(key_scales_HGD, entries)
+    grouped_codes = _grouped(key_codes.view(shape_HND))
+    key_scales_HG1D = key_scales.view(heads, num_groups(entries), 1, dim)
     return (
-        _dequantize(key_codes.view(shape_HND), key_scales_HND, dtype),
+        _ungrouped(_dequantize(grouped_codes, key_scales_HG1D, dtype), entries),
         _dequantize(value_codes.view(shape_HND), value_scales.view(heads, entries, 1), dtype),
     )
 
@@ -99,49 +100,42 @@ def round_trip(
     """Encode and decode: the result equals the received KV bit for bit; any leading dimensions."""
     if encoding == "model" or not keys_BHND.shape[-2]:
         return keys_BHND, values_BHND
-    key_codes, key_scales_BHGD = _quantize_keys(keys_BHND, encoding)
-    key_scales_BHND = _of_entries(key_scales_BHGD, keys_BHND.shape[-2])
-    keys = _dequantize(key_codes, key_scales_BHND, keys_BHND.dtype)
-    values = _dequantize(*_quantize_values(values_BHND, encoding), values_BHND.dtype)
-    return keys, values
+    grouped = _dequantize(*_quantize(_grouped(keys_BHND), encoding, dim=-2), keys_BHND.dtype)
+    values = _dequantize(*_quantize(values_BHND, encoding, dim=-1), values_BHND.dtype)
+    return _ungrouped(grouped, keys_BHND.shape[-2]), values
 
 
-def _quantize_keys(keys: torch.Tensor, encoding: Encoding) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int8 codes ``(..., N, D)`` and float16 scales ``(..., G, D)``."""
-    exact, missing = keys.float(), -keys.shape[-2] % KEY_GROUP
-    # Zeros that fill the last group up never raise its largest magnitude.
-    filled = torch.nn.functional.pad(exact.abs(), (0, 0, 0, missing))
-    scales = _scales(filled.unflatten(-2, (num_groups(keys.shape[-2]), KEY_GROUP)), encoding, -2)
-    return _codes(exact, _of_entries(scales.squeeze(-2), keys.shape[-2])), scales.squeeze(-2)
+def _grouped(keys: torch.Tensor) -> torch.Tensor:
+    """Keys or codes ``(..., N, D)`` as ``(..., G, KEY_GROUP, D)``; zeros fill the last group up.
+
+    Zeros never raise a largest magnitude, so scales are those of the entries alone.
+    """
+    num_entries = keys.shape[-2]
+    missing = -num_entries % KEY_GROUP
+    filled = torch.nn.functional.pad(keys, (0, 0, 0, missing)) if missing else keys
+    return filled.unflatten(-2, (num_groups(num_entries), KEY_GROUP))
 
 
-def _quantize_values(values: torch.Tensor, encoding: Encoding) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int8 codes ``(..., N, D)`` and float16 scales ``(..., N, 1)``."""
-    exact = values.float()
-    scales = _scales(exact.abs(), encoding, -1)
-    return _codes(exact, scales), scales
+def _ungrouped(grouped: torch.Tensor, num_entries: int) -> torch.Tensor:
+    """The inverse of :func:`_grouped`."""
+    return grouped.flatten(-3, -2)[..., :num_entries, :]
 
 
-def _scales(magnitudes: torch.Tensor, encoding: Encoding, dim: int) -> torch.Tensor:
-    """Return float16 scales, each of all numbers along ``dim``, which stays with length 1."""
+def _quantize(
+    numbers: torch.Tensor, encoding: Encoding, *, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8 codes and float16 scales; a scale belongs to all numbers along ``dim``."""
     levels = LEVELS[encoding]
-    largest = magnitudes.amax(dim=dim, keepdim=True)
+    exact = numbers.float()
+    largest = exact.abs().amax(dim=dim, keepdim=True)
     peak = float(largest.max()) if largest.numel() else 0.0
     if not peak / levels <= _MAX_SCALE:
         raise TransferError(
             f"KV of magnitude {peak} cannot be sent as {encoding}: scales end at {_MAX_SCALE:g}; "
             f"send this block with encoding model"
         )
-    return (largest / levels).clamp(min=MIN_SCALE).to(SCALE_DTYPE)
-
-
-def _of_entries(scales: torch.Tensor, num_entries: int) -> torch.Tensor:
-    """Repeat the scales ``(..., G, D)`` of groups for their entries, ``(..., N, D)``."""
-    return scales.repeat_interleave(KEY_GROUP, dim=-2)[..., :num_entries, :]
-
-
-def _codes(exact: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return (exact / scales.float()).round_().to(torch.int8)
+    scales = (largest / levels).clamp(min=MIN_SCALE).to(SCALE_DTYPE)
+    return (exact / scales.float()).round_().to(torch.int8), scales
 
 
 def _dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

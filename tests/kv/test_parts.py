@@ -53,7 +53,7 @@ def some_rules() -> st.SearchStrategy[KVTransfer]:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     rules=st.lists(some_rules(), min_size=3, max_size=3),
     num_tokens=st.sampled_from([1, 2, KEY_GROUP, 131, 260]),
