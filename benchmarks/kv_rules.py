@@ -14,7 +14,11 @@ Bytes are those of whole messages (headers, scales, and the indices of rules per
 checkpoint's own element type. KL is to the dense model with all KV, mean over tasks of the mean
 over answer tokens. Exact match is teacher-forced.
 
+Prompts are the test-bed's questions, or with `--articles` real text: a fact that is told at uniform
+depth of an article and asked for at its end, and articles that go on.
+
     python benchmarks/kv_rules.py
+    python benchmarks/kv_rules.py --model MODEL --articles articles.jsonl --evaluations 120
     python benchmarks/kv_rules.py --fresh-per-task 4 --calibration-per-task 4 --reductions 3
 """
 
@@ -38,6 +42,7 @@ from kv.choosers import (
     in_all_blocks,
 )
 from kv.quality import KVQuality, attentions, kv_quality, tuned
+from lines.articles import ArticleLines, add_articles
 from lines.drawn import drawn_lines
 from recorder.options import add_dtype, add_model, add_seed, benchmark_parser, model_name
 from recorder.page import Block
@@ -60,6 +65,7 @@ from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.testbed import tasks
 
 CALIBRATION_SEED, FRESH_SEED = 0, 1_000_003
+WAYS = ("elimination", "mass", "sink + recent", "lazy blocks", "scored tokens")
 
 
 @dataclass(frozen=True)
@@ -81,9 +87,10 @@ class Bench:
     """A model, a plan, and the prompts that ways are tuned on."""
 
     def __init__(
-        self, loaded: LoadedModel, plan: PruningPlan, lines: Calibration, recent: Sequence[float]
+        self, loaded: LoadedModel, plan: PruningPlan, lines: Calibration, arguments: Namespace
     ) -> None:
-        self.loaded, self.lines, self.recent = loaded, lines, tuple(recent)
+        self.loaded, self.lines = loaded, lines
+        self.recent, self._evaluations = tuple(arguments.recent), arguments.evaluations
         self._home = tempfile.TemporaryDirectory()
         named = plan.model_copy(update={"model": loaded.signature, "kv_transfer": {}})
         self._plan_file = named.save(self._home.name)
@@ -99,7 +106,7 @@ class Bench:
         """The choice of `rayapp kv-select`; scores are shared over budgets."""
         settings = KVSelectSettings(
             plan=self._home.name, target_reduction=target, encoding=encoding, method=method,
-            last=self.recent,
+            last=self.recent, evaluations=None if method == "mass" else self._evaluations,
         )  # fmt: skip
         plan = PruningPlan.load(self._plan_file)
         score = ScoreSettings(model=str(self.loaded.path), calibration="drawn lines")
@@ -128,7 +135,9 @@ class Bench:
         scores = {name: quality.mean_kl()[0] for name, quality in judged.items()}
         return choosers[min(scores, key=scores.__getitem__)]
 
-    def entries(self, targets: Sequence[float], encodings: Sequence[Encoding]) -> list[Entry]:
+    def entries(
+        self, targets: Sequence[float], encodings: Sequence[Encoding], ways: Sequence[str]
+    ) -> list[Entry]:
         blocks = range(self.loaded.signature.num_blocks)
         every: list[Encoding] = ["model", "int8", "int4"]
         entries = [
@@ -138,16 +147,18 @@ class Bench:
         for encoding in encodings:
             for target in targets:
                 started = time.perf_counter()
-                ways = {
-                    "elimination": self.selected("elimination", target, encoding),
-                    "mass": self.selected("mass", target, encoding),
-                    "sink + recent": self.tuned(
-                        partial(sinks_and_recent, blocks, encoding), target
+                made = {
+                    "elimination": partial(self.selected, "elimination", target, encoding),
+                    "mass": partial(self.selected, "mass", target, encoding),
+                    "sink + recent": partial(
+                        self.tuned, partial(sinks_and_recent, blocks, encoding), target
                     ),
-                    "lazy blocks": self.best_lazy(target, encoding),
-                    "scored tokens": self.tuned(partial(ScoredTokens, encoding=encoding), target),
+                    "lazy blocks": partial(self.best_lazy, target, encoding),
+                    "scored tokens": partial(
+                        self.tuned, partial(ScoredTokens, encoding=encoding), target
+                    ),
                 }
-                entries += [Entry(way, target, encoding, each) for way, each in ways.items()]
+                entries += [Entry(way, target, encoding, made[way]()) for way in ways]
                 seconds = time.perf_counter() - started
                 print(f"tuned for {target:g}x in {encoding}: {seconds:.0f} s", flush=True)
         return entries
@@ -157,13 +168,15 @@ def sinks_and_recent(blocks: range, encoding: Encoding, share: float) -> KVChoos
     return in_all_blocks(KVTransfer(first=FIRST, last=share, encoding=encoding), blocks)
 
 
-def row_of(entry: Entry, quality: KVQuality | None) -> dict[str, Any]:
+def row_of(entry: Entry, quality: KVQuality | None, uncut: KVQuality) -> dict[str, Any]:
     row: dict[str, Any] = {"way": entry.way, "target": entry.target, "encoding": entry.encoding}
     if quality is None:
         return row | {"reached": False}
     mean, upper = quality.mean_kl()
-    match = quality.exact_match()
+    match, (lost, lost_upper) = quality.exact_match(), quality.lost(uncut)
     return row | {
+        "points_lost": lost,
+        "points_lost_upper_95": lost_upper,
         "reached": True,
         "reduction": quality.reduction,
         "bytes_sent": quality.bytes_sent,
@@ -187,6 +200,9 @@ def parser() -> ArgumentParser:
     options.add_argument("--recent", type=float, nargs="+", default=list(RECENT))
     options.add_argument("--calibration-per-task", type=int, default=32)
     options.add_argument("--fresh-per-task", type=int, default=500)
+    options.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    options.add_argument("--evaluations", type=int, help="most sets that an elimination scores")
+    add_articles(options)
     options.add_argument("--tasks", nargs="+", choices=tasks.TASKS, default=list(tasks.TASKS))
     options.add_argument("--split", choices=tasks.SPLITS, default="validation")
     options.add_argument("--length", choices=("long", "mixed"), default="long")
@@ -198,11 +214,11 @@ def measure(recorder: Recorder) -> None:
     loaded = load_model(arguments.model, dtype=arguments.dtype)
     plan = PruningPlan.load(arguments.plan) if arguments.plan else PruningPlan()
     plan.check_model(loaded.signature)
-    draw = partial(drawn_lines, loaded.tokenizer, length=arguments.length, names=arguments.tasks)
+    draw = drawer(loaded, arguments)
     seeds = CALIBRATION_SEED + arguments.seed, FRESH_SEED + arguments.seed
     lines = draw("calibration", arguments.calibration_per_task, seeds[0])
-    bench = Bench(loaded, plan, lines, arguments.recent)
-    entries = bench.entries(arguments.reductions, arguments.encodings)
+    bench = Bench(loaded, plan, lines, arguments)
+    entries = bench.entries(arguments.reductions, arguments.encodings, arguments.ways)
     fresh = draw(arguments.split, arguments.fresh_per_task, seeds[1]).lines
     choosers = {entry.name: entry.chooser for entry in entries if entry.chooser is not None}
     with shown_progress() as progress:
@@ -212,14 +228,38 @@ def measure(recorder: Recorder) -> None:
         plan=bench.plan.model_dump(mode="json", exclude_none=True),
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         prompt_tokens={"min": min(lengths), "max": max(lengths)},
-        results=[row_of(entry, judged.get(entry.name)) for entry in entries],
+        results=[
+            row_of(entry, judged.get(entry.name), judged[entries[0].name]) for entry in entries
+        ],
+        tasks=sorted({line.task for line in fresh}),
         selections=bench.selections,
     )
+
+
+def drawer(loaded: LoadedModel, arguments: Namespace) -> Callable[[str, int, int], Calibration]:
+    """Draws lines of a split: of articles where they are given, or of the test-bed."""
+    if arguments.articles:
+        return ArticleLines.asked(loaded.tokenizer, arguments).drawn
+    return partial(drawn_lines, loaded.tokenizer, length=arguments.length, names=arguments.tasks)
 
 
 def report(record: Record) -> list[Block]:
     asked, lengths = record["configuration"], record["prompt_tokens"]
     name = asked["model"] + (f"-{asked['plan']}" if asked["plan"] else "")
+    if asked.get("articles"):
+        return [
+            f"What travels of real text, chosen in different ways: {asked['caption'] or name}, "
+            f"{record['dtype']}; tuned on {asked['calibration_per_task']} calibration lines per "
+            f"task, judged on {asked['fresh_per_task']} lines per task of other articles "
+            f"({', '.join(asked['articles'])}), {lengths['min']} to {lengths['max']} tokens. "
+            "A `fact` is told at uniform depth and asked for at the end: exact match. `text` goes "
+            f"on for {asked['answer_tokens']} tokens: the share of lines whose next tokens are all "
+            "the likeliest is low for any model, so look at KL. Points are lost against all KV, "
+            "mean of both tasks, with the 95 % upper bound (paired bootstrap). Prefill gives the "
+            "first token of an answer, and decode all others. `encoding` is the smallest one "
+            "allowed; rules other than elimination send everything in it.",
+            table_of(record["results"], record["tasks"]),
+        ]
     return [
         f"What travels, chosen in different ways: {name}, {record['dtype']}; tuned on "
         f"{asked['calibration_per_task']} calibration prompts per task, judged on "
@@ -234,17 +274,26 @@ def table_of(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
     cells = []
     for row in rows:
         target = "" if row["target"] is None else f"{row['target']:g}x"
-        judged = ["out of reach", *["-"] * (2 + len(names))]
+        judged = ["out of reach", *["-"] * (2 + len(names) + any(map(points, rows)))]
         if row["reached"]:
             judged = [
                 f"{row['reduction']:.2f}x",
                 f"{row['kl']:.4f} ({row['kl_upper_95']:.4f})",
                 f"{row['exact_match']:.1%}",
+                *points(row),
                 *(f"{row['exact_match_by_task'][name]:.1%}" for name in names),
             ]
         cells.append((row["encoding"], target, row["way"], *judged))
     columns = ("encoding", "target", "way", "reduction", "KL (at most, 95 %)", "exact match")
-    return Table((*columns, *names), cells)
+    lost = ("points lost (at most)",) if any(map(points, rows)) else ()
+    return Table((*columns, *lost, *names), cells)
+
+
+def points(row: dict[str, Any]) -> tuple[str, ...]:
+    """Points lost with their bound; records from before it was measured have none."""
+    if "points_lost" not in row:
+        return ()
+    return (f"{row['points_lost']:.1f} ({row['points_lost_upper_95']:.1f})",)
 
 
 def label(arguments: Namespace) -> str:

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,6 +39,10 @@ FINGERPRINT_MARK = "v2:"
 Stage = Literal["prefill", "decode"]
 STAGES: tuple[Stage, ...] = ("prefill", "decode")
 Encoding = Literal["model", "int8", "int4"]
+KEY_GROUP = 64
+"""Number of kept entries of a block, counted from its first in prompt order, whose encoded keys
+share scales (project default, measured by ``benchmarks/key_groups.py``). It defines ``int8`` and
+``int4``: with another number the same plan makes other tokens."""
 Sharing = Literal["equal", "diversity"]
 
 
@@ -130,6 +135,15 @@ class KVTransfer(Strict):
 
 
 SEND_ALL = KVTransfer()
+
+
+def encoding_identity(rules: Mapping[int, KVTransfer]) -> dict[str, int]:
+    """The definition of the encodings as part of an identity; empty if no block is encoded.
+
+    It keeps records of plans that encode nothing as they are, and those of other encodings apart.
+    """
+    is_encoded = any(rule.encoding != "model" for rule in rules.values())
+    return {"key_group": KEY_GROUP} if is_encoded else {}
 
 
 class VisualTokens(Strict):
@@ -284,7 +298,11 @@ class PruningPlan(Strict):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all fields that change the computation; provenance and spelling do not count."""
+        """Hash of all that changes the computation; provenance and spelling do not count.
+
+        The definition of the encodings belongs to it where a block is encoded, so that releases
+        which encode differently never take each other's KV, evaluations or scores for their own.
+        """
         content = self.model_dump(mode="json", exclude={"provenance"})
         for stage in STAGES:
             modes = content[stage]["blocks"]
@@ -294,6 +312,7 @@ class PruningPlan(Strict):
             for b in sorted(content["kv_transfer"])
             if self.kv_transfer[int(b)] != SEND_ALL
         }
+        content |= encoding_identity(self.kv_transfer)
         if self.is_empty:
             content["model"] = None
         if self.healed is None:  # Plans from before healing keep their fingerprint.

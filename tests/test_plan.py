@@ -221,6 +221,16 @@ def test_plans_from_before_healing_keep_their_fingerprint():
     assert PruningPlan().fingerprint == "16f2b7994dc2d339"
 
 
+def test_an_encoding_brings_its_definition_into_the_fingerprint(monkeypatch):
+    """Another number of entries per scale makes other tokens: the same rules, another plan."""
+    cut, encoded = ({"3": {"first": 4, "last": 8, "encoding": e}} for e in ("model", "int8"))
+    plans = [parse(kv_transfer=cut), parse(kv_transfer=encoded)]
+    before = [plan.fingerprint for plan in plans]
+    monkeypatch.setattr("rayapp.plan.KEY_GROUP", 32)
+    assert plans[0].fingerprint == before[0] == "c956febf4fe016d2"
+    assert plans[1].fingerprint != before[1]
+
+
 def test_where_a_plan_lies_is_no_part_of_it(tmp_path):
     plan = parse(decode={"blocks": {"3": "removed"}})
     assert plan.directory is None

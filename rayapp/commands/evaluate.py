@@ -50,8 +50,6 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure dense beside plan: quality, KL, bytes and latency."""
-    from rich.console import Console
-
     from rayapp.evaluation.evaluate import evaluate as measure
     from rayapp.evaluation.forecast import forecast
     from rayapp.evaluation.progress import shown_progress
@@ -59,15 +57,15 @@ def evaluate(
     from rayapp.evaluation.visual.study import compare, study_of
     from rayapp.models.hub import locate
     from rayapp.workflows.evaluate import place_of
+    from rayapp.workflows.terminal import show, table_console
 
     where = locate(model.model, model.revision).directory
     place, lines, texts = place_of(model, spread), data or [], text or []
-    console = Console()
+    console = table_console()
     if plan_only:
         with shown_progress() as progress:
             told = forecast(where, plan, lines, texts=texts, settings=settings, place=place)
-        for table in told.tables():
-            console.print(table.rich())
+        show(console, *(table.rich() for table in told.tables()))
         console.print(told.sentence(), highlight=False)
         return
     with shown_progress() as progress:
@@ -75,8 +73,7 @@ def evaluate(
             where, plan, lines, settings=settings, place=place, out=out, texts=texts,
             progress=progress,
         )  # fmt: skip
-    for table in tables(result):
-        console.print(table.rich())
+    show(console, *(table.rich() for table in tables(result)))
     for caveat in result.caveats:
         console.print(f"not for quotation: {caveat}", highlight=False)
     if not compare_visual_tokens:
@@ -85,7 +82,7 @@ def evaluate(
         study = study_of(compare_visual_tokens)
         placed: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
         compared = compare(where, lines, study, settings=settings, progress=progress, **placed)
-    console.print(visual_table(compared).rich())
+    show(console, visual_table(compared).rich())
     beside = out or plan
     if beside is not None:
         typer.echo(compared.save_beside(beside))

@@ -15,7 +15,7 @@ import ray
 
 from rayapp.distributed.actor_pool import ActorPool, PooledActor
 from rayapp.distributed.cluster.patience import HOPELESS_S
-from rayapp.pruning.candidates.healing import HealedPair, Pair
+from rayapp.pruning.candidates.healing import HealedUnit, Unit, unit_order
 from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.healing.training import Healer
@@ -25,8 +25,8 @@ from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.pruning.settings.training import DEFAULT_TRAINING, Training
 
-Piece = Work | Pair
-"""One piece of work for an evaluator: candidates on a chunk, or a pair to train."""
+Piece = Work | Unit
+"""One piece of work for an evaluator: candidates on a chunk, or a unit to train."""
 
 
 class EvaluatorServer:
@@ -53,13 +53,13 @@ class EvaluatorServer:
         """Compute one piece of work."""
         return compute_one(self._ready(), work)
 
-    def heal(self, pair: Pair) -> HealedPair:
-        """Train one pair."""
+    def heal(self, unit: Unit) -> HealedUnit:
+        """Train one unit."""
         assert self._healer is not None, "a search that heals brings its data"
-        return self._healer.heal(pair)
+        return self._healer.heal(unit)
 
-    def add_healed(self, healed: HealedPair) -> None:
-        """Add a trained pair to the evaluator."""
+    def add_healed(self, healed: HealedUnit) -> None:
+        """Add a trained unit to the evaluator."""
         self._ready().add_healed(healed)
 
     def alive(self) -> None:
@@ -82,8 +82,8 @@ class EvaluatorPool(ActorPool):
         compute: ``workers`` evaluators, each with ``threads`` CPUs, and one GPU where ``device``
             is CUDA.
         calibration: Sent to every evaluator once.
-        heal_data: What pairs are trained on; sent to every evaluator once.
-        training: How pairs are trained.
+        heal_data: What units are trained on; sent to every evaluator once.
+        training: How units are trained.
         hopeless_s: How long to wait for a node that can hold an evaluator, while there is none.
     """
 
@@ -98,7 +98,7 @@ class EvaluatorPool(ActorPool):
         hopeless_s: float = HOPELESS_S,
     ) -> None:
         told = (score, compute, training)
-        self._healed: dict[Pair, Any] = {}
+        self._healed: dict[Unit, Any] = {}
         super().__init__(
             EvaluatorServer,
             (*told, ray.put(calibration), ray.put(heal_data)),
@@ -116,16 +116,16 @@ class EvaluatorPool(ActorPool):
         """
         yield from self._results(list(work))
 
-    def heal(self, pairs: Sequence[Pair]) -> Iterator[HealedPair]:
-        """Train every pair once, and yield pairs as they finish; raises as :meth:`run` does."""
-        yield from self._results(list(pairs))
+    def heal(self, units: Sequence[Unit]) -> Iterator[HealedUnit]:
+        """Train every unit once, and yield units as they finish; raises as :meth:`run` does."""
+        yield from self._results(list(units))
 
-    def add_healed(self, healed: HealedPair) -> None:
-        """Keep a trained pair, which is sent to an evaluator before work that needs it."""
-        self._healed[healed.pair] = ray.put(healed)
+    def add_healed(self, healed: HealedUnit) -> None:
+        """Keep a trained unit, which is sent to an evaluator before work that needs it."""
+        self._healed[healed.unit] = ray.put(healed)
 
     def measure(
-        self, function: Callable[..., Measured], *arguments: object, pairs: Collection[Pair] = ()
+        self, function: Callable[..., Measured], *arguments: object, units: Collection[Unit] = ()
     ) -> Measured:
         """Call a function on one evaluator, and on another one if that is lost.
 
@@ -135,19 +135,19 @@ class EvaluatorPool(ActorPool):
         """
 
         def called(evaluator: PooledActor) -> Any:
-            self._send_pairs(evaluator, frozenset(pairs))
+            self._send_units(evaluator, frozenset(units))
             return evaluator.actor.measure.remote(function, *arguments)
 
         measured: Measured = self._measured(called)
         return measured
 
     def _chosen(self, evaluator: PooledActor, waiting: list[Any]) -> Piece:
-        """Choose the next pair, or work on a chunk that the evaluator or nobody has cached."""
+        """Choose the next unit, or work on a chunk that the evaluator or nobody has cached."""
         running = [other for other, _ in self._busy.values()]
         taken = {chunk for other in [*self._idle, *running] for chunk in other.chunks}
 
         def rank(piece: Piece) -> tuple[bool, bool, int]:
-            if isinstance(piece, Pair):
+            if not isinstance(piece, Work):
                 return False, False, 0
             return piece.chunk not in evaluator.chunks, piece.chunk in taken, piece.chunk
 
@@ -156,22 +156,22 @@ class EvaluatorPool(ActorPool):
 
     def _submitted(self, evaluator: PooledActor, piece: Piece) -> Any:
         """Submit a piece; return a reference to its result. An actor keeps the order of calls."""
-        if isinstance(piece, Pair):
+        if not isinstance(piece, Work):
             return evaluator.actor.heal.remote(piece)
         evaluator.chunks.add(piece.chunk)
-        self._send_pairs(evaluator, piece.pairs)
+        self._send_units(evaluator, piece.units)
         return evaluator.actor.compute.remote(piece)
 
-    def _send_pairs(self, evaluator: PooledActor, pairs: frozenset[Pair]) -> None:
-        """Send pairs to an evaluator before the calls that follow."""
-        for pair in sorted(pairs - evaluator.healed):
-            evaluator.actor.add_healed.remote(self._healed[pair])
-            evaluator.healed.add(pair)
+    def _send_units(self, evaluator: PooledActor, units: frozenset[Unit]) -> None:
+        """Send units to an evaluator before the calls that follow."""
+        for unit in sorted(units - evaluator.healed, key=unit_order):
+            evaluator.actor.add_healed.remote(self._healed[unit])
+            evaluator.healed.add(unit)
 
     def _told(self, piece: Piece) -> str:
         what = (
             f"while healing {piece}"
-            if isinstance(piece, Pair)
+            if not isinstance(piece, Work)
             else f"on chunk {piece.chunk} with {len(piece.candidates)} candidates"
         )
         return (

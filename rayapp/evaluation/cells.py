@@ -11,8 +11,6 @@ from rayapp.evaluation.result import MEAN
 
 NAMELESS = "(no task)"
 SPEEDUP = "speed-up"
-DECODED = "by decode"
-"""The column with the share of scored tokens that decode computed."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,6 @@ class Table:
         for row in self.rows:
             table.add_row(*row, style="bold" if row[0] in (MEAN, SPEEDUP) else None)
         return table
-
-
-def decoded(share: float | None) -> str:
-    """A share of scored tokens that decode computed; results of old do not know it."""
-    return "" if share is None else f"{share:.0%}"
 
 
 def signed(points: float) -> str:

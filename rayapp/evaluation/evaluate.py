@@ -37,6 +37,7 @@ from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.evaluation.sides import Sides
 from rayapp.models.blocks import text_config
 from rayapp.models.checkpoint import Checkpoint
+from rayapp.models.hub import from_directory
 from rayapp.models.loading import load_tokenizer
 from rayapp.plan import PruningPlan
 from rayapp.vision.inputs import ImageIntake
@@ -132,6 +133,7 @@ def _begun(
     met = meet(out, settings.split, data.files, plan.fingerprint)
     return EvaluationResult(
         model=Checkpoint(subject.model).signature(),
+        model_caption=from_directory(subject.model).caption,
         dtype=dtype,
         plan=_summary(plan),
         settings=settings,

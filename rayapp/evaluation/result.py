@@ -205,11 +205,14 @@ class EvaluationResult(Strict):
     ``complete`` is false in a file that was written while later tasks or timings were still open.
     Means leave out tasks that the plan has seen, unless it has seen them all. ``test_met_by`` names
     other plans (fingerprints) that met a file of this test split in the same directory.
+    ``model_caption`` says what was done to the model's weights before we got them, and stands in
+    the title of every table (:class:`rayapp.models.formats.origin.Origin`).
     """
 
     version: Literal[1] = 1
     complete: bool = False
     model: ModelSignature
+    model_caption: str = ""
     dtype: str
     plan: PlanSummary
     settings: EvaluationSettings

@@ -7,11 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from rayapp.evaluation.cells import (
-    DECODED,
     NAMELESS,
     SPEEDUP,
     Table,
-    decoded,
     signed,
 )
 from rayapp.evaluation.quality_table import quality_tables, rollout_tables
@@ -29,10 +27,14 @@ from rayapp.evaluation.visual.result import VisualQuality, mean_over_tasks
 
 
 def tables(result: EvaluationResult) -> tuple[Table, ...]:
-    """The tables of a result: quality by kind of example, bytes and, if measured, timings."""
+    """The tables of a result: quality by kind of example, bytes and, if measured, timings.
+
+    If the model has a caption, it stands in every title.
+    """
     tables = quality_tables(result.quality) if result.quality else []
     for seen in (False, True):
         tables += _of_kinds(result, seen=seen)
+    tables += _shares(result)
     if result.rollouts:
         tables += rollout_tables(result.rollouts)
     tables.append(_bytes(result))
@@ -40,7 +42,8 @@ def tables(result: EvaluationResult) -> tuple[Table, ...]:
         tables.append(_timings(result.latency))
         linked = [timing for timing in result.latency if timing.link_gbps]
         tables += [_with_handoff(linked)] if linked else []
-    return tuple(tables)
+    of = f" ({result.model_caption})" if result.model_caption else ""
+    return tuple(replace(table, title=table.title + of) for table in tables)
 
 
 def _of_kinds(result: EvaluationResult, *, seen: bool) -> Iterable[Table]:
@@ -60,6 +63,19 @@ def _of_kinds(result: EvaluationResult, *, seen: bool) -> Iterable[Table]:
             made = table([*rows, mean] if with_mean else rows)
             title = f"{made.title}, on tasks that chose or trained the plan" if seen else made.title
             yield replace(made, title=title)
+
+
+def _shares(result: EvaluationResult) -> Iterable[Table]:
+    """The share of every task's scored tokens that each stage computed, where that is known."""
+    rows = [
+        (row.task or NAMELESS, f"{row.num_examples:,}", f"{1 - row.decode_share:.0%}",
+         f"{row.decode_share:.0%}")
+        for row in (*result.tasks, *result.choices, *result.texts)
+        if row.decode_share is not None
+    ]  # fmt: skip
+    if rows:
+        columns = ("task", "n", "by prefill", "by decode")
+        yield Table("Scored tokens, by the plan's stage that computed them", columns, tuple(rows))
 
 
 def markdown(result: EvaluationResult) -> str:
@@ -86,7 +102,6 @@ def _quality(lines: Sequence[TaskResult]) -> Table:
     columns = (
         "task",
         "n",
-        DECODED,
         "NLL dense",
         "NLL plan",
         "KL",
@@ -99,7 +114,6 @@ def _quality(lines: Sequence[TaskResult]) -> Table:
         (
             line.task or NAMELESS,
             f"{line.num_examples:,}",
-            decoded(line.decode_share),
             f"{line.dense_nll:.4f}",
             f"{line.plan_nll:.4f}",
             f"{line.kl.mean:.4f}",
@@ -117,7 +131,6 @@ def _accuracy(lines: Sequence[ChoiceResult]) -> Table:
     columns = (
         "task",
         "n",
-        DECODED,
         "acc dense",
         "acc plan",
         "points lost",
@@ -131,7 +144,6 @@ def _accuracy(lines: Sequence[ChoiceResult]) -> Table:
         (
             line.task or NAMELESS,
             f"{line.num_examples:,}",
-            decoded(line.decode_share),
             f"{line.dense_acc:.1%}",
             f"{line.plan_acc:.1%}",
             signed(line.acc_lost.mean),
@@ -151,7 +163,6 @@ def _perplexity(lines: Sequence[TextResult]) -> Table:
         "task",
         "windows",
         "tokens scored",
-        DECODED,
         "window (prompt)",
         "perplexity dense",
         "perplexity plan",
@@ -164,7 +175,6 @@ def _perplexity(lines: Sequence[TextResult]) -> Table:
             line.task or NAMELESS,
             f"{line.num_examples:,}",
             f"{line.num_tokens:,}",
-            decoded(line.decode_share),
             f"{line.num_window_tokens:,} ({line.max_prompt_tokens:,})",
             f"{line.dense_perplexity:.4f}",
             f"{line.plan_perplexity:.4f}",

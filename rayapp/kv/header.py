@@ -69,7 +69,7 @@ class BlockHeader(_Strict):
 
 
 class Header(_Strict):
-    """The header of a message; its names and limits define version 1 of the wire format."""
+    """The header of a message; its names and limits define version 2 of the wire format."""
 
     request_id: Annotated[str, Field(max_length=256)]
     attempt: Annotated[int, Field(ge=0, lt=2**31)]

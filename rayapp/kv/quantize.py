@@ -1,13 +1,16 @@
 """Encodings that only the transfer uses: symmetric int8 and int4, decoded before decode attends.
 
 Keys are scaled per channel (their outliers sit in fixed channels), values per token, both per KV
-head (KIVI, arXiv:2402.02750, measured that this split loses least; the bit layout is ours). Scales
-travel as float16 and count as bytes. Shapes: H = KV heads, N = entries, D = head dimension.
+head (KIVI, arXiv:2402.02750, measured that this split loses least; the bit layout is ours). Keys
+share a scale within fixed groups of ``KEY_GROUP`` kept entries, counted from the first; so entries
+from one border of groups to another are encoded alike whether they are sent alone or with all
+others (:mod:`rayapp.kv.parts`). Scales travel as float16 and count as bytes. Shapes: H = KV heads,
+N = entries, G = groups of entries (the last may be short), D = head dimension.
 
 Error bound: with ``s`` the scale used, every decoded number lies within ``s / 2`` of its original,
-plus the rounding of the model's own type. ``s`` is the largest magnitude of the channel (keys) or
-token (values) over 127 (int8) or 7 (int4), rounded to float16, and at least ``MIN_SCALE``; an
-all-zero group decodes to exact zeros.
+plus the rounding of the model's own type. ``s`` is the largest magnitude of the channel in its
+group (keys) or of the token (values) over 127 (int8) or 7 (int4), rounded to float16, and at least
+``MIN_SCALE``; an all-zero group decodes to exact zeros.
 """
 
 from __future__ import annotations
@@ -15,12 +18,17 @@ from __future__ import annotations
 import torch
 
 from rayapp.errors import TransferError
-from rayapp.plan import Encoding
+from rayapp.plan import KEY_GROUP, Encoding
 
 LEVELS: dict[Encoding, int] = {"int8": 127, "int4": 7}
 SCALE_DTYPE = torch.float16
 MIN_SCALE = 2.0**-16  # Below it float16 is so coarse that a rounded scale could overflow codes.
 _MAX_SCALE = torch.finfo(SCALE_DTYPE).max
+
+
+def num_groups(num_entries: int) -> int:
+    """Number of groups of a block with so many kept entries: G."""
+    return -(-num_entries // KEY_GROUP)
 
 
 def buffer_sizes(
@@ -36,7 +44,7 @@ def buffer_sizes(
     if encoding == "model":
         return (numbers * element_bytes,) * 2
     codes = numbers if encoding == "int8" else (numbers + 1) // 2
-    key_scales = num_kv_heads * head_dim if num_entries else 0
+    key_scales = num_kv_heads * num_groups(num_entries) * head_dim
     value_scales = num_kv_heads * num_entries
     return codes, key_scales * SCALE_DTYPE.itemsize, codes, value_scales * SCALE_DTYPE.itemsize
 
@@ -51,8 +59,8 @@ def encode(
     """
     if encoding == "model":
         return keys_HND, values_HND
-    key_codes, key_scales = _quantize(keys_HND, encoding, dim=-2)
-    value_codes, value_scales = _quantize(values_HND, encoding, dim=-1)
+    key_codes, key_scales = _quantize_keys(keys_HND, encoding)
+    value_codes, value_scales = _quantize_values(values_HND, encoding)
     pack = _pack_nibbles if encoding == "int4" else torch.Tensor.contiguous
     return pack(key_codes), key_scales, pack(value_codes), value_scales
 
@@ -77,8 +85,10 @@ def decode(
             _unpack_nibbles(key_codes, numbers),
             _unpack_nibbles(value_codes, numbers),
         )
+    key_scales_HGD = key_scales.view(heads, num_groups(entries), dim)
+    key_scales_HND = _of_entries(key_scales_HGD, entries)
     return (
-        _dequantize(key_codes.view(shape_HND), key_scales.view(heads, 1, dim), dtype),
+        _dequantize(key_codes.view(shape_HND), key_scales_HND, dtype),
         _dequantize(value_codes.view(shape_HND), value_scales.view(heads, entries, 1), dtype),
     )
 
@@ -89,28 +99,49 @@ def round_trip(
     """Encode and decode: the result equals the received KV bit for bit; any leading dimensions."""
     if encoding == "model" or not keys_BHND.shape[-2]:
         return keys_BHND, values_BHND
-    keys = _dequantize(*_quantize(keys_BHND, encoding, dim=-2), keys_BHND.dtype)
-    values = _dequantize(*_quantize(values_BHND, encoding, dim=-1), values_BHND.dtype)
+    key_codes, key_scales_BHGD = _quantize_keys(keys_BHND, encoding)
+    key_scales_BHND = _of_entries(key_scales_BHGD, keys_BHND.shape[-2])
+    keys = _dequantize(key_codes, key_scales_BHND, keys_BHND.dtype)
+    values = _dequantize(*_quantize_values(values_BHND, encoding), values_BHND.dtype)
     return keys, values
 
 
-def _quantize(
-    numbers: torch.Tensor, encoding: Encoding, *, dim: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int8 codes and float16 scales; a scale belongs to all numbers along ``dim``."""
+def _quantize_keys(keys: torch.Tensor, encoding: Encoding) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8 codes ``(..., N, D)`` and float16 scales ``(..., G, D)``."""
+    exact, missing = keys.float(), -keys.shape[-2] % KEY_GROUP
+    # Zeros that fill the last group up never raise its largest magnitude.
+    filled = torch.nn.functional.pad(exact.abs(), (0, 0, 0, missing))
+    scales = _scales(filled.unflatten(-2, (num_groups(keys.shape[-2]), KEY_GROUP)), encoding, -2)
+    return _codes(exact, _of_entries(scales.squeeze(-2), keys.shape[-2])), scales.squeeze(-2)
+
+
+def _quantize_values(values: torch.Tensor, encoding: Encoding) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8 codes ``(..., N, D)`` and float16 scales ``(..., N, 1)``."""
+    exact = values.float()
+    scales = _scales(exact.abs(), encoding, -1)
+    return _codes(exact, scales), scales
+
+
+def _scales(magnitudes: torch.Tensor, encoding: Encoding, dim: int) -> torch.Tensor:
+    """Return float16 scales, each of all numbers along ``dim``, which stays with length 1."""
     levels = LEVELS[encoding]
-    if not numbers.shape[-2]:
-        return numbers.to(torch.int8), numbers.new_empty(0, dtype=SCALE_DTYPE)
-    exact = numbers.float()
-    largest = exact.abs().amax(dim=dim, keepdim=True)
-    peak = float(largest.max())
+    largest = magnitudes.amax(dim=dim, keepdim=True)
+    peak = float(largest.max()) if largest.numel() else 0.0
     if not peak / levels <= _MAX_SCALE:
         raise TransferError(
             f"KV of magnitude {peak} cannot be sent as {encoding}: scales end at {_MAX_SCALE:g}; "
             f"send this block with encoding model"
         )
-    scales = (largest / levels).clamp(min=MIN_SCALE).to(SCALE_DTYPE)
-    return (exact / scales.float()).round_().to(torch.int8), scales
+    return (largest / levels).clamp(min=MIN_SCALE).to(SCALE_DTYPE)
+
+
+def _of_entries(scales: torch.Tensor, num_entries: int) -> torch.Tensor:
+    """Repeat the scales ``(..., G, D)`` of groups for their entries, ``(..., N, D)``."""
+    return scales.repeat_interleave(KEY_GROUP, dim=-2)[..., :num_entries, :]
+
+
+def _codes(exact: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return (exact / scales.float()).round_().to(torch.int8)
 
 
 def _dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

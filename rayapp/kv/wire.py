@@ -49,7 +49,9 @@ if sys.byteorder != "little":
 Message = npt.NDArray[np.uint8]
 
 MAGIC = b"RAYAPPKV"
-VERSION = 1
+VERSION = 2
+"""Version of the format; the first had one scale of encoded keys per channel and message, and is
+refused, since a message never outlives the two replicas that it travels between."""
 PREFIX_BYTES = 64
 _PREFIX = struct.Struct("<8sIIQ")
 _CHECKSUM = struct.Struct("<I")

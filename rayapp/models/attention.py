@@ -89,8 +89,8 @@ def packed_sdpa(
             attention_mask or [None] * len(keys_BHKD),
             strict=True,
         )
-        attended = [packed_sdpa(module, *each, scaling=scaling, **kwargs)[0] for each in batches]
-        return real_tokens.joined(attended), None
+        pieces = [packed_sdpa(module, *each, scaling=scaling, **kwargs)[0] for each in batches]
+        return real_tokens.joined(pieces), None
     for observe in _observers:
         default = query_BQTD.shape[-1] ** -0.5
         observe(query_BQTD, keys_BHKD, default if scaling is None else scaling)

@@ -1,4 +1,4 @@
-"""Healed tensors replace parameters of one stage, and lie beside the plan that names them.
+"""Healed tensors replace parameters of one stage, or add to them, and lie beside their plan.
 
 A plan directory has only the tensors that healing changed, as an adapter directory does. Their
 names are ``prefill.`` or ``decode.`` and the parameter's canonical name; the plan has the digest of
@@ -21,7 +21,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rayapp.errors import PlanError
+from rayapp.models.bridge import BRIDGE
 from rayapp.models.fingerprint import canonical_name
+from rayapp.models.products import named_weights
 from rayapp.plan import HEALED_FILE, STAGES, PruningPlan, Stage
 
 Tensors = Mapping[str, torch.Tensor]
@@ -98,7 +100,7 @@ def attach(model: PreTrainedModel, healed: HealedWeights) -> None:
             shape.
     """
     known = _attached(model).setdefault(healed.digest, {})
-    parameters = {canonical_name(name): p for name, p in model.named_parameters()}
+    parameters = {canonical_name(name): p for name, p in named_weights(model)}
     for stage, tensors in healed.stages.items():
         if stage not in known:
             known[stage] = {n: _parameter(n, t, parameters) for n, t in tensors.items()}
@@ -136,27 +138,44 @@ def _attached(model: Any) -> dict[str, dict[Stage, dict[str, nn.Parameter]]]:
 
 
 def _parameter(
-    name: str, tensor: torch.Tensor, parameters: Mapping[str, nn.Parameter]
+    name: str, tensor: torch.Tensor, parameters: Mapping[str, torch.Tensor]
 ) -> nn.Parameter:
-    own = parameters.get(name)
-    if own is None or not name.startswith(f"{_BLOCKS}."):
+    like = _likeness(name, parameters)
+    if like is None or not name.startswith(f"{_BLOCKS}."):
         raise PlanError(
             f"healed tensor {name!r} is of no block of the model; use the {HEALED_FILE} that was "
             "written with the plan"
         )
-    if tensor.shape != own.shape:
+    shape, dtype = like
+    if tensor.shape != shape:
         raise PlanError(
             f"healed tensor {name!r} has shape {tuple(tensor.shape)}, the model "
-            f"{tuple(own.shape)}; use the {HEALED_FILE} that was written with the plan"
+            f"{tuple(shape)}; use the {HEALED_FILE} that was written with the plan"
         )
-    value = tensor.to(_device(name, parameters), own.dtype)
+    value = tensor.to(_device(name, parameters), dtype)
     return nn.Parameter(value, requires_grad=False)
 
 
-def _device(name: str, parameters: Mapping[str, nn.Parameter]) -> torch.device:
+def _likeness(
+    name: str, parameters: Mapping[str, torch.Tensor]
+) -> tuple[torch.Size, torch.dtype] | None:
+    """Shape and type of a healed tensor; None if the model has no place for it.
+
+    Beside its own parameters, a block has a place for those of a bridge.
+    """
+    if name in parameters:
+        return parameters[name].shape, parameters[name].dtype
+    block, _, rest = name.rpartition(".")
+    norm = parameters.get(f"{block.removesuffix(f'.{BRIDGE}')}.input_layernorm.weight")
+    if norm is None or not block.endswith(f".{BRIDGE}") or rest not in ("weight", "bias"):
+        return None
+    return torch.Size([*norm.shape] * (2 if rest == "weight" else 1)), norm.dtype
+
+
+def _device(name: str, parameters: Mapping[str, torch.Tensor]) -> torch.device:
     """Device of the tensor's block, whose frozen parameters are there even if this one is not."""
     block = ".".join(name.split(".")[:2])
-    there: Iterable[nn.Parameter] = (
+    there: Iterable[torch.Tensor] = (
         p for n, p in parameters.items() if n.startswith(f"{block}.") and not p.is_meta
     )
     return next((p.device for p in there), torch.device("cpu"))

@@ -25,6 +25,15 @@ _DEVICE_BLOCK_ELEMENTS = 1 << 24
 """The same on other devices, where a call costs more than the elements."""
 
 
+SLICE_ELEMENTS = 1 << 23
+"""Number of logits that exist at one time: 32 MB in float32 (project default)."""
+
+
+def slice_tokens(vocab_size: int) -> int:
+    """Number of tokens that meet the head together, so that the memory of logits is bounded."""
+    return max(1, SLICE_ELEMENTS // vocab_size)
+
+
 def log_softmax64(logits_CV: torch.Tensor) -> torch.Tensor:
     """Natural-log probabilities, float64, same shape."""
     return torch.log_softmax(logits_CV.double(), dim=-1)

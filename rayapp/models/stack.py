@@ -23,6 +23,7 @@ from rayapp.models.blocks import (
     sliding_windows,
     text_config,
 )
+from rayapp.models.products import weight_of
 from rayapp.models.real_tokens import RealTokens
 from rayapp.plan import PruningPlan, Stage
 
@@ -32,8 +33,11 @@ class BlockCache(Protocol):
 
     def update(
         self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, block: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add new entries of ``block``; return all keys and values to attend to, ``BHKD``."""
+    ) -> tuple[Any, Any]:
+        """Add new entries of ``block``; return all keys and values to attend to, ``BHKD``.
+
+        Those of joined batches are sequences with a tensor per batch.
+        """
         ...
 
 
@@ -141,7 +145,7 @@ class BlockStack:
         joined = {} if real_tokens is None else {"real_tokens": real_tokens}
         positions_BT = positions_BT.to(hidden_BTE.device)
         rotary = self.rotary(hidden_BTE, positions_BT) if rotary is None else rotary
-        masks = self._window_masks(positions_BT) if masks is None else masks
+        masks = self.window_masks(positions_BT) if masks is None else masks
         for number in range(start, self.num_blocks if stop is None else stop):
             mask = masks.get(number)
             if self._is_spread:
@@ -159,7 +163,7 @@ class BlockStack:
             )
         return hidden_BTE
 
-    def _window_masks(self, positions_BT: torch.Tensor) -> Masks:
+    def window_masks(self, positions_BT: torch.Tensor) -> Masks:
         """Masks of the sliding-window blocks over a fresh prompt that spans more than the window.
 
         The span is counted in positions, not in tokens, because pruned prompts have gaps.
@@ -179,7 +183,7 @@ class BlockStack:
         """Logits ``(B, T, V)`` of hidden states that left the last block."""
         norm, head = self._decoder.norm, self.model.get_output_embeddings()
         normed_BTE = norm(hidden_BTE.to(norm.weight.device))
-        return head(normed_BTE.to(head.weight.device))
+        return head(normed_BTE.to(weight_of(head).device))
 
 
 def _moved(mask: Any, device: torch.device) -> Any:

@@ -44,7 +44,7 @@ from rayapp.evaluation.result import LatencyResult
 from rayapp.evaluation.sides import Sides
 from rayapp.models.blocks import text_config
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.hub import locate
+from rayapp.models.hub import from_directory, locate
 from rayapp.models.loading import load_tokenizer
 from rayapp.plan import PruningPlan, is_outdated, renewal_hint
 from rayapp.pruning.progress import ProgressCallback as SearchProgress
@@ -292,7 +292,9 @@ class _Reproduction:
             for name, count in self._overlaps.items()
         ]
         machine = this_machine(device=device, num_threads=settings.threads)
-        notes = definitions(settings, self._rows, self._made.bases)
+        caption = from_directory(settings.model).caption
+        notes = [f"the model: {caption}"] if caption else []
+        notes += definitions(settings, self._rows, self._made.bases)
         left_out = dict(self._made.left_out)
         return Paper(
             settings, tuple(measured), self._rows, left_out, machine, notes, warned, self._maps

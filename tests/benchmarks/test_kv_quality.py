@@ -9,13 +9,16 @@ import pytest
 import torch
 from kv.attention import WINDOW, PromptAttention
 from kv.choosers import FixedRules, LazyBlocks, ScoredTokens, in_all_blocks
+from kv.key_groups import encoded_bytes, in_groups
 from kv.quality import attentions, kv_quality, tuned
 
 from rayapp.data.lines import TokenizedLine
 from rayapp.evaluation.measures.likelihood import TwoStages, likelihoods
-from rayapp.kv.quantize import buffer_sizes
+from rayapp.kv.cache import Prefix, PrefixCache
+from rayapp.kv.ledger import KVShape
+from rayapp.kv.quantize import buffer_sizes, round_trip
 from rayapp.models.blocks import signature_of
-from rayapp.plan import KVTransfer, PruningPlan
+from rayapp.plan import KEY_GROUP, KVTransfer, PruningPlan
 from rayapp.pruning.kv_choice.bytes import KVBytes
 
 RULES = {
@@ -147,3 +150,18 @@ def test_tuned_choosers_meet_the_budget(tiny_model, family):
         assert math.isfinite(quality.mean_kl()[1])
     assert tuned(makers["lazy"], seen, num_bytes, 100) is None
     assert tuned(makers["scored"], seen, num_bytes, 10 * num_bytes.full).keep_ratio == 1.0
+
+
+@pytest.mark.parametrize("encoding", ["int8", "int4"])
+def test_groups_of_any_size_meet_the_encoding_at_its_own(encoding):
+    """The benchmark of group sizes encodes as the wire does where the size is the wire's."""
+    keys, values = torch.randn(2, 2, 3, 2 * KEY_GROUP + 5, 4)
+    full = PrefixCache({0: Prefix(keys, values, torch.arange(keys.shape[2]))}, (None,))
+    found = in_groups(full, encoding, KEY_GROUP).prefixes[0]
+    wanted = round_trip(keys, values, encoding)
+    assert torch.equal(found.keys_BHND, wanted[0])
+    assert torch.equal(found.values_BHND, wanted[1])
+    shape = KVShape(1, 3, 4, 4, (None,))
+    sent = sum(buffer_sizes(encoding, 3, keys.shape[2], 4, 4))
+    assert encoded_bytes(shape, encoding, KEY_GROUP, keys.shape[2]) == sent
+    assert encoded_bytes(shape, encoding, keys.shape[2], keys.shape[2]) == sent - 2 * 3 * 4 * 2

@@ -58,6 +58,9 @@ def test_whose_work_a_healed_block_does_is_drawn():
                 "provenance": {"healed": [{
                     "stage": "decode", "removed": 1, "survivor": 2,
                     "relative_mse_before": 0.08123, "relative_mse_after": 0.0021,
+                }, {
+                    "stage": "decode", "kind": "bridge", "first": 1, "stop": 2, "block": 1,
+                    "relative_mse_before": 1.0, "relative_mse_after": 0.25,
                 }]},
             }
         )
@@ -65,6 +68,7 @@ def test_whose_work_a_healed_block_does_is_drawn():
     text = drawn(plan_tables(plan))
     assert f"healed tensors: {'0' * 24} in weights.safetensors" in text
     assert "full + 1 (healed, relative MSE 0.081 to 0.0021)" in text
+    assert "removed + bridge 1 to 2 (healed, relative MSE 1 to 0.25)" in text
 
 
 def test_an_empty_plan_says_so():

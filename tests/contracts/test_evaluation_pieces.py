@@ -110,9 +110,7 @@ def test_values_are_equal_to_the_digit(compute, inputs, reference):
 
 
 def test_another_plan_is_put_beside_dense(compute, inputs):
-    _, subject, data = inputs
-    lines = data.completions["copy"]
-    Measurer(compute, inputs[0], SETTINGS)
+    lines = inputs[2].completions["copy"]
     cut = Measurer(compute, inputs[0], SETTINGS).completions("copy", lines)
     nothing = Measurer(compute, PruningPlan(), SETTINGS).completions("copy", lines)
     assert sum(line.kl for line in cut.likelihoods) > 0

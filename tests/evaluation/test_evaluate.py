@@ -208,16 +208,16 @@ def test_the_weights_are_loaded_in_the_type_that_was_asked_for(checkpoint, data)
     assert abs(result.mean.kl.mean) < 1e-9
 
 
-def test_the_job(checkpoint, data, tmp_path, run_job):
+def test_the_job(checkpoint, data, tmp_path, run_job_here):
     common = ["--model", str(checkpoint), "--runs", "0", "--data"]
     bad = tmp_path / "bad.jsonl"
     bad.write_text("nonsense\n")
-    refused = run_job("evaluate", *common, bad)
+    refused = run_job_here("evaluate", *common, bad)
     assert refused.returncode == 2
     assert "line 1: not JSON" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
     out = tmp_path / "result.json"
-    done = run_job("evaluate", *common, data, "--limit", 2, "--out", out)
+    done = run_job_here("evaluate", *common, data, "--limit", 2, "--out", out)
     assert done.returncode == 0, done.stderr
     assert re.search(r"copy +│ +2 ", done.stdout), done.stdout
     assert "copy: likelihood: 2/2" in done.stderr

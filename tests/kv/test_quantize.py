@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from rayapp.errors import TransferError
 from rayapp.kv.quantize import LEVELS, MIN_SCALE, buffer_sizes, decode, encode, round_trip
+from rayapp.plan import KEY_GROUP
 
 
 @settings(max_examples=80, deadline=None)
 @given(
     encoding=st.sampled_from(["int8", "int4"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    shape=st.tuples(st.integers(1, 3), st.integers(0, 9), st.integers(1, 7)),
+    shape=st.tuples(st.integers(1, 3), st.integers(0, 9) | st.just(70), st.integers(1, 7)),
     magnitude=st.sampled_from([1e-9, 1e-6, 1e-4, 1.0, 300.0]),
     seed=st.integers(0, 10_000),
 )
@@ -28,16 +29,30 @@ def test_error_is_within_half_a_scale(encoding, dtype, shape, magnitude, seed) -
     sizes = buffer_sizes(encoding, shape[0], shape[1], shape[2], dtype.itemsize)
     assert tuple(b.nbytes for b in buffers) == sizes
     decoded = decode(buffers, encoding, shape, dtype)
-    for original, found, dim in ((keys, decoded[0], 1), (values, decoded[1], 2)):
+    if not shape[1]:
+        return
+    exact = keys.double()
+    groups = [group.abs().amax(1, keepdim=True) for group in exact.split(KEY_GROUP, dim=1)]
+    by_group = torch.cat([g.expand(-1, KEY_GROUP, -1) for g in groups], dim=1)[:, : shape[1]]
+    assert bool((by_group <= exact.abs().amax(1, keepdim=True)).all())  # as near as by prompt
+    by_token = values.double().abs().amax(2, keepdim=True)
+    for original, found, largest in ((keys, decoded[0], by_group), (values, decoded[1], by_token)):
         assert found.shape == shape
         assert found.dtype == dtype
-        if not shape[1]:
-            continue
-        exact = original.double()
-        largest = exact.abs().amax(dim=dim, keepdim=True)  # keys: per channel, values: per token
         scale = (largest / LEVELS[encoding]).clamp(min=MIN_SCALE) * (1 + 2**-10)
         rounding = torch.finfo(dtype).eps * (largest + scale)
-        assert bool(((found.double() - exact).abs() <= scale / 2 + rounding).all())
+        error = (found.double() - original.double()).abs()
+        assert bool((error <= scale / 2 + rounding).all())
+
+
+def test_an_outlier_costs_its_own_group_only() -> None:
+    """Keys of all other groups are as near as if it were not there."""
+    keys, values = torch.randn(2, 1, 3 * KEY_GROUP, 4)
+    loud = keys.clone()
+    loud[:, KEY_GROUP] = 500.0
+    found, plain = (round_trip(each, values, "int4")[0] for each in (loud, keys))
+    others = [*range(KEY_GROUP), *range(2 * KEY_GROUP, 3 * KEY_GROUP)]
+    assert torch.equal(found[:, others], plain[:, others])
 
 
 def test_groups_do_not_share_scales() -> None:
@@ -80,6 +95,9 @@ def test_int4_takes_half_a_byte_per_number() -> None:
     assert buffer_sizes("model", 2, 3, 5, 2) == (60, 60)
     assert buffer_sizes("int4", 1, 3, 5, 2)[0] == 8  # 15 numbers, the last nibble is padding
     assert sum(buffer_sizes("int8", 2, 0, 5, 2)) == 0
+    # One entry more than a group holds: scales of a second group.
+    assert buffer_sizes("int8", 2, KEY_GROUP, 5, 2)[1] == 20
+    assert buffer_sizes("int8", 2, KEY_GROUP + 1, 5, 2)[1] == 40
 
 
 def test_model_encoding_returns_the_tensors_themselves() -> None:

@@ -32,7 +32,7 @@ def forge(message: Message, change) -> Message:  # type: ignore[no-untyped-def]
     padded = text + bytes(-len(text) % 64)
     total = PREFIX_BYTES + len(padded) + len(body)
     prefix = bytearray(PREFIX_BYTES)
-    struct.pack_into("<8sIIQ", prefix, 0, b"RAYAPPKV", 1, len(text), total)
+    struct.pack_into("<8sIIQ", prefix, 0, b"RAYAPPKV", 2, len(text), total)
     rest = prefix[60:] + padded + body
     struct.pack_into("<I", prefix, 56, zlib.crc32(rest, zlib.crc32(prefix[:56])))
     return np.frombuffer(bytes(prefix) + padded + body, np.uint8)
@@ -256,6 +256,16 @@ def test_a_consistent_header_larger_than_its_message_is_refused(envelope: Envelo
         unpack(forge(message, grow), envelope)
     with pytest.raises(WireError, match="header describes 2147"):
         message_sizes(forge(message, grow))
+
+
+def test_a_message_of_the_first_format_is_refused_by_its_version(
+    segment: KVSegment, envelope: Envelope
+) -> None:
+    """It may hold one scale per channel and message, and would be decoded to other numbers."""
+    message = pack(segment, envelope)
+    struct.pack_into("<I", message, 8, 1)
+    with pytest.raises(WireError, match=r"version 1, not .* version 2; run the same release"):
+        unpack(message, envelope)
 
 
 def test_a_cut_message_is_refused_with_both_sizes(segment: KVSegment, envelope: Envelope) -> None:

@@ -8,8 +8,9 @@ is scored.
 The prompt runs through prefill once, and its KV is handed over to every choice in decode. A choice
 continues the prompt as written, so most begin with a space; spaces at its start are not counted as
 characters, since the harness puts them between prompt and choice.
+Questions of many lengths run together, and padding is not run.
 Shapes: B = prompts of equal length, R = choices of all of them, C = tokens of a choice (padded on
-the right), V = vocabulary.
+the right), N = tokens of all choices, E = hidden size.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from transformers import PreTrainedTokenizerBase
 from rayapp.data.lines import ChoiceLine
 from rayapp.errors import DataError
 from rayapp.evaluation.bootstrap import Bound, upper_bound
-from rayapp.evaluation.measures.likelihood import BATCH_TOKENS, TwoStages
+from rayapp.evaluation.measures.likelihood import BATCH_TOKENS, TwoStages, joined_groups
 from rayapp.evaluation.measures.prompt_bytes import PromptBytes
 from rayapp.evaluation.result import ChoiceResult
 from rayapp.evaluation.settings import EvaluationSettings
-from rayapp.models.likelihood import nll
+from rayapp.models.likelihood import nll, slice_tokens
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,51 @@ def choice_likelihoods(
     side: TwoStages, questions: Sequence[Question]
 ) -> Iterator[tuple[int, tuple[float, ...]]]:
     """Summed log-likelihood of every choice, in nats; yields ``(index, sums)`` in any order."""
-    for batch in question_batches(questions):
-        prompts_BT = torch.tensor([questions[i].prompt for i in batch])
-        counts_B = torch.tensor([len(questions[i].choices) for i in batch])
-        rows = [choice for i in batch for choice in questions[i].choices]
-        choices_RC = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.int64)
-        for row, ids in enumerate(rows):
-            choices_RC[row, : len(ids)] = torch.tensor(ids)
-        logits_RCV = side.continued(side.hand_over(prompts_BT).repeated(counts_B), choices_RC)
-        sums = iter(
-            [-float(nll(logits_RCV[r, : len(ids)], torch.tensor(ids)).sum()) for r, ids in
-             enumerate(rows)]
-        )  # fmt: skip
-        for index in batch:
+    for group in question_groups(questions):
+        counts = [torch.tensor([len(questions[i].choices) for i in batch]) for batch in group]
+        rows = [[c for i in batch for c in questions[i].choices] for batch in group]
+        prompts = [torch.tensor([questions[i].prompt for i in batch]) for batch in group]
+        handed = [
+            each.repeated(counts_B)
+            for each, counts_B in zip(side.hand_over_all(prompts), counts, strict=True)
+        ]
+        lengths = [torch.tensor([len(choice) for choice in each]) for each in rows]
+        states_NE = side.predicting_states(handed, [_padded(each) for each in rows], lengths)
+        ids_N = torch.tensor([token for each in rows for choice in each for token in choice])
+        values_N = -_token_nll(side, states_NE, ids_N)
+        sums = iter([float(row.sum()) for row in values_N.split(torch.cat(lengths).tolist())])
+        for index in (index for batch in group for index in batch):
             yield index, tuple(next(sums) for _ in questions[index].choices)
+
+
+def _padded(choices: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    padded_RC = torch.zeros((len(choices), max(map(len, choices))), dtype=torch.int64)
+    for row, ids in enumerate(choices):
+        padded_RC[row, : len(ids)] = torch.tensor(ids)
+    return padded_RC
+
+
+@torch.inference_mode()
+def _token_nll(side: TwoStages, states_NE: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
+    """NLL ``(N,)`` of every token, by slices that bound the memory of logits."""
+    step = slice_tokens(side.decode.vocab_size)
+    parts = [
+        nll(
+            side.decode.logits(states_NE[None, start : start + step])[0],
+            ids_N[start : start + step],
+        )
+        for start in range(0, len(ids_N), step)
+    ]
+    return torch.cat(parts).cpu()
+
+
+def question_groups(questions: Sequence[Question]) -> Iterator[list[list[int]]]:
+    """Batches of :func:`question_batches` that run end to end."""
+
+    def num_tokens(batch: list[int]) -> int:
+        return sum(_num_tokens(questions[index]) for index in batch)
+
+    return joined_groups(question_batches(questions), num_tokens)
 
 
 def question_batches(questions: Sequence[Question]) -> Iterator[list[int]]:

@@ -127,9 +127,9 @@ def repetition(token_ids: Sequence[int]) -> float:
 
 
 def position_bins(rollouts: Sequence[Rollout]) -> tuple[PositionBin, ...]:
-    """KL and agreement of tokens 0, 1, 2-3, 4-7, ...: every bin is as long as all before it."""
+    """KL and agreement of tokens 0, 1-3, 4-15, 16-63, 64-255, ..."""
     longest = max(len(rollout.dense) for rollout in rollouts)
-    edges = [0, *(2**n for n in range(max(1, math.ceil(math.log2(longest))) + 1))]
+    edges = [0, *(4**n for n in range(math.ceil(math.log(longest, 4)) + 2))]
     bins = []
     for first, end in itertools.pairwise(edges):
         values = [value for rollout in rollouts for value in rollout.kl[first:end]]

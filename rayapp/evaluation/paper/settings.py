@@ -96,7 +96,8 @@ class ReproduceSettings(Settings):
     )
     heal: Heal = Field(
         default="pair",
-        description="Healing of the healed rows: blocks outside the pruning set (pair), or all.",
+        description="Healing of the healed rows: of blocks outside the pruning set (pair), of all, "
+        "or in closed form (linear).",
     )
     prefill_remove: int | None = Field(
         default=None,

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from rayapp.data.image_lines import TokenizedImageLine
 from rayapp.data.lines import TokenizedLine
 from rayapp.evaluation.measures.answers import BATCHES_AT_ONCE, JudgedAnswer
-from rayapp.evaluation.measures.choices import Question, question_batches
-from rayapp.evaluation.measures.likelihood import LineLikelihood, equal_batches
+from rayapp.evaluation.measures.choices import Question, question_groups
+from rayapp.evaluation.measures.likelihood import LineLikelihood, line_groups
 from rayapp.evaluation.measures.rollouts import Opening, Rollout
 from rayapp.kv.ledger import TransferRecord
 
@@ -52,10 +52,10 @@ class Done:
 
 
 def likelihood_pieces(lines: Sequence[TokenizedLine]) -> Iterator[Piece]:
-    """Batches of equal prompt lengths; lines about images run one by one."""
+    """Batches that run end to end; lines about images run one by one."""
     texts = [n for n, line in enumerate(lines) if not isinstance(line, TokenizedImageLine)]
-    for batch in equal_batches([lines[n] for n in texts]):
-        yield _piece("likelihood", lines, [texts[place] for place in batch])
+    for group in line_groups([lines[n] for n in texts]):
+        yield _piece("likelihood", lines, [texts[place] for batch in group for place in batch])
     for number in sorted(set(range(len(lines))) - set(texts)):
         yield _piece("likelihood", lines, [number])
 
@@ -71,9 +71,9 @@ def answer_pieces(
 
 
 def choice_pieces(questions: Sequence[Question]) -> Iterator[Piece]:
-    """Batches of questions; a piece scores them on both sides."""
-    for batch in question_batches(questions):
-        yield _piece("choices", questions, batch)
+    """Batches of questions that run end to end; a piece scores them on both sides."""
+    for group in question_groups(questions):
+        yield _piece("choices", questions, [place for batch in group for place in batch])
 
 
 def rollout_pieces(openings: Sequence[Opening], *, max_num_seqs: int) -> Iterator[Piece]:

@@ -18,7 +18,8 @@ from rayapp.models.real_tokens import RealTokens
 from rayapp.models.stack import BlockStack
 from rayapp.plan import Mode, PruningPlan, StagePlan
 from rayapp.pruning.candidates.candidate import ATTENTION, MLP
-from rayapp.pruning.candidates.healing import HealedPair, Pair
+from rayapp.pruning.candidates.fits import Fit
+from rayapp.pruning.candidates.healing import HealedUnit, Pair, Unit
 
 KV = tuple[torch.Tensor, torch.Tensor]
 
@@ -91,7 +92,7 @@ class BlockRunner:
         modes = (*RUN_MODES.values(), Mode.KV_ONLY)
         self._stacks = {mode: BlockStack(model, self._uniform(mode), "prefill") for mode in modes}
         self._dense = self._stacks[Mode.FULL]
-        self._healed: dict[Pair, BlockStack] = {}
+        self._healed: dict[Unit, BlockStack] = {}
         self._rotated: tuple[torch.Tensor, Any, tuple[torch.Tensor, torch.Tensor]] | None = None
         self.num_blocks = self._dense.num_blocks
         self.vocab_size = self._dense.vocab_size
@@ -156,24 +157,38 @@ class BlockRunner:
             real_tokens=slot.tokens,
         )
 
-    def add_healed(self, healed: HealedPair) -> None:
-        """Make the survivor of a pair ready to run, as a plan would serve it."""
+    def add_healed(self, healed: HealedUnit) -> None:
+        """Make a unit of healing ready to run, as a plan would serve it."""
         weights = healed.weights
         attach(self.model, weights)
-        plan = PruningPlan(model=self.signature, healed=weights.digest)
-        self._healed[healed.pair] = BlockStack(self.model, plan, healed.pair.stage)
+        plan = self._skipping(healed.unit) if isinstance(healed.unit, Fit) else PruningPlan()
+        plan = plan.model_copy(update={"model": self.signature}).with_healed(weights.digest)
+        self._healed[healed.unit] = BlockStack(self.model, plan, healed.unit.stage)
+
+    def _skipping(self, fit: Fit) -> PruningPlan:
+        """A plan that runs nothing of a fit's block but the fit."""
+        gone = StagePlan(blocks={fit.block: Mode.REMOVED})
+        if fit.kind == "kv":
+            only_kv = StagePlan(blocks={fit.block: Mode.KV_ONLY})
+            return PruningPlan(model=self.signature, prefill=only_kv)
+        prefill = gone if fit.stage == "prefill" else StagePlan()
+        return PruningPlan(model=self.signature, prefill=prefill, decode=gone)
 
     def run_healed(
         self,
-        pair: Pair,
+        unit: Unit,
         hidden_BTE: torch.Tensor,
         positions_BT: torch.Tensor,
         mask: torch.Tensor | None,
         slot: BlockKVSlot,
     ) -> torch.Tensor:
-        """Run the survivor of a pair that was added; attention reads and writes ``slot``."""
-        stack = self._healed[pair]
-        return self._run_one(stack, pair.survivor, hidden_BTE, positions_BT, mask, slot)
+        """Run the survivor of a pair, or a bridge; attention reads and writes ``slot``.
+
+        The unit was added before.
+        """
+        stack = self._healed[unit]
+        block = unit.survivor if isinstance(unit, Pair) else unit.block
+        return self._run_one(stack, block, hidden_BTE, positions_BT, mask, slot)
 
     def write_kv(
         self,
@@ -181,10 +196,14 @@ class BlockRunner:
         hidden_BTE: torch.Tensor,
         positions_BT: torch.Tensor,
         tokens: RealTokens | None = None,
+        refit: Fit | None = None,
     ) -> KV:
-        """Keys and values ``(B, H, T, D)`` of one block: bit for bit what attention writes."""
+        """Keys and values ``(B, H, T, D)`` of one block: bit for bit what attention writes.
+
+        With ``refit``, which was added before, they are what its projections write.
+        """
         slot = BlockKVSlot(tokens=tokens)
-        stack = self._stacks[Mode.KV_ONLY]
+        stack = self._stacks[Mode.KV_ONLY] if refit is None else self._healed[refit]
         stack.run(hidden_BTE, positions_BT, slot, {}, start=block, stop=block + 1)
         assert slot.written is not None, f"kv_only wrote nothing in block {block}"
         return slot.written

@@ -3,8 +3,10 @@
 A state is named by exactly what it depends on, and looked up before it is computed:
 
 - prefill's hidden state that enters block ``b``: the chunk and prefill's skips before ``b``; the
-  skips of a survivor also say that it is healed, and for which neighbour;
-- the KV of block ``b``: the same names, and the rule whose encoding it went through, if any;
+  skips of a survivor also say that it is healed, and for which neighbour, and those of a span's
+  last block that it has a bridge;
+- the KV of block ``b``: the same names, whether its projections were refit, and the rule whose
+  encoding it went through, if any;
 - decode's hidden state that enters block ``b``: decode's skips before ``b``, and prefill's skips
   before the last block under ``b`` where decode attended, with the transfer rules of the blocks
   where it did.
@@ -28,6 +30,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rayapp.kv.quantize import round_trip
+from rayapp.models.likelihood import slice_tokens
 from rayapp.plan import SEND_ALL, KVTransfer, Stage
 from rayapp.pruning.candidates.candidate import (
     ATTENTION,
@@ -38,7 +41,8 @@ from rayapp.pruning.candidates.candidate import (
     kv_rule,
     transfer_of,
 )
-from rayapp.pruning.candidates.healing import NO_HEALING, PARTS, HealedPair, Healing, Pair
+from rayapp.pruning.candidates.fits import Fit, FitKind
+from rayapp.pruning.candidates.healing import NO_HEALING, PARTS, HealedUnit, Healing, Pair
 from rayapp.pruning.evaluator.block_runner import KV, BlockKVSlot, BlockRunner, with_room
 from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.evaluator.handoff import Handoff, handoff
@@ -47,9 +51,6 @@ from rayapp.pruning.evaluator.objective import Reference, reference_of, token_va
 from rayapp.pruning.evaluator.state_cache import StateCache, Tensors
 from rayapp.pruning.settings.compute import CACHE_BYTES
 from rayapp.pruning.settings.objective import Objective
-
-SLICE_ELEMENTS = 1 << 23
-"""Number of logits that exist at one time: 32 MB in float32 (project default)."""
 
 LineSums = tuple[float, ...]
 _Key = tuple[object, ...]
@@ -63,6 +64,8 @@ class _Pass:
 
     ``rules`` are the transfer rules of all blocks; a block where decode does not attend has the
     rule that sends all.
+
+    ``fits`` are the linear maps of a healed candidate, by stage, kind and block.
     """
 
     chunk: int
@@ -70,12 +73,17 @@ class _Pass:
     prefill: tuple[int, ...]
     decode: tuple[int, ...]
     rules: tuple[KVRule, ...]
+    fits: Mapping[tuple[Stage, FitKind, int], Fit] = field(default_factory=dict)
     held: dict[_Key, Tensors] = field(default_factory=dict)
 
     @property
     def is_dense(self) -> bool:
         cut = any(rule[1:] != SEND_ALL_RULE for rule in self.rules)
         return not any(self.prefill) and not any(self.decode) and not cut
+
+    def refit(self, block: int) -> Fit | None:
+        """The projections that write the block's KV in prefill, if they were refit."""
+        return self.fits.get(("prefill", "kv", block))
 
 
 class Evaluator:
@@ -139,14 +147,29 @@ class Evaluator:
             for found in values
         ]
 
-    def add_healed(self, healed: HealedPair) -> None:
+    def add_healed(self, healed: HealedUnit) -> None:
         """Make a trained pair known to candidates that use it."""
         self.runner.add_healed(healed)
 
     @torch.inference_mode()
     def dense_state(self, stage: Stage, chunk: int, block: int) -> torch.Tensor:
         """The dense model's hidden states that enter ``block`` at a stage's positions, ``BTE``."""
-        run = self._pass(DENSE, chunk, {})
+        return self.state(DENSE, stage, chunk, block)
+
+    @torch.inference_mode()
+    def state(
+        self,
+        candidate: Candidate,
+        stage: Stage,
+        chunk: int,
+        block: int,
+        healing: Healing = NO_HEALING,
+    ) -> torch.Tensor:
+        """A candidate's hidden states that enter ``block`` at a stage's positions, ``(B, T, E)``.
+
+        Transfer rules are not applied; units of ``healing`` were added before.
+        """
+        run = self._pass(candidate, chunk, {}, healing)
         if stage == "prefill":
             return run.inputs.prefill_tokens.apart(self._prefill_state(run, block))[0]
         return run.inputs.decode_tokens.apart(self._decode_state(run, block))[0]
@@ -173,7 +196,7 @@ class Evaluator:
         See :func:`rayapp.models.attention.observed_attention`. Transfer rules are not applied.
         """
         run = self._pass(replace(candidate, kv=()), chunk, {}, healing)
-        skips, inputs = run.prefill if stage == "prefill" else run.decode, run.inputs
+        inputs = run.inputs
         if stage == "prefill":
             hidden_1NE, positions_1N = self._prefill_state(run, block), inputs.prefill_positions_1N
             mask = self.masks.prefill(chunk, block)
@@ -181,7 +204,7 @@ class Evaluator:
         else:
             hidden_1NE, positions_1N = self._decode_state(run, block), inputs.decode_positions_1N
             mask, slot = self.masks.decode(chunk, block), _slot(run, self._written_kv(run, block))
-        self._run(stage, block, skips[block], hidden_1NE, positions_1N, mask, slot)
+        self._run(run, stage, block, hidden_1NE, positions_1N, mask, slot)
 
     def inputs(self, chunk: int) -> Handoff:
         """Inputs of both stages on a chunk."""
@@ -206,7 +229,8 @@ class Evaluator:
             kv_rule(b, SEND_ALL if decode[b] & ATTENTION else wanted.get(b, SEND_ALL))
             for b in range(blocks)
         )
-        return _Pass(chunk, self.inputs(chunk), prefill, decode, rules)
+        fits = {(fit.stage, fit.kind, fit.block): fit for fit in healing.fits(candidate)}
+        return _Pass(chunk, self.inputs(chunk), prefill, decode, rules, fits)
 
     def _slices(self, chunk: int) -> Iterator[tuple[slice, Reference | None]]:
         """Scored tokens that meet the head together, so that the memory of logits is bounded.
@@ -215,7 +239,7 @@ class Evaluator:
         uncut KV, or None if the objective is no comparison.
         """
         num_tokens = int(self.inputs(chunk).valid_BC.sum())
-        step = max(1, SLICE_ELEMENTS // self.runner.vocab_size)
+        step = slice_tokens(self.runner.vocab_size)
         dense_NE = None
         for start in range(0, num_tokens, step):
             rows, key = slice(start, start + step), ("reference", chunk, start)
@@ -257,9 +281,7 @@ class Evaluator:
                 self._write_kv(run, current, hidden_1NE)
             mask = self.masks.prefill(run.chunk, current)
             slot = BlockKVSlot(tokens=inputs.prefill_tokens)
-            hidden_1NE = self._run(
-                "prefill", current, run.prefill[current], hidden_1NE, positions_1N, mask, slot
-            )
+            hidden_1NE = self._run(run, "prefill", current, hidden_1NE, positions_1N, mask, slot)
             if slot.written:
                 self._keep_kv(run, current, slot.written)
             self._keep(("prefill", run.chunk, run.prefill[: current + 1]), (hidden_1NE,), run)
@@ -297,7 +319,11 @@ class Evaluator:
             self.forwards += hidden_1NE.shape[1] / 2
             inputs = run.inputs
             written = self.runner.write_kv(
-                block, hidden_1NE, inputs.prefill_positions_1N, inputs.prefill_tokens
+                block,
+                hidden_1NE,
+                inputs.prefill_positions_1N,
+                inputs.prefill_tokens,
+                run.refit(block),
             )
             return self._keep_kv(run, block, written)
         return kv[0], kv[1]
@@ -335,28 +361,27 @@ class Evaluator:
             attends = not run.decode[block] & ATTENTION
             slot = _slot(run, self._kv(run, block)) if attends else BlockKVSlot()
             mask = self.masks.decode_bias(run.chunk, block, run.rules[block]) if attends else None
-            hidden_1NE = self._run(
-                "decode", block, run.decode[block], hidden_1NE, positions_1N, mask, slot
-            )
+            hidden_1NE = self._run(run, "decode", block, hidden_1NE, positions_1N, mask, slot)
             self._keep(_decode_key(run, block + 1), (hidden_1NE,), run)
         return hidden_1NE
 
     def _run(
         self,
+        run: _Pass,
         stage: Stage,
         block: int,
-        skipped: int,
         hidden_1NE: torch.Tensor,
         positions_1N: torch.Tensor,
         mask: torch.Tensor | None,
         slot: BlockKVSlot,
     ) -> torch.Tensor:
+        skipped = run.prefill[block] if stage == "prefill" else run.decode[block]
         self.blocks_run += 1
         parts_run = 2 - (skipped & PARTS).bit_count()
         self.forwards += hidden_1NE.shape[1] * parts_run / 2
         if skipped & ~PARTS:
-            pair = Pair.of_mark(stage, block, skipped)
-            return self.runner.run_healed(pair, hidden_1NE, positions_1N, mask, slot)
+            unit = run.fits.get((stage, "bridge", block)) or Pair.of_mark(stage, block, skipped)
+            return self.runner.run_healed(unit, hidden_1NE, positions_1N, mask, slot)
         return self.runner.run(block, skipped, hidden_1NE, positions_1N, mask, slot)
 
     def _find(self, key: _Key, run: _Pass) -> Tensors | None:
@@ -378,10 +403,11 @@ def _slot(run: _Pass, kv: KV) -> BlockKVSlot:
 
 
 def _kv_key(run: _Pass, block: int) -> _Key:
-    return ("kv", run.chunk, block, run.prefill[:block])
+    return ("kv", run.chunk, block, run.prefill[:block], run.refit(block))
 
 
 def _decode_key(run: _Pass, block: int) -> _Key:
     attended = [b for b in range(block) if not run.decode[b] & ATTENTION]
     prefill = run.prefill[: attended[-1]] if attended else ()
-    return ("decode", run.chunk, run.decode[:block], prefill, run.rules[:block])
+    refits = tuple(filter(None, map(run.refit, attended)))
+    return ("decode", run.chunk, run.decode[:block], prefill, refits, run.rules[:block])

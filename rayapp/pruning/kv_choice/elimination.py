@@ -12,6 +12,11 @@ after the manner of greedy selection under a knapsack constraint:
    best if effects added up (a knapsack, solved exactly), and some random ones; score those; move to
    the best set; repeat until nothing improves.
 
+Where the number of sets is bounded, because a model has many blocks or a large vocabulary, the
+gain of a block that alone is kept bounds the gains of its levels from above, so that most
+restorations are never measured; the last ones are taken by their guesses; and a round of polish
+that would not fit is not begun.
+
 The search knows scores and bytes, and nothing of models.
 """
 
@@ -29,6 +34,9 @@ MAX_ROUNDS = 6
 """Most rounds of polish (project default)."""
 MIN_GAIN = 0.01
 """Share by which a round of polish must improve the score, or it is the last (project default)."""
+NUM_HALVINGS = 10
+"""Sets that are kept to find where a guessed way reaches a score: enough for 1,000 steps (project
+default)."""
 KNAPSACK_UNITS = 300
 """Steps into which the largest change of one block is cut, to add up bytes (project default)."""
 
@@ -73,6 +81,7 @@ class Elimination:
         score: Scores sets; it should remember the scores of sets that come again.
         num_bytes: Gives the bytes of a set.
         generation_size: Number of sets that are scored at a time.
+        max_sets: Most sets that are scored; None is no bound.
         seed: Seed of the random pairs.
 
     Attributes:
@@ -87,8 +96,10 @@ class Elimination:
         num_bytes: Callable[[KVSet], int],
         *,
         generation_size: int = 8,
+        max_sets: int | None = None,
         seed: int = 0,
     ) -> None:
+        self._max_sets = max_sets
         self._levels, self._goal = levels, goal
         self._ask, self._bytes = score, num_bytes
         self._size = generation_size
@@ -100,7 +111,7 @@ class Elimination:
         """The best set that was scored; it misses the goal if no scored set meets it."""
         self._score([self._levels.smallest, self._levels.full], "start")
         self._step("start", self._levels.smallest)
-        self._restore(self._levels.smallest)
+        self._restore(self._levels.smallest, self._guesses())
         self._step("restored", self._best())
         self._polish()
         return self._best()
@@ -109,6 +120,27 @@ class Elimination:
         new = sorted({chosen for chosen in sets if chosen not in self._scores})
         if new:
             self._scores.update(zip(new, self._ask(new, phase), strict=True))
+
+    def _left(self) -> float:
+        """Number of sets that may still be scored; some are spared for the end of the way up."""
+        if self._max_sets is None:
+            return math.inf
+        spared = 1 if self._goal.max_score is None else NUM_HALVINGS
+        return self._max_sets - len(self._scores) - spared
+
+    def _guesses(self) -> dict[tuple[int, int], float]:
+        """Upper guesses of all rates from blocks that alone are kept; none without a bound."""
+        if self._max_sets is None:
+            return {}
+        current, full = self._levels.smallest, self._levels.full
+        alone = [moved(current, index, level) for index, level in enumerate(full)]
+        self._score(alone, "start")
+        return {
+            (index, level): max(0.0, self._scores[current] - self._scores[kept])
+            / max(1, self._bytes(moved(current, index, level)) - self._bytes(current))
+            for index, kept in enumerate(alone)
+            for level in range(1, full[index] + 1)
+        }
 
     def _step(self, phase: str, chosen: KVSet) -> None:
         self.steps.append(Step(phase, chosen, self._scores[chosen], self._bytes(chosen)))
@@ -127,13 +159,14 @@ class Elimination:
         most = self._goal.max_score
         return most is not None and self._scores[chosen] <= most
 
-    def _restore(self, current: KVSet) -> None:
+    def _restore(self, current: KVSet, rates: dict[tuple[int, int], float]) -> None:
         """Move upwards by the best rate until nothing fits; a move may do harm, the next may pay.
 
-        The best set on the way is the result, wherever the way ends.
+        The best set on the way is the result, wherever the way ends. If the number of sets is
+        bounded, its end may be guessed; then only those sets get a score that decide where it ends.
         """
-        rates: dict[tuple[int, int], float] = {}
-        while not self._is_enough(current):
+        guessed: list[KVSet] = []
+        while guessed or not self._is_enough(current):
             moves = {
                 (index, level): moved(current, index, level)
                 for index, levels in enumerate(self._levels.levels)
@@ -141,9 +174,22 @@ class Elimination:
             }
             fitting = {move: target for move, target in moves.items() if self._fits(target)}
             if not fitting:
-                return
+                break
             current = fitting[self._best_move(current, fitting, rates)]
-            self._step("restore", current)
+            if guessed or current not in self._scores:
+                guessed.append(current)
+            else:
+                self._step("restore", current)
+        self._end(guessed)
+
+    def _end(self, guessed: Sequence[KVSet]) -> None:
+        """Score the last of the guessed sets; for a score, halve them to the first that has it."""
+        begin, end = 0, len(guessed)
+        while begin < end:
+            middle = end - 1 if self._goal.max_score is None else (begin + end) // 2
+            self._score([guessed[middle]], "restore")
+            is_enough = self._is_enough(guessed[middle])
+            begin, end = (begin, middle) if is_enough else (middle + 1, end)
 
     def _best_move(
         self,
@@ -162,6 +208,8 @@ class Elimination:
             )
             if not waiting:
                 return min(fresh, key=lambda move: (-fresh[move], move))
+            if self._left() < self._size or current not in self._scores:
+                return min(moves, key=lambda move: (-rates.get(move, -math.inf), move))
             unknown = [move for rate, move in waiting if rate == -math.inf]
             measured = unknown or [move for _, move in waiting[: self._size]]
             self._score((moves[move] for move in measured), "restore")
@@ -176,7 +224,10 @@ class Elimination:
     def _polish(self) -> None:
         for _ in range(MAX_ROUNDS):
             current = self._best()
-            self._score(self._levels.moves(current), "neighbours")
+            neighbours = list(self._levels.moves(current))
+            if self._left() < len(neighbours) + 3 * self._size:
+                return
+            self._score(neighbours, "neighbours")
             self._score(self._proposals(current), "swaps")
             best = self._best()
             if best != current:

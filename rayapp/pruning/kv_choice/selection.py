@@ -12,13 +12,13 @@ from transformers import PreTrainedConfig
 
 from rayapp.data.seen import Seen
 from rayapp.errors import InputError, PlanError
-from rayapp.plan import HEALED_FILE, PLAN_FILE, KVTransfer, PruningPlan
+from rayapp.plan import HEALED_FILE, KEY_GROUP, PLAN_FILE, KVTransfer, PruningPlan
 from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.evaluator.objective import Score
-from rayapp.pruning.healing.trained_pairs import pairs_of_plan
+from rayapp.pruning.healing.healed_units import units_of_plan
 from rayapp.pruning.kv_choice.bytes import KVBytes
 from rayapp.pruning.kv_choice.cuts import every_cut, first_and_last
-from rayapp.pruning.kv_choice.elimination import Elimination, Goal, Step
+from rayapp.pruning.kv_choice.elimination import NUM_HALVINGS, Elimination, Goal, Step
 from rayapp.pruning.kv_choice.levels import KVLevels, KVSet, moved
 from rayapp.pruning.kv_choice.record import KV_FILE, KVRecord
 from rayapp.pruning.kv_choice.result import BlockChoice, KVSelection, plain_rules
@@ -91,9 +91,10 @@ class _Selection:
         self._base = Candidate.from_plan(self._bare)
         self._bytes, self._levels = self._choices(config)
         self._goal = self._checked_goal()
+        self._check_evaluations()
         self._storage = Storage(check_out(settings, plan))
         if plan.healed:
-            scorer.heal_as(pairs_of_plan(plan))
+            scorer.heal_as(units_of_plan(plan))
         self._record = KVRecord(self._storage, self._subject())
 
     def run(self) -> KVSelection:
@@ -106,7 +107,7 @@ class _Selection:
             self._base,
             cut,
             scorer.healing,
-            pairs=scorer.pairs(self._base),
+            units=scorer.units(self._base),
         )
         self._record.write(
             settings=self._settings.identity(self._score_settings),
@@ -176,6 +177,7 @@ class _Selection:
             "weights": self._plan.model and self._plan.model.weights_fingerprint,
             "calibration": self._scorer.calibration.fingerprint,
             "score_by": self._score_settings.score_by,
+            "key_group": KEY_GROUP,
             **unusual_scores(self._score_settings),
         }
 
@@ -244,9 +246,26 @@ class _Selection:
             self._score,
             self._sent,
             generation_size=self._settings.generation_size,
+            max_sets=self._max_sets(),
             seed=self._settings.seed,
         )
         return search.run(), search.steps
+
+    def _max_sets(self) -> int | None:
+        """Sets that elimination may score; a block that alone is cut only informs the report."""
+        wanted, singles = self._settings.evaluations, len(set(self._singles()))
+        if wanted is None:
+            return None
+        return wanted - singles + len(self._levels.blocks) + 2
+
+    def _check_evaluations(self) -> None:
+        wanted, least = self._settings.evaluations, len(self._singles()) + NUM_HALVINGS
+        if wanted is not None and wanted < least:
+            raise InputError(
+                f"--evaluations {wanted} is too few: {least - NUM_HALVINGS} sets cut or keep a "
+                f"single one of {len(self._levels.blocks)} blocks, and the choice needs "
+                f"{NUM_HALVINGS} more; give at least {least}"
+            )
 
     def _by_mass(self, masses: Sequence[BlockMass]) -> tuple[KVSet, list[Step]]:
         """PDTrim's rule: every block whose mass reaches the threshold is cut, the others are not.

@@ -79,6 +79,12 @@ class KVSelectSettings(Settings):
         ge=1,
         description="Number of sets that are scored at a time, however many evaluators share them.",
     )
+    evaluations: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most sets that elimination scores, those with one block cut or kept included; "
+        "without it, until nothing improves.",
+    )
     seed: int = Field(default=0, description="Seed of the sets that are drawn at random.")
 
     @field_validator("first", mode="before")
@@ -102,13 +108,16 @@ class KVSelectSettings(Settings):
             )
         if self.method == "mass" and (given > 1 or self.max_kl is not None):
             raise ValueError("mass takes either --threshold or --target-reduction, not both")
+        if self.method == "mass" and self.evaluations is not None:
+            raise ValueError("mass scores one set; drop --evaluations, or use elimination")
         if not all(self.first or last for last in self.last):
             raise ValueError("a cut keeps something: make first or every last at least 1")
         return self
 
     def identity(self, score: ScoreSettings) -> dict[str, Any]:
         """All settings that change the choice, without paths; records call ``last`` ``recent``."""
-        own = self.model_dump(mode="json", exclude={"plan", "out", "last"})
+        unused = {"evaluations"} if self.evaluations is None else set()
+        own = self.model_dump(mode="json", exclude={"plan", "out", "last"} | unused)
         lines = {"score_by": score.score_by, "chunk_tokens": score.chunk_tokens}
         return {**own, "recent": list(self.last), **lines, **unusual_scores(score)}
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, field_validator
 
-from rayapp.plan import KVTransfer, PruningPlan, Stage, VisualTokens
+from rayapp.plan import KVTransfer, PruningPlan, Stage, VisualTokens, encoding_identity
 from rayapp.pruning.settings.objective import Objective, ObjectiveKind, ScoreBy
 from rayapp.settings import DTypeName, ModelName, Revision, Settings
 
@@ -85,7 +85,8 @@ class ScoreSettings(Settings):
         Settings that are newer and unused are left out, so that older journals can be resumed.
         """
         unused = {name for name in ("revision", "visual_tokens") if getattr(self, name) is None}
-        return self.model_dump(mode="json", exclude={"model", "calibration"} | unused)
+        settings = self.model_dump(mode="json", exclude={"model", "calibration"} | unused)
+        return settings | encoding_identity(self.kv_transfer)
 
     def scoring(self) -> Objective:
         """The objective of these settings, which candidates are compared by."""

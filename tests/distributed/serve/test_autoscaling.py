@@ -10,26 +10,10 @@ import pytest
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 
-QUICK = {
-    "queued_tokens_per_replica": 300,
-    "upscale_delay_s": 0.5,
-    "downscale_delay_s": 3.0,
-    "look_back_s": 2.0,
-    "interval_s": 0.5,
-}
 
-
-@pytest.fixture(scope="module")
-def service(deploy, save_tiny, tmp_path_factory):
-    path = save_tiny(tmp_path_factory.mktemp("scaling"), "llama", num_hidden_layers=24)
-    with deploy(
-        model=str(path),
-        max_num_seqs=2,
-        prefill={"replicas": "1:2", "labels": {"role": "prefill"}},
-        decode={"replicas": "1:2", "labels": {"role": "decode"}},
-        scaling=QUICK,
-    ) as deployed:
-        yield deployed
+@pytest.fixture
+def service(elastic):
+    return elastic
 
 
 class Load:

@@ -58,17 +58,15 @@ def test_a_cut_plan_is_compared_along_the_dense_answer(tiny_model):
     )
 
 
-def test_bins_double():
+def test_bins_grow_fourfold():
     rollouts = [Rollout((1,) * 9, (1,) * 9, tuple(map(float, range(9))), (True,) * 8 + (False,))]
     assert [(b.first, b.last) for b in position_bins(rollouts)] == [
         (0, 0),
-        (1, 1),
-        (2, 3),
-        (4, 7),
-        (8, 8),
+        (1, 3),
+        (4, 8),
     ]
-    assert position_bins(rollouts)[3].kl == (4 + 5 + 6 + 7) / 4
-    assert position_bins(rollouts)[-1].agreement == 0.0
+    assert position_bins(rollouts)[1].kl == (1 + 2 + 3) / 3
+    assert position_bins(rollouts)[-1].agreement == 0.8
 
 
 def test_a_single_token_has_a_bin():

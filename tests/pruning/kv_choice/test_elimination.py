@@ -14,7 +14,7 @@ from rayapp.pruning.evaluator.calibration import cut
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.kv_choice.bytes import KVBytes
 from rayapp.pruning.kv_choice.cuts import first_and_last
-from rayapp.pruning.kv_choice.elimination import Elimination, Goal
+from rayapp.pruning.kv_choice.elimination import NUM_HALVINGS, Elimination, Goal
 from rayapp.pruning.kv_choice.levels import KVLevels, KVSet
 from rayapp.pruning.scorer import LocalCompute, Scorer
 from rayapp.pruning.settings.objective import Objective
@@ -91,6 +91,28 @@ def test_found_sets_are_near_the_best_of_all(kind, interaction):
         assert search.steps[-1].chosen == found
     assert met >= (36 if interaction else 40)
     assert asked / 40 < len(ALL_SETS) / 10
+
+
+@pytest.mark.parametrize("kind", ["bytes", "score"])
+@pytest.mark.parametrize("max_sets", [7 + NUM_HALVINGS, 30, 90])
+def test_a_bound_on_sets_is_kept_and_the_goal_is_met(kind, max_sets):
+    """A bounded search meets its goal on every landscape, and more sets are never a worse choice
+    on average.
+    """
+    values = []
+    for seed in range(20):
+        landscape, sizes = Landscape(seed, 0.3), sorted(map(num_bytes, ALL_SETS))
+        middle = sorted(map(landscape.value, ALL_SETS))[len(ALL_SETS) // 4]
+        goal = Goal(max_bytes=sizes[len(sizes) // 2]) if kind == "bytes" else Goal(max_score=middle)
+        levels = some_levels()
+        search = Elimination(levels, goal, landscape.score, num_bytes, max_sets=max_sets)
+        found = search.run()
+        missed, value, _ = goal.key(landscape.value(found), num_bytes(found))
+        assert len(landscape.asked) <= max_sets
+        assert missed == 0
+        best = optimum(landscape, goal)
+        values.append(value / goal.key(landscape.value(best), num_bytes(best))[1])
+    assert sum(values) / len(values) < {17: 1.25, 30: 1.12, 90: 1.01}[max_sets]
 
 
 def test_the_same_seed_asks_for_the_same_sets():

@@ -16,7 +16,7 @@ from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.candidates.healing import Healing, Pair
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.evaluator.objective import combine
-from rayapp.pruning.healing.trained_pairs import HealedPairs, pairs_of_plan
+from rayapp.pruning.healing.healed_units import HealedUnits, units_of_plan
 from rayapp.pruning.preparation import heal_context, open_evaluator, open_healer, prepare
 from rayapp.pruning.progress import SearchProgress
 from rayapp.pruning.scorer import LocalCompute, Scorer
@@ -39,7 +39,7 @@ def settings(tmp_path_factory, save_tiny, write_calibration) -> Told:
         out=str(directory / "undisturbed"),
         prefill_remove=1,
         decode_remove=2,
-        evaluations=20,
+        evaluations=12,
         generation_size=4,
     )
 
@@ -54,7 +54,7 @@ class Counting(LocalCompute):
         for healed in super().heal(pairs):
             if self.limit is not None and len(self.trained) >= self.limit:
                 raise KeyboardInterrupt
-            self.trained.append(healed.pair)
+            self.trained.append(healed.unit)
             yield healed
 
 
@@ -66,7 +66,7 @@ def search(settings, limit=None, on_progress=None) -> tuple[SearchResult, Counti
     compute = Counting(evaluator, healer)
     compute.trained, compute.limit = [], limit
     context = heal_context(score, training, prepared)
-    healed = HealedPairs(Storage(settings.out), context, compute)
+    healed = HealedUnits(Storage(settings.out), context, compute)
     scorer = Scorer(prepared.calibration, score.scoring(), compute, weights="w", healed=healed)
     found = run_search(score, settings.search, scorer, prepared.signature, on_progress=on_progress)
     return found, compute
@@ -105,13 +105,13 @@ def test_what_is_written(settings, undisturbed, moments):
     assert all(
         0 < r["relative_mse_after"] <= r["relative_mse_before"] for r in plan.provenance["healed"]
     )
-    assert [healed.pair for healed in sorted(pairs_of_plan(plan), key=lambda h: h.pair)] == [*pairs]
+    assert [healed.unit for healed in sorted(units_of_plan(plan), key=lambda h: h.unit)] == [*pairs]
     rows = pq.read_table(out / "trials.parquet").to_pylist()
     rows = [r for r in rows if r["prefill_removed"] == 1 and r["decode_removed"] == 2]
     best = min(rows, key=lambda r: r["score"])
     assert best["healed"] == [str(pair) for pair in pairs]
     assert len(compute.trained) == len({*compute.trained}) == len(list((out / "healed").iterdir()))
-    assert any(m.pairs and m.pairs[0] and "pairs done" in m.line() for m in moments)
+    assert any(m.units and m.units[0] and "healing (" in m.line() for m in moments)
 
 
 def test_evaluation_scores_the_written_plan_as_the_search_did(settings, undisturbed):
@@ -127,13 +127,38 @@ def test_evaluation_scores_the_written_plan_as_the_search_did(settings, undistur
     bare = TwoStages(model, plan.with_healed(None))
     assert {i: found.kl for i, found in likelihoods(dense, bare, lines)} != sums
     evaluator = Evaluator(model, prepared.calibration, settings.score.scoring())
-    fixed = pairs_of_plan(plan)
+    fixed = units_of_plan(plan)
     for healed in fixed:
         evaluator.add_healed(healed)
-    healing = Healing(fixed=tuple(healed.pair for healed in fixed))
+    healing = Healing(fixed=tuple(healed.unit for healed in fixed))
     found = evaluator.line_sums([Candidate.from_plan(plan)], 0, healing)[0]
     chunk_lines = prepared.calibration.chunks[0].lines
     assert found == pytest.approx([sums[line] for line in chunk_lines], rel=1e-4, abs=1e-6)
+
+
+def test_maps_are_searched_with_written_and_served(settings, tmp_path):
+    changes = {"heal": "linear", "prefill_remove": 2, "decode_remove": 1, "evaluations": 6}
+    result, compute = search(elsewhere(settings, tmp_path, **changes))
+    plan = PruningPlan.load(tmp_path)
+    candidate = Candidate.from_plan(plan)
+    units = Healing(5, linear=True).units(candidate)
+    assert [healed.unit for healed in sorted(units_of_plan(plan), key=lambda h: h.unit)] == sorted(
+        units
+    )
+    bare = PruningPlan.model_validate({**dict(plan), "provenance": {}})
+    unrecorded = units_of_plan(bare.with_healed(plan.healed, plan.directory))
+    assert {healed.unit for healed in unrecorded} == {*units}
+    model = load_model(settings.score.model).model
+    lines = prepare(*settings).calibration.lines
+    dense, served = TwoStages(model, PruningPlan()), TwoStages(model, plan)
+    sums = {index: found.kl for index, found in likelihoods(dense, served, lines)}
+    calibration = prepare(*settings).calibration
+    score = combine(settings.score.scoring(), calibration, sums, name="plan").value
+    assert score == pytest.approx(result.score.value, rel=1e-5)
+    again, solved = search(elsewhere(settings, tmp_path, resume=True, **changes))
+    assert same(again) == same(result)
+    assert compute.trained
+    assert not solved.trained
 
 
 @pytest.mark.parametrize("limit", [0, 3])
