@@ -44,7 +44,7 @@ def parser() -> ArgumentParser:
     options.add_argument("--maps", type=int, default=3, help="calibration sets of the block map")
     options.add_argument("--calibration-per-task", type=int, default=32)
     options.add_argument("--evaluations", type=int, help="of every search at most")
-    options.add_argument("--heal", default="pair", help="how healed rows are healed")
+    options.add_argument("--heal", default="linear", help="how healed rows are healed")
     options.add_argument("--limit", type=int, help="examples of a task; windows of a text")
     options.add_argument("--text-tokens", type=int, help="tokens of a text")
     options.add_argument("--window", type=int, default=2048, help="tokens of a window")
