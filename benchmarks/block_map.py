@@ -15,7 +15,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from recorder.options import add_dtype, add_model, add_seed, benchmark_parser, model_name
-from recorder.origin import threads
+from recorder.origin import threads, type_words
 from recorder.page import Block
 from recorder.record import Record
 from recorder.run import Recorder, run
@@ -75,9 +75,9 @@ def report(record: Record) -> list[Block]:
     lines = " to ".join(map(str, sorted({counts[0], counts[-1]})))
     caption = (
         f"{asked['caption'] or asked['model']}: KL to the dense model in nats per continuation "
-        f"token, mean and range over {len(maps)} calibration sets of {lines} lines (WikiText, PIQA "
-        f"and instructions, train splits), {asked['dtype']}, {threads(asked['threads'])}. A block "
-        "that prefill misses still writes its KV."
+        f"token, mean and range over calibration sets ({len(maps)}, of {lines} lines of WikiText, PIQA "
+        f"and instructions, train splits), {type_words(asked['dtype'])}, "
+        f"{threads(asked['threads'])}. A block that prefill misses still writes its KV."
     )
     rows = [
         (

@@ -16,7 +16,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from recorder.options import add_dtype, add_model, add_seed, benchmark_parser, model_name
-from recorder.origin import threads
+from recorder.origin import threads, type_words
 from recorder.page import Block
 from recorder.record import Record
 from recorder.run import Recorder, run
@@ -26,7 +26,7 @@ from rayapp.evaluation.paper.marks import quality_speed
 from rayapp.evaluation.paper.numbers import ANSWER, MARGIN, PERPLEXITY, TPOT, TTFT
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.progress import shown_progress
-from rayapp.plan import PLAN_FILE
+from rayapp.plan import PLAN_FILE, PruningPlan
 from rayapp.pruning.progress import ProgressReport
 from rayapp.workflows.paper_plans import ROWS_DIRECTORY
 from rayapp.workflows.reproduce import SUBJECT_FILE, Watch, count_work, reproduce
@@ -44,7 +44,7 @@ def parser() -> ArgumentParser:
     options.add_argument("--maps", type=int, default=3, help="calibration sets of the block map")
     options.add_argument("--calibration-per-task", type=int, default=32)
     options.add_argument("--evaluations", type=int, help="of every search at most")
-    options.add_argument("--heal", default="pair", help="how healed rows are healed")
+    options.add_argument("--heal", default="linear", help="how healed rows are healed")
     options.add_argument("--limit", type=int, help="examples of a task; windows of a text")
     options.add_argument("--text-tokens", type=int, help="tokens of a text")
     options.add_argument("--window", type=int, default=2048, help="tokens of a window")
@@ -96,7 +96,8 @@ def measure(recorder: Recorder) -> None:
     arguments.plans.mkdir(parents=True, exist_ok=True)
     for row in paper.rows[1:]:
         kept = out / ROWS_DIRECTORY / row.name / PLAN_FILE
-        if kept.is_file():
+        # A healed plan cannot be used without its tensors, which are too large to keep here.
+        if kept.is_file() and not PruningPlan.load(kept).healed:
             shutil.copyfile(kept, arguments.plans / f"{recorder.stem}-{row.name}.json")
     told = paper.record()
     recorder.write(**{name: told[name] for name in ("rows", "left_out", "notes", "caveats")})
@@ -106,7 +107,7 @@ def report(record: Record) -> list[Block]:
     asked, rows = record["configuration"], record["rows"]
     picture = quality_speed(rows)
     caption = (
-        f"{asked['caption'] or asked['model']}, {asked['dtype']}, {threads(asked['threads'])}; "
+        f"{asked['caption'] or asked['model']}, {type_words(asked['dtype'])}, {threads(asked['threads'])}; "
         f"time to the first token of {asked['prompt_tokens']:,} tokens, batch 1, median of "
         f"{asked['runs']} interleaved runs; calibrated on {asked['calibration_per_task']} lines of "
         "every task. A mark's label says how many blocks prefill (p) and decode (d) miss; up is "

@@ -81,6 +81,11 @@ def measured_on(origin: Mapping[str, Any]) -> str:
     return f"{of}Measured on {', '.join(words)}."
 
 
+def type_words(dtype: str) -> str:
+    """The element type in words."""
+    return "in the checkpoint's own type" if dtype == "auto" else dtype
+
+
 def threads(count: int) -> str:
     """The number of threads in words."""
     return "one thread" if count == 1 else f"{count} threads"

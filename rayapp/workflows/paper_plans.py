@@ -13,6 +13,7 @@ from rayapp.evaluation.paper.presets import cheapest_blocks
 from rayapp.evaluation.paper.rows import (
     DENSE,
     Row,
+    fit_settings,
     left_out,
     row_sizes,
     score_settings,
@@ -26,6 +27,7 @@ from rayapp.pruning.progress import ProgressCallback
 from rayapp.pruning.search.journal import JOURNAL_FILE
 from rayapp.pruning.search.sensitivity import Sensitivity
 from rayapp.pruning.settings.search import SearchSettings
+from rayapp.workflows.heal import heal_plan
 from rayapp.workflows.kv_select import kv_select
 from rayapp.workflows.prune import prune
 
@@ -146,6 +148,8 @@ class PaperPlans:
         if row.search is not None:
             return self._searched(row), None
         assert base is not None, "all other rows rest on one"
+        if row.fitted:
+            return self._fitted(row, plans[base][0]), None
         if row.name == "unified":
             return self._kept(row, plans[base][0]), base
         return self._kv_selected(row, base), None
@@ -168,6 +172,14 @@ class PaperPlans:
             with self._watch() as report:
                 score, compute = score_settings(row, self._settings), self._settings.compute()
                 prune(score, compute, wanted, on_progress=report)
+        return PruningPlan.load(path)
+
+    def _fitted(self, row: Row, plan: PruningPlan) -> PruningPlan:
+        path = self.path(row)
+        if not (path / PLAN_FILE).is_file():
+            logger.info("%s: solving its maps", row.title)
+            score, compute = score_settings(row, self._settings), self._settings.compute()
+            heal_plan(score, compute, fit_settings(row, self._settings, path), plan)
         return PruningPlan.load(path)
 
     def _kv_selected(self, row: Row, base: str) -> PruningPlan:

@@ -18,7 +18,7 @@ def test_the_map_has_every_block_of_both_stages(run_script, save_tiny, published
     singles = [one["singles"] for one in record["maps"]]
     page = (out / f"block_map-{model.name}.md").read_text()
     assert "Tiny, by chance: KL" in page
-    assert "over 2 calibration sets of 6 lines" in page
+    assert "over calibration sets (2, of 6 lines of WikiText" in page
     for block in range(5):
         mean = sum(each["prefill"][block] for each in singles) / 2
         [row] = [line for line in page.split("\n") if line.startswith(f"| {block} |")]

@@ -42,14 +42,21 @@ def values(tmp_path_factory, save_tiny, published_sets):
 
 def test_a_paper_is_counted_made_and_gone_on_with(values, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    wanted = {**values, "out": str(out), "rows": "pop-p2-d0,singles-p1-d0"}
+    rows = "pop-p2-d0,singles-p1-d0,pop_healed-p2-d0"
+    wanted = {**values, "out": str(out), "rows": rows, "heal": "linear"}
     settings = ReproduceSettings.checked(**wanted)
     before = count_work(settings, WATCH)
-    assert [job.state for job in before.jobs] == 3 * ["2 to measure"]
+    assert [job.state for job in before.jobs] == 4 * ["2 to measure"]
     assert before.rate > 0
-    assert f"3 of 3 rows left, {before.tokens:,} tokens at most" in before.table().markdown()
+    assert f"4 of 4 rows left, {before.tokens:,} tokens at most" in before.table().markdown()
     paper = reproduce(settings, WATCH)
-    assert [row.name for row in paper.rows] == ["dense", "pop-p2-d0", "singles-p1-d0"]
+    names = ["dense", "pop-p2-d0", "singles-p1-d0", "pop_healed-p2-d0"]
+    assert [row.name for row in paper.rows] == names
+    pop, healed = (PruningPlan.load(out / "rows" / name) for name in (names[1], names[3]))
+    assert (pop.prefill, pop.first_token) == (healed.prefill, healed.first_token)
+    assert pop.healed is None
+    assert healed.healed
+    assert paper.rows[3].search.evaluations == 1
     maps = [out / "maps" / f"set-{n}" / SENSITIVITY_FILE for n in (0, 1)]
     singles = [Sensitivity.parse(file.read_bytes()).singles.prefill for file in maps]
     summed = [sum(costs) for costs in zip(*singles, strict=True)]
@@ -65,8 +72,8 @@ def test_a_paper_is_counted_made_and_gone_on_with(values, tmp_path, monkeypatch)
     again = settings.model_copy(update={"resume": True})
     assert reproduce(again, WATCH).numbers == paper.numbers
     after = count_work(again, WATCH)
-    assert [job.state for job in after.jobs] == 3 * ["done"]
-    assert after.sentence() == "0 of 3 rows left, 0 tokens at most"
+    assert [job.state for job in after.jobs] == 4 * ["done"]
+    assert after.sentence() == "0 of 4 rows left, 0 tokens at most"
 
 
 def test_a_plan_that_exists_is_a_row(values, tmp_path, monkeypatch):
@@ -98,6 +105,12 @@ def test_bad_input_is_named(values, tmp_path, update, error, message):
     changed["data"] = [pair.format(sets=sets) for pair in changed["data"]]
     with pytest.raises(error, match=message):
         reproduce(ReproduceSettings.checked(**changed), WATCH)
+
+
+def test_plans_are_healed_by_linear_maps_alone(values, tmp_path):
+    wanted = {**values, "out": str(tmp_path / "out"), "rows": "pop-p2-d0,pop_healed-p2-d0"}
+    paper = reproduce(ReproduceSettings.checked(**wanted, heal="pair"), WATCH)
+    assert "--heal linear" in paper.left_out["pop_healed-p2-d0"]
 
 
 def test_rows_of_the_map_need_one(values, tmp_path):

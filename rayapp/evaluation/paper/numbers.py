@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Literal
 
 from rayapp.data.published_sets import IN_DOMAIN
-from rayapp.evaluation.bootstrap import Bound, Resampled, resampled_means, upper_bound
-from rayapp.evaluation.paper.outcome import NUM_RESAMPLES, DataOutcome, Metric, RowOutcome
+from rayapp.evaluation.bootstrap import Bound, Interval, upper_bound
+from rayapp.evaluation.measures.margins import Answers, quality_of
+from rayapp.evaluation.paper.outcome import NUM_RESAMPLES, DataOutcome, RowOutcome
 from rayapp.evaluation.result import MEAN, LatencyResult
+from rayapp.evaluation.settings import EvaluationSettings
 
 ACCURACY, MARGIN, PERPLEXITY = "accuracy", "margin kept", "perplexity"
 ANSWER, TTFT, TPOT = "answer ms", "TTFT ms", "TPOT ms"
 WITH_TRANSFER = "answer ms with transfer"
 BYTES = "bytes per request"
 ALL_DATA = "all data"
+_ANSWERED: dict[str, Literal["acc", "acc_norm", "answer"]] = {
+    "acc": "acc",
+    "acc_norm": "acc_norm",
+    "answer": "answer",
+}
+"""Metrics that margins are taken of; an exact match needs the end marker too."""
 
 
 @dataclass(frozen=True)
@@ -100,43 +107,29 @@ def _mean(row: RowOutcome, seed: int) -> list[Number]:
 def margins(row: RowOutcome, *, seed: int) -> list[Number]:
     """The share of the dense model's margin above chance that a plan keeps, in per cent.
 
-    A data set is admitted if the dense model's two-sided 95 % interval lies above chance and above
-    the commonest answer; of ``acc`` and ``acc_norm`` that one counts in which dense is better. The
-    mean is over the admitted sets of no calibration domain, which count alike.
+    Data sets are admitted, and their mean is taken, by :mod:`rayapp.evaluation.measures.margins`.
+    Of ``acc`` and ``acc_norm`` that one counts in which dense is better.
     """
-    kept: dict[str, Resampled] = {}
-    for name, data in row.data.items():
-        accuracies = [metric for metric in data.metrics if metric.is_accuracy]
-        if accuracies:
-            best = max(accuracies, key=lambda metric: metric.dense_value)
-            margin = _kept(best, data.chance, data.majority, seed)
-            if margin is not None:
-                kept[name] = margin
-    numbers = [_margin(name, margin) for name, margin in kept.items()]
-    heading = [kept[name] for name in _heading(row) if name in kept]
-    return [*numbers, _margin(MEAN, Resampled.mean_of(heading))] if heading else numbers
+    answers = {name: _answers(data) for name, data in row.data.items() if data.chance}
+    seen = {name: "calibration domain" for name in answers if name.endswith(IN_DOMAIN)}
+    settings = EvaluationSettings(seed=seed, num_resamples=NUM_RESAMPLES)
+    quality = quality_of(answers, {}, seen, settings)
+    rows = [(each.task, each.margin_kept) for each in quality.margins]
+    return [_margin(name, kept) for name, kept in [*rows, (MEAN, quality.macro)] if kept]
 
 
-def _kept(metric: Metric, chance: float, majority: float, seed: int) -> Resampled | None:
-    means_K, drawn_KR = resampled_means(
-        [metric.dense, metric.plan], seed=seed, num_resamples=NUM_RESAMPLES
-    )
-    num = len(metric.dense)
-    dense = Resampled(float(means_K[0]), drawn_KR[0], num).interval()
-    if dense.lower <= max(chance, majority):
-        return None
-    # A resample without any margin keeps none of it.
-    margin_R = drawn_KR[0] - chance
-    kept_R = np.where(margin_R > 0, drawn_KR[1] - chance, 0.0) / np.where(margin_R > 0, margin_R, 1)
-    kept = (means_K[1] - chance) / (means_K[0] - chance)
-    return Resampled(float(100 * kept), 100 * kept_R, num)
+def _answers(data: DataOutcome) -> Answers:
+    """The answers of a data set, by the metric that dense does best in."""
+    kinds = [metric for metric in data.metrics if metric.name in _ANSWERED]
+    best = max(kinds, key=lambda metric: metric.dense_value)
+    dense, plan = ([bool(value) for value in side] for side in (best.dense, best.plan))
+    assert data.decode_share is not None, "outcomes with right answers have one"
+    return Answers(_ANSWERED[best.name], dense, plan, data.chance, data.keys, data.decode_share)
 
 
-def _margin(name: str, kept: Resampled) -> Number:
-    at_least = kept.interval().at_least
-    return Number(
-        name, MARGIN, kept.num_examples, 100.0, kept.mean, 100 - kept.mean, 100 - at_least
-    )
+def _margin(name: str, kept: Interval) -> Number:
+    mean, at_least = 100 * kept.mean, 100 * kept.at_least
+    return Number(name, MARGIN, kept.num_examples, 100.0, mean, 100 - mean, 100 - at_least)
 
 
 def _times(timing: LatencyResult) -> list[Number]:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
 from rayapp.errors import InputError
 from rayapp.evaluation.bootstrap import Bound, upper_bound
 from rayapp.evaluation.data import EvaluationData, Kind
-from rayapp.evaluation.measures.choices import AnsweredQuestions, Question
+from rayapp.evaluation.measures.choices import AnsweredQuestions
 from rayapp.evaluation.measures.completions import JudgedCompletions
+from rayapp.evaluation.measures.margins import Answers
 from rayapp.evaluation.measures.perplexity import ScoredWindows
 from rayapp.evaluation.measures.prompt_bytes import PromptBytes
 from rayapp.evaluation.pieces.measurer import Measurer
 from rayapp.evaluation.result import LatencyResult
 from rayapp.settings import Strict
 
-MetricName = Literal["acc", "acc_norm", "exact match", "perplexity"]
+MetricName = Literal["acc", "acc_norm", "exact match", "answer", "perplexity"]
 ROW_FILE = "row.json"
 NUM_RESAMPLES = 2_000
 """Number of resamples of every interval in the tables, which are written anew after every row."""
@@ -74,8 +74,10 @@ class Metric(Strict):
 class DataOutcome(Strict):
     """The outcome of a plan on one data set; ``sha256`` is the file's.
 
-    ``num_prompts`` is the number of prompts whose bytes are summed. Of multiple choice, ``chance``
-    is the accuracy of guessing, and ``majority`` that of the commonest answer, both in per cent.
+    ``num_prompts`` is the number of prompts whose bytes are summed. Of examples with right answers,
+    ``chance`` is the probability of guessing right, and ``keys`` are the right answers as numbers,
+    by what an answer without looking at the question would be. ``decode_share`` is the share of the
+    scored tokens that decode computed.
     """
 
     sha256: str
@@ -86,8 +88,9 @@ class DataOutcome(Strict):
     bytes_full: int
     bytes_sent: int
     num_left_out: int = 0
-    chance: float = 0.0
-    majority: float = 0.0
+    chance: tuple[float, ...] = ()
+    keys: tuple[tuple[int, ...], ...] = ()
+    decode_share: float | None = None
 
     @property
     def primary(self) -> Metric:
@@ -176,20 +179,39 @@ def measure_data(measurer: Measurer, name: str, data: EvaluationData) -> DataOut
         bytes_full=sent.bytes_full,
         bytes_sent=sent.bytes_sent,
         num_left_out=sum(windows.num_left_out for windows in data.texts.values()),
-        **_bars([question for task in data.choices.values() for question in task]),
+        **_guesses(groups),
     )
 
 
-def _bars(questions: Sequence[Question]) -> dict[str, float]:
-    """The accuracies that a model must clear to be able to do the questions, in per cent."""
-    if not questions:
+def _guesses(
+    groups: Sequence[JudgedCompletions | AnsweredQuestions | ScoredWindows],
+) -> dict[str, Any]:
+    """Chances, keys and shares of all tasks together; none of texts, which have no answers."""
+    answers = [
+        Answers.of_choices(group, "acc")
+        if isinstance(group, AnsweredQuestions)
+        else Answers.of_completions(group)
+        for group in groups
+        if not isinstance(group, ScoredWindows)
+    ]
+    if not answers:
         return {}
-    chance = math.fsum(1 / len(question.choices) for question in questions)
-    (_, most), *_ = Counter(question.answer for question in questions).most_common(1)
+    counts = [len(each.dense) for each in answers]
+    shares = [each.decode_share * count for each, count in zip(answers, counts, strict=True)]
     return {
-        "chance": 100 * chance / len(questions),
-        "majority": 100 * most / len(questions),
+        "chance": tuple(chance for each in answers for chance in each.chance),
+        "keys": tuple(
+            _numbered([key for keys in kinds for key in keys])
+            for kinds in zip(*(each.keys for each in answers), strict=True)
+        ),
+        "decode_share": math.fsum(shares) / sum(counts),
     }
+
+
+def _numbered(keys: Sequence[Hashable]) -> tuple[int, ...]:
+    """Keys as numbers, in the order in which they first come."""
+    numbers: dict[Hashable, int] = {}
+    return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
 
 
 def kind_of_data(data: EvaluationData) -> Kind:
@@ -205,8 +227,11 @@ def _label(name: str, task: str) -> str:
 
 def _metrics(group: JudgedCompletions | AnsweredQuestions | ScoredWindows) -> list[Metric]:
     if isinstance(group, JudgedCompletions):
-        matches = ([a.is_match for a in side] for side in (group.dense, group.plan))
-        return [_accuracy("exact match", *matches)]
+        sides = (group.dense, group.plan)
+        return [
+            _accuracy("exact match", *([a.is_match for a in side] for side in sides)),
+            _accuracy("answer", *([a.begins for a in side] for side in sides)),
+        ]
     if isinstance(group, AnsweredQuestions):
         kinds: tuple[tuple[MetricName, bool], ...] = (("acc", False), ("acc_norm", True))
         return [

@@ -58,6 +58,7 @@ PEERS_PREFILL, PEERS_DECODE, PEERS_PAIRS = (4, 8, 12), (2, 4), ((8, 2),)
 """Sizes at which peers are searched too; a subset of ours."""
 Size = tuple[int, int]
 """Blocks that prefill and decode remove."""
+_POP = "arXiv:2602.03295"
 _PEERS = (
     ("similarity", "ShortGPT", "arXiv:2403.03853"),
     ("greedy", "SLEB", "arXiv:2402.09025"),
@@ -88,16 +89,38 @@ def _paper(num_blocks: int) -> Iterator[Row]:
 
 
 def _without_search(sizes: list[Size]) -> Iterator[Row]:
-    """POP's rule, and the blocks that cost least alone."""
+    """POP's rule, and the blocks that cost least alone; unhealed, and healed in closed form."""
     of_prefill = [size for size in sizes if not size[1]]
+    rows = []
     for size in of_prefill:
         made = partial(last_blocks, *size)
-        yield _sized("pop", "POP's rule", "arXiv:2602.03295", size, None, "decode", made=made)
-    for size in sizes:
-        yield _sized("singles", "cheapest blocks alone", "ours", size, None, mapped=True)
+        rows.append(_sized("pop", "POP's rule", _POP, size, None, "decode", made=made))
+    rows += [
+        _sized("singles", "cheapest blocks alone", "ours", size, None, mapped=True)
+        for size in sizes
+    ]
     for size in of_prefill:
         title = "cheapest blocks alone, first token from decode"
-        yield _sized("late_singles", title, "ours", size, None, "decode", mapped=True)
+        rows.append(_sized("late_singles", title, "ours", size, None, "decode", mapped=True))
+    yield from rows
+    yield from map(_fitted, rows)
+
+
+def _fitted(row: Row) -> Row:
+    """A row without a search, healed in closed form."""
+    assert row.sizes is not None, "such rows have sizes"
+    family = f"{row.family}_healed"
+    return Row(
+        f"{family}-{row.name.partition('-')[2]}",
+        f"{row.title}, healed",
+        row.source,
+        healed=True,
+        after=(row.name,),
+        family=family,
+        sizes=row.sizes,
+        first_token=row.first_token,
+        fitted=True,
+    )
 
 
 def _searched(sizes: list[Size]) -> Iterator[Row]:

@@ -36,6 +36,7 @@ class Row:
         sizes: Blocks that prefill and decode remove; None takes those of the settings.
         first_token: The stage that makes the first answer token.
         made: A plan of a rule, which needs no search.
+        fitted: Whether the plan is that of the row ``after``, healed in closed form.
         mapped: Whether the plan is that of the blocks that cost least alone, by the map of blocks.
         plan: A plan's directory or file, for a row of a plan that exists already.
     """
@@ -51,6 +52,7 @@ class Row:
     sizes: tuple[float, float] | None = None
     first_token: Stage = "prefill"
     made: Callable[[ModelSignature], PruningPlan] | None = None
+    fitted: bool = False
     mapped: bool = False
     plan: str = ""
 
@@ -100,6 +102,8 @@ def left_out(row: Row, settings: ReproduceSettings, sizes: tuple[float, float]) 
         return "no --heal-data was given"
     if row.healed and settings.heal == "none":
         return "--heal none was given"
+    if row.fitted and settings.heal != "linear":
+        return "its plan is healed by linear maps alone, with --heal linear"
     if row.name == "kv_selected" and settings.target_reduction is None:
         return "no --target-reduction was given"
     subset = row.search is not None and not row.search.get("kv_modes", True)
@@ -111,6 +115,14 @@ def left_out(row: Row, settings: ReproduceSettings, sizes: tuple[float, float]) 
 def score_settings(row: Row, settings: ReproduceSettings) -> ScoreSettings:
     """The settings of the score of a row's search."""
     return settings.score().model_copy(update={"first_token": row.first_token})
+
+
+def fit_settings(row: Row, settings: ReproduceSettings, out: Path) -> SearchSettings:
+    """The settings by which a row's plan is healed without any search."""
+    assert row.fitted, "other rows are searched"
+    return SearchSettings.checked(
+        out=str(out), heal=settings.heal, heal_data=settings.heal_data, seed=settings.seed
+    )
 
 
 def search_settings(

@@ -281,6 +281,7 @@ def definitions(
         "alike, by acc or exact match",
         "perplexity: prompt part through prefill, rest teacher-forced through decode; lost is NLL "
         "in nats per token; not comparable with another paper's windows",
+        "answer: greedy decoding begins with the completion, whatever follows",
         "margin kept: share of dense's margin above chance that the plan keeps, in sets where "
         "dense is surely above chance and above the commonest answer; their mean leaves out "
         "calibration domains",

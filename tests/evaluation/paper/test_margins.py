@@ -25,8 +25,9 @@ def outcome(dense: int, plan: int, norm: int = 0, *, chance: float = 25.0) -> Da
         min_prompt_tokens=9,
         bytes_full=2,
         bytes_sent=1,
-        chance=chance,
-        majority=26.0,
+        chance=(chance / 100,) * 200,
+        keys=((0,) * 52 + tuple(range(1, 149)),),
+        decode_share=0.9,
     )
 
 
@@ -51,7 +52,10 @@ def test_the_margin_above_chance_is_what_counts():
 
 def test_texts_have_no_margin():
     texts = outcome(150, 140).model_copy(
-        update={"metrics": (Metric(name="perplexity", dense=(1.0,), plan=(1.1,)),)}
+        update={
+            "metrics": (Metric(name="perplexity", dense=(1.0,), plan=(1.1,)),),
+            "chance": (),
+        }
     )
     row = RowOutcome(
         name="any", plan="f", prefill_removed=1, decode_removed=0, data={"text": texts}
