@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from rayapp.evaluation.settings import LINK_GBPS, EvaluationSettings, Spread
 from rayapp.pruning.settings.compute import ComputeSettings
-from rayapp.pruning.settings.score import CalibrationFile, ScoreSettings
+from rayapp.pruning.settings.score import OptionalCalibrationFile, ScoreSettings
 from rayapp.pruning.settings.search import Heal, Method, SearchSettings
 from rayapp.settings import (
     Address,
@@ -54,7 +54,7 @@ class ReproduceSettings(Settings):
         description="Rows to make: the tables at one size (tables), or the map of blocks and every "
         "method over many sizes (paper).",
     )
-    calibration: CalibrationFile | None = None
+    calibration: OptionalCalibrationFile = None
     data: dict[str, str] = Field(
         min_length=1,
         description="Evaluation file, of lines of one kind, as NAME=FILE; may be given several "
