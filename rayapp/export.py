@@ -27,7 +27,7 @@ from rayapp import __version__
 from rayapp.errors import InputError, ModelError, PlanError
 from rayapp.models.blocks import MULTIMODAL_TYPES, text_config
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.fingerprint import canonical_name
+from rayapp.models.fingerprints.fingerprint import canonical_name
 from rayapp.models.healed import BRIDGE, HealedWeights, Tensors
 from rayapp.models.loading import Part, empty_model
 from rayapp.models.renumber import fewer_blocks, name_before, renumbered

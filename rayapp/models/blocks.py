@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rayapp.errors import ModelError, PlanError
-from rayapp.models.fingerprint import canonical_name, model_fingerprint, weights_digest
+from rayapp.models.fingerprints.fingerprint import canonical_name, model_fingerprint, weights_digest
+from rayapp.models.fingerprints.kv_settings import kv_settings
 from rayapp.models.healed import BRIDGE, Bridge, healed_parameters
-from rayapp.models.kv_settings import kv_settings
 from rayapp.models.products import unpack
 from rayapp.plan import Mode, ModelSignature, PruningPlan, Stage
 

@@ -15,8 +15,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from rayapp.errors import ModelError
 from rayapp.models.blocks import check_supported, fingerprint_names, signature_from
-from rayapp.models.digest_cache import MIN_BYTES, WeightFiles
-from rayapp.models.fingerprint import weights_digest
+from rayapp.models.fingerprints.digest_cache import MIN_BYTES, WeightFiles
+from rayapp.models.fingerprints.fingerprint import weights_digest
 from rayapp.models.formats.origin import GGUF_REMEDY
 from rayapp.models.formats.quantised import check_unquantised
 from rayapp.plan import ModelSignature

@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from rayapp.errors import PlanError
-from rayapp.models.fingerprint import canonical_name
+from rayapp.models.fingerprints.fingerprint import canonical_name
 from rayapp.models.products import named_weights
 from rayapp.plan import HEALED_FILE, STAGES, PruningPlan, Stage
 

@@ -23,7 +23,7 @@ from transformers import (
 from rayapp.errors import ModelError
 from rayapp.models.blocks import MULTIMODAL_TYPES, apply_modes, find_decoder, text_config
 from rayapp.models.checkpoint import CONFIG_FILE, Checkpoint, read_config
-from rayapp.models.fingerprint import canonical_name
+from rayapp.models.fingerprints.fingerprint import canonical_name
 from rayapp.models.formats.quantised import check_plain
 from rayapp.models.healed import HealedWeights, attach, attached_bytes
 from rayapp.plan import STAGES, ModelSignature, PruningPlan, Stage

@@ -21,7 +21,7 @@ from typing import Any
 from rayapp import __version__
 from rayapp.errors import InputError, PlanError
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.sampled_fingerprint import sampled_fingerprint
+from rayapp.models.fingerprints.sampled_fingerprint import sampled_fingerprint
 from rayapp.plan import PLAN_FILE, STAGES, ModelSignature, PruningPlan
 from rayapp.pruning.candidates.fits import all_fits
 from rayapp.pruning.candidates.healing import Pair

@@ -16,8 +16,8 @@ from rayapp.errors import InputError, PlanError, RayappError
 from rayapp.evaluation.report.findings import gather
 from rayapp.models.blocks import signature
 from rayapp.models.checkpoint import Checkpoint
+from rayapp.models.fingerprints.sampled_fingerprint import sampled_fingerprint
 from rayapp.models.loading import load_model, read_signature
-from rayapp.models.sampled_fingerprint import sampled_fingerprint
 from rayapp.plan import HEALED_FILE, PLAN_FILE, PruningPlan
 from rayapp.pruning import renewal
 from rayapp.pruning.evaluator.evaluator import Evaluator

@@ -18,7 +18,7 @@ from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.progress import shown_progress
 from rayapp.models.blocks import signature
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.sampled_fingerprint import sampled_fingerprint
+from rayapp.models.fingerprints.sampled_fingerprint import sampled_fingerprint
 from rayapp.plan import PruningPlan
 from rayapp.pruning.progress import ProgressReport
 from rayapp.testbed.tasks import generate, write_jsonl

@@ -34,7 +34,8 @@ class Origin(Strict):
         source: The package that the weights came in, with its version.
         source_sha256: Hash of the file of weights in that package.
         license: The licence of the weights, as SPDX names it.
-        weights_fingerprint: Fingerprint of the checkpoint (:mod:`rayapp.models.fingerprint`).
+        weights_fingerprint: Fingerprint of the checkpoint
+            (:mod:`rayapp.models.fingerprints.fingerprint`).
         files: Hash of every other file of the checkpoint, by name.
     """
 

@@ -9,7 +9,7 @@ import torch
 
 from rayapp.data.lines import TokenizedLine
 from rayapp.models.blocks import signature_of
-from rayapp.models.fingerprint import canonical_name
+from rayapp.models.fingerprints.fingerprint import canonical_name
 from rayapp.models.healed import HealedWeights, attach
 from rayapp.models.loading import load_model
 from rayapp.models.stack import BlockStack

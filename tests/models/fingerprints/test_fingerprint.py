@@ -15,10 +15,10 @@ from rayapp.models import fingerprint as fingerprint_module
 from rayapp.models.blocks import MULTIMODAL_TYPES, SUPPORTED_TYPES, signature_of, sliding_windows
 from rayapp.models.blocks import text_config as text_config_of
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.fingerprint import weights_digest
-from rayapp.models.kv_settings import kv_settings
+from rayapp.models.fingerprints.fingerprint import weights_digest
+from rayapp.models.fingerprints.kv_settings import kv_settings
+from rayapp.models.fingerprints.sampled_fingerprint import sampled_fingerprint
 from rayapp.models.loading import compute_dtype, load_model, read_signature
-from rayapp.models.sampled_fingerprint import sampled_fingerprint
 from rayapp.plan import PruningPlan
 from rayapp.testbed import text_model_path, vision_model_path
 

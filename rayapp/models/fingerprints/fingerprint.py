@@ -1,8 +1,9 @@
 """The fingerprint of a model: a short name for its function, whatever its place and float type.
 
 It has two parts: a digest of every byte of the weights, and the settings that change KV
-(:mod:`rayapp.models.kv_settings`). It tells models apart; it is no defence against forgery. A model
-in bfloat16 and in float32 has the same fingerprint, so replicas compare their type beside it.
+(:mod:`rayapp.models.fingerprints.kv_settings`). It tells models apart; it is no defence against
+forgery. A model in bfloat16 and in float32 has the same fingerprint, so replicas compare their type
+beside it.
 """
 
 from __future__ import annotations

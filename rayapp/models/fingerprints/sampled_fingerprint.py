@@ -12,7 +12,7 @@ import torch
 
 from rayapp.models.blocks import MULTIMODAL_TYPES, text_config
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.fingerprint import canonical_name
+from rayapp.models.fingerprints.fingerprint import canonical_name
 
 _NUM_CHUNKS = 16
 _CHUNK_ELEMENTS = 256
