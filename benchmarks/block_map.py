@@ -75,8 +75,8 @@ def report(record: Record) -> list[Block]:
     lines = " to ".join(map(str, sorted({counts[0], counts[-1]})))
     caption = (
         f"{asked['caption'] or asked['model']}: KL to the dense model in nats per continuation "
-        f"token, mean and range over calibration sets ({len(maps)}, of {lines} lines of WikiText, PIQA "
-        f"and instructions, train splits), {type_words(asked['dtype'])}, "
+        f"token, mean and range over calibration sets ({len(maps)}, of {lines} lines of WikiText, "
+        f"PIQA and instructions, train splits), {type_words(asked['dtype'])}, "
         f"{threads(asked['threads'])}. A block that prefill misses still writes its KV."
     )
     rows = [
