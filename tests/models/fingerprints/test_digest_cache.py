@@ -7,7 +7,7 @@ import os
 import threading
 
 import pytest
-from rayapp.models.digest_cache import CACHE_FILE
+from rayapp.models.fingerprints.digest_cache import CACHE_FILE
 from safetensors.torch import load_file, save_file
 
 from rayapp.models import checkpoint as checkpoint_module
