@@ -20,7 +20,7 @@ import pytest
 from rayapp.models.loading import load_model
 
 pytestmark = pytest.mark.ray
-START_S, STOP_S = 240, 90
+START_S, STOP_S = 400, 90
 
 
 def free_port() -> int:
@@ -106,7 +106,7 @@ def all_gone(processes: list[psutil.Process]) -> bool:
     return not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("mode", "number"), [
     ("disaggregated", signal.SIGINT),
     pytest.param("unified", signal.SIGTERM, marks=pytest.mark.slow),
