@@ -33,8 +33,11 @@ class BlockCache(Protocol):
 
     def update(
         self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, block: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add new entries of ``block``; return all keys and values to attend to, ``BHKD``."""
+    ) -> tuple[Any, Any]:
+        """Add new entries of ``block``; return all keys and values to attend to, ``BHKD``.
+
+        Of joined batches, it returns a tensor per batch.
+        """
         ...
 
 

@@ -214,13 +214,13 @@ def likelihoods(
     for group in line_groups(lines):
         prompts, continuations = zip(*(padded(lines, batch) for batch in group), strict=True)
         lengths = [torch.tensor([len(lines[i].continuation) for i in batch]) for batch in group]
-        states = [
+        dense_NE, plan_NE = (
             side.predicting_states(side.hand_over_all(prompts), continuations, lengths)
             for side in (dense, plan)
-        ]
+        )
         order = [index for batch in group for index in batch]
         ids_N = torch.tensor([token for index in order for token in lines[index].continuation])
-        measured = _measured(dense, plan, *states, ids_N)
+        measured = _measured(dense, plan, dense_NE, plan_NE, ids_N)
         counts = torch.cat(lengths).tolist()
         for index, line in zip(order, zip(*(m.split(counts) for m in measured), strict=True),
                                strict=True):  # fmt: skip
