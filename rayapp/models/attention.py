@@ -93,13 +93,13 @@ def packed_sdpa(
             attention_mask or [None] * len(keys_BHKD),
             strict=True,
         )
-        pieces = [
+        outputs = [
             _in_query_blocks(query, keys, values, scaling)
             if _pays_in_blocks(query, mask)
             else packed_sdpa(module, query, keys, values, mask, scaling=scaling, **kwargs)[0]
             for query, keys, values, mask in batches
         ]
-        return real_tokens.joined(pieces), None
+        return real_tokens.joined(outputs), None
     for observe in _observers:
         default = query_BQTD.shape[-1] ** -0.5
         observe(query_BQTD, keys_BHKD, default if scaling is None else scaling)

@@ -36,7 +36,7 @@ class BlockCache(Protocol):
     ) -> tuple[Any, Any]:
         """Add new entries of ``block``; return all keys and values to attend to, ``BHKD``.
 
-        Those of joined batches are sequences with a tensor per batch.
+        Of joined batches, it returns a tensor per batch.
         """
         ...
 

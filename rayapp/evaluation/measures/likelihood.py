@@ -94,7 +94,7 @@ class TwoStages:
 
     @torch.inference_mode()
     def hand_over_all(self, batches: Sequence[torch.Tensor]) -> list[HandedOver]:
-        """Prefill batches of prompts, end to end; every batch hands over its own KV."""
+        """Prefill batches of prompts end to end, and hand over the KV of every batch."""
         by_prefill = self.plan.first_token == "prefill"
         caches = [CaptureCache.for_stack(self.prefill) for _ in batches]
         positions = [
@@ -214,13 +214,13 @@ def likelihoods(
     for group in line_groups(lines):
         prompts, continuations = zip(*(padded(lines, batch) for batch in group), strict=True)
         lengths = [torch.tensor([len(lines[i].continuation) for i in batch]) for batch in group]
-        states = [
+        dense_NE, plan_NE = (
             side.predicting_states(side.hand_over_all(prompts), continuations, lengths)
             for side in (dense, plan)
-        ]
+        )
         order = [index for batch in group for index in batch]
         ids_N = torch.tensor([token for index in order for token in lines[index].continuation])
-        measured = _measured(dense, plan, states[0], states[1], ids_N)
+        measured = _measured(dense, plan, dense_NE, plan_NE, ids_N)
         counts = torch.cat(lengths).tolist()
         for index, line in zip(order, zip(*(m.split(counts) for m in measured), strict=True),
                                strict=True):  # fmt: skip
@@ -249,7 +249,7 @@ def _measured(
 def _token_measures(
     dense_CV: torch.Tensor, plan_CV: torch.Tensor, token_ids_C: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """NLL of dense and plan, KL, and whether a side finds the token likeliest; all ``(C,)``."""
+    """NLL of dense and plan, KL, and whether dense and plan find the token; all ``(C,)``."""
     return (
         nll(dense_CV, token_ids_C).cpu(),
         nll(plan_CV, token_ids_C).cpu(),
