@@ -7,12 +7,12 @@ import os
 import threading
 
 import pytest
-from rayapp.models.fingerprints.digest_cache import CACHE_FILE
 from safetensors.torch import load_file, save_file
 
 from rayapp.models import checkpoint as checkpoint_module
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.fingerprints import digest_cache
+from rayapp.models.fingerprints.digest_cache import CACHE_FILE
 from rayapp.testbed import text_model_path
 
 
