@@ -15,11 +15,7 @@ Two parts (`--only` runs one of them):
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
@@ -30,6 +26,7 @@ from recorder.page import Block
 from recorder.record import Record
 from recorder.run import Recorder, run
 from recorder.table import Table
+from speed.checkouts import scored_by
 from speed.choices import choices_part
 
 from rayapp.testbed import text_model_path
@@ -78,15 +75,7 @@ def _scored(checkout: Path, arguments: Namespace, dtype: str, stage: str) -> dic
         "stage": stage,
         **{name: getattr(arguments, name) for name in ("threads", "candidates", "remove", "seed")},
     }
-    threads = {"OMP_NUM_THREADS": str(arguments.threads)}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/speed/candidates.py"), json.dumps(wanted)],
-        env={**os.environ, **threads, "PYTHONPATH": str(checkout.resolve())},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    return scored_by(checkout, wanted)
 
 
 def _ratio(found: dict[str, list[dict[str, Any]]], clock: str) -> float:
