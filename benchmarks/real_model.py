@@ -28,8 +28,8 @@ from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.progress import shown_progress
 from rayapp.plan import PLAN_FILE, PruningPlan
 from rayapp.pruning.progress import ProgressReport
-from rayapp.workflows.paper_plans import ROWS_DIRECTORY
-from rayapp.workflows.reproduce import SUBJECT_FILE, Watch, count_work, reproduce
+from rayapp.workflows.paper.plans import ROWS_DIRECTORY
+from rayapp.workflows.paper.reproduce import SUBJECT_FILE, Watch, count_work, reproduce
 
 PLANS = Path(__file__).parent / "plans"
 

@@ -13,9 +13,9 @@ from rayapp.evaluation.progress import shown_progress
 from rayapp.plan import PruningPlan
 from rayapp.pruning.progress import ProgressReport
 from rayapp.pruning.search.sensitivity import SENSITIVITY_FILE, Sensitivity
-from rayapp.workflows import paper_plans
-from rayapp.workflows import reproduce as module
-from rayapp.workflows.reproduce import Watch, count_work, reproduce
+from rayapp.workflows.paper import plans as paper_plans
+from rayapp.workflows.paper import reproduce as module
+from rayapp.workflows.paper.reproduce import Watch, count_work, reproduce
 
 WATCH = Watch(search=ProgressReport, evaluation=shown_progress)
 

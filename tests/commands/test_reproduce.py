@@ -22,10 +22,10 @@ from rayapp.models.fingerprints.sampled_fingerprint import sampled_fingerprint
 from rayapp.plan import PruningPlan
 from rayapp.pruning.progress import ProgressReport
 from rayapp.testbed.tasks import generate, write_jsonl
-from rayapp.workflows import paper_plans
-from rayapp.workflows import reproduce as module
+from rayapp.workflows.paper import plans as paper_plans
+from rayapp.workflows.paper import reproduce as module
+from rayapp.workflows.paper.reproduce import Watch, reproduce
 from rayapp.workflows.renewal import renew
-from rayapp.workflows.reproduce import Watch, reproduce
 
 WATCH = Watch(search=ProgressReport, evaluation=shown_progress)
 QUICK = ("similarity", "kv_modes", "kv_selected", "unified")

@@ -50,8 +50,8 @@ from rayapp.plan import PruningPlan, is_outdated, renewal_hint
 from rayapp.pruning.progress import ProgressCallback as SearchProgress
 from rayapp.pruning.search.sensitivity import Sensitivity
 from rayapp.workflows.evaluate import place_of
-from rayapp.workflows.paper_plans import PaperPlans, Planned
-from rayapp.workflows.published import with_files
+from rayapp.workflows.paper.plans import PaperPlans, Planned
+from rayapp.workflows.paper.published import with_files
 from rayapp.workflows.sensitivity import map_blocks
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""``rayapp reproduce``: the searches, plans and measurements behind a paper's tables, row by row."""
