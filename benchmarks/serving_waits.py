@@ -11,13 +11,11 @@ which holds the handoff of its KV; and the gaps of a running stream while long p
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import socket
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,6 +26,7 @@ from recorder.page import Block
 from recorder.record import Record
 from recorder.run import Recorder, run
 from recorder.table import Table
+from serving.asker import Asker
 
 from rayapp.distributed.cluster.local import local_cluster
 from rayapp.distributed.serve.deploy import running_service
@@ -88,34 +87,6 @@ def measured(arguments: Namespace, mode: str, chunk: int, address: str) -> dict[
             **short_behind_long(asker, arguments),
             **gaps_of_a_stream(asker, arguments),
         }
-
-
-class Asker:
-    """A client that asks random token ids and notes when the pieces of the answer arrive."""
-
-    def __init__(self, client: httpx.Client, model: str, rng: random.Random) -> None:
-        self._client, self._model, self._rng = client, model, rng
-
-    def times(self, num_prompt: int, num_answer: int) -> list[float]:
-        """Seconds from the request to every piece of its answer."""
-        return list(self.pieces(num_prompt, num_answer))
-
-    def pieces(self, num_prompt: int, num_answer: int) -> Iterator[float]:
-        body = {
-            "model": self._model,
-            "prompt": [self._rng.randrange(10, 250) for _ in range(num_prompt)],
-            "max_tokens": num_answer,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-        }
-        began_s = time.monotonic()
-        with self._client.stream("POST", "/v1/completions", json=body) as answer:
-            answer.raise_for_status()
-            for line in answer.iter_lines():
-                data = line.removeprefix("data: ")
-                if data and data != "[DONE]" and json.loads(data)["choices"]:
-                    yield time.monotonic() - began_s
 
 
 def short_behind_long(asker: Asker, arguments: Namespace) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def serve(
     ] = None,
     threads: Annotated[
         int,
-        typer.Option(min=1, help="Threads, and so CPUs, that every replica computes with."),
+        typer.Option(min=1, help="Torch threads of each process that computes."),
     ] = 1,
     allow_unauthenticated: Annotated[
         bool,

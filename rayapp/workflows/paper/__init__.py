@@ -1,1 +1,1 @@
-"""``rayapp reproduce``: the searches, plans and measurements behind a paper's tables, row by row."""
+"""``rayapp reproduce``: searches, plans and measurements behind a paper's tables, row by row."""
