@@ -357,6 +357,8 @@ class Evaluator:
         if hidden_1NE is None:
             hidden_1NE = self.runner.embed(inputs.decode_tokens.joined([inputs.decode_ids_BD]))
         positions_1N = inputs.decode_positions_1N
+        if not positions_1N.numel():  # All answers have one token, which prefill predicts.
+            return hidden_1NE
         for block in range(start, stop):
             attends = not run.decode[block] & ATTENTION
             slot = _slot(run, self._kv(run, block)) if attends else BlockKVSlot()
