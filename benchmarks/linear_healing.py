@@ -195,9 +195,9 @@ def report(record: Record) -> list[str | Table]:
         f"{options['heal_windows']} lines of {options['heal_text']} are learnt from, "
         f"{options['judge_windows']} lines of {options['judge_text']} judge; each has "
         f"{tokens[0]} tokens for prefill and {tokens[1]} for decode, which scores them. "
-        f"Dense has a perplexity of {dense['perplexity']:.2f} there. One pass over the lines, "
-        f"whose states everything is learnt from, took {dense['states_s']:.0f} s; seconds in the "
-        f"table are beside it. Survivors are trained with {options['pair_steps']} steps each."
+        f"Dense has a perplexity of {dense['perplexity']:.2f} there. One pass over the "
+        f"lines, whose states everything is learnt from, took {dense['states_s']:.0f} s; seconds "
+        f"in the table are beside it. Survivors take {options['pair_steps']} steps each."
     )
     rows = [
         [
