@@ -180,7 +180,9 @@ def test_a_node_that_dies_before_it_answers_is_named(cluster, monkeypatch):
         check_readable(settings_of(model="/m", decode={"labels": labels}))
     killer.join()
     assert time.monotonic() - began < 30
-    assert dying not in {node.node_id for node in free_nodes()}
+    while dying in {node.node_id for node in free_nodes()}:  # the tests after this have it not
+        assert time.monotonic() - began < 120
+        time.sleep(0.2)
 
 
 @pytest.mark.ray
