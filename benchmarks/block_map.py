@@ -22,6 +22,7 @@ from recorder.run import Recorder, run
 from recorder.table import Table
 
 from rayapp.data.published_sets import write_files
+from rayapp.errors import InputError
 from rayapp.evaluation.paper.pictures import BlockMap
 from rayapp.evaluation.progress import shown_progress
 from rayapp.models.loading import load_tokenizer
@@ -35,7 +36,7 @@ def parser() -> ArgumentParser:
     add_model(options)
     add_dtype(options, "auto", auto=True)
     add_seed(options, "the draw of calibration lines")
-    options.add_argument("--data", type=Path, required=True, help="directory of published sets")
+    options.add_argument("--data", type=Path, help="directory of published sets")
     options.add_argument("--sets", type=int, default=3, help="calibration sets")
     options.add_argument("--lines-per-task", type=int, default=32, help="of a calibration set")
     options.add_argument("--workers", type=int, default=0, help="evaluators; 0: this process")
@@ -46,6 +47,8 @@ def parser() -> ArgumentParser:
 
 def measure(recorder: Recorder) -> None:
     arguments = recorder.arguments
+    if arguments.data is None:
+        raise InputError("data=None: lines are drawn from published sets; give their --data")
     model, work = str(arguments.model), arguments.work / model_name(arguments.model)
     files = write_files(
         arguments.data,

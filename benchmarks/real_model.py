@@ -39,7 +39,7 @@ def parser() -> ArgumentParser:
     add_model(options)
     add_dtype(options, "auto", auto=True)
     add_seed(options, "draws, searches and resampling")
-    options.add_argument("--data", nargs="+", required=True, help="published sets, or NAME=FILE")
+    options.add_argument("--data", nargs="+", default=[], help="published sets, or NAME=FILE")
     options.add_argument("--methods", help="rows or methods, with commas; default: all")
     options.add_argument("--maps", type=int, default=3, help="calibration sets of the block map")
     options.add_argument("--calibration-per-task", type=int, default=32)
