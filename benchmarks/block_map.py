@@ -48,7 +48,7 @@ def parser() -> ArgumentParser:
 def measure(recorder: Recorder) -> None:
     arguments = recorder.arguments
     if arguments.data is None:
-        raise InputError("no lines to score; give --data, a directory of published sets")
+        raise InputError("data=None: lines are drawn from published sets; give their --data")
     model, work = str(arguments.model), arguments.work / model_name(arguments.model)
     files = write_files(
         arguments.data,
