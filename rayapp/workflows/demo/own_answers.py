@@ -62,18 +62,20 @@ class OwnAnswer:
         answer: The text of the answer.
         rank: 0 for an answer that ended by itself and whose text gives the model's tokens again, 1
             for one that was cut off, 2 for a text that is split into other tokens.
+        ended: Whether the answer ended by itself; of one that was cut off, no end is scored.
     """
 
     seed: Seed
     prompt: str
     answer: str
     rank: int
+    ended: bool
 
     @property
     def line(self) -> str:
         """The answer as a line of a file of data."""
         fields = {"prompt": self.prompt, "completion": self.answer, "task": self.seed.task}
-        return json.dumps(fields) + "\n"
+        return json.dumps(fields if self.ended else {**fields, "ends": False}) + "\n"
 
     @property
     def question(self) -> AskedQuestion:
@@ -156,8 +158,9 @@ def own_answers(
         texts = [_as_sent(loaded, seed) for seed in batch]
         for seed, text, made in zip(batch, texts, pipeline.generate(texts, sampling), strict=True):
             if made.text.strip():
-                rank = _rank(loaded, made.text, made.token_ids, ended=made.finish_reason == "stop")
-                yield OwnAnswer(seed, text, made.text, rank)
+                ended = made.finish_reason == "stop"
+                rank = _rank(loaded, made.text, made.token_ids, ended=ended)
+                yield OwnAnswer(seed, text, made.text, rank, ended)
     progress("the model's own answers", len(prompts), len(prompts))
 
 
