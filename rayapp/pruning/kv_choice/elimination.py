@@ -12,10 +12,10 @@ after the manner of greedy selection under a knapsack constraint:
    best if effects added up (a knapsack, solved exactly), and some random ones; score those; move to
    the best set; repeat until nothing improves.
 
-Where the number of sets is bounded, because a model has many blocks or a large vocabulary, the
-gain of a block that alone is kept bounds the gains of its levels from above, so that most
-restorations are never measured; the last ones are taken by their guesses; and a round of polish
-that would not fit is not begun.
+Where the number of sets is bounded, because a model has many blocks or a large vocabulary, gains
+are guessed first: that of a block which alone is kept, times the share of all gain that its level
+has in all blocks together. So most restorations are never measured; the last ones are taken by
+their guesses; and a round of polish that would not fit is not begun.
 
 The search knows scores and bytes, and nothing of models.
 """
@@ -129,18 +129,37 @@ class Elimination:
         return self._max_sets - len(self._scores) - spared
 
     def _guesses(self) -> dict[tuple[int, int], float]:
-        """Upper guesses of all rates from blocks that alone are kept; none without a bound."""
+        """Guesses of all rates, from blocks kept alone and from equal levels; none if unbounded."""
         if self._max_sets is None:
             return {}
         current, full = self._levels.smallest, self._levels.full
         alone = [moved(current, index, level) for index, level in enumerate(full)]
         self._score(alone, "start")
+        shares = self._shares()
         return {
             (index, level): max(0.0, self._scores[current] - self._scores[kept])
+            * shares[level + len(shares) - 1 - full[index]]
             / max(1, self._bytes(moved(current, index, level)) - self._bytes(current))
             for index, kept in enumerate(alone)
             for level in range(1, full[index] + 1)
         }
+
+    def _shares(self) -> list[float]:
+        """The share of all gain that every level has in all blocks together, from 0 to 1.
+
+        A block with fewer levels has the last of them.
+        """
+        full = self._levels.full
+        equal = [
+            tuple(max(0, last - missing) for last in full) for missing in range(max(full), -1, -1)
+        ]
+        self._score(equal, "start")
+        worst, best = self._scores[self._levels.smallest], self._scores[full]
+        if best >= worst:
+            return [1.0] * len(equal)
+        return [
+            min(1.0, max(0.0, (worst - self._scores[chosen]) / (worst - best))) for chosen in equal
+        ]
 
     def _step(self, phase: str, chosen: KVSet) -> None:
         self.steps.append(Step(phase, chosen, self._scores[chosen], self._bytes(chosen)))

@@ -260,11 +260,12 @@ class _Selection:
 
     def _check_evaluations(self) -> None:
         wanted, least = self._settings.evaluations, len(self._singles()) + NUM_HALVINGS
+        least += max(map(len, self._levels.levels))
         if wanted is not None and wanted < least:
             raise InputError(
-                f"--evaluations {wanted} is too few: {least - NUM_HALVINGS} sets cut or keep a "
-                f"single one of {len(self._levels.blocks)} blocks, and the choice needs "
-                f"{NUM_HALVINGS} more; give at least {least}"
+                f"--evaluations {wanted} is too few: {len(self._levels.blocks)} blocks are cut and "
+                f"kept one by one, every level is tried in all of them, and the choice needs "
+                f"{NUM_HALVINGS} sets more; give at least {least}"
             )
 
     def _by_mass(self, masses: Sequence[BlockMass]) -> tuple[KVSet, list[Step]]:
