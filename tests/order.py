@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import pytest
 
-SHARED = ("cluster", "evaluators", "deploy", "planned", "unified", "elastic", "standard")
+SHARED = (
+    *("cluster", "evaluators", "deploy", "one_of_each"),
+    *("planned", "unified", "elastic", "standard"),
+)
 
 
 def place(item: pytest.Item) -> int:
