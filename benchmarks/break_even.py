@@ -4,7 +4,7 @@ The horizontal axis of the map is the time that the dense KV takes on the link o
 dense prefill; the vertical one is how many times faster than dense a request ends. Prefill, decode
 steps, and packing with unpacking are measured here, bytes are those of whole messages, and the link
 is computed: it moves its bits and does nothing else. A GPU is put on the same map by assumptions
-that are options (`--gpu-*`) and stand on the page; it takes over the ratios measured here.
+that are options (`--gpu-*`) and stand on the page.
 
     python benchmarks/break_even.py --model MODEL --prefill-blocks 18 19 20 21 22 23 24 25 26 27 \
         --decode-blocks 12 13 14 15
@@ -109,11 +109,16 @@ def measure(recorder: Recorder) -> None:
     arguments = recorder.arguments
     loaded = load_model(arguments.model, dtype=arguments.dtype)
     sizes = Sizes(arguments.prompt_tokens, arguments.steps, arguments.runs, arguments.seed)
-    costs = timed_costs(loaded.model, plans_of(loaded, arguments), sizes, arguments.clock)
+    plans = plans_of(loaded, arguments)
+    costs = timed_costs(loaded.model, plans, sizes, arguments.clock)
     shape = KVBytes(loaded.model.config, PruningPlan(), [arguments.prompt_tokens])
     recorder.write(
         results={name: asdict(each) for name, each in costs.items()},
         dense_kv_bytes=shape.full,
+        decode_share={
+            name: 1 - plan.removed("decode") / loaded.signature.num_blocks
+            for name, plan in plans.items()
+        },
         gpu_dense=asdict(gpu_dense(arguments)),
     )
 
@@ -138,12 +143,16 @@ def gpu_dense(arguments: Namespace) -> Costs:
     )
 
 
-def on_gpu(dense: Costs, plan: Costs, gpu: Costs) -> Costs:
-    """A plan's costs on the assumed GPU: its ratios to dense are those measured here."""
+def on_gpu(dense: Costs, plan: Costs, gpu: Costs, decode_share: float) -> Costs:
+    """A plan's costs on the assumed GPU.
+
+    Prefill and bytes have the ratios to dense that were measured here. Decode reads the weights of
+    the share of blocks that it runs; fewer entries to attend to are worth nothing there.
+    """
     return replace(
         gpu,
         prefill_s=gpu.prefill_s * plan.prefill_s / dense.prefill_s,
-        tpot_s=gpu.tpot_s * plan.tpot_s / dense.tpot_s,
+        tpot_s=gpu.tpot_s * decode_share,
         num_bytes=gpu.num_bytes * plan.num_bytes / dense.num_bytes,
     )
 
@@ -154,7 +163,10 @@ def report(record: Record) -> list[Block]:
     gpu = Costs(**record["gpu_dense"])
     dense = costs.pop(DENSE)
     here = [(name, dense, plan) for name, plan in costs.items()]
-    there = [(name, gpu, on_gpu(dense, plan, gpu)) for name, plan in costs.items()]
+    there = [
+        (name, gpu, on_gpu(dense, plan, gpu, record["decode_share"][name]))
+        for name, plan in costs.items()
+    ]
     places = {"this CPU": here, asked["gpu"]: there}
     model = asked["caption"] or asked["model"]
     return [
@@ -168,7 +180,8 @@ def report(record: Record) -> list[Block]:
         f"({1e3 * gpu.prefill_s:.0f} ms, {asked['prompt_tokens'] / gpu.prefill_s:,.0f} tokens/s), "
         f"decode at {asked['gpu_memory_used']:.0%} of {asked['gpu_tb_per_s']:g} TB/s "
         f"({1e3 * gpu.tpot_s:.1f} ms a token), KV of {gpu.num_bytes / 1e6:.0f} MB, encoding free; "
-        "what a plan does to prefill, decode and bytes is what was measured on this CPU. Blocks "
+        "what a plan does to prefill and bytes is what was measured on this CPU, and decode reads "
+        "the weights of the blocks that it runs. Blocks "
         f"{words(asked['prefill_blocks'])} leave prefill (their KV is still written), blocks "
         f"{words(asked['decode_blocks'])} leave decode. What a technique costs in quality is "
         "another page's matter.",
