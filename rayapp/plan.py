@@ -171,7 +171,7 @@ class ModelSignature(Strict):
     """Signature of a model; a plan can be applied only to a model with its signature.
 
     ``weights_fingerprint`` stands for all weights and for every setting that changes KV
-    (:mod:`rayapp.models.fingerprint`); its mark names the scheme.
+    (:mod:`rayapp.models.fingerprints.fingerprint`); its mark names the scheme.
     """
 
     model_type: str

@@ -1,4 +1,4 @@
-"""A local cluster of three nodes per module, and services on it."""
+"""The local cluster of a test run: three nodes for all tests, and a look inside its services."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -33,6 +34,13 @@ class Deployed:
     health: dict[str, Any]
     client: httpx.Client
 
+    @property
+    def num_slots(self) -> int:
+        """The sequences that all its decode replicas run at once."""
+        pools = self.settings.pools
+        holder = pools.get("decode") or pools["unified"]
+        return self.settings.max_num_seqs * holder.replicas.minimum
+
     def complete(self, prompt: Any, **options: Any) -> httpx.Response:
         body = {"model": self.settings.model_name, "prompt": prompt, "temperature": 0, **options}
         return self.client.post("/v1/completions", json=body)
@@ -49,15 +57,19 @@ class Deployed:
         counts = {}
         for name in ("ingress", *self.settings.pools):
             response = self.handle(name).broadcast("check_integrity")
-            found = response.results(timeout_s=20, return_exceptions=True)
+            found = response.results(timeout_s=60, return_exceptions=True)
             counts[name] = [held for held in found if not isinstance(held, ActorDiedError)]
             for held in counts[name]:
                 if isinstance(held, Exception):
                     raise held
         return counts
 
-    def check_idle(self, within_s: float = 15.0, replaced_within_s: float = 60.0) -> None:
-        """Idle means zero, everywhere; a pool whose replicas were killed gets time to return."""
+    def check_idle(self, within_s: float = 60.0, replaced_within_s: float = 120.0) -> None:
+        """Idle means zero, everywhere; a pool whose replicas were killed gets time to return.
+
+        A busy machine may be slow to free what a client left, but a lease that leaked lasts longer
+        than this waits (``LEASE_S`` of :mod:`tests.services`).
+        """
         from ray.serve.exceptions import DeploymentUnavailableError
 
         began = time.monotonic()
@@ -86,14 +98,20 @@ class Deployed:
         }
 
     @contextmanager
-    def stopped(self, pid: int) -> Iterator[None]:
-        """The process does nothing meanwhile, and nobody is told."""
-        os.kill(pid, signal.SIGSTOP)
+    def stopped(self, *pids: int) -> Iterator[None]:
+        """The processes do nothing meanwhile, and nobody is told."""
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
         try:
             yield
         finally:
-            if psutil.pid_exists(pid):
+            for pid in filter(psutil.pid_exists, pids):
                 os.kill(pid, signal.SIGCONT)
+
+    def wait_whole(self) -> None:
+        """Wait until every pool has its smallest size, which a test may have made smaller."""
+        for name, pool in self.settings.pools.items():
+            self.wait_for(name, {pool.replicas.minimum})
 
     def wait_for(self, deployment: str, counts: set[int], within_s: float = 120.0) -> None:
         """Wait until the pool has one of these numbers of replicas."""
@@ -104,55 +122,23 @@ class Deployed:
 
 
 @pytest.fixture(scope="session")
-def shared_nodes() -> Iterator[LocalCluster]:
-    """The one cluster of a test run: three nodes, for all tests that do not break them."""
-    with local_cluster() as running:
-        yield running
+def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of the Hub that all nodes of the cluster look into; empty to begin with."""
+    return tmp_path_factory.mktemp("hub-cache")
 
 
-@pytest.fixture(scope="module")
-def cluster(shared_nodes: LocalCluster) -> Iterator[LocalCluster]:
-    """The cluster, with this process connected to it for the time of a module."""
+@pytest.fixture(scope="session")
+def cluster(hub_cache: Path) -> Iterator[LocalCluster]:
+    """The one cluster of a test run, with this process connected to it until the run ends.
+
+    Tests that need it come last (:mod:`tests.order`), so that no other one is connected.
+    """
     import ray
 
-    ray.init(shared_nodes.address, log_to_driver=False, logging_level="error")
-    yield shared_nodes
-    ray.shutdown()
-
-
-@pytest.fixture
-def own_cluster(cluster: LocalCluster) -> Iterator[LocalCluster]:
-    """A cluster that a test may break, in place of the shared one while the test runs."""
-    import ray
-
-    ray.shutdown()
-    with local_cluster() as running:
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("HF_HUB_CACHE", str(hub_cache))
+            running = stack.enter_context(local_cluster())
         ray.init(running.address, log_to_driver=False, logging_level="error")
+        stack.callback(ray.shutdown)
         yield running
-        ray.shutdown()
-    ray.init(cluster.address, log_to_driver=False, logging_level="error")
-
-
-@pytest.fixture(scope="module")
-def deploy(cluster: LocalCluster) -> Callable[..., Any]:
-    """``with deploy(model=..., ...) as deployed``; the settings of ``ServiceSettings``."""
-    from rayapp.distributed.serve.deploy import running_service
-
-    @contextmanager
-    def deployed(**options: Any) -> Iterator[Deployed]:
-        settings = ServiceSettings.parse(
-            {
-                "dtype": "float32",
-                "port": free_port(),
-                "served_model_name": "tested",
-                "ingress": {"labels": {"role": "head"}},
-                **options,
-            }
-        )
-        with (
-            running_service(settings) as running,
-            httpx.Client(base_url=running.url, timeout=120.0) as client,
-        ):
-            yield Deployed(running.settings, dict(running.health), client)
-
-    return deployed

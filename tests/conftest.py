@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import gc
 import io
+import json
+import logging
 import os
+import random
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -44,8 +50,14 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.utils import logging as transformers_logging
 
 torch.set_num_threads(1)
-pytest_plugins = ["tests.clusters"]
+pytest_plugins = ["tests.clusters", "tests.services", "tests.evaluators", "tests.order"]
 transformers_logging.disable_progress_bar()  # it would stand in what commands print
+
+# How long a draw takes tells of the machine, and of what else it does; not of the code.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 CONFIGS = {
     "llama": LlamaConfig,
@@ -134,12 +146,11 @@ LLAVA_VISION = CLIPVisionConfig(
 )
 
 
-def make_llava(kind: str, text: str = "llama") -> PreTrainedModel:
-    """A random float32 model; ``kind`` is its model type."""
+def make_llava(kind: str, text: str = "llama", **overrides: object) -> PreTrainedModel:
+    """A random float32 model; ``kind`` is its model type, ``overrides`` its language model's."""
+    shapes: dict[str, Any] = {**LLAVA_TEXT, **overrides}
     language: PreTrainedConfig = (
-        MistralConfig(**LLAVA_TEXT, sliding_window=10)
-        if text == "mistral"
-        else LlamaConfig(**LLAVA_TEXT)
+        MistralConfig(**shapes, sliding_window=10) if text == "mistral" else LlamaConfig(**shapes)
     )
     torch.manual_seed(7)
     shared: dict[str, Any] = {
@@ -161,9 +172,9 @@ def make_processor(kind: str) -> Any:
     return LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=PINPOINTS)
 
 
-def save_llava(directory: Path, kind: str, text: str = "llama") -> Path:
+def save_llava(directory: Path, kind: str, text: str = "llama", **overrides: object) -> Path:
     """Write a tiny LLaVA with tokenizer (``<image>`` is its placeholder) and image processor."""
-    model, tokenizer = make_llava(kind, text), make_byte_tokenizer()
+    model, tokenizer = make_llava(kind, text, **overrides), make_byte_tokenizer()
     fillers = [f"<unused-{number}>" for number in range(258, IMAGE_TOKEN)]
     tokenizer.add_tokens([AddedToken(name, special=True) for name in (*fillers, "<image>")])
     assert tokenizer.convert_tokens_to_ids("<image>") == IMAGE_TOKEN
@@ -193,9 +204,47 @@ def processor() -> Callable[[str], Any]:
     return make_processor
 
 
+def write_published_sets(directory: Path, num_lines: int = 24) -> Path:
+    """Random words in the layout and the formats of published sets, short enough for bytes."""
+    rng = random.Random(7)
+
+    def words(count: int) -> str:
+        return " ".join(rng.choice("abcdefgh") for _ in range(count))
+
+    files: dict[str, list[object]] = {
+        "wikitext2/train_part.txt": [words(130) for _ in range(num_lines)],
+        "wikitext2/test.txt": [words(60) for _ in range(4)],
+        "piqa/train.jsonl": [
+            {"goal": words(9), "sol1": words(3), "sol2": words(4), "label": n % 2}
+            for n in range(num_lines)
+        ],
+        "instructions/dolly.jsonl": [
+            {"prompt": words(9), "completion": words(5), "task": "instructions"}
+            for n in range(num_lines)
+        ],
+        "arc/arc_easy_test.jsonl": [
+            {"prompt": words(8), "choices": [" a", " b c", " d"], "answer": n % 3, "task": "arc"}
+            for n in range(6)
+        ],
+        "long_prompts/xsum.jsonl": [
+            {
+                "prompt": f"###\nArticle: {words(40)}\n\nSummarize the above article.\n",
+                "completion": words(4),
+            }
+            for _ in range(3)
+        ],
+    }
+    for name, lines in files.items():
+        file = directory / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        file.write_text("\n\n".join(texts) + "\n")
+    return directory
+
+
 @pytest.fixture(scope="session")
 def tiny_llava_path() -> Callable[..., Path]:
-    """``tiny_llava_path(directory, kind, text="llama")`` writes a checkpoint; returns its path."""
+    """``tiny_llava_path(directory, kind, text, **overrides)`` writes a checkpoint; its path."""
     return save_llava
 
 
@@ -235,22 +284,64 @@ def testbed_path() -> Path:
     return text_model_path()
 
 
+JOBS = Path(__file__).parents[1] / "jobs"
+Done = subprocess.CompletedProcess[str]
+
+
+def start_job(name: str, *words: object) -> Done:
+    command = [sys.executable, str(JOBS / f"{name}.py"), *map(str, words)]
+    wide = {**os.environ, "COLUMNS": "160"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, env=wide
+    )
+
+
+def call_job(name: str, *words: object) -> Done:
+    file, out, err = JOBS / f"{name}.py", io.StringIO(), io.StringIO()
+    warnings = logging.StreamHandler(err)  # a new process would write them there
+    warnings.setLevel(logging.WARNING)
+    code: Any = 0
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(out), redirect_stderr(err):
+        patched.setattr(sys, "argv", [str(file), *map(str, words)])
+        patched.setenv("COLUMNS", "160")
+        logging.getLogger().addHandler(warnings)
+        try:
+            runpy.run_path(str(file), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            logging.getLogger().removeHandler(warnings)
+    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
+
+
 @pytest.fixture(scope="session")
-def run_job() -> Callable[..., subprocess.CompletedProcess[str]]:
+def published_sets() -> Callable[..., Path]:
+    """``published_sets(directory, num_lines=24)`` writes a small directory of published sets."""
+    return write_published_sets
+
+
+@pytest.fixture(scope="session")
+def run_job() -> Callable[..., Done]:
     """``run_job(name, *words)`` runs a file of ``jobs`` as a cluster would: in a new process."""
-    jobs = Path(__file__).parents[1] / "jobs"
+    return start_job
 
-    def run(name: str, *words: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(jobs / f"{name}.py"), *map(str, words)]
-        wide = {**os.environ, "COLUMNS": "160"}
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=600, check=False, env=wide
-        )
 
-    return run
+@pytest.fixture(scope="session")
+def run_job_here() -> Callable[..., Done]:
+    """``run_job_here(name, *words)`` does the same in this process, which has torch already."""
+    return call_job
+
+
+def pytest_collection_finish() -> None:
+    """Half a second of every search for garbage went through what torch and its like define."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _collect_between_modules() -> object:
+def _leave_nothing_behind() -> object:
+    """A module leaves no garbage, and none of what training sets for its whole process."""
     yield
     gc.collect()
+    torch.set_flush_denormal(False)
+    torch.set_num_threads(1)

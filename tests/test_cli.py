@@ -17,7 +17,7 @@ from rayapp.plan import PruningPlan
 
 COMMANDS = {
     "demo", "prune", "kv-select", "evaluate", "report", "export", "serve", "generate", "transfers",
-    "plan", "doctor", "reproduce", "train-testbed", "train-vision-testbed",
+    "plan", "doctor", "reproduce", "smollm2", "train-testbed", "train-vision-testbed",
 }  # fmt: skip
 
 

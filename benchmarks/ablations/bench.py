@@ -48,17 +48,28 @@ class Sizes:
 
 
 class Remembered:
-    """A side whose logits are computed once per batch, because the dense side meets every plan."""
+    """A side whose states are computed once per batch, because the dense side meets every plan."""
 
     def __init__(self, side: TwoStages) -> None:
         self.plan, self.prefill, self.decode = side.plan, side.prefill, side.decode
-        self._side, self._logits = side, dict[bytes, torch.Tensor]()
+        self._side, self._states = side, dict[bytes, torch.Tensor]()
 
-    def logits(self, prompts_BT: torch.Tensor, continuations_BC: torch.Tensor) -> torch.Tensor:
-        key = prompts_BT.numpy().tobytes() + continuations_BC.numpy().tobytes()
-        if key not in self._logits:
-            self._logits[key] = self._side.logits(prompts_BT, continuations_BC)
-        return self._logits[key]
+    def hand_over_all(self, batches: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The prompts themselves, which prefill runs only if their states are not known."""
+        return batches
+
+    def predicting_states(
+        self,
+        prompts: Sequence[torch.Tensor],
+        batches: Sequence[torch.Tensor],
+        lengths: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """The states that predict every continuation token; see ``TwoStages``."""
+        key = b"|".join(t.numpy().tobytes() for t in (*prompts, *batches, *lengths))
+        if key not in self._states:
+            handed = self._side.hand_over_all(prompts)
+            self._states[key] = self._side.predicting_states(handed, batches, lengths)
+        return self._states[key]
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rayapp.pruning.candidates.healing import Pair
+from rayapp.pruning.candidates.healing import Unit
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.measures.gate_hessian import measure_gate_hessian, measuring_cost
 from rayapp.pruning.measures.influence import measure_influence
@@ -74,11 +74,11 @@ class Recording(LocalCompute):
         yield from done
 
     def measure(
-        self, function: Callable[..., Measured], *arguments: object, pairs: Collection[Pair] = ()
+        self, function: Callable[..., Measured], *arguments: object, units: Collection[Unit] = ()
     ) -> Measured:
         """Measure, and count work that no evaluator counts as dense passes."""
         with self.meter:
-            measured = super().measure(function, *arguments, pairs=pairs)
+            measured = super().measure(function, *arguments, units=units)
         self._count_dense(PASSES.get(function, 0))
         return measured
 

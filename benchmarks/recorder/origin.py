@@ -8,11 +8,13 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rayapp.evaluation.machine import Machine, this_machine
+from rayapp.models.hub import from_directory
 from recorder.options import configuration_of
 
 
@@ -38,11 +40,20 @@ class Start:
         return {
             "date": self.date.isoformat(timespec="seconds"),
             "configuration": configuration_of(arguments),
+            **_captions(arguments),
             "machine": self.machine.model_dump(),
             "load_average": [self.load, os.getloadavg()[0]],
             "wall_s": time.perf_counter() - self.wall_s,
             "cpu_s": time.process_time() - self.cpu_s,
         }
+
+
+def _captions(arguments: Namespace) -> dict[str, Any]:
+    """The captions of the run's models, for the few that have one."""
+    models = getattr(arguments, "model", None) or []
+    paths = models if isinstance(models, list) else [models]
+    captions = [from_directory(path).caption for path in paths if Path(path).is_dir()]
+    return {"captions": kept} if (kept := list(filter(None, captions))) else {}
 
 
 def measured_on(origin: Mapping[str, Any]) -> str:
@@ -66,7 +77,13 @@ def measured_on(origin: Mapping[str, Any]) -> str:
         words.append(origin["date"][:10])
     commits = kept or [str(machine["commit"])]
     words.append(f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}")
-    return f"Measured on {', '.join(words)}."
+    of = f"{', '.join(origin['captions'])}. " if origin.get("captions") else ""
+    return f"{of}Measured on {', '.join(words)}."
+
+
+def type_words(dtype: str) -> str:
+    """The element type in words."""
+    return "in the checkpoint's own type" if dtype == "auto" else dtype
 
 
 def threads(count: int) -> str:

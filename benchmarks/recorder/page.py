@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
-from recorder.chart import Chart
-from recorder.curves import Curves
-from recorder.dots import Dots
 from recorder.files import write_text
 from recorder.origin import measured_on
 from recorder.record import Record
 from recorder.table import Table
 
-Drawing = Chart | Dots | Curves
+
+@runtime_checkable
+class Drawing(Protocol):
+    """A picture of numbers; ``title`` says what it shows, for readers who cannot see it."""
+
+    @property
+    def title(self) -> str: ...
+
+    def svg(self, salt: str) -> str: ...
+
+
 Block = str | Table | Drawing
 """A paragraph or heading in Markdown, a table, or a drawing (one a page)."""
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from rayapp.api.service import HealthReport, ServiceDescription
 from rayapp.plan import STAGES, Mode, PruningPlan
@@ -23,10 +24,7 @@ def status_page(
         health: The replicas that answer now.
         transfers: The ledger; None if it could not be read.
     """
-    source = resources.files("rayapp.api").joinpath("status.html.jinja").read_text("utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    environment.filters["size"] = readable_bytes
-    return environment.from_string(source).render(
+    return _template().render(
         model=description,
         health=health,
         pools=health.pools(),
@@ -35,6 +33,15 @@ def status_page(
         totals=(transfers or {}).get("totals") or {},
         links=(transfers or {}).get("links") or [],
     )
+
+
+@cache
+def _template() -> Template:
+    """The page's template, which is compiled once."""
+    source = resources.files("rayapp.api").joinpath("status.html.jinja").read_text("utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters["size"] = readable_bytes
+    return environment.from_string(source)
 
 
 def readable_bytes(num_bytes: float) -> str:

@@ -26,11 +26,10 @@ def kv_select(
     ] = "auto",
 ) -> None:
     """Choose which KV of a plan travels, and in which encoding."""
-    from rich.console import Console
-
     from rayapp.pruning.progress import ProgressReport
     from rayapp.workflows import kv_select as workflow
     from rayapp.workflows.tables import kv_table
+    from rayapp.workflows.terminal import show, table_console
 
     logging.getLogger("rayapp").setLevel(logging.INFO)
     if dtype in get_args(Encoding):  # This option's former meaning.
@@ -40,5 +39,5 @@ def kv_select(
         score = ScoreSettings.checked(**{**dict(score), "dtype": dtype})
     with ProgressReport() as report:
         selection = workflow.kv_select(score, compute, choice, on_progress=report)
-    Console().print(kv_table(selection))
+    show(table_console(), kv_table(selection))
     typer.echo(selection.summary(choice.out or choice.plan))

@@ -23,12 +23,11 @@ def show(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Plan directory or plan.json.")],
 ) -> None:
     """Draw what each stage computes in each block, and which KV travels."""
-    from rich.console import Console
-
     from rayapp.plan import PruningPlan
     from rayapp.workflows.tables import plan_tables
+    from rayapp.workflows.terminal import show, table_console
 
-    Console().print(*plan_tables(PruningPlan.load(path)), sep="\n")
+    show(table_console(), *plan_tables(PruningPlan.load(path)))
 
 
 @app.command()

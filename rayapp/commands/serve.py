@@ -36,6 +36,10 @@ def serve(
         float | None,
         typer.Option(min=0, help="GPUs of every replica, in parts too; 1 with --device cuda."),
     ] = None,
+    threads: Annotated[
+        int,
+        typer.Option(min=1, help="Torch threads of each process that computes."),
+    ] = 1,
     allow_unauthenticated: Annotated[
         bool,
         typer.Option(
@@ -54,7 +58,7 @@ def serve(
     placed = _placed(device, gpus)
 
     def pool(count: str, **labels: str) -> dict[str, Any]:
-        return {"replicas": count, "labels": labels, **placed}
+        return {"replicas": count, "labels": labels, "num_cpus": float(threads), **placed}
 
     settings = ServiceSettings.parse(
         {

@@ -20,9 +20,9 @@ def transfers(
 ) -> None:
     """Print the transfer ledger of a running service."""
     import httpx
-    from rich.console import Console
 
     from rayapp.workflows.tables import ledger_tables
+    from rayapp.workflows.terminal import show, table_console
 
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
@@ -34,4 +34,4 @@ def transfers(
     if as_json:
         typer.echo(answer.text)
     else:
-        Console().print(*ledger_tables(ledger), sep="\n")
+        show(table_console(), *ledger_tables(ledger))

@@ -115,7 +115,7 @@ class ImageLineReader:
     ) -> TokenizedImageLine:
         place = str(self._tokenizer.convert_ids_to_tokens(place_id))
         prompt = with_places(line.prompt, place, len(counts))
-        plain = Line(prompt=prompt, completion=line.completion, task=line.task)
+        plain = Line(prompt=prompt, completion=line.completion, task=line.task, ends=line.ends)
         tokens = tokenize_line(plain, self._tokenizer, where, None)
         check_places(tokens.prompt, place_id, len(counts))
         if self._ends_in_text and tokens.prompt[-1] == place_id:
@@ -128,7 +128,8 @@ class ImageLineReader:
         if total > self._max_positions:
             raise DataError(
                 f"{where}: {len(unpruned)} prompt tokens, {sum(counts)} of them of images, + "
-                f"{len(tokens.continuation)} of the completion and the end marker = {total}, but "
+                f"{len(tokens.continuation)} of the completion"
+                f"{' and the end marker' if line.ends else ''} = {total}, but "
                 f"the model's context is {self._max_positions}; shorten the line"
             )
         words = self._tokenizer(
@@ -139,6 +140,7 @@ class ImageLineReader:
             prompt=unpruned,
             continuation=tokens.continuation,
             task=line.task,
+            ends=line.ends,
             asked=tokens.prompt,
             words=tuple(words),
             images=images,

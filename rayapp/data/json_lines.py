@@ -1,4 +1,8 @@
-"""Files of JSON lines: they are read, and every line is checked against the model of its kind."""
+"""Files of lines: they are read, and every line is checked against the model of its kind.
+
+JSON lines are the rule. A table (``.csv``, ``.parquet``) has a line per row, and a plain text
+(``.txt``) is one line of text (:mod:`rayapp.data.tables`).
+"""
 
 from __future__ import annotations
 
@@ -9,17 +13,21 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from rayapp.data.tables import READERS
 from rayapp.errors import DataError
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
 
 
 def read_objects(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a file with their line numbers, from 1; blank lines are skipped.
+    """The objects of a file with their line numbers, from 1; blank lines are skipped.
 
     Raises:
-        DataError: The file cannot be read or has no line, or a line (named) is no JSON object.
+        DataError: The file cannot be read or has no line, or a line (named) is no object.
     """
+    read = READERS.get(Path(path).suffix.lower())
+    if read is not None:
+        return read(Path(path))
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

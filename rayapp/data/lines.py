@@ -14,19 +14,23 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from rayapp.data.json_lines import checked_line, read_objects
-from rayapp.data.published_lines import as_choices
+from rayapp.data.published_lines import as_choices, as_completion
 from rayapp.errors import DataError
 from rayapp.kv.forecast import RunPrompt
 
 
 class Line(BaseModel):
-    """One line of a calibration file; lines without a task belong to one nameless task."""
+    """One line of a calibration file; lines without a task belong to one nameless task.
+
+    ``ends`` is false if the completion is cut off, as a text is: no end marker follows it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     prompt: str = Field(min_length=1)
     completion: str = Field(min_length=1)
     task: str = ""
+    ends: bool = True
     image: None = None
 
 
@@ -38,6 +42,7 @@ class ImageLine(BaseModel):
     prompt: str = Field(min_length=1)
     completion: str = Field(min_length=1)
     task: str = ""
+    ends: bool = True
     image: str | None = Field(default=None, min_length=1)
     images: list[str] | None = Field(default=None, min_length=1)
 
@@ -54,7 +59,11 @@ class ImageLine(BaseModel):
 
 
 class ChoiceLine(BaseModel):
-    """A line of a multiple-choice file; ``answer`` is the index of the right choice, from 0."""
+    """A line of a multiple-choice file; ``answer`` is the index of the right choice, from 0.
+
+    Choices are compared without an end marker; ``ends`` concerns searches, which learn from the
+    right one.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -62,6 +71,7 @@ class ChoiceLine(BaseModel):
     choices: list[str] = Field(min_length=2)
     answer: int
     task: str = ""
+    ends: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> ChoiceLine:
@@ -78,12 +88,13 @@ class ChoiceLine(BaseModel):
     @property
     def answered(self) -> Line:
         """The prompt with its right choice, as a search or healing learns from it."""
-        return Line(prompt=self.prompt, completion=self.choices[self.answer], task=self.task)
+        right = self.choices[self.answer]
+        return Line(prompt=self.prompt, completion=right, task=self.task, ends=self.ends)
 
 
 @dataclass(frozen=True)
 class TokenizedLine:
-    """Token ids of one line; the continuation is the completion and the end marker.
+    """Token ids of one line; the continuation is the completion and, if it ends, the end marker.
 
     Attributes:
         prompt: Token ids of the prompt that prefill runs.
@@ -93,6 +104,7 @@ class TokenizedLine:
             tokens leave gaps; None counts from 0 without gaps.
         num_removed: Number of visual tokens that are not run.
         image_keys: Names of the images' contents, and of the way they were pruned.
+        ends: Whether the continuation's last token is the end marker.
     """
 
     prompt: tuple[int, ...]
@@ -101,6 +113,7 @@ class TokenizedLine:
     positions: tuple[int, ...] | None = None
     num_removed: int = 0
     image_keys: tuple[str, ...] = ()
+    ends: bool = True
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -135,9 +148,15 @@ def read_lines(path: str | Path) -> list[tuple[int, Line | ImageLine]]:
     return [(n, line.answered if isinstance(line, ChoiceLine) else line) for n, line in parsed]
 
 
-def parse_line(fields: dict[str, Any], where: str) -> Line | ImageLine | ChoiceLine:
-    """Check a line of the kind that its keys show; raises :class:`DataError`, naming ``where``."""
-    fields = as_choices(fields, where) or fields
+def parse_line(
+    fields: dict[str, Any], where: str, *, whole_answers: bool = False
+) -> Line | ImageLine | ChoiceLine:
+    """Check a line of the kind that its keys show; raises :class:`DataError`, naming ``where``.
+
+    ``whole_answers`` scores published questions about letters by their answers instead.
+    """
+    published = as_choices(fields, where, whole_answers=whole_answers)
+    fields = published or as_completion(fields, where) or fields
     choices = {"choices", "answer"} & set(fields)
     if choices and has_images(fields):
         raise DataError(
@@ -155,8 +174,10 @@ def tokenize_line(
     line: Line, tokenizer: PreTrainedTokenizerBase, where: str, max_positions: int | None
 ) -> TokenizedLine:
     """Tokenise a line; raises :class:`DataError` if it cannot be used, naming ``where``."""
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"{where}: the tokenizer names no end marker; set its eos_token")
+    if line.ends and tokenizer.eos_token_id is None:
+        raise DataError(
+            f'{where}: the tokenizer names no end marker; set its eos_token, or write "ends": false'
+        )
     # Our rule is stricter than the tokenizer's: a model_max_length below the context only logs a
     # warning.
     prompt = tokenizer(line.prompt, verbose=False)["input_ids"]
@@ -164,10 +185,13 @@ def tokenize_line(
     for name, ids in (("prompt", prompt), ("completion", completion)):
         if not ids:
             raise DataError(f"{where}: the {name} has no token; give text that the tokenizer knows")
-    total = len(prompt) + len(completion) + 1
+    end = (tokenizer.eos_token_id,) if line.ends else ()
+    # A single token is judged by two greedy ones, since one alone sends no KV.
+    total = len(prompt) + max(2, len(completion) + len(end))
     if max_positions is not None and total > max_positions:
+        marker = " + the end marker" if end else ""
         raise DataError(
-            f"{where}: {len(prompt)} prompt tokens + {len(completion)} completion tokens + the "
-            f"end marker = {total}, but the model's context is {max_positions}; shorten the line"
+            f"{where}: {len(prompt)} prompt tokens + {len(completion)} completion tokens{marker} "
+            f"= {total}, but the model's context is {max_positions}; shorten the line"
         )
-    return TokenizedLine(tuple(prompt), (*completion, tokenizer.eos_token_id), line.task)
+    return TokenizedLine(tuple(prompt), (*completion, *end), line.task, ends=line.ends)

@@ -2,6 +2,7 @@
 
 A file exported from PIQA, HellaSwag, ARC, OpenBookQA, CommonsenseQA, Social IQa, BoolQ, MMLU, CMMLU
 or C-Eval needs no conversion: the keys say which it is, and name the task where the line does not.
+GSM8K, LAMBADA and Dolly are completions (:func:`as_completion`).
 Prompts and choices are those of lm-evaluation-harness (v0.4, zero shots), so that accuracies can be
 laid beside its own; the descriptions that it sets before CMMLU's and C-Eval's subjects are left
 out, since their lines do not name the subject.
@@ -35,6 +36,10 @@ class _Published(BaseModel):
     @abstractmethod
     def asked(self) -> tuple[str, list[str], int]:
         """The prompt, its choices as they continue it, and the index of the right one."""
+
+    def asked_whole(self) -> tuple[str, list[str], int]:
+        """The same with whole answers (cloze) where choices would be letters."""
+        return self.asked()
 
 
 class _Options(BaseModel):
@@ -104,6 +109,9 @@ class _CommonsenseQA(_Arc):
         letters = _spaced(LETTERS[: len(self.choices.text)])
         return prompt, letters, self.choices.index(self.answerKey)
 
+    def asked_whole(self) -> tuple[str, list[str], int]:
+        return super().asked()
+
 
 class _SocialIQa(_Published):
     marks = frozenset({"context", "question", "answerA", "answerB", "answerC"})
@@ -143,9 +151,18 @@ class _Mmlu(_Published):
         about = (self.subject or "").replace("_", " ")
         description = "The following are multiple choice questions (with answers) about "
         prompt = _lettered(self.question.strip(), self.choices, "Answer:")
-        letters = LETTERS[: len(self.choices)]
-        right = _place(letters, self.answer) if isinstance(self.answer, str) else self.answer
-        return (f"{description}{about}.\n\n" if about else "") + prompt, _spaced(letters), right
+        letters = _spaced(LETTERS[: len(self.choices)])
+        return (f"{description}{about}.\n\n" if about else "") + prompt, letters, self._right
+
+    def asked_whole(self) -> tuple[str, list[str], int]:
+        prompt = f"Question: {self.question.strip()}\nAnswer:"
+        return prompt, _spaced(self.choices), self._right
+
+    @property
+    def _right(self) -> int:
+        if isinstance(self.answer, int):
+            return self.answer
+        return _place(LETTERS[: len(self.choices)], self.answer)
 
 
 class _CEval(_Published):
@@ -160,6 +177,10 @@ class _CEval(_Published):
     def asked(self) -> tuple[str, list[str], int]:
         prompt = _lettered(self.question.strip(), [self.A, self.B, self.C, self.D], CHINESE_ANSWER)
         return prompt, _spaced("ABCD"), _place("ABCD", self.answer)
+
+    def asked_whole(self) -> tuple[str, list[str], int]:
+        prompt = f"{self.question.strip()}\n{CHINESE_ANSWER}"
+        return prompt, _spaced([self.A, self.B, self.C, self.D]), _place("ABCD", self.answer)
 
 
 class _Cmmlu(_CEval):
@@ -186,8 +207,16 @@ FORMATS: dict[str, type[_Published]] = {
 WINOGRANDE = frozenset({"sentence", "option1", "option2"})
 
 
-def as_choices(fields: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+def as_choices(
+    fields: Mapping[str, Any], where: str, *, whole_answers: bool = False
+) -> dict[str, Any] | None:
     """A published line as ``prompt``, ``choices``, ``answer`` and ``task``; None if it is none.
+
+    Args:
+        fields: The line.
+        where: The line's file and number, for errors.
+        whole_answers: Let choices be the answers themselves (cloze) where the harness asks for
+            letters, so that both stages answer: a letter is a single token, mostly prefill's.
 
     Raises:
         DataError: A key is missing or of another type, the split has no answers, or the benchmark
@@ -206,13 +235,83 @@ def as_choices(fields: Mapping[str, Any], where: str) -> dict[str, Any] | None:
         return None
     line = checked_line(FORMATS[name], dict(fields), where)
     try:
-        prompt, choices, answer = line.asked()
+        prompt, choices, answer = line.asked_whole() if whole_answers else line.asked()
     except ValueError as error:
         raise DataError(
             f"{where}: the answer of this line of {name} is not one of its choices "
             f"({error}); use a split with answers"
         ) from None
-    return {"prompt": prompt, "choices": choices, "answer": answer, "task": line.task or name}
+    read = {"prompt": prompt, "choices": choices, "answer": answer, "task": line.task or name}
+    return read | ({"ends": fields["ends"]} if "ends" in fields else {})
+
+
+def as_completion(fields: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    """A published line of GSM8K, LAMBADA or Dolly as a completion; None if it is none.
+
+    LAMBADA's last word is cut off (``ends`` is false): its text goes on, so no end marker follows.
+
+    Raises:
+        DataError: A key is of another type; ``where`` is named.
+    """
+    keys = set(fields)
+    if "prompt" in keys:
+        return None
+    name = next((title for title, kind in COMPLETIONS.items() if keys >= kind.marks), None)
+    if name is None:
+        return None
+    line = checked_line(COMPLETIONS[name], dict(fields), where)
+    return line.told() | {"task": line.task or name} | {k: fields[k] for k in keys & {"ends"}}
+
+
+class _Completed(BaseModel):
+    """A line with one right text; keys that no prompt shows are not read."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    marks: ClassVar[frozenset[str]]
+    task: str = ""
+
+    @abstractmethod
+    def told(self) -> dict[str, Any]:
+        """The prompt, its completion, and whether that ends."""
+
+
+class _Gsm8k(_Completed):
+    marks = frozenset({"question", "answer"})
+    question: str
+    answer: str
+
+    def told(self) -> dict[str, Any]:
+        return {"prompt": f"Question: {self.question}\nAnswer:", "completion": f" {self.answer}"}
+
+
+class _Lambada(_Completed):
+    marks = frozenset({"context", "continuation"})
+    context: str
+    continuation: str
+
+    def told(self) -> dict[str, Any]:
+        word = f" {self.continuation.strip()}"
+        return {"prompt": self.context.rstrip(), "completion": word, "ends": False}
+
+
+class _Dolly(_Completed):
+    marks = frozenset({"instruction", "response"})
+    instruction: str
+    response: str
+    context: str = ""
+
+    def told(self) -> dict[str, Any]:
+        asked = "\n\n".join(filter(None, (self.context.strip(), self.instruction)))
+        return {"prompt": f"{asked}\n", "completion": self.response}
+
+
+COMPLETIONS: dict[str, type[_Completed]] = {
+    "GSM8K": _Gsm8k,
+    "LAMBADA": _Lambada,
+    "Dolly": _Dolly,
+}
+"""Published lines of completions by name; a line belongs to the first whose marks it has."""
 
 
 def _spaced(choices: Any) -> list[str]:

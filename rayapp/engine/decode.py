@@ -22,7 +22,6 @@ from rayapp.engine.slab import Slab
 from rayapp.errors import IntegrityError, OverloadedError, RequestError, TransferError, WireError
 from rayapp.kv.segment import KVSegment
 from rayapp.kv.select import num_prefilled
-from rayapp.kv.wire import Envelope, Message, MessageSizes, message_sizes, unpack
 from rayapp.models.single_token import SingleTokenStack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
@@ -135,30 +134,6 @@ class DecodeEngine:
         self._sequences.append(sequence)
         self._slots[request.request_id] = slot
         return slot
-
-    def admit_message(
-        self,
-        request: GenerationRequest,
-        message: Message,
-        envelope: Envelope,
-        first: TokenBatch | None = None,
-        replay: Sequence[int] = (),
-    ) -> MessageSizes:
-        """Check a message, :meth:`admit` its segment, and return the message's sizes.
-
-        Args:
-            request: The request that is answered.
-            message: The packed KV of its prompt, which may be released when this returns.
-            envelope: The envelope that the message must carry.
-            first: The first answer token, as in :meth:`admit`.
-            replay: Answer tokens that the client already has, as in :meth:`admit`.
-
-        Raises:
-            WireError: The message is damaged, or carries other KV. Errors of :meth:`admit` pass
-                through as well.
-        """
-        self.admit(request, unpack(message, envelope), first, replay)
-        return message_sizes(message)
 
     def _check_segment(self, request: GenerationRequest, segment: KVSegment) -> None:
         kept = request.num_prompt_tokens - segment.num_visual_tokens_removed

@@ -184,7 +184,7 @@ class LocalPipeline:
         fed = tuple(answer_token_ids)[:-1]
         sampling = SamplingParams(max_tokens=len(fed) + 1, ignore_eos=True)
         request = self._request("answer-logits", prompt, sampling)
-        first_V, segment = self.prefill.compute(self.prefill.embed(request))
+        first_V, segment = self.prefill.compute(request)
         rows = [] if first_V is None else [first_V]
         if len(rows) <= len(fed):
             decode = self._decode_engine([request])

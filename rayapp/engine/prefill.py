@@ -1,9 +1,11 @@
 """The prefill engine runs prompts and gives a first token and a KV segment per prompt.
 
-Prompts enter as embeddings of their words and of the image tokens that are kept. Prompts with
-equally many tokens to run may share a pass, and their segments its memory; nothing is ever padded.
+Prompts enter as embeddings of their words and of the image tokens that are kept. A pass runs the
+next tokens of any prompts, whole ones or chunks, and segments may share its memory; nothing is ever
+padded.
 
-Shapes: B = prompts of a pass, T = prompt tokens run, V = vocabulary.
+Shapes: B = prompts that end with a pass, T = tokens of a pass, C = tokens of one prompt in it,
+E = hidden size, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from rayapp.engine.answer import Answer
 from rayapp.engine.request import GenerationRequest, TokenBatch
 from rayapp.engine.sampling import choose_tokens, token_logprobs
-from rayapp.errors import IntegrityError, PlanError, RequestError
-from rayapp.kv.cache import CaptureCache
+from rayapp.errors import PlanError, RequestError
+from rayapp.kv.growing import Pass, PromptKV
 from rayapp.kv.segment import KVSegment
 from rayapp.kv.select import num_prefilled, select_segment
 from rayapp.models.stack import BlockStack
@@ -48,6 +50,26 @@ class PrefillOutput:
         return self.first is not None and self.first.finish_reason is not None
 
 
+@dataclass
+class PrefillRun:
+    """A prompt on its way through prefill: its embeddings, its answer, and its KV so far."""
+
+    request: GenerationRequest
+    prompt: PromptEmbeddings
+    answer: Answer
+    kv: PromptKV
+    begun_s: float
+
+    @property
+    def num_left(self) -> int:
+        """Number of tokens that are still to be run."""
+        return self.kv.num_tokens - self.kv.num_done
+
+    def hidden_CE(self, count: int) -> torch.Tensor:
+        """Embeddings of the next ``count`` tokens."""
+        return self.prompt.hidden_TE[self.kv.num_done : self.kv.num_done + count]
+
+
 def check_prunable(*, takes_images: bool) -> None:
     """Raise :class:`PlanError` if a plan prunes visual tokens of a model without images."""
     if not takes_images:
@@ -58,7 +80,7 @@ def check_prunable(*, takes_images: bool) -> None:
 
 
 class PrefillEngine:
-    """Runs prompts one by one, or prompts of equal length together.
+    """Runs prompts in chunks, and chunks of several prompts together.
 
     Args:
         stack: The blocks of the prefill stage.
@@ -100,16 +122,22 @@ class PrefillEngine:
         return self._images.cache.counts if self._images else None
 
     def run(self, request: GenerationRequest) -> PrefillOutput:
-        """Prefill one prompt.
+        """Prefill one prompt in one pass.
 
         Raises:
             RequestError: The prompt is empty or too long, or has ids outside the vocabulary or an
                 image that cannot be read.
             PlanError: The request's own ``visual_tokens`` cannot be applied.
         """
+        run = self.begin(request)
+        (output,) = self.advance([(run, run.num_left)])
+        return output
+
+    def begin(self, request: GenerationRequest) -> PrefillRun:
+        """Embed a prompt, to be prefilled by calls of :meth:`advance`; raises as :meth:`run`."""
         begun_s = time.monotonic()
         self._check(request)
-        return self._outputs([request], [self.embed(request)], begun_s)[0]
+        return self._begin(request, self.embed(request), begun_s)
 
     def run_embedded(
         self, requests: Sequence[GenerationRequest], prompts: Sequence[PromptEmbeddings]
@@ -118,41 +146,83 @@ class PrefillEngine:
 
         Args:
             requests: Requests within the limits.
-            prompts: The embeddings of :meth:`embed`, with equally many tokens to run.
+            prompts: The embeddings of :meth:`embed`.
 
         Returns:
             One output per request; its seconds are those of the pass, without the embedding.
 
         Raises:
             RequestError: A request lies outside the limits.
-            IntegrityError: The prompts have unequal numbers of tokens to run.
         """
         begun_s = time.monotonic()
         for request in requests:
             self._check(request)
-        return self._outputs(requests, prompts, begun_s)
+        runs = [self._begin(*pair, begun_s) for pair in zip(requests, prompts, strict=True)]
+        return self.advance([(run, run.num_left) for run in runs])
 
-    def _outputs(
-        self,
-        requests: Sequence[GenerationRequest],
-        prompts: Sequence[PromptEmbeddings],
-        begun_s: float,
-    ) -> list[PrefillOutput]:
-        answers = [Answer(request, self._eos_token_ids, self._tokenizer) for request in requests]
-        logits_BV, segments = self.compute_batch(prompts)
-        firsts: Sequence[TokenBatch | None] = [None] * len(requests)
-        if logits_BV is not None:
-            firsts = _sample(requests, answers, logits_BV)
-        prefill_s = time.monotonic() - begun_s
+    def _begin(
+        self, request: GenerationRequest, prompt: PromptEmbeddings, begun_s: float
+    ) -> PrefillRun:
+        num_run = num_prefilled(self.plan, prompt.num_tokens)
+        answer = Answer(request, self._eos_token_ids, self._tokenizer)
+        kv = PromptKV(self.stack, prompt.positions_T[:num_run])
+        return PrefillRun(request, prompt, answer, kv, begun_s)
+
+    def advance(self, chunks: Sequence[tuple[PrefillRun, int]]) -> list[PrefillOutput]:
+        """Run the next tokens of several prompts in one pass.
+
+        Args:
+            chunks: Every prompt with the number of its tokens to run, at most those that are left.
+
+        Returns:
+            The outputs of the prompts that are complete, in the order of ``chunks``.
+        """
+        logits_BV = self._advance(chunks)
+        ended = [run for run, _ in chunks if not run.num_left]
+        firsts: Sequence[TokenBatch | None] = [None] * len(ended)
+        if logits_BV is not None and self.plan.first_token == "prefill":
+            firsts = _sample(ended, logits_BV)
+        ended_s = time.monotonic()
         return [
             PrefillOutput(
                 first=first,
-                segment=None if first is not None and first.finish_reason else segment,
-                num_prompt_tokens=request.num_prompt_tokens,
-                prefill_s=prefill_s,
+                segment=None if first is not None and first.finish_reason else self._segment(run),
+                num_prompt_tokens=run.request.num_prompt_tokens,
+                prefill_s=ended_s - run.begun_s,
             )
-            for request, first, segment in zip(requests, firsts, segments, strict=True)
+            for run, first in zip(ended, firsts, strict=True)
         ]
+
+    @torch.inference_mode()
+    def _advance(self, chunks: Sequence[tuple[PrefillRun, int]]) -> torch.Tensor | None:
+        """Run a pass; return the logits ``(B, V)`` after the last token of every ended prompt."""
+        chunks = [(run, count) for run, count in chunks if count]
+        if not chunks:
+            return None
+        runs, counts = [run for run, _ in chunks], [count for _, count in chunks]
+        row = Pass([run.kv for run in runs], counts, self.stack)
+        hidden_1TE = torch.cat([run.hidden_CE(count) for run, count in chunks])[None]
+        hidden_1TE = self.stack.run(
+            hidden_1TE, row.positions_1T, row, row.masks, real_tokens=row.real_tokens
+        )
+        row.finish()
+        ends = torch.tensor(counts).cumsum(0) - 1
+        last_B = ends[[not run.num_left for run in runs]].to(hidden_1TE.device)
+        if self.plan.first_token == "decode" or not last_B.numel():
+            return None
+        return self.stack.logits(hidden_1TE[0, last_B][:, None])[:, 0]
+
+    @torch.inference_mode()
+    def _segment(self, run: PrefillRun) -> KVSegment:
+        prompt = run.prompt
+        return select_segment(
+            self.plan,
+            run.kv.captured(),
+            run.kv.positions_T,
+            prompt.num_prompt_tokens,
+            num_visual_tokens_removed=prompt.num_visual_tokens_removed,
+            is_compact=prompt.is_compact,
+        )
 
     def _check(self, request: GenerationRequest) -> None:
         request.check_limits(
@@ -175,71 +245,26 @@ class PrefillEngine:
         rule = request.visual_tokens or self.plan.visual_tokens
         return self._images.embed(token_ids, request.images, rule, request.text_token_ids)
 
-    def compute(self, prompt: PromptEmbeddings) -> tuple[torch.Tensor | None, KVSegment]:
+    def compute(self, request: GenerationRequest) -> tuple[torch.Tensor | None, KVSegment]:
         """Logits ``(V,)`` of answer token 0 (None if decode computes them), and the segment."""
-        logits_BV, segments = self.compute_batch([prompt])
-        return None if logits_BV is None else logits_BV[0], segments[0]
-
-    @torch.inference_mode()
-    def compute_batch(
-        self, prompts: Sequence[PromptEmbeddings]
-    ) -> tuple[torch.Tensor | None, list[KVSegment]]:
-        """Run :meth:`compute` for several prompts at their own positions; logits ``(B, V)``.
-
-        Raises:
-            IntegrityError: The prompts have unequal numbers of tokens to run.
-        """
-        lengths = {prompt.num_tokens for prompt in prompts}
-        if len(lengths) != 1:
-            raise IntegrityError(
-                f"prompts of {sorted(lengths)} tokens to run cannot share a pass; group them"
-            )
-        num_tokens = lengths.pop()
-        num_run = num_prefilled(self.plan, num_tokens)
-        positions_BT = torch.stack([prompt.positions_T[:num_run] for prompt in prompts])
-        cache, logits_BV = CaptureCache.for_stack(self.stack), None
-        if num_run:
-            hidden_BTE = torch.stack([prompt.hidden_TE[:num_run] for prompt in prompts])
-            hidden_BTE = self.stack.run(hidden_BTE, positions_BT, cache)
-            if num_run == num_tokens:
-                logits_BV = self.stack.logits(hidden_BTE[:, -1:])[:, 0]
-        segments = [
-            select_segment(
-                self.plan,
-                self._row(cache, number),
-                positions_BT[number],
-                prompt.num_prompt_tokens,
-                num_visual_tokens_removed=prompt.num_visual_tokens_removed,
-                is_compact=prompt.is_compact,
-            )
-            for number, prompt in enumerate(prompts)
-        ]
-        return logits_BV, segments
-
-    def _row(self, cache: CaptureCache, number: int) -> CaptureCache:
-        """The KV of one prompt of a pass; it shares memory with ``cache``."""
-        row = CaptureCache.for_stack(self.stack)
-        for block in cache.blocks:
-            keys_BHND, values_BHND = cache.entries(block)
-            row.update(keys_BHND[number : number + 1], values_BHND[number : number + 1], block)
-        return row
+        run = self.begin(request)
+        logits_BV = self._advance([(run, run.num_left)])
+        return None if logits_BV is None else logits_BV[0], self._segment(run)
 
 
-def _sample(
-    requests: Sequence[GenerationRequest], answers: Sequence[Answer], logits_BV: torch.Tensor
-) -> list[TokenBatch]:
+def _sample(runs: Sequence[PrefillRun], logits_BV: torch.Tensor) -> list[TokenBatch]:
     """Sample the first token of every answer."""
-    params = [request.sampling for request in requests]
-    tokens = choose_tokens(logits_BV, params, [0] * len(requests))
+    params = [run.request.sampling for run in runs]
+    tokens = choose_tokens(logits_BV, params, [0] * len(runs))
     logprobs = token_logprobs(logits_BV, tokens, params)
     return [
         TokenBatch(
-            request_id=request.request_id,
-            attempt=request.attempt,
+            request_id=run.request.request_id,
+            attempt=run.request.attempt,
             first_index=0,
             token_ids=(token,),
-            finish_reason=answer.take(token),
+            finish_reason=run.answer.take(token),
             logprobs=() if logprob is None else (logprob,),
         )
-        for request, answer, token, logprob in zip(requests, answers, tokens, logprobs, strict=True)
+        for run, token, logprob in zip(runs, tokens, logprobs, strict=True)
     ]

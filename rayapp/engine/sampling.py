@@ -17,6 +17,9 @@ from rayapp.engine.request import TokenLogprobs
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.models.likelihood import log_softmax64
 
+# Tokens that are sorted before all others: enough for most draws, and cheap.
+_SORTED_FIRST = 512
+
 
 def noise(seed: int, index: int) -> float:
     """The uniform number in [0, 1) that decides token ``index``: Philox, keyed by ``seed``."""
@@ -40,7 +43,7 @@ def choose_tokens(
     drawn = [row for row, p in enumerate(params) if p.temperature > 0.0]
     if drawn:
         tokens = _draw(
-            logits_BV[drawn].double(),
+            logits_BV[drawn],
             [params[row] for row in drawn],
             [noise(params[row].seed, indices[row]) for row in drawn],
         )
@@ -54,25 +57,85 @@ def _draw(
 ) -> list[int]:
     """Draw by inverting the cumulative distribution, over tokens sorted by falling probability.
 
-    Equal probabilities are sorted by token id, lowest first.
+    Sorting a large vocabulary costs more than a decode step of a small model, so the likeliest
+    tokens alone are sorted first; a row that they cannot decide is drawn from all tokens.
     """
-    values_BV, order_BV = torch.sort(logits_BV, dim=-1, descending=True, stable=True)
-    temperature_B1 = _column([p.temperature for p in params], logits_BV)
-    scaled_BV = (values_BV - values_BV[:, :1]) / temperature_B1
     vocab_size = logits_BV.shape[1]
+    drawn = _draw_from_best(logits_BV, min(_SORTED_FIRST, vocab_size), params, uniforms)
+    open_rows = [row for row, token in enumerate(drawn) if token is None]
+    if open_rows:
+        again = _draw_from_best(
+            logits_BV[open_rows],
+            vocab_size,
+            [params[row] for row in open_rows],
+            [uniforms[row] for row in open_rows],
+        )
+        for row, token in zip(open_rows, again, strict=True):
+            drawn[row] = token
+    return [token for token in drawn if token is not None]
+
+
+def _draw_from_best(
+    logits_BV: torch.Tensor,
+    count: int,
+    params: Sequence[SamplingParams],
+    uniforms: Sequence[float],
+) -> list[int | None]:
+    """Draw every row from its ``count`` likeliest tokens; None where one after them may be due.
+
+    They decide a row if all that ``top_k`` and ``top_p`` leave is among them, or if the draw falls
+    among them anyway. A row's result does not depend on the other rows.
+    """
+    vocab_size = logits_BV.shape[1]
+    values_BC, order_BC = _best(logits_BV, count)
+    values_BC = values_BC.double()
+    temperature_B1 = _column([p.temperature for p in params], logits_BV)
     top_k_B1 = _column([p.top_k or vocab_size for p in params], logits_BV)
-    rank_V = torch.arange(vocab_size, device=logits_BV.device)
-    probabilities_BV = torch.softmax(scaled_BV.masked_fill(rank_V >= top_k_B1, -torch.inf), dim=-1)
-    before_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV
+    rank_C = torch.arange(count, device=logits_BV.device)
+    weights_BC = ((values_BC - values_BC[:, :1]) / temperature_B1).exp()
+    weights_BC = weights_BC.masked_fill(rank_C >= top_k_B1, 0.0)
+    cumulative_BC = weights_BC.cumsum(dim=-1)
+    mass_B1, holds_all_B1 = cumulative_BC[:, -1:], top_k_B1 <= count
+    if count < vocab_size:
+        all_BV = logits_BV.double().sub_(values_BC[:, :1]).div_(temperature_B1).exp_()
+        all_B1 = all_BV.sum(-1, keepdim=True)
+        mass_B1 = torch.where(holds_all_B1, mass_B1, all_B1)
     # A token stays while the tokens before it have not reached top_p, so the first always stays.
     top_p_B1 = _column([p.top_p for p in params], logits_BV)
-    probabilities_BV = probabilities_BV.masked_fill((before_BV >= top_p_B1) & (rank_V > 0), 0.0)
-    cumulative_BV = probabilities_BV.cumsum(dim=-1)
-    target_B1 = _column(uniforms, logits_BV) * cumulative_BV[:, -1:]
-    picked_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-    last_B1 = (probabilities_BV > 0).sum(dim=-1, keepdim=True).clamp(min=1) - 1
-    tokens: list[int] = order_BV.gather(1, torch.minimum(picked_B1, last_B1))[:, 0].tolist()
-    return tokens
+    is_left_BC = (cumulative_BC - weights_BC < top_p_B1 * mass_B1) | (rank_C == 0)
+    kept_BC = weights_BC.masked_fill(~is_left_BC, 0.0)
+    ends_B1 = holds_all_B1 | ~is_left_BC.all(dim=-1, keepdim=True)
+    kept_mass_B1 = torch.where(ends_B1, kept_BC.sum(-1, keepdim=True), mass_B1)
+    picked_B1 = torch.searchsorted(
+        kept_BC.cumsum(dim=-1), _column(uniforms, logits_BV) * kept_mass_B1, right=True
+    )
+    last_B1 = (kept_BC > 0).sum(dim=-1, keepdim=True).clamp(min=1) - 1
+    # Where more tokens are left than were sorted, their mass is known only if it is all mass.
+    has_all_mass_B1 = (top_k_B1 >= vocab_size) & (top_p_B1 >= 1.0)
+    is_known_B1 = holds_all_B1 | (has_all_mass_B1 & (picked_B1 <= last_B1))
+    is_known_B1 |= ends_B1 & (top_k_B1 >= vocab_size)
+    tokens_B = order_BC.gather(1, torch.minimum(picked_B1, last_B1))[:, 0].tolist()
+    known_B = is_known_B1[:, 0].tolist()
+    return [token if known else None for token, known in zip(tokens_B, known_B, strict=True)]
+
+
+def _best(logits_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count`` largest logits of every row and their ids, equal ones by rising id."""
+    if count == logits_BV.shape[1]:
+        return torch.sort(logits_BV, dim=-1, descending=True, stable=True)
+    # Which of equal values topk takes, and in which order, is open: lower ids are to come first.
+    values_BC, ids_BC = torch.topk(logits_BV, count, dim=-1)
+    least_B1 = values_BC[:, -1:]
+    if bool(((logits_BV >= least_B1).sum(dim=-1) > count).any()):
+        is_above_BV, is_least_BV = logits_BV > least_B1, logits_BV == least_B1
+        missing_B1 = count - is_above_BV.sum(dim=-1, keepdim=True)
+        is_taken_BV = is_above_BV | (is_least_BV & (is_least_BV.cumsum(dim=-1) <= missing_B1))
+        ids_BC = is_taken_BV.nonzero()[:, 1].view(-1, count)
+    ids_BC = ids_BC.sort(dim=-1).values
+    values_BC, place_BC = torch.sort(
+        logits_BV.gather(1, ids_BC), dim=-1, descending=True, stable=True
+    )
+    return values_BC, ids_BC.gather(1, place_BC)
 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from rayapp.engine.prefill import PrefillEngine
 from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch
 from rayapp.kv.ledger import KVShape, Route, TransferRecord, TransferTimes, account
 from rayapp.kv.segment import KVSegment
-from rayapp.kv.wire import Envelope, pack
+from rayapp.kv.wire import Envelope, message_sizes, pack, unpack
 from rayapp.models.blocks import signature_of, text_config
 from rayapp.models.loading import eos_token_ids
 from rayapp.models.stack import BlockStack
@@ -148,11 +148,11 @@ class Stages:
         begun_s = time.monotonic()
         message = pack(segment, envelope)
         packed_s = time.monotonic()
-        sizes = decode.admit_message(request, message, envelope, first, replay)
+        decode.admit(request, unpack(message, envelope), first, replay)
         return account(
             self._kv_shape,
             self.plan,
-            sizes,
+            message_sizes(message),
             Route(request.request_id, request.attempt, NODE, NODE),
             num_prompt_tokens=request.num_prompt_tokens,
             num_visual_tokens_removed=segment.num_visual_tokens_removed,

@@ -11,11 +11,14 @@ from pydantic import Field, ValidationError
 from rayapp.errors import DataError
 from rayapp.evaluation.bootstrap import Bound
 from rayapp.evaluation.machine import Machine
+from rayapp.evaluation.quality import Quality, RolloutResult
 from rayapp.evaluation.settings import EvaluationSettings
-from rayapp.plan import ModelSignature
+from rayapp.plan import ModelSignature, Stage
 from rayapp.settings import Strict
 
 MEAN = "mean"
+Side = Literal["dense", "plan"]
+SIDES: tuple[Side, ...] = ("dense", "plan")
 CLAIM_EXAMPLES = 2_000
 CLAIM_PROMPT_TOKENS = 128
 CLAIM_RUNS = 30
@@ -25,6 +28,8 @@ class MeasuredRow(Strict):
     """A task, or the mean over tasks (``mean``): its examples, and the sums of their KV's bytes.
 
     Prompt tokens are those of the unpruned prompt, with all tokens of its images.
+    ``decode_share`` is the share of the scored tokens that decode computed; the others are first
+    tokens, of prefill. ``seen`` says how the plan was chosen or trained on this task; empty if not.
     """
 
     task: str
@@ -35,6 +40,8 @@ class MeasuredRow(Strict):
     bytes_sent: int
     overhead_bytes: int
     saved_by_visual_tokens_bytes: int = 0
+    decode_share: float | None = Field(default=None, ge=0, le=1)
+    seen: str = ""
 
     @property
     def reduction(self) -> float:
@@ -51,6 +58,8 @@ class TaskResult(MeasuredRow):
     NLL and KL are nats per continuation token, end marker included; ``exact_match`` is the share of
     completions that greedy decoding reproduces to the end marker. ``points_lost`` is in percentage
     points, dense minus plan. Bytes are sums over the plan's transfers of these examples.
+    ``dense_answer`` and ``plan_answer`` leave the end marker aside: shares of completions that
+    greedy decoding begins with (LAMBADA's last word).
     """
 
     num_tokens: int = Field(ge=1)
@@ -61,6 +70,8 @@ class TaskResult(MeasuredRow):
     dense_exact_match: float
     plan_exact_match: float
     points_lost: Bound
+    dense_answer: float | None = None
+    plan_answer: float | None = None
 
 
 class ChoiceResult(MeasuredRow):
@@ -107,11 +118,16 @@ class TextResult(MeasuredRow):
 
 
 class StageTimes(Strict):
-    """Medians over runs: one prompt's prefill, one decode step, and a whole answer of N tokens."""
+    """Medians over runs: one prompt's prefill, one decode step, and a whole answer of N tokens.
+
+    ``admit_ms`` is one prompt's KV put into decode's cache, and ``bytes_sent`` its message.
+    """
 
     prefill_ms: float
     tpot_ms: float
     answer_ms: float
+    admit_ms: float | None = None
+    bytes_sent: int | None = None
 
 
 class LatencyResult(Strict):
@@ -130,6 +146,25 @@ class LatencyResult(Strict):
     dense: StageTimes
     plan: StageTimes
     speedup_at_least: float | None = None
+    link_gbps: float | None = None
+    first_token: Stage = "prefill"
+
+    def handoff_ms(self, side: Side) -> float:
+        """A prompt's way to decode: its bytes over the link, then into decode's cache."""
+        times: StageTimes = getattr(self, side)
+        sent_ms = 8e-6 * (times.bytes_sent or 0) / self.link_gbps if self.link_gbps else 0.0
+        return sent_ms + (times.admit_ms or 0.0)
+
+    def ttft_ms(self, side: Side) -> float:
+        """Time to the first token; it waits for the handoff where decode samples it."""
+        times: StageTimes = getattr(self, side)
+        waits = side == "plan" and self.first_token == "decode"
+        return times.prefill_ms + (self.handoff_ms(side) if waits else 0.0)
+
+    def whole_ms(self, side: Side) -> float:
+        """Time of a whole answer, its handoff included wherever it falls."""
+        times: StageTimes = getattr(self, side)
+        return times.answer_ms + self.handoff_ms(side)
 
     @property
     def speedup(self) -> float:
@@ -168,11 +203,16 @@ class EvaluationResult(Strict):
     """Everything that ``rayapp evaluate`` measured; everything but ``latency`` is reproducible.
 
     ``complete`` is false in a file that was written while later tasks or timings were still open.
+    Means leave out tasks that the plan has seen, unless it has seen them all. ``test_met_by`` names
+    other plans (fingerprints) that met a file of this test split in the same directory.
+    ``model_caption`` says what was done to the model's weights before we got them, and stands in
+    the title of every table (:class:`rayapp.models.formats.origin.Origin`).
     """
 
     version: Literal[1] = 1
     complete: bool = False
     model: ModelSignature
+    model_caption: str = ""
     dtype: str
     plan: PlanSummary
     settings: EvaluationSettings
@@ -183,6 +223,9 @@ class EvaluationResult(Strict):
     choice_mean: ChoiceResult | None = None
     texts: tuple[TextResult, ...] = ()
     text_mean: TextResult | None = None
+    rollouts: tuple[RolloutResult, ...] = ()
+    quality: Quality | None = None
+    test_met_by: tuple[str, ...] = ()
     latency: tuple[LatencyResult, ...] = ()
     machine: Machine
 
@@ -246,6 +289,11 @@ class EvaluationResult(Strict):
         left_out = sum(task.num_left_out for task in self.texts)
         if left_out:
             reasons.append(f"{left_out:,} tokens of text lie beyond the limit of windows")
+        if self.test_met_by:
+            reasons.append(
+                f"this test set was met before by {len(self.test_met_by)} other plans; choose on a "
+                "validation set"
+            )
         if not self.settings.split:
             reasons.append("the split of the data is not stated")
         return tuple(reasons)

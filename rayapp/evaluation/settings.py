@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from pydantic import ConfigDict, Field
+from typing import Literal
+
+from pydantic import ConfigDict, Field, field_validator
 
 from rayapp.evaluation.bootstrap import NUM_RESAMPLES
-from rayapp.settings import Strict, Threads
+from rayapp.settings import Address, Settings, Strict, Threads, Workers
+
+LINK_GBPS = 10.0
+"""Gigabits per second of the link that transfers are computed with (project default)."""
+
+
+class Spread(Settings):
+    """The place where an evaluation computes; no number depends on it."""
+
+    model_config = ConfigDict(title="Where it is computed")
+
+    workers: Workers = 0
+    address: Address = None
+
+    @property
+    def in_process(self) -> bool:
+        """Whether everything is computed in this process, without Ray."""
+        return not self.workers and self.address is None
 
 
 class EvaluationSettings(Strict):
     """All settings that decide what an evaluation measures, beside model, plan and data.
 
     The examples of a text are its windows (:mod:`rayapp.evaluation.measures.perplexity`).
+    ``lengths`` are tokens of timed prompts and answers.
     """
 
     model_config = ConfigDict(title="How it is measured")
@@ -21,6 +41,51 @@ class EvaluationSettings(Strict):
     )
     limit: int | None = Field(
         default=None, ge=1, description="Examples of every task at most; windows, of texts."
+    )
+    spread: bool = Field(
+        default=False,
+        description="Take a limited task's examples evenly over its lines, not from its beginning.",
+    )
+    whole_answers: bool = Field(
+        default=False,
+        description="Score published questions about letters by their answers (cloze), so that "
+        "both stages answer.",
+    )
+    choice_metric: Literal["acc", "acc_norm"] = Field(
+        default="acc",
+        description="Accuracy that the margin above chance is computed of; fix it beforehand.",
+        json_schema_extra={"option": "metric"},
+    )
+    num_compared: int = Field(
+        default=1,
+        ge=1,
+        description="Plans that this data set is to tell the best of; intervals of the margin and "
+        "of perplexity are widened for so many.",
+        json_schema_extra={"option": "compared"},
+    )
+    expected_flips: float = Field(
+        default=0.1,
+        gt=0,
+        le=1,
+        description="Share of answers that only one side is expected to give right; --plan-only "
+        "tells the interval that follows.",
+    )
+    num_rollouts: int = Field(
+        default=0,
+        ge=0,
+        description="Prompts of every task along whose greedy dense answers the plan is compared; "
+        "conversations always are.",
+        json_schema_extra={"option": "rollouts"},
+    )
+    max_rollout_tokens: int = Field(
+        default=256,
+        ge=2,
+        description="Tokens of such an answer at most.",
+        json_schema_extra={"option": "rollout_tokens"},
+    )
+    chat: bool = Field(
+        default=False,
+        description="Begin rollouts under the model's chat template, too.",
     )
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="Seed of resampling and of timed prompts."
@@ -68,3 +133,37 @@ class EvaluationSettings(Strict):
         description="Tokens of a timed answer.",
         json_schema_extra={"option": "timed_answer_tokens"},
     )
+    lengths: tuple[tuple[int, int], ...] = Field(
+        default=(),
+        description="Tokens of a timed prompt and answer as IN/OUT, such as 1020/129, in place of "
+        "both options above; may be given several times.",
+        json_schema_extra={"option": "length", "as_texts": True},
+    )
+    link_gbps: float = Field(
+        default=LINK_GBPS,
+        gt=0,
+        description="Gigabits per second of the link that the handoff is computed with.",
+    )
+
+    @field_validator("lengths", mode="before")
+    @classmethod
+    def _pairs(cls, value: object) -> object:
+        """``IN/OUT`` texts as pairs of numbers."""
+        if not isinstance(value, list | tuple):
+            return value
+        return [_length(pair) if isinstance(pair, str) else pair for pair in value]
+
+    @property
+    def timed_lengths(self) -> tuple[tuple[int, int], ...]:
+        """Tokens of prompt and answer of every timing."""
+        return self.lengths or ((self.num_prompt_tokens, self.num_answer_tokens),)
+
+
+def _length(text: str) -> tuple[int, int]:
+    parts = text.split("/")
+    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"{text} is not IN/OUT, such as 1020/129")
+    prompt, answer = map(int, parts)
+    if prompt < 1 or answer < 2:
+        raise ValueError(f"{text}: a timed prompt has at least 1 token and an answer at least 2")
+    return prompt, answer

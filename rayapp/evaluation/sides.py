@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,9 +11,8 @@ from rayapp.data.image_lines import TokenizedImageLine
 from rayapp.data.lines import TokenizedLine
 from rayapp.engine.local import LocalPipeline
 from rayapp.errors import IntegrityError
-from rayapp.evaluation.measures.answers import judge_answers
-from rayapp.evaluation.measures.choices import AnsweredQuestions, Question, choice_likelihoods
-from rayapp.evaluation.measures.completions import JudgedCompletions
+from rayapp.evaluation.measures.answers import JudgedAnswer, judge_answers
+from rayapp.evaluation.measures.choices import Question, choice_likelihoods
 from rayapp.evaluation.measures.latency import TimedImage, measure_latency
 from rayapp.evaluation.measures.likelihood import (
     LineLikelihood,
@@ -21,9 +20,8 @@ from rayapp.evaluation.measures.likelihood import (
     image_likelihoods,
     likelihoods,
 )
-from rayapp.evaluation.measures.perplexity import ScoredWindows, Windows
 from rayapp.evaluation.measures.prompt_bytes import PromptBytes
-from rayapp.evaluation.progress import ProgressCallback, silent
+from rayapp.evaluation.measures.rollouts import Opening, Rollout, roll_out
 from rayapp.evaluation.result import LatencyResult
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.models.loading import LoadedModel
@@ -34,13 +32,12 @@ _Found = TypeVar("_Found")
 
 
 class Sides:
-    """Measures examples of every kind on both sides.
+    """Measures examples of every kind on both sides; a call is one batch, as it is given.
 
     Args:
         loaded: The whole dense model; healed tensors of the plan are read from its directory.
         plan: The plan beside it.
         settings: Sizes of batches, and timings.
-        progress: Called as the work proceeds.
         image_processor: The model's image processor, if there are images to read or visual tokens
             to prune.
 
@@ -54,12 +51,12 @@ class Sides:
         loaded: LoadedModel,
         plan: PruningPlan,
         settings: EvaluationSettings,
-        progress: ProgressCallback = silent,
         image_processor: Any = None,
     ) -> None:
         self.dense = TwoStages(loaded.model, PruningPlan())
         self.plan = TwoStages(loaded.model, plan)
-        self._settings, self._progress = settings, progress
+        self.loaded = loaded
+        self._settings = settings
         self._model, self._image_processor = loaded.model, image_processor
         self._end_token_ids = loaded.eos_token_ids
         self._pipelines = [
@@ -75,63 +72,72 @@ class Sides:
         if dense is not None and other is not None:
             other.cache = dense.cache  # an encoded image depends on no plan
 
-    def completions(self, task: str, lines: Sequence[TokenizedLine]) -> JudgedCompletions:
-        """Measure likelihoods, then greedy answers through the engine that serves."""
-        sums = self._in_order(f"{task}: likelihood", self._likelihoods(lines), len(lines))
-        judged = [
-            judge_answers(
-                pipeline,
-                lines,
-                end_token_ids=self._end_token_ids,
-                progress=self._progress,
-                what=f"{task}: {name} answers",
-            )
-            for name, pipeline in zip(("dense", "plan"), self._pipelines, strict=True)
-        ]
-        return JudgedCompletions(lines, sums, judged[0], judged[1])
-
-    def _likelihoods(self, lines: Sequence[TokenizedLine]) -> Iterator[tuple[int, LineLikelihood]]:
-        """Likelihoods of text in batches, then of lines about images one by one."""
-        about_images = {
-            number: line
-            for number, line in enumerate(lines)
-            if isinstance(line, TokenizedImageLine)
+    def measured(self, kind: str, examples: Sequence[Any]) -> list[Any]:
+        """Measure examples of one kind (:mod:`rayapp.evaluation.pieces.piece`), in their order."""
+        measures: dict[str, Callable[[Sequence[Any]], Sequence[Any]]] = {
+            "likelihood": self.likelihoods,
+            "dense answers": partial(self.answers, "dense"),
+            "plan answers": partial(self.answers, "plan"),
+            "choices": self.choices,
+            "rollouts": self.rollouts,
         }
-        texts = [number for number in range(len(lines)) if number not in about_images]
-        for place, sums in likelihoods(self.dense, self.plan, [lines[n] for n in texts]):
-            yield texts[place], sums
+        return list(measures[kind](examples))
+
+    def likelihoods(self, lines: Sequence[TokenizedLine]) -> list[LineLikelihood]:
+        """Likelihoods of completions or windows, teacher-forced."""
+        images = [line for line in lines if isinstance(line, TokenizedImageLine)]
+        if not images:
+            return _in_order(likelihoods(self.dense, self.plan, lines), len(lines))
+        if len(images) < len(lines):
+            raise IntegrityError("lines about images are measured apart from others")
         dense, plan = self._pipelines
-        image_sums = image_likelihoods(dense, plan, list(about_images.values()))
-        yield from zip(about_images, image_sums, strict=True)
+        return list(image_likelihoods(dense, plan, images))
 
-    def choices(self, task: str, questions: Sequence[Question]) -> AnsweredQuestions:
-        """Log-likelihoods of all choices."""
+    def answers(self, side: str, lines: Sequence[TokenizedLine]) -> list[JudgedAnswer]:
+        """Greedy answers of ``dense`` or ``plan`` through the engine that serves."""
+        pipeline = self._pipelines[side == "plan"]
+        return judge_answers(pipeline, lines, end_token_ids=self._end_token_ids)
+
+    def choices(
+        self, questions: Sequence[Question]
+    ) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+        """Log-likelihoods of all choices, by question: the dense model's and the plan's."""
         dense, plan = (
-            self._in_order(
-                f"{task}: {name} choices", choice_likelihoods(side, questions), len(questions)
-            )
-            for name, side in (("dense", self.dense), ("plan", self.plan))
+            _in_order(choice_likelihoods(side, questions), len(questions))
+            for side in (self.dense, self.plan)
         )
-        sent = PromptBytes.of(self.plan, (len(question.prompt) for question in questions))
-        return AnsweredQuestions(questions, dense, plan, sent)
+        return list(zip(dense, plan, strict=True))
 
-    def texts(self, task: str, windows: Windows) -> ScoredWindows:
-        """Likelihoods of all windows."""
-        lines = windows.lines
-        sums = self._in_order(
-            f"{task}: windows", likelihoods(self.dense, self.plan, lines), len(lines)
+    def rollouts(self, openings: Sequence[Opening]) -> list[Rollout]:
+        """Greedy answers of both sides, and the plan along the dense model's."""
+        return roll_out(
+            self._pipelines[0],
+            self._pipelines[1],
+            (self.dense, self.plan),
+            [opening.prompt for opening in openings],
+            max_tokens=self._settings.max_rollout_tokens,
         )
-        sent = PromptBytes.of(self.plan, (len(line.prompt) for line in lines))
-        return ScoredWindows(windows, sums, sent)
 
-    def latency(self, batch_size: int, image: Path | None = None) -> LatencyResult:
-        """Interleaved timings of one batch size, of text or of prompts that begin with an image."""
+    def prompt_bytes(self, lengths: Sequence[int], side: str = "plan") -> PromptBytes:
+        """KV messages of text prompts of these lengths, on one side."""
+        return PromptBytes.of(self.plan if side == "plan" else self.dense, lengths)
+
+    def latency(
+        self,
+        batch_size: int,
+        length: tuple[int, int] | None = None,
+        image: Path | None = None,
+    ) -> LatencyResult:
+        """Interleaved timings of one batch size and length, of text or of prompts with an image.
+
+        ``length`` are tokens of prompt and answer; None takes the first of the settings.
+        """
         return measure_latency(
             self.dense,
             self.plan,
             self._settings,
             batch_size=batch_size,
-            progress=self._progress,
+            length=length,
             image=self._timed(image) if image else None,
         )
 
@@ -144,11 +150,7 @@ class Sides:
         make = partial(ImageReader, self._model, support=support)
         return TimedImage(taken, reader.intake.image_token_id, make)
 
-    def _in_order(
-        self, what: str, results: Iterable[tuple[int, _Found]], count: int
-    ) -> list[_Found]:
-        by_index: dict[int, _Found] = {}
-        for index, result in results:
-            by_index[index] = result
-            self._progress(what, len(by_index), count)
-        return [by_index[index] for index in range(count)]
+
+def _in_order(results: Iterable[tuple[int, _Found]], count: int) -> list[_Found]:
+    by_index = dict(results)
+    return [by_index[index] for index in range(count)]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
-from rich.table import Table as RichTable
-
+from rayapp.evaluation.cells import (
+    NAMELESS,
+    SPEEDUP,
+    Table,
+    signed,
+)
+from rayapp.evaluation.quality_table import quality_tables, rollout_tables
 from rayapp.evaluation.result import (
-    MEAN,
+    SIDES,
     ChoiceResult,
     EvaluationResult,
     LatencyResult,
@@ -20,49 +25,57 @@ from rayapp.evaluation.result import (
 )
 from rayapp.evaluation.visual.result import VisualQuality, mean_over_tasks
 
-NAMELESS = "(no task)"
-SPEEDUP = "speed-up"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as text; the first column names the row, the others are numbers."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def markdown(self) -> str:
-        """A GitHub-flavoured Markdown table under its title in bold."""
-        rule = ("---", *("---:" for _ in self.columns[1:]))
-        lines = [self.columns, rule, *self.rows]
-        cells = [
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines
-        ]
-        return "\n".join([f"**{self.title}**", "", *cells])
-
-    def rich(self) -> RichTable:
-        """The table as rich draws it on a terminal."""
-        table = RichTable(title=self.title, title_justify="left")
-        for index, column in enumerate(self.columns):
-            justify: Literal["left", "right"] = "right" if index else "left"
-            table.add_column(column, justify=justify, overflow="ellipsis" if index else "fold")
-        for row in self.rows:
-            table.add_row(*row, style="bold" if row[0] in (MEAN, SPEEDUP) else None)
-        return table
-
 
 def tables(result: EvaluationResult) -> tuple[Table, ...]:
-    """The tables of a result: quality by kind of example, bytes and, if measured, timings."""
-    tables = [_quality(result)] if result.tasks else []
-    if result.choices:
-        tables.append(_accuracy(result.choices, result.choice_mean))
-    if result.texts:
-        tables.append(_perplexity(result.texts, result.text_mean))
+    """The tables of a result: quality by kind of example, bytes and, if measured, timings.
+
+    If the model has a caption, it stands in every title.
+    """
+    tables = quality_tables(result.quality) if result.quality else []
+    for seen in (False, True):
+        tables += _of_kinds(result, seen=seen)
+    tables += _shares(result)
+    if result.rollouts:
+        tables += rollout_tables(result.rollouts)
     tables.append(_bytes(result))
     if result.latency:
         tables.append(_timings(result.latency))
-    return tuple(tables)
+        linked = [timing for timing in result.latency if timing.link_gbps]
+        tables += [_with_handoff(linked)] if linked else []
+    of = f" ({result.model_caption})" if result.model_caption else ""
+    return tuple(replace(table, title=table.title + of) for table in tables)
+
+
+def _of_kinds(result: EvaluationResult, *, seen: bool) -> Iterable[Table]:
+    """Tables of every kind, of the tasks that the plan has seen or of those that it has not.
+
+    The means stand where most readers look: with what the plan has not seen, if there is any.
+    """
+    kinds: tuple[tuple[Sequence[Any], Any, Callable[..., Table]], ...] = (
+        (result.tasks, result.mean, _quality),
+        (result.choices, result.choice_mean, _accuracy),
+        (result.texts, result.text_mean, _perplexity),
+    )
+    for tasks, mean, table in kinds:
+        rows = [task for task in tasks if bool(task.seen) == seen]
+        if rows:
+            with_mean = mean is not None and seen == all(task.seen for task in tasks)
+            made = table([*rows, mean] if with_mean else rows)
+            title = f"{made.title}, on tasks that chose or trained the plan" if seen else made.title
+            yield replace(made, title=title)
+
+
+def _shares(result: EvaluationResult) -> Iterable[Table]:
+    """The share of every task's scored tokens by stage, where that is known."""
+    rows = [
+        (row.task or NAMELESS, f"{row.num_examples:,}", f"{1 - row.decode_share:.0%}",
+         f"{row.decode_share:.0%}")
+        for row in (*result.tasks, *result.choices, *result.texts)
+        if row.decode_share is not None
+    ]  # fmt: skip
+    if rows:
+        columns = ("task", "n", "by prefill", "by decode")
+        yield Table("Scored tokens, by the plan's stage that computed them", columns, tuple(rows))
 
 
 def markdown(result: EvaluationResult) -> str:
@@ -70,10 +83,6 @@ def markdown(result: EvaluationResult) -> str:
     parts = [table.markdown() for table in tables(result)]
     notes = [f"- not for quotation: {caveat}" for caveat in result.caveats]
     return "\n\n".join([*parts, "\n".join(notes)] if notes else parts) + "\n"
-
-
-def _lines(result: EvaluationResult) -> Iterable[TaskResult]:
-    return (*result.tasks, result.mean) if result.mean else result.tasks
 
 
 def _all_lines(result: EvaluationResult) -> Iterable[MeasuredRow]:
@@ -89,7 +98,7 @@ def _all_lines(result: EvaluationResult) -> Iterable[MeasuredRow]:
             yield mean
 
 
-def _quality(result: EvaluationResult) -> Table:
+def _quality(lines: Sequence[TaskResult]) -> Table:
     columns = (
         "task",
         "n",
@@ -110,15 +119,15 @@ def _quality(result: EvaluationResult) -> Table:
             f"{line.kl.mean:.4f}",
             f"{line.dense_exact_match:.1%}",
             f"{line.plan_exact_match:.1%}",
-            _signed(line.points_lost.mean),
-            _signed(line.points_lost.upper),
+            signed(line.points_lost.mean),
+            signed(line.points_lost.upper),
         )
-        for line in _lines(result)
+        for line in lines
     )
     return Table("Quality: dense beside plan", columns, rows)
 
 
-def _accuracy(tasks: tuple[ChoiceResult, ...], mean: ChoiceResult | None) -> Table:
+def _accuracy(lines: Sequence[ChoiceResult]) -> Table:
     columns = (
         "task",
         "n",
@@ -137,19 +146,19 @@ def _accuracy(tasks: tuple[ChoiceResult, ...], mean: ChoiceResult | None) -> Tab
             f"{line.num_examples:,}",
             f"{line.dense_acc:.1%}",
             f"{line.plan_acc:.1%}",
-            _signed(line.acc_lost.mean),
-            _signed(line.acc_lost.upper),
+            signed(line.acc_lost.mean),
+            signed(line.acc_lost.upper),
             f"{line.dense_acc_norm:.1%}",
             f"{line.plan_acc_norm:.1%}",
-            _signed(line.acc_norm_lost.mean),
-            _signed(line.acc_norm_lost.upper),
+            signed(line.acc_norm_lost.mean),
+            signed(line.acc_norm_lost.upper),
         )
-        for line in ((*tasks, mean) if mean else tasks)
+        for line in lines
     )
     return Table("Multiple choice: dense beside plan", columns, rows)
 
 
-def _perplexity(tasks: tuple[TextResult, ...], mean: TextResult | None) -> Table:
+def _perplexity(lines: Sequence[TextResult]) -> Table:
     columns = (
         "task",
         "windows",
@@ -173,7 +182,7 @@ def _perplexity(tasks: tuple[TextResult, ...], mean: TextResult | None) -> Table
             f"{line.nll_lost.upper:.4f}",
             f"{line.kl.mean:.4f}",
         )
-        for line in ((*tasks, mean) if mean else tasks)
+        for line in lines
     )
     return Table("Perplexity: dense beside plan", columns, rows)
 
@@ -229,10 +238,22 @@ def _timings(latency: Iterable[LatencyResult]) -> Table:
     return Table("Speed, without transfer: median of interleaved runs", columns, tuple(rows))
 
 
+def _with_handoff(latency: Sequence[LatencyResult]) -> Table:
+    """Times to the first token and of whole answers, with the KV's way over the named link."""
+    columns = ("batch, tokens", "", "KV bytes", "handoff ms", "TTFT ms", "answer ms")
+    rows: list[tuple[str, ...]] = []
+    for timing in latency:
+        what = f"{timing.batch_size}, {timing.num_prompt_tokens}/{timing.num_answer_tokens}"
+        for side in SIDES:
+            times: StageTimes = getattr(timing, side)
+            moments = (timing.handoff_ms(side), timing.ttft_ms(side), timing.whole_ms(side))
+            cells = (f"{times.bytes_sent or 0:,}", *(f"{moment:.2f}" for moment in moments))
+            rows.append((what, side, *cells))
+        ttft, whole = (of("dense") / of("plan") for of in (timing.ttft_ms, timing.whole_ms))
+        rows.append((SPEEDUP, "", "", "", f"{ttft:.2f}x", f"{whole:.2f}x"))
+    link = latency[0].link_gbps
+    return Table(f"Speed with the handoff over {link:g} Gbit/s", columns, tuple(rows))
+
+
 def _times(times: StageTimes) -> tuple[str, str, str]:
     return f"{times.prefill_ms:.2f}", f"{times.tpot_ms:.3f}", f"{times.answer_ms:.1f}"
-
-
-def _signed(points: float) -> str:
-    """Percentage points with their sign; zero has none."""
-    return f"{points:+.2f}" if round(points, 2) else "0.00"

@@ -14,6 +14,39 @@ from typing import Protocol
 import torch
 
 from rayapp.errors import IntegrityError
+from rayapp.models.real_tokens import RealTokens
+
+
+class BatchCache(Protocol):
+    """A cache of one batch."""
+
+    def update(
+        self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, block: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new entries of ``block``; return all keys and values to attend to, ``BHKD``."""
+        ...
+
+
+class JoinedCaches:
+    """The caches of batches whose tokens run end to end, one cache per batch."""
+
+    def __init__(self, caches: Sequence[BatchCache], tokens: RealTokens) -> None:
+        self._caches = tuple(caches)
+        self._tokens = tokens
+
+    def update(
+        self, keys_1HND: torch.Tensor, values_1HND: torch.Tensor, block: int
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Give every batch its new entries; return the entries that it attends to."""
+        new = zip(
+            self._tokens.heads_apart(keys_1HND), self._tokens.heads_apart(values_1HND), strict=True
+        )
+        attended = [
+            cache.update(keys_BHTD, values_BHTD, block)
+            for cache, (keys_BHTD, values_BHTD) in zip(self._caches, new, strict=True)
+        ]
+        keys, values = zip(*attended, strict=True)
+        return keys, values
 
 
 class StackShape(Protocol):

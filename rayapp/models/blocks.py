@@ -15,9 +15,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rayapp.errors import ModelError, PlanError
-from rayapp.models.fingerprint import canonical_name, model_fingerprint, weights_digest
-from rayapp.models.healed import healed_parameters
-from rayapp.models.kv_settings import kv_settings
+from rayapp.models.fingerprints.fingerprint import canonical_name, model_fingerprint, weights_digest
+from rayapp.models.fingerprints.kv_settings import kv_settings
+from rayapp.models.healed import BRIDGE, Bridge, healed_parameters
+from rayapp.models.products import unpack
 from rayapp.plan import Mode, ModelSignature, PruningPlan, Stage
 
 SUPPORTED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -44,9 +45,10 @@ def check_supported(config: PreTrainedConfig) -> None:
     kind = config.model_type if text is config else f"{config.model_type} over {text.model_type}"
     outer_known = text is config or config.model_type in MULTIMODAL_TYPES
     if not outer_known or text.model_type not in SUPPORTED_TYPES:
+        experts = " (a mixture of experts)" if _num_experts(text) > 1 else ""
         raise ModelError(
-            f"architecture {kind!r} is not supported; use one of {', '.join(SUPPORTED_TYPES)}, "
-            f"alone or inside {' or '.join(MULTIMODAL_TYPES)}"
+            f"architecture {kind!r}{experts} is not supported; use one of "
+            f"{', '.join(SUPPORTED_TYPES)}, alone or inside {' or '.join(MULTIMODAL_TYPES)}"
         )
     rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in _STATEFUL_ROPE:
@@ -54,6 +56,12 @@ def check_supported(config: PreTrainedConfig) -> None:
             f"architecture {kind!r} with rope_type {rope!r} is not supported: its keys depend on "
             "the longest prompt seen; use default, linear, llama3 or yarn"
         )
+
+
+def _num_experts(text: PreTrainedConfig) -> int:
+    """Number of MLPs that a router chooses from in a block; 0 for ordinary blocks."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    return max((getattr(text, name, None) or 0 for name in names), default=0)
 
 
 def find_decoder(model: nn.Module) -> Any:
@@ -147,12 +155,16 @@ def apply_stage(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreT
         PlanError: The plan was made for another model, or its healed tensors cannot be used.
     """
     staged = apply_modes(model, plan, stage)
+    healed = healed_parameters(model, plan, stage)
+    _add_bridges(staged, healed, stage)
+    replaced = {name.rpartition(".")[0] for name in healed}
+    unpack(staged, [n for n, _ in staged.named_modules() if canonical_name(n) in replaced])
     owners = {
         canonical_name(f"{prefix}.{name}"): (module, name)
         for prefix, module in staged.named_modules()
         for name in module._parameters
     }
-    for name, parameter in healed_parameters(model, plan, stage).items():
+    for name, parameter in healed.items():
         if name not in owners:
             raise PlanError(
                 f"healed tensor {name!r} is of a part that {stage} does not run under this plan; "
@@ -161,6 +173,19 @@ def apply_stage(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreT
         module, attribute = owners[name]
         module._parameters[attribute] = parameter
     return staged
+
+
+def _add_bridges(staged: PreTrainedModel, healed: Iterable[str], stage: Stage) -> None:
+    """Give every block whose healed tensors are a bridge an empty one."""
+    text, blocks = text_config(staged.config), decoder_blocks(staged)
+    for number in sorted({int(n.split(".")[1]) for n in healed if n.split(".")[2] == BRIDGE}):
+        block = blocks[number]
+        if not isinstance(block, PartialBlock) or block.mode.attends or block.mode.has_mlp:
+            raise PlanError(
+                f"block {number} has a bridge, which stands for blocks that do not run, but "
+                f"{stage} runs it; use the weights that were written with the plan"
+            )
+        block.add_module(BRIDGE, Bridge(text.hidden_size, text.rms_norm_eps))
 
 
 def apply_modes(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreTrainedModel:
@@ -199,6 +224,7 @@ class PartialBlock(nn.Module):
     """A pre-norm decoder block that has only the parts that are computed.
 
     Parts keep the names that they have in the full block, so that a checkpoint's tensor names fit.
+    A block without attention and MLP may end a span that a :class:`Bridge` stands for.
     """
 
     def __init__(self, block: Any, mode: Mode) -> None:
@@ -239,7 +265,8 @@ class PartialBlock(nn.Module):
                 hidden_states = hidden_states + attended
         if self.mode.has_mlp:
             hidden_states = hidden_states + parts.mlp(parts.post_attention_layernorm(hidden_states))
-        return hidden_states
+        bridge = self._modules.get(BRIDGE)
+        return hidden_states if bridge is None else bridge(hidden_states)
 
 
 class KVProjection(nn.Module):

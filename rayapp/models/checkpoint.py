@@ -15,12 +15,15 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from rayapp.errors import ModelError
 from rayapp.models.blocks import check_supported, fingerprint_names, signature_from
-from rayapp.models.digest_cache import MIN_BYTES, WeightFiles
-from rayapp.models.fingerprint import weights_digest
+from rayapp.models.fingerprints.digest_cache import MIN_BYTES, WeightFiles
+from rayapp.models.fingerprints.fingerprint import weights_digest
+from rayapp.models.formats.origin import GGUF_REMEDY
+from rayapp.models.formats.quantised import check_unquantised
 from rayapp.plan import ModelSignature
 
 logger = logging.getLogger(__name__)
 
+CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
@@ -39,7 +42,8 @@ class Checkpoint:
             raise ModelError(
                 f"{self.path}: no such model directory; give one with config.json and *.safetensors"
             )
-        self.config = _read_config(self.path)
+        self.config = read_config(self.path)
+        check_unquantised(self.path, self.config)
         check_supported(self.config)
         self.files = _tensor_files(self.path)
 
@@ -92,8 +96,12 @@ class Checkpoint:
             ) from None
 
 
-def _read_config(path: Path) -> PreTrainedConfig:
-    if not (path / "config.json").is_file():
+def read_config(path: Path) -> PreTrainedConfig:
+    """Read the configuration of a model directory; raises :class:`ModelError` if that fails."""
+    if not (path / CONFIG_FILE).is_file():
+        ggufs = sorted(file.name for file in path.glob("*.gguf"))
+        if ggufs:
+            raise ModelError(f"{path}: has no config.json, only {ggufs[0]}; {GGUF_REMEDY}")
         raise ModelError(f"{path}: has no config.json; give a Hugging Face model directory")
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)

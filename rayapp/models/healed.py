@@ -1,15 +1,16 @@
-"""Healed tensors replace parameters of one stage, and lie beside the plan that names them.
+"""Healed tensors replace parameters of one stage, or add to them, and lie beside their plan.
 
 A plan directory has only the tensors that healing changed, as an adapter directory does. Their
 names are ``prefill.`` or ``decode.`` and the parameter's canonical name; the plan has the digest of
 all of them. On a model they are kept by that digest, beside its own parameters, so that several
-plans live over one model.
+plans live over one model. A span of removed blocks may have a tensor of its own, its bridge.
+Shapes: B = batch, T = tokens, E = hidden size.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,14 +19,50 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from rayapp.errors import PlanError
-from rayapp.models.fingerprint import canonical_name
+from rayapp.models.fingerprints.fingerprint import canonical_name
+from rayapp.models.products import named_weights
 from rayapp.plan import HEALED_FILE, STAGES, PruningPlan, Stage
 
 Tensors = Mapping[str, torch.Tensor]
 _BLOCKS = "layers"
+
+BRIDGE = "bridge"
+"""Name of the map in its block, which is the last one of the span."""
+
+
+def normalised(hidden_BTE: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """States of root mean square 1, in float32: what all norms of a span's blocks rescale."""
+    wide = hidden_BTE.to(torch.float32)
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+
+
+class Bridge(nn.Module):
+    """A linear map in place of a span of blocks that a stage does not run.
+
+    It reads the state that entered the span, and estimates the dense model's state behind it.
+    ReplaceMe (arXiv:2505.02819) maps the residual itself; here the map reads the normalised
+    residual and adds to it, as every block does, so that a few tokens with huge states do not
+    decide it (project default).
+
+    Args:
+        size: Hidden size.
+        epsilon: The epsilon of the model's norms.
+    """
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.empty(size, size, device="meta"), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(size, device="meta"), requires_grad=False)
+
+    def forward(self, hidden_BTE: torch.Tensor) -> torch.Tensor:
+        """The states behind the span, ``(B, T, E)``."""
+        normed_BTE = normalised(hidden_BTE, self.epsilon).to(hidden_BTE.dtype)
+        return hidden_BTE + functional.linear(normed_BTE, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -98,7 +135,7 @@ def attach(model: PreTrainedModel, healed: HealedWeights) -> None:
             shape.
     """
     known = _attached(model).setdefault(healed.digest, {})
-    parameters = {canonical_name(name): p for name, p in model.named_parameters()}
+    parameters = {canonical_name(name): p for name, p in named_weights(model)}
     for stage, tensors in healed.stages.items():
         if stage not in known:
             known[stage] = {n: _parameter(n, t, parameters) for n, t in tensors.items()}
@@ -136,30 +173,56 @@ def _attached(model: Any) -> dict[str, dict[Stage, dict[str, nn.Parameter]]]:
 
 
 def _parameter(
-    name: str, tensor: torch.Tensor, parameters: Mapping[str, nn.Parameter]
+    name: str, tensor: torch.Tensor, parameters: Mapping[str, torch.Tensor]
 ) -> nn.Parameter:
-    own = parameters.get(name)
-    if own is None or not name.startswith(f"{_BLOCKS}."):
+    like = _likeness(name, parameters)
+    if like is None or not name.startswith(f"{_BLOCKS}."):
         raise PlanError(
             f"healed tensor {name!r} is of no block of the model; use the {HEALED_FILE} that was "
             "written with the plan"
         )
-    if tensor.shape != own.shape:
+    shape, dtype = like
+    if tensor.shape != shape:
         raise PlanError(
             f"healed tensor {name!r} has shape {tuple(tensor.shape)}, the model "
-            f"{tuple(own.shape)}; use the {HEALED_FILE} that was written with the plan"
+            f"{tuple(shape)}; use the {HEALED_FILE} that was written with the plan"
         )
-    value = tensor.to(_device(name, parameters), own.dtype)
+    value = tensor.to(_device(name, parameters), dtype)
     return nn.Parameter(value, requires_grad=False)
 
 
-def _device(name: str, parameters: Mapping[str, nn.Parameter]) -> torch.device:
-    """Device of the tensor's block, whose frozen parameters are there even if this one is not."""
-    block = ".".join(name.split(".")[:2])
-    there: Iterable[nn.Parameter] = (
-        p for n, p in parameters.items() if n.startswith(f"{block}.") and not p.is_meta
-    )
-    return next((p.device for p in there), torch.device("cpu"))
+def _likeness(
+    name: str, parameters: Mapping[str, torch.Tensor]
+) -> tuple[torch.Size, torch.dtype] | None:
+    """Shape and type of a healed tensor; None if the model has no place for it.
+
+    Beside its own parameters, a block has a place for those of a bridge.
+    """
+    if name in parameters:
+        return parameters[name].shape, parameters[name].dtype
+    block, _, rest = name.rpartition(".")
+    norm = parameters.get(f"{block.removesuffix(f'.{BRIDGE}')}.input_layernorm.weight")
+    if norm is None or not block.endswith(f".{BRIDGE}") or rest not in ("weight", "bias"):
+        return None
+    return torch.Size([*norm.shape] * (2 if rest == "weight" else 1)), norm.dtype
+
+
+def _device(name: str, parameters: Mapping[str, torch.Tensor]) -> torch.device:
+    """Device of the tensor's block, whose frozen parameters are there even if this one is not.
+
+    A removed block has none, so its bridge lies where the nearest loaded block before it does, or
+    where the embeddings are.
+    """
+    there = {
+        int(n.split(".")[1]): p.device
+        for n, p in parameters.items()
+        if n.startswith(f"{_BLOCKS}.") and not p.is_meta
+    }
+    near = [block for block in sorted(there) if block <= int(name.split(".")[1])]
+    if near:
+        return there[near[-1]]
+    rest = (p.device for n, p in parameters.items() if n.startswith("embed_") and not p.is_meta)
+    return next(rest, torch.device("cpu"))
 
 
 def _named(stages: Mapping[Stage, Tensors]) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from rayapp.errors import ModelError
+from rayapp.models.formats.origin import GGUF_REMEDY, read_origin
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +73,17 @@ class ModelLocation:
 
     @property
     def provenance(self) -> dict[str, dict[str, str]]:
-        """The entry ``model`` of a plan's provenance; empty if the model is not from the Hub."""
-        if self.repo_id is None or self.revision is None:
-            return {}
-        return {"model": {"id": self.repo_id, "revision": self.revision}}
+        """The entry ``model`` of a plan's provenance; empty if nothing is known of its origin."""
+        if self.repo_id is not None and self.revision is not None:
+            return {"model": {"id": self.repo_id, "revision": self.revision}}
+        origin = read_origin(self.directory)
+        return {"model": {"caption": origin.caption, "source": origin.source}} if origin else {}
+
+    @property
+    def caption(self) -> str:
+        """The sentence that every result of the model repeats; empty for most models."""
+        origin = read_origin(self.directory)
+        return origin.caption if origin else ""
 
 
 def locate(model: str | Path, revision: str | None = None) -> ModelLocation:
@@ -98,6 +106,8 @@ def locate(model: str | Path, revision: str | None = None) -> ModelLocation:
             )
         return from_directory(path)
     repo_id, _, named = str(model).partition("@")
+    if path.suffix.lower() == ".gguf":
+        raise ModelError(f"{model}: {GGUF_REMEDY}")
     if not _is_id(repo_id):
         what = "is a file, no model directory" if path.exists() else "no such model directory"
         raise ModelError(

@@ -21,9 +21,10 @@ from transformers import (
 )
 
 from rayapp.errors import ModelError
-from rayapp.models.blocks import MULTIMODAL_TYPES, apply_modes, find_decoder
-from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.fingerprint import canonical_name
+from rayapp.models.blocks import MULTIMODAL_TYPES, apply_modes, find_decoder, text_config
+from rayapp.models.checkpoint import CONFIG_FILE, Checkpoint, read_config
+from rayapp.models.fingerprints.fingerprint import canonical_name
+from rayapp.models.formats.quantised import check_plain
 from rayapp.models.healed import HealedWeights, attach, attached_bytes
 from rayapp.plan import STAGES, ModelSignature, PruningPlan, Stage
 from rayapp.settings import DType
@@ -89,6 +90,7 @@ def load_model(
     signature = checkpoint.signature()
     plan = plan or PruningPlan()
     plan.check_model(signature)
+    tokenizer = load_tokenizer(path)
     model = empty_model(checkpoint.config, dtype)
     _read_generation_config(model, checkpoint.path)
     model.rayapp_fingerprint = signature.weights_fingerprint
@@ -99,14 +101,39 @@ def load_model(
         attach(model, healed)
     loaded = sum({p.data_ptr(): p.nbytes for p in model.parameters() if not p.is_meta}.values())
     loaded += attached_bytes(model)
-    return LoadedModel(model, load_tokenizer(path), signature, Path(path), loaded)
+    return LoadedModel(model, tokenizer, signature, Path(path), loaded)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model directory; raises :class:`ModelError` if there is none.
+    """Load the tokenizer of a model directory.
 
     It also gets the chat template that some models keep beside it for their processor.
+
+    Raises:
+        ModelError: There is no tokenizer, or it has ids for which the model has no embedding.
     """
+    tokenizer = _read_tokenizer(path)
+    if (Path(path) / CONFIG_FILE).is_file():
+        _check_vocabulary(path, text_config(read_config(Path(path))).vocab_size, tokenizer)
+    return tokenizer
+
+
+def _check_vocabulary(
+    path: str | Path, num_embeddings: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a tokenizer with ids beyond the embeddings; spare embeddings do no harm."""
+    vocabulary = tokenizer.get_vocab()
+    beyond = [token for token, number in vocabulary.items() if number >= num_embeddings]
+    if beyond:
+        first = min(beyond, key=vocabulary.__getitem__)
+        raise ModelError(
+            f"{path}: the tokenizer has ids up to {max(vocabulary.values())}, and the model only "
+            f"{num_embeddings} embeddings (first without: {first!r}, id {vocabulary[first]}); give "
+            "the tokenizer that the model was trained with, or resize_token_embeddings"
+        )
+
+
+def _read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
@@ -207,6 +234,7 @@ def _fill(
     for key, tensor in checkpoint.read(stored):
         name = stored[key]
         expected = parameters[name]
+        check_plain(checkpoint.path, key, tensor)
         if tensor.shape != expected.shape:
             raise ModelError(
                 f"{checkpoint.path}: tensor {name!r} has shape {tuple(tensor.shape)}, the "

@@ -1,18 +1,63 @@
-"""Writer of a checkpoint's safetensors files, in one pass, with one file in memory at a time."""
+"""Writer of a checkpoint: a directory that appears whole, and its safetensors files.
+
+The files are written in one pass, with one file in memory at a time.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from rayapp.errors import InputError
 from rayapp.models.checkpoint import INDEX_FILE
 
 MAX_SHARD_BYTES = 4 * 10**9
 """Most bytes of tensors in one file, and so in memory at a time (project default)."""
+
+
+def check_free(target: Path) -> None:
+    """Raise :class:`InputError` if ``target`` exists and is no empty directory."""
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists():
+        what = "is not empty" if target.is_dir() else "is a file"
+        raise InputError(f"{target}: {what}, and nothing is replaced; give another --out")
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """Yield a sibling of ``target``, which takes its name on success and vanishes on failure.
+
+    Its files are on the disk before it takes the name, so not even a loss of power leaves half a
+    checkpoint under it. Folders in it are not looked into for that.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        made.chmod(0o755)
+        yield made
+        for file in filter(Path.is_file, made.iterdir()):
+            _settle(file)
+        made.rename(target)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _settle(file: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    opened = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def write_shards(

@@ -9,7 +9,7 @@ Shapes: B = sequences, E = hidden size, Q = query heads, H = KV heads, D = head 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from torch import nn
 from torch.nn import functional
 
 from rayapp.models.blocks import PartialBlock
-from rayapp.models.stack import BlockCache, BlockStack, Masks
+from rayapp.models.healed import BRIDGE
+from rayapp.models.stack import BlockCache, BlockStack
 
+Masks = Mapping[int, torch.Tensor | None]
 Rotary = tuple[torch.Tensor, torch.Tensor]
 Block = Callable[[torch.Tensor, Rotary, torch.Tensor | None, BlockCache], torch.Tensor]
 
@@ -67,6 +69,9 @@ def _plain_block(number: int, block: nn.Module) -> Block | None:
     attends, has_mlp = mode is None or mode.attends, mode is None or mode.has_mlp
     attention = _attention(number, block.input_layernorm, block.self_attn) if attends else None
     mlp = _mlp(block.post_attention_layernorm, block.mlp) if has_mlp else None
+    bridge = block._modules.get(BRIDGE)
+    if bridge is not None:
+        return lambda hidden_B1E, *_: bridge.forward(hidden_B1E)
 
     def run(
         hidden_B1E: torch.Tensor, rotary: Rotary, mask: torch.Tensor | None, cache: BlockCache

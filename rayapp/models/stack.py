@@ -23,6 +23,8 @@ from rayapp.models.blocks import (
     sliding_windows,
     text_config,
 )
+from rayapp.models.products import weight_of
+from rayapp.models.real_tokens import RealTokens
 from rayapp.plan import PruningPlan, Stage
 
 
@@ -31,12 +33,16 @@ class BlockCache(Protocol):
 
     def update(
         self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, block: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add new entries of ``block``; return all keys and values to attend to, ``BHKD``."""
+    ) -> tuple[Any, Any]:
+        """Add new entries of ``block``; return all keys and values to attend to, ``BHKD``.
+
+        Of joined batches, it returns a tensor per batch.
+        """
         ...
 
 
-Masks = Mapping[int, torch.Tensor | None]
+Masks = Mapping[int, Any]
+"""Masks by block; those of joined batches are sequences with a mask, or None, per batch."""
 
 
 class BlockStack:
@@ -119,6 +125,7 @@ class BlockStack:
         start: int = 0,
         stop: int | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        real_tokens: RealTokens | None = None,
     ) -> torch.Tensor:
         """Run blocks ``start`` to ``stop`` (exclusive; default: all); return hidden states.
 
@@ -132,27 +139,31 @@ class BlockStack:
             start: The first block to run.
             stop: The block before which to stop.
             rotary: The result of :meth:`rotary` for these positions, if it is at hand.
+            real_tokens: The batches whose real tokens ``hidden_BTE`` joins in one row. The cache
+                then returns keys and values of every batch, and masks are given per batch.
         """
+        joined = {} if real_tokens is None else {"real_tokens": real_tokens}
         positions_BT = positions_BT.to(hidden_BTE.device)
         rotary = self.rotary(hidden_BTE, positions_BT) if rotary is None else rotary
-        masks = self._window_masks(positions_BT) if masks is None else masks
+        masks = self.window_masks(positions_BT) if masks is None else masks
         for number in range(start, self.num_blocks if stop is None else stop):
             mask = masks.get(number)
             if self._is_spread:
                 device = self.devices[number]
                 hidden_BTE, positions_BT = hidden_BTE.to(device), positions_BT.to(device)
                 rotary = (rotary[0].to(device), rotary[1].to(device))
-                mask = None if mask is None else mask.to(device)
+                mask = _moved(mask, device)
             hidden_BTE = self._decoder.layers[number](
                 hidden_BTE,
                 attention_mask=mask,
                 position_ids=positions_BT,
                 past_key_values=cache,
                 position_embeddings=rotary,
+                **joined,
             )
         return hidden_BTE
 
-    def _window_masks(self, positions_BT: torch.Tensor) -> Masks:
+    def window_masks(self, positions_BT: torch.Tensor) -> Masks:
         """Masks of the sliding-window blocks over a fresh prompt that spans more than the window.
 
         The span is counted in positions, not in tokens, because pruned prompts have gaps.
@@ -172,4 +183,11 @@ class BlockStack:
         """Logits ``(B, T, V)`` of hidden states that left the last block."""
         norm, head = self._decoder.norm, self.model.get_output_embeddings()
         normed_BTE = norm(hidden_BTE.to(norm.weight.device))
-        return head(normed_BTE.to(head.weight.device))
+        return head(normed_BTE.to(weight_of(head).device))
+
+
+def _moved(mask: Any, device: torch.device) -> Any:
+    """A mask, or the masks of joined batches, on ``device``."""
+    if mask is None or isinstance(mask, torch.Tensor):
+        return None if mask is None else mask.to(device)
+    return tuple(_moved(each, device) for each in mask)

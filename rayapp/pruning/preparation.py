@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,20 +14,23 @@ from transformers import PreTrainedTokenizerBase
 
 from rayapp.data.lines import ImageLine, read_lines
 from rayapp.errors import DataError, InputError
-from rayapp.models.blocks import MULTIMODAL_TYPES, text_config
+from rayapp.models.blocks import MULTIMODAL_TYPES, decoder_blocks, text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.hub import locate
 from rayapp.models.loading import load_model, load_tokenizer
+from rayapp.models.products import pack_products
 from rayapp.plan import ModelSignature
 from rayapp.pruning.evaluator.calibration import Calibration, load_calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.evaluator.visual_words import ImageWordReader, teach
-from rayapp.pruning.healing.trained_pairs import pair_context
+from rayapp.pruning.healing.healed_units import unit_context
 from rayapp.pruning.healing.training import BATCH_TOKENS, HELD_BACK_EVERY, Healer
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.pruning.settings.search import SearchSettings
 from rayapp.pruning.settings.training import Training
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,12 @@ def open_evaluator(
     torch.set_num_threads(compute.threads)
     loaded = load_model(score.model, dtype=score.dtype, device=compute.device)
     teach(loaded.model, calibration.words)
+    grown = pack_products(loaded.model, decoder_blocks(loaded.model))
+    logger.info(
+        "evaluator: %.0f MB of weights, at most %.0f MB of states kept for reuse",
+        (loaded.parameter_bytes + grown) / 1e6,
+        compute.cache_bytes / 1e6,
+    )
     return Evaluator(loaded.model, calibration, score.scoring(), cache_bytes=compute.cache_bytes)
 
 
@@ -184,7 +194,7 @@ def open_healer(
 def heal_context(score: ScoreSettings, training: Training, prepared: Prepared) -> dict[str, Any]:
     """Everything that trained tensors depend on, except the pair."""
     assert prepared.heal_data is not None, "only searches that heal ask"
-    return pair_context(
+    return unit_context(
         weights=prepared.signature.weights_fingerprint,
         data=prepared.heal_data.fingerprint,
         first_token=score.first_token,

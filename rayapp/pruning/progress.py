@@ -30,7 +30,7 @@ class SearchProgress:
         best: The best candidate so far, in words, or None.
         best_score: Its score.
         num_evaluators: Number of evaluators that are alive.
-        pairs: While survivors are trained: the numbers of trained pairs and of pairs still to
+        units: While healing goes on: the numbers of learnt pairs and fits, and of those still to
             train.
     """
 
@@ -42,7 +42,7 @@ class SearchProgress:
     best: str | None
     best_score: float | None
     num_evaluators: int
-    pairs: tuple[int, int] | None = None
+    units: tuple[int, int] | None = None
 
     @property
     def rate(self) -> float:
@@ -63,8 +63,8 @@ class SearchProgress:
         )
         time_left = "?" if self.left_s is None else f"{self.left_s:.0f} s"
         phase = self.phase
-        if self.pairs is not None:
-            phase += f", healing ({self.pairs[0]} pairs done, {self.pairs[1]} left)"
+        if self.units is not None:
+            phase += f", healing ({self.units[0]} done, {self.units[1]} left)"
         return (
             f"{phase}: {self.replayed + self.done:.0f} scored, at most {self.left:.0f} left, "
             f"{self.rate:.2f}/s, {time_left} left, {self.num_evaluators} evaluators, {best}"

@@ -21,11 +21,12 @@ from typing import Any
 from rayapp import __version__
 from rayapp.errors import InputError, PlanError
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.sampled_fingerprint import sampled_fingerprint
+from rayapp.models.fingerprints.sampled_fingerprint import sampled_fingerprint
 from rayapp.plan import PLAN_FILE, STAGES, ModelSignature, PruningPlan
+from rayapp.pruning.candidates.fits import all_fits
 from rayapp.pruning.candidates.healing import Pair
-from rayapp.pruning.healing.trained_pairs import DIRECTORY as PAIRS_DIRECTORY
-from rayapp.pruning.healing.trained_pairs import pair_context, pair_file
+from rayapp.pruning.healing.healed_units import DIRECTORY as PAIRS_DIRECTORY
+from rayapp.pruning.healing.healed_units import unit_context, unit_file
 from rayapp.pruning.search.journal import JOURNAL_FILE
 from rayapp.pruning.settings.training import Training
 
@@ -213,19 +214,21 @@ class _Found:
             return
         settings, blocks = header["settings"], self.names.new.num_blocks
         old, new = (
-            pair_context(
+            unit_context(
                 weights=weights,
                 data=header["heal_data"],
                 first_token=settings["first_token"],
                 dtype=settings["dtype"],
-                training=Training(settings["heal_steps"], settings["heal_learning_rate"]),
+                training=Training(settings.get("heal_steps"), settings.get("heal_learning_rate")),
             )
             for weights in (self.names.old, self.names.new.weights_fingerprint)
         )
         for stage in STAGES:
             for first in range(blocks - 1):
                 for pair in (Pair(stage, first, first + 1), Pair(stage, first + 1, first)):
-                    yield pair_file(old, pair), pair_file(new, pair)
+                    yield unit_file(old, pair), unit_file(new, pair)
+        for fit in all_fits(blocks):
+            yield unit_file(old, fit), unit_file(new, fit)
 
 
 def _home(path: Path) -> Path:

@@ -14,11 +14,17 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from rayapp.pruning.candidates.candidate import Candidate
-from rayapp.pruning.candidates.healing import NO_HEALING, HealedPair, Healing, Pair
+from rayapp.pruning.candidates.healing import (
+    NO_HEALING,
+    HealedUnit,
+    Healing,
+    Unit,
+    unit_order,
+)
 from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator, LineSums
 from rayapp.pruning.evaluator.objective import Score, combine
-from rayapp.pruning.healing.trained_pairs import HealedPairs, OnPair
+from rayapp.pruning.healing.healed_units import HealedUnits, OnUnit
 from rayapp.pruning.healing.training import Healer
 from rayapp.pruning.settings.objective import Objective
 
@@ -34,9 +40,9 @@ class Work:
     healing: Healing = NO_HEALING
 
     @property
-    def pairs(self) -> frozenset[Pair]:
-        """The pairs that must have been added before."""
-        return frozenset(pair for c in self.candidates for pair in self.healing.pairs(c))
+    def units(self) -> frozenset[Unit]:
+        """The units that must have been added before."""
+        return frozenset(unit for c in self.candidates for unit in self.healing.units(c))
 
 
 @dataclass(frozen=True)
@@ -55,23 +61,23 @@ class Compute(Protocol):
         """Compute every piece of work once; results come in any order, as they finish."""
         ...
 
-    def heal(self, pairs: Sequence[Pair]) -> Iterator[HealedPair]:
-        """Train every pair once; they come in any order, as they finish."""
+    def heal(self, units: Sequence[Unit]) -> Iterator[HealedUnit]:
+        """Train every unit once; they come in any order, as they finish."""
         ...
 
-    def add_healed(self, healed: HealedPair) -> None:
-        """Make a trained pair known to the evaluators of candidates that use it."""
+    def add_healed(self, healed: HealedUnit) -> None:
+        """Make a trained unit known to the evaluators of candidates that use it."""
         ...
 
     def measure(
-        self, function: Callable[..., Measured], *arguments: object, pairs: Collection[Pair] = ()
+        self, function: Callable[..., Measured], *arguments: object, units: Collection[Unit] = ()
     ) -> Measured:
         """The result of ``function(evaluator, *arguments)`` on any one of the evaluators.
 
         Args:
             function: A function of a module, so that it can be named to another process.
             arguments: The function's arguments beside the evaluator.
-            pairs: Trained pairs that the function needs; they have been added before.
+            units: Trained units that the function needs; they have been added before.
         """
         ...
 
@@ -82,7 +88,7 @@ class Compute(Protocol):
 
 
 class LocalCompute:
-    """One evaluator in this process, and a trainer of pairs, if any are to be trained."""
+    """One evaluator in this process, and a trainer of units, if any are to be trained."""
 
     num_evaluators = 1
 
@@ -95,20 +101,20 @@ class LocalCompute:
         for piece in work:
             yield compute_one(self._evaluator, piece)
 
-    def heal(self, pairs: Sequence[Pair]) -> Iterator[HealedPair]:
-        """Train one pair after the other, in order."""
+    def heal(self, units: Sequence[Unit]) -> Iterator[HealedUnit]:
+        """Train one unit after the other, in order."""
         assert self._healer is not None, "a search that heals brings its data"
-        for pair in pairs:
-            yield self._healer.heal(pair)
+        for unit in units:
+            yield self._healer.heal(unit)
 
-    def add_healed(self, healed: HealedPair) -> None:
-        """Make a trained pair known to the one evaluator."""
+    def add_healed(self, healed: HealedUnit) -> None:
+        """Make a trained unit known to the one evaluator."""
         self._evaluator.add_healed(healed)
 
     def measure(
-        self, function: Callable[..., Measured], *arguments: object, pairs: Collection[Pair] = ()
+        self, function: Callable[..., Measured], *arguments: object, units: Collection[Unit] = ()
     ) -> Measured:
-        """Measure on the one evaluator, which knows every pair that was added."""
+        """Measure on the one evaluator, which knows every unit that was added."""
         return function(self._evaluator, *arguments)
 
 
@@ -148,7 +154,7 @@ class Scorer:
         objective: The objective of the scores.
         compute: The compute that scores come from.
         weights: Fingerprint of the weights, as part of the memo's key.
-        healed: Trained pairs, for searches that heal.
+        healed: Trained units, for searches that heal.
 
     Attributes:
         healing: How candidates are healed before they are scored.
@@ -161,7 +167,7 @@ class Scorer:
         compute: Compute,
         *,
         weights: str,
-        healed: HealedPairs | None = None,
+        healed: HealedUnits | None = None,
     ) -> None:
         self.calibration = calibration
         self.objective = objective
@@ -171,33 +177,33 @@ class Scorer:
         self._context = (weights, *kind, objective.first_token, rules)
         self.healed = healed
         self.healing = NO_HEALING
-        self._fixed: dict[Pair, str] = {}
+        self._fixed: dict[Unit, str] = {}
         self._memo: dict[tuple[object, ...], tuple[LineSums, float]] = {}
 
     def heal_with(self, healing: Healing) -> None:
-        """Score candidates from now on with the pairs that they use under ``healing``."""
-        assert self.healed is not None, "a search that heals brings its pairs"
+        """Score candidates from now on with the units that they use under ``healing``."""
+        assert self.healed is not None, "a search that heals brings its units"
         self.healing = healing
 
-    def heal_as(self, pairs: Sequence[HealedPair]) -> None:
-        """Score candidates from now on with these pairs, which belong to a healed plan."""
-        for healed in pairs:
+    def heal_as(self, units: Sequence[HealedUnit]) -> None:
+        """Score candidates from now on with these units, which belong to a healed plan."""
+        for healed in units:
             self.compute.add_healed(healed)
-        self._fixed = {healed.pair: healed.weights.digest for healed in pairs}
-        self.healing = Healing(fixed=tuple(sorted(self._fixed)))
+        self._fixed = {healed.unit: healed.weights.digest for healed in units}
+        self.healing = Healing(fixed=tuple(sorted(self._fixed, key=unit_order)))
 
-    def heal(self, candidates: Sequence[Candidate], on_pair: OnPair | None = None) -> None:
-        """Train the pairs that the candidates use, except those that were trained before.
+    def heal(self, candidates: Sequence[Candidate], on_unit: OnUnit | None = None) -> None:
+        """Train the units that the candidates use, except those that were trained before.
 
         Raises:
-            SearchError: A pair cannot be trained or written.
+            SearchError: A unit cannot be trained or written.
         """
         if self.healed is not None:
-            self.healed.ensure((p for c in candidates for p in self.pairs(c)), on_pair)
+            self.healed.ensure((p for c in candidates for p in self.units(c)), on_unit)
 
-    def pairs(self, candidate: Candidate) -> tuple[Pair, ...]:
-        """The pairs that a candidate is scored with."""
-        return self.healing.pairs(candidate)
+    def units(self, candidate: Candidate) -> tuple[Unit, ...]:
+        """The units that a candidate is scored with."""
+        return self.healing.units(candidate)
 
     def score_many(
         self,
@@ -206,7 +212,7 @@ class Scorer:
         *,
         on_progress: Callable[[float], None] | None = None,
     ) -> list[Score]:
-        """Scores in the order of ``candidates``; the pairs that they use are trained first.
+        """Scores in the order of ``candidates``; the units that they use are trained first.
 
         Args:
             candidates: Candidates to score; repeated ones are computed once.
@@ -252,5 +258,5 @@ class Scorer:
 
     def _key(self, candidate: Candidate, chunk: int) -> tuple[object, ...]:
         digest = self.healed.digest if self.healed else self._fixed.__getitem__
-        digests = tuple(digest(pair) for pair in self.pairs(candidate))
+        digests = tuple(digest(unit) for unit in self.units(candidate))
         return (candidate, self.calibration.chunks[chunk].key, digests, *self._context)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rayapp.models.hub import from_directory
-from rayapp.pruning.healing.trained_pairs import HealedPairs
+from rayapp.pruning.healing.healed_units import HealedUnits
 from rayapp.pruning.preparation import Prepared, heal_context, open_evaluator, open_healer
 from rayapp.pruning.scorer import Compute, LocalCompute, Scorer
 from rayapp.pruning.settings.compute import ComputeSettings
@@ -67,6 +67,6 @@ def _scorer(
     healed = None
     if search is not None and prepared.heal_data is not None:
         context = heal_context(score, search.training(), prepared)
-        healed = HealedPairs(Storage(search.out), context, compute)
+        healed = HealedUnits(Storage(search.out), context, compute)
     weights = prepared.signature.weights_fingerprint
     return Scorer(prepared.calibration, score.scoring(), compute, weights=weights, healed=healed)

@@ -1,8 +1,8 @@
-"""The cost of removing every block alone, measured for a report, in this process or on Ray."""
+"""The cost of removing every block alone, for a report or a map, in this process or on Ray."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,53 @@ def measure(
             scorer,
             weights=signature.weights_fingerprint,
             num_blocks=signature.num_blocks,
-            on_progress=lambda done, total: progress("sensitivity", int(done), total),
+            on_progress=_whole(progress, "sensitivity"),
         )
+
+
+def map_blocks(
+    score: ScoreSettings,
+    compute: ComputeSettings,
+    calibrations: Sequence[str],
+    out: str | Path,
+    *,
+    progress: ProgressCallback = silent,
+) -> Iterator[Sensitivity]:
+    """Measure the cost of removing every block alone, on one calibration set after another.
+
+    Every set has a directory in ``out``, and is not measured again if it was.
+
+    Args:
+        score: Settings of the score; their calibration file is replaced.
+        compute: Settings of the place of computation.
+        calibrations: Files of the calibration sets.
+        out: Directory of the measurements.
+        progress: Called as the work proceeds.
+
+    Raises:
+        InputError: Model or data cannot be used.
+        ClusterError: The cluster cannot be reached, or cannot place an evaluator.
+        SearchError: A score is not finite, or writing failed.
+    """
+    score = located(score)
+    for number, calibration in enumerate(calibrations):
+        on_these = score.model_copy(update={"calibration": calibration})
+        prepared = prepare_scoring(on_these, compute)
+        signature = prepared.signature
+        what = f"blocks, calibration set {number + 1} of {len(calibrations)}"
+        with opened_scorer(on_these, compute, prepared) as scorer:
+            yield measure_sensitivity(
+                Storage(str(Path(out) / f"set-{number}")),
+                scorer,
+                weights=signature.weights_fingerprint,
+                num_blocks=signature.num_blocks,
+                on_progress=_whole(progress, what),
+            )
+
+
+def _whole(progress: ProgressCallback, what: str) -> Callable[[float, int], None]:
+    """A callback for fractions of evaluations that tells whole ones, under a name."""
+    return lambda done, total: progress(what, int(done), total)
 
 
 def _as_searched(score: ScoreSettings, plan: PruningPlan) -> ScoreSettings:

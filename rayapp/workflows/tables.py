@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
@@ -32,9 +33,9 @@ def plan_tables(plan: PruningPlan) -> list[RenderableType]:
         return [Text("empty plan: the dense model, exactly (fits every model)")]
     removed = ", ".join(f"{plan.removed(stage):g} from {stage}" for stage in STAGES)
     head = (
-        f"plan {plan.fingerprint} for {plan.model.model_type} of {plan.model.num_blocks} blocks "
-        f"(weights {plan.model.weights_fingerprint})\nblocks removed: {removed}; "
-        f"first answer token from {plan.first_token}"
+        f"plan {plan.fingerprint} for {_caption(plan)}{plan.model.model_type} of "
+        f"{plan.model.num_blocks} blocks (weights {plan.model.weights_fingerprint})\n"
+        f"blocks removed: {removed}; first answer token from {plan.first_token}"
     )
     healed = _healed(plan)
     if plan.healed:
@@ -53,6 +54,13 @@ def plan_tables(plan: PruningPlan) -> list[RenderableType]:
     if plan.visual_tokens:
         parts.append(Text(f"visual tokens: {plan.visual_tokens.model_dump_json()}"))
     return parts
+
+
+def _caption(plan: PruningPlan) -> str:
+    """The model's caption, if the plan's provenance has one, as the beginning of a sentence."""
+    model = plan.provenance.get("model")
+    caption = model.get("caption") if isinstance(model, Mapping) else None
+    return f"{caption}: " if caption else ""
 
 
 def kv_table(selection: KVSelection) -> RenderableType:
@@ -79,12 +87,27 @@ def finding_line(finding: Finding) -> RenderableType:
 
 
 def _healed(plan: PruningPlan) -> dict[tuple[str, int], str]:
-    """Notes on healed survivors by stage and block: the removed block, and the error left."""
-    return {
-        (r["stage"], r["survivor"]): f" + {r['removed']} (healed, relative MSE "
-        f"{r['relative_mse_before']:.2g} to {r['relative_mse_after']:.2g})"
-        for r in plan.provenance.get("healed", ())
+    """Notes on healed blocks by stage and block: what healed them, and the error left."""
+    notes: dict[tuple[str, int], str] = {}
+    for record in plan.provenance.get("healed", ()):
+        place, what = _healing_note(record)
+        errors = (record[f"relative_mse_{when}"] for when in ("before", "after"))
+        notes[place] = notes.get(
+            place, ""
+        ) + " + {} (healed, relative MSE {:.2g} to {:.2g})".format(what, *errors)
+    return notes
+
+
+def _healing_note(record: Mapping[str, Any]) -> tuple[tuple[str, int], str]:
+    """The stage and block that a record of healing is about, and the words for it."""
+    stage = record["stage"]
+    if "survivor" in record:
+        return (stage, record["survivor"]), f"{record['removed']}"
+    words = {
+        "kv": "KV refit from {first}",
+        "bridge": "bridge {first} to {stop}",
     }
+    return (stage, record["block"]), words[record["kind"]].format(**record)
 
 
 def _amount(rule: KVTransfer) -> str:

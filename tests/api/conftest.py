@@ -40,8 +40,8 @@ class ScriptedService:
         self.ready = True
         self.ledger: Any = {"totals": {"num_transfers": 0}, "links": [], "recent": []}
         self.requests: list[GenerationRequest] = []
-        self.active = 0
-        self.cancelled = 0
+        self.active = self.most_active = 0
+        self.cancelled = self.num_sent = 0
         self.description = ServiceDescription(
             model_name="tiny",
             max_model_len=MAX_MODEL_LEN,
@@ -54,6 +54,7 @@ class ScriptedService:
     ) -> AsyncGenerator[TokenBatch, None]:
         self.requests.append(request)
         self.active += 1
+        self.most_active = max(self.most_active, self.active)
         finished = False
         try:
             for batch in self._batches(request):
@@ -61,6 +62,7 @@ class ScriptedService:
                 if batch.first_index in self.errors and self.fails(request):
                     raise self.errors[batch.first_index]
                 finished = batch.finish_reason is not None
+                self.num_sent += 1
                 yield batch
         finally:
             self.active -= 1
@@ -105,7 +107,7 @@ class ScriptedService:
             raise self.ledger
         return self.ledger
 
-    def wait_idle(self, timeout_s: float = 5.0) -> None:
+    def wait_idle(self, timeout_s: float = 60.0) -> None:
         deadline = time.monotonic() + timeout_s
         while self.active and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import httpx
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -49,21 +51,22 @@ BODIES = VALUES | st.builds(
 PATHS = st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize"])
 
 
+@pytest.fixture
+def served(service):
+    service.text = "ok"
+    return build_app(service)
+
+
 @settings(
-    max_examples=150,
+    max_examples=120,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(path=PATHS, body=BODIES)
-def test_no_body_makes_the_server_fail(service, path, body):
-    import json
-
-    service.text = "ok"
-    app = build_app(service)
-
+def test_no_body_makes_the_server_fail(served, path, body):
     async def post() -> httpx.Response:
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=True)
+        transport = httpx.ASGITransport(app=served, raise_app_exceptions=True)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             content = json.dumps(body).encode()
             headers = {"content-type": "application/json"}

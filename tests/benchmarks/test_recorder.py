@@ -9,7 +9,7 @@ from recorder.chart import Chart, Line
 from recorder.dots import Dots, Marks, Panel
 from recorder.files import write_text
 from recorder.options import configuration_of, model_name
-from recorder.origin import measured_on
+from recorder.origin import Start, measured_on
 from recorder.record import read_record
 from recorder.rows import Rows
 from recorder.run import Recorder, render
@@ -17,6 +17,7 @@ from recorder.table import Table, interval
 
 from rayapp.errors import InputError
 from rayapp.evaluation.machine import this_machine
+from rayapp.models.formats.origin import Origin
 from rayapp.testbed import text_model_path
 
 CHART = Chart("Lines", "x", "y", [Line("one", [1, 2], [3.0, 4.0])], level=("all", 5.0))
@@ -115,6 +116,20 @@ def test_what_a_page_says_of_the_machine():
     assert measured_on(kept) == (
         "Measured on P, G, one thread, torch 2, transformers 5, commits x, y-dirty."
     )
+
+
+def test_a_models_caption_stands_in_record_and_page(tmp_path):
+    origin = Origin(
+        caption="Small, from Q4_1", source="small 1.0", source_sha256="0", license="MIT",
+        weights_fingerprint="v2:0", files={},
+    )  # fmt: skip
+    origin.write(tmp_path)
+    asked = Namespace(device="cpu", threads=1, model=[tmp_path, tmp_path / "none"])
+    record = Start.now(asked).origin(asked)
+    assert record["captions"] == ["Small, from Q4_1"]
+    assert measured_on(record).startswith("Small, from Q4_1. Measured on ")
+    asked.model = tmp_path / "none"
+    assert "captions" not in Start.now(asked).origin(asked)
 
 
 def test_tables_set_numbers_to_the_right():

@@ -16,8 +16,8 @@ from rayapp.errors import InputError, PlanError, RayappError
 from rayapp.evaluation.report.findings import gather
 from rayapp.models.blocks import signature
 from rayapp.models.checkpoint import Checkpoint
+from rayapp.models.fingerprints.sampled_fingerprint import sampled_fingerprint
 from rayapp.models.loading import load_model, read_signature
-from rayapp.models.sampled_fingerprint import sampled_fingerprint
 from rayapp.plan import HEALED_FILE, PLAN_FILE, PruningPlan
 from rayapp.pruning import renewal
 from rayapp.pruning.evaluator.evaluator import Evaluator
@@ -63,6 +63,7 @@ def rayapp(*arguments: object) -> str:
     return run.output.replace("\n", " ")
 
 
+FRONT = ("--pareto", "--decode-remove", 1, "--evaluations", 3)
 HEAL = ("--heal", "all", "--heal-steps", 2)
 
 
@@ -317,8 +318,9 @@ def test_a_front_and_its_searches(files, earlier_release, tmp_path, monkeypatch)
     out = tmp_path / "front"
     with pytest.MonkeyPatch.context() as patched:
         earlier_release(patched)
-        prune(files, out, "--pareto")
+        prune(files, out, *FRONT)
     before = len(json.loads((out / "front.json").read_text()))
+    assert before > 1
     found = renew(out, model=files["model"])
     rows = json.loads((out / "front.json").read_text())
     assert len(rows) == before
@@ -331,7 +333,7 @@ def test_a_front_and_its_searches(files, earlier_release, tmp_path, monkeypatch)
         assert not gathered.left_out
         assert plan.fingerprint in (out / row["plan"]).with_name("report.html").read_text()
     scores_nothing(monkeypatch)
-    prune(files, out, "--pareto", "--resume")
+    prune(files, out, *FRONT, "--resume")
 
 
 def test_a_comparison_of_visual_pruning_is_of_the_renewed_plan(tmp_path):

@@ -12,18 +12,20 @@ import pytest
 from rayapp.errors import DataError, InputError, RayappError
 from rayapp.evaluation.paper.numbers import ACCURACY, ALL_DATA, BYTES
 from rayapp.evaluation.paper.outcome import RowOutcome, measure_data
-from rayapp.evaluation.paper.rows import PEERS, ROWS, search_settings
+from rayapp.evaluation.paper.presets import OURS, TABLES
+from rayapp.evaluation.paper.rows import row_sizes, search_settings
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.progress import shown_progress
 from rayapp.models.blocks import signature
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.sampled_fingerprint import sampled_fingerprint
+from rayapp.models.fingerprints.sampled_fingerprint import sampled_fingerprint
 from rayapp.plan import PruningPlan
 from rayapp.pruning.progress import ProgressReport
 from rayapp.testbed.tasks import generate, write_jsonl
-from rayapp.workflows import reproduce as module
+from rayapp.workflows.paper import plans as paper_plans
+from rayapp.workflows.paper import reproduce as module
+from rayapp.workflows.paper.reproduce import Watch, reproduce
 from rayapp.workflows.renewal import renew
-from rayapp.workflows.reproduce import Watch, reproduce
 
 WATCH = Watch(search=ProgressReport, evaluation=shown_progress)
 QUICK = ("similarity", "kv_modes", "kv_selected", "unified")
@@ -53,7 +55,7 @@ def files(tmp_path_factory):
     def questions(task: str) -> list[dict]:
         return [
             {"prompt": text(rng, 36), "choices": [" a", " bcd"], "answer": i % 2, "task": task}
-            for i in range(5)
+            for i in range(3)
         ]
 
     return {
@@ -104,8 +106,8 @@ def test_the_job_makes_every_row(checkpoint, files, tmp_path, run_job):
     result = run_job("reproduce", *words)
     assert result.returncode == 0, result.stderr
     numbers = numbers_of(out)
-    assert list(numbers) == [row.name for row in ROWS]
-    for row in ROWS:
+    assert list(numbers) == [row.name for row in TABLES]
+    for row in TABLES:
         plan = PruningPlan.load(out / "rows" / row.name)
         removed = (0, 0) if row.name == "dense" else (1, 1)
         assert (plan.removed("prefill"), plan.removed("decode")) == removed
@@ -113,13 +115,13 @@ def test_the_job_makes_every_row(checkpoint, files, tmp_path, run_job):
             row.healed or row.name in ("kv_selected", "unified")
         ), row.name
         assert row.title in result.stdout
-        if row.name in PEERS:
+        if row.beside:
             assert plan.prefill.blocks.keys() == plan.decode.blocks.keys()
     dense, unified, selected = (numbers[name] for name in ("dense", "unified", "kv_selected"))
     for (data, metric), number in dense.items():
         if data in ("GSM", "MMLU", "wiki", "mean"):
             assert (number["difference"], number["bound"]) == pytest.approx((0.0, 0.0)), metric
-    assert (dense["MMLU", "acc"]["num"], dense["wiki", "perplexity"]["num"]) == (10, 8)
+    assert (dense["MMLU", "acc"]["num"], dense["wiki", "perplexity"]["num"]) == (6, 8)
     assert dense["mean", ACCURACY]["dense"] == pytest.approx(
         (dense["GSM", "exact match"]["dense"] + dense["MMLU", "acc"]["dense"]) / 2
     )
@@ -184,8 +186,8 @@ def test_a_killed_run_goes_on_where_it_stopped(settings, monkeypatch):
     monkeypatch.setattr(
         module, "measure_data", lambda s, n, d: measured.append(n) or measure_data(s, n, d)
     )
-    monkeypatch.setattr(module, "prune", None)
-    monkeypatch.setattr(module, "kv_select", None)
+    monkeypatch.setattr(paper_plans, "prune", None)
+    monkeypatch.setattr(paper_plans, "kv_select", None)
     resumed = reproduce(settings.model_copy(update={"resume": True}), WATCH)
     assert measured == ["MMLU", "wiki", *3 * ("GSM", "MMLU", "wiki")][: len(measured)]
     assert len(measured) == 2 + 2 * 3, "unified shares the outcome of its plan"
@@ -217,8 +219,9 @@ def test_a_directory_of_an_earlier_release_is_renewed(settings, monkeypatch):
     with pytest.raises(InputError, match=r"the reproduction .*`rayapp plan renew"):
         reproduce(again, WATCH)
     renew(settings.out, model=settings.model)
-    for name in ("measure_data", "prune", "kv_select"):
-        monkeypatch.setattr(module, name, None)
+    monkeypatch.setattr(module, "measure_data", None)
+    for name in ("prune", "kv_select"):
+        monkeypatch.setattr(paper_plans, name, None)
     assert reproduce(again, WATCH).numbers == whole.numbers
 
 
@@ -249,11 +252,15 @@ def test_searches_are_as_large_as_they_should_be(settings, files, tmp_path):
     update = {"heal_data": files["heal_data"], "prefill_remove": 1, "decode_remove": 3}
     settings = settings.model_copy(update={**update, "share": None})
     by_name = {
-        row.name: search_settings(row, settings, settings.sizes(5), tmp_path, resume=False)
-        for row in ROWS
+        row.name: search_settings(
+            row, settings, row_sizes(row, settings, 5), tmp_path, resume=False
+        )
+        for row in TABLES
         if row.search is not None
     }
-    for name in PEERS:
+    peers = [row for row in TABLES if row.beside == OURS]
+    assert len(peers) == 6
+    for name in (row.name for row in peers):
         assert (by_name[name].prefill_remove, by_name[name].decode_remove) == (2, 2)
         assert by_name[name].shared
         assert by_name[name].method == name
@@ -290,9 +297,9 @@ def test_a_data_set_has_one_kind(settings, files, tmp_path):
         reproduce(settings, WATCH)
 
 
-def test_a_nameless_data_set_is_refused(checkpoint, files, run_job):
+def test_a_nameless_data_set_is_refused(checkpoint, files, run_job_here):
     words = ["--model", str(checkpoint), "--calibration", files["calibration"], "--out", "x"]
-    result = run_job("reproduce", *words, "--data", files["GSM"])
+    result = run_job_here("reproduce", *words, "--data", files["GSM"])
     assert result.returncode == 2
     assert "is not NAME=FILE" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

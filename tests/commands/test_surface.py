@@ -4,7 +4,7 @@ everywhere."""
 from __future__ import annotations
 
 import inspect
-import os
+import json
 import re
 import subprocess
 import sys
@@ -68,7 +68,7 @@ def test_options_of_one_name_are_one_option():
         for written, option in options(name).items():
             if written not in MEANT_THE_SAME or option.param_type_name != "option":
                 continue
-            if name in ("doctor", "report", "serve") and written in (
+            if name in ("demo", "doctor", "report", "serve") and written in (
                 "--model",
                 "--address",
                 "--device",
@@ -90,46 +90,60 @@ def test_commands_that_use_evaluators_say_which(name):
     assert {"--workers", "--address", "--threads"} <= set(options(name))
 
 
-def imported_by(*words: str) -> set[str]:
-    """The modules that a command line leaves imported."""
-    code = (
-        "import sys\n"
-        f"sys.argv = ['rayapp', *{list(words)!r}]\n"
-        "from rayapp import cli\n"
-        "try:\n    cli.main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
-        "print('\\n'.join(sys.modules), file=sys.stderr)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
-    return set(done.stderr.split())
+# Every command is asked for its help in its turn; what one imports is new to it.
+ASKS_FOR_HELP = """
+import contextlib, io, json, sys
+from rayapp import cli
+
+new, before = {}, set()
+for name in sys.argv[1:]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            cli.main([name, "--help"] if name != "rayapp" else ["--help"])
+        except SystemExit as stop:
+            assert not stop.code, (name, stop.code)
+    new[name] = sorted(sys.modules.keys() - before)
+    before |= sys.modules.keys()
+print(json.dumps(new))
+"""
 
 
-def test_listing_the_commands_imports_no_settings():
-    modules = imported_by("--help")
+@pytest.fixture(scope="module")
+def imported_by_help() -> dict[str, set[str]]:
+    """What the list of commands imports, and what every command's help imports in addition."""
+    words = [sys.executable, "-c", ASKS_FOR_HELP, "rayapp", *COMMANDS]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=True)
+    return {name: set(modules) for name, modules in json.loads(done.stdout).items()}
+
+
+def test_listing_the_commands_imports_no_settings(imported_by_help):
+    modules = imported_by_help["rayapp"]
     assert "rayapp.cli" in modules
     assert not modules & {"torch", "ray", "transformers", "pydantic", "numpy"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_of_a_command_waits_for_no_model(name):
-    assert not imported_by(name, "--help") & {"torch", "ray", "transformers"}
+def test_the_help_of_a_command_waits_for_no_model(imported_by_help, name):
+    assert not imported_by_help[name] & {"torch", "ray", "transformers"}
+
+
+def help_of(shown: str) -> str:
+    return re.sub(r"Usage: .*", "", shown)
 
 
 @pytest.mark.parametrize("file", sorted(JOBS.glob("*.py")), ids=lambda file: file.name)
-def test_a_job_is_the_command_of_its_name(file):
-    name = file.stem.replace("_", "-")
-    environment = {**os.environ, "COLUMNS": "120", "TERM": "dumb"}
-    shown = []
-    for program in ([str(file)], ["-m", "rayapp.cli", name]):
-        done = subprocess.run(
-            [sys.executable, *program, "--help"], capture_output=True, text=True, timeout=120,
-            check=True, env=environment,
-        )  # fmt: skip
-        shown.append(re.sub(r"Usage: .*", "", done.stdout))
-    assert shown[0] == shown[1]
-    assert f"{option_name('help')}" in shown[0]
+def test_a_job_is_the_command_of_its_name(file, run_job_here, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit):
+        cli.main([file.stem.replace("_", "-"), "--help"])
+    shown = help_of(capsys.readouterr().out)
+    assert help_of(run_job_here(file.stem, "--help").stdout) == shown
+    assert f"{option_name('help')}" in shown
     assert len(file.read_text().splitlines()) <= 12
+
+
+def test_a_job_is_a_program_of_its_own(run_job, run_job_here):
+    assert run_job("prune", "--help").stdout == run_job_here("prune", "--help").stdout
 
 
 class Sizes(Strict):

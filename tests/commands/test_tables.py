@@ -35,7 +35,10 @@ def test_every_block_of_a_plan_is_drawn():
             }
         )
     )  # fmt: skip
+    captioned = plan.model_copy(update={"provenance": {"model": {"caption": "Small, from Q4_1"}}})
+    assert "for Small, from Q4_1: llama of 3 blocks" in drawn(plan_tables(captioned))
     text = drawn(plan_tables(plan))
+    assert "for llama of 3 blocks" in text
     assert "2 from prefill, 0.5 from decode" in text
     rows = [line.split("│")[1:-1] for line in text.splitlines() if line.startswith("│")]
     assert [[cell.strip() for cell in row] for row in rows] == [
@@ -58,6 +61,9 @@ def test_whose_work_a_healed_block_does_is_drawn():
                 "provenance": {"healed": [{
                     "stage": "decode", "removed": 1, "survivor": 2,
                     "relative_mse_before": 0.08123, "relative_mse_after": 0.0021,
+                }, {
+                    "stage": "decode", "kind": "bridge", "first": 1, "stop": 2, "block": 1,
+                    "relative_mse_before": 1.0, "relative_mse_after": 0.25,
                 }]},
             }
         )
@@ -65,6 +71,7 @@ def test_whose_work_a_healed_block_does_is_drawn():
     text = drawn(plan_tables(plan))
     assert f"healed tensors: {'0' * 24} in weights.safetensors" in text
     assert "full + 1 (healed, relative MSE 0.081 to 0.0021)" in text
+    assert "removed + bridge 1 to 2 (healed, relative MSE 1 to 0.25)" in text
 
 
 def test_an_empty_plan_says_so():

@@ -37,6 +37,11 @@ class Prefill:
         self._gate = asyncio.Event()
         self._dead = False
 
+    async def renew(self) -> None:
+        """Become as good as new, for another test in the same process."""
+        assert not self._active
+        self._gate.clear()
+
     async def items(
         self, seed: int = 0, length: int = INLINE, waits: str = "", fails: str = ""
     ) -> AsyncGenerator[Any, None]:
@@ -122,18 +127,29 @@ class OverTheStore:
 
 
 @pytest.fixture(scope="module")
-def actors(cluster: Any) -> Any:
-    """``actors()`` starts a prefill in a process of its own."""
+def actor(cluster: Any) -> Any:
+    """``actor()`` is a prefill in a process of its own, a new one where the last was killed."""
     import ray
 
-    return ray.remote(num_cpus=0)(Prefill).remote
+    running: list[Any] = []
+
+    def renewed() -> Any:
+        try:
+            ray.get([one.renew.remote() for one in running])
+        except ray.exceptions.ActorDiedError:
+            running.clear()
+        if not running:
+            running.append(ray.remote(num_cpus=0)(Prefill).remote())
+        return running[0]
+
+    return renewed
 
 
-@pytest.fixture(params=["local", pytest.param("object_store", marks=pytest.mark.ray)])
+@pytest.fixture(params=["local", pytest.param("cluster", marks=pytest.mark.ray)])
 def seam(request: pytest.FixtureRequest) -> Any:
     if request.param == "local":
         return InProcess()
-    return OverTheStore(request.getfixturevalue("actors")())
+    return OverTheStore(request.getfixturevalue("actor")())
 
 
 @pytest.fixture
@@ -146,7 +162,7 @@ def run(scenario: Any) -> Any:
 
 
 async def soon(condition: Any) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not await condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)

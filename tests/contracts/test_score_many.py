@@ -7,7 +7,6 @@ The tests call what production calls, and nothing else: ``run``, ``heal``, ``add
 from __future__ import annotations
 
 import inspect
-import json
 import random
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from rayapp.distributed.evaluator_pool import EvaluatorPool
 from rayapp.errors import SearchError
 from rayapp.plan import KVTransfer
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
-from rayapp.pruning.candidates.healing import HealedPair, Healing, Pair
+from rayapp.pruning.candidates.healing import HealedUnit, Healing, Pair
 from rayapp.pruning.candidates.space import Space
 from rayapp.pruning.evaluator.evaluator import Evaluator
 from rayapp.pruning.evaluator.naive import naive_scores
@@ -27,46 +26,13 @@ from rayapp.pruning.measures.attention_mass import measure_attention_mass
 from rayapp.pruning.measures.costs import measure_costs
 from rayapp.pruning.measures.gate_hessian import measure_gate_hessian
 from rayapp.pruning.measures.influence import measure_influence
-from rayapp.pruning.preparation import Prepared, open_evaluator, open_healer, prepare
+from rayapp.pruning.preparation import Prepared, open_evaluator, open_healer
 from rayapp.pruning.scorer import Compute, LocalCompute, Scorer, Work
 from tests.told import Told
 
 pytestmark = pytest.mark.ray
 
 PAIRS = (Pair("decode", 1, 2), Pair("prefill", 2, 3))
-
-
-def write(path: Path, lines: list[dict[str, str]]) -> str:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def told(tmp_path_factory, save_tiny) -> Told:
-    directory = tmp_path_factory.mktemp("contract")
-    rng = random.Random(0)
-    lines = [
-        {"prompt": "x" * rng.randint(1, 30), "completion": "yz"[: 1 + i % 2], "task": "ab"[i % 2]}
-        for i in range(9)
-    ]
-    heal = [{"prompt": "w" * (1 + 3 * i), "completion": "yz"} for i in range(9)]
-    return Told.of(
-        model=str(save_tiny(directory, "mistral")),
-        calibration=write(directory / "calibration.jsonl", lines),
-        out=str(directory / "out"),
-        decode_remove=1,
-        heal="all",
-        heal_data=write(directory / "heal.jsonl", heal),
-        heal_steps=4,
-        chunk_tokens=80,
-        workers=2,
-        kv_transfer={0: KVTransfer(first=1, last=4, encoding="int8")},
-    )
-
-
-@pytest.fixture(scope="module")
-def prepared(told) -> Prepared:
-    return prepare(*told)
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +48,12 @@ def local_compute(told: Told, prepared: Prepared) -> LocalCompute:
     return LocalCompute(evaluator, open_healer(*here, training, evaluator, prepared.heal_data))
 
 
-@pytest.fixture(scope="module", params=["local", "ray"])
+@pytest.fixture(scope="module", params=["local", "evaluators"])
 def compute(request, told, prepared) -> Compute:
     if request.param == "local":
         yield local_compute(told, prepared)
         return
-    request.getfixturevalue("cluster")
-    data, training = (prepared.calibration, prepared.heal_data), told.search.training()
-    with EvaluatorPool(told.score, told.compute, *data, training=training) as pool:
-        yield pool
+    yield request.getfixturevalue("evaluators")
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +128,9 @@ def test_every_piece_of_work_is_run_once(compute, candidates):
     assert list(compute.run([])) == []
 
 
-def test_trained_pairs_are_equal_bit_for_bit(compute, local):
-    found = {healed.pair: healed for healed in compute.heal(PAIRS)}
-    wanted = {healed.pair: healed for healed in local.heal(PAIRS)}
+def test_healed_units_are_equal_bit_for_bit(compute, local):
+    found = {healed.unit: healed for healed in compute.heal(PAIRS)}
+    wanted = {healed.unit: healed for healed in local.heal(PAIRS)}
     assert found.keys() == wanted.keys() == set(PAIRS)
     for pair, healed in found.items():
         assert healed.weights.digest == wanted[pair].weights.digest
@@ -207,18 +170,21 @@ def test_arguments_reach_a_measure(compute, local):
 
 
 def test_a_measure_of_a_healed_plan(told, compute, local):
-    """A survivor with negated queries attends elsewhere, whoever measures it."""
-    plan, rule = Candidate((4, 5), (4, 5)), KVTransfer(first=1, last=3)
+    """A survivor with negated queries attends elsewhere, whoever measures it.
+
+    No test trains this pair on the evaluators, which take the tensors of a pair but once.
+    """
+    plan, rule = Candidate((), (0, 1)), KVTransfer(first=1, last=3)
     own = dict(open_model(told.score.model).get_decoder().named_parameters())
-    name = "layers.3.self_attn.q_proj.weight"
-    healed = HealedPair(Pair("decode", 2, 3), {name: -own[name].detach()}, 1.0, 1.0)
+    name = "layers.1.self_attn.q_proj.weight"
+    healed = HealedUnit(Pair("decode", 0, 1), {name: -own[name].detach()}, 1.0, 1.0)
     for each in (local, compute):
         each.add_healed(healed)
-    asked = (measure_attention_mass, plan, rule, Healing(fixed=(healed.pair,)))
-    found = compute.measure(*asked, pairs=[healed.pair])
-    assert found == local.measure(*asked, pairs=[healed.pair])
+    asked = (measure_attention_mass, plan, rule, Healing(fixed=(healed.unit,)))
+    found = compute.measure(*asked, units=[healed.unit])
+    assert found == local.measure(*asked, units=[healed.unit])
     before = {mass.block: mass for mass in local.measure(measure_attention_mass, plan, rule)}
-    assert {mass.block for mass in found if mass != before[mass.block]} == {3, 4}
+    assert {mass.block for mass in found if mass != before[mass.block]} == {1, 2, 3, 4}
 
 
 def broken(evaluator: Evaluator) -> None:

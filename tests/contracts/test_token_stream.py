@@ -4,16 +4,14 @@ The calls are those of the routes: ``generate``, ``health``, ``transfers`` and `
 
 An implementation joins by a parameter of the fixture ``stream``: an object with ``service``, the
 ``reference`` pipeline of the same model and plan, ``run(coroutine)`` on the service's event loop,
-and ``check_idle()``, which raises if resources are still in use.
+the number of decode slots, and ``check_idle()``, which raises if resources are still in use.
 """
 
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
-from contextlib import ExitStack, aclosing
-from tempfile import TemporaryDirectory
+from contextlib import aclosing
 from types import SimpleNamespace
 
 import pytest
@@ -24,18 +22,26 @@ from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import OverloadedError, RequestError
 from tests.api.in_process import InProcessService, Patience
 
-MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_WAITING = 96, 3, 8
+MAX_MODEL_LEN, MAX_NUM_SEQS = 96, 3
 PROMPTS = [tuple(range(3, 3 + length)) for length in (1, 7, 20, 31, 5)]
+
+
+def max_waiting(num_slots):
+    """Waiting places for twice as many requests as there are slots, and for a few more."""
+    return 2 * num_slots + 2
 
 
 def _in_process(request, tiny_model, tokenizer):
     del request
     model = tiny_model("llama")
     limits = {"max_num_seqs": MAX_NUM_SEQS, "max_model_len": MAX_MODEL_LEN}
-    service = InProcessService(model, tokenizer, patience=Patience(MAX_WAITING), **limits)
+    service = InProcessService(
+        model, tokenizer, patience=Patience(max_waiting(MAX_NUM_SEQS)), **limits
+    )
     return SimpleNamespace(
         service=service,
         reference=LocalPipeline(model, tokenizer, **limits),
+        num_slots=MAX_NUM_SEQS,
         run=asyncio.run,
         check_idle=service.check_idle,
         close=service.close,
@@ -43,56 +49,37 @@ def _in_process(request, tiny_model, tokenizer):
 
 
 def _over_ray(request, tiny_model, tokenizer):
-    """The service in this process, its replicas on two nodes of the tests' cluster."""
-    address = request.getfixturevalue("cluster").address
-    from ray import serve
-
-    from rayapp.distributed.serve.deploy import running_service
+    """The service in this process, its replicas those of the standard service."""
+    standard = request.getfixturevalue("standard")
     from rayapp.distributed.serve.ingress.ingress import open_service
-    from rayapp.distributed.serve.settings import APP_NAME, ServiceSettings
 
-    model = tiny_model("llama")
-    limits = {"max_num_seqs": MAX_NUM_SEQS, "max_model_len": MAX_MODEL_LEN}
-    stack = ExitStack()
-    path = stack.enter_context(TemporaryDirectory())
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = ServiceSettings.parse(
-        {
-            "model": path,
-            "served_model_name": "m",
-            "dtype": "float32",
-            "port": port,
-            "max_waiting": MAX_WAITING,
-            **limits,
-        }
-    )
-    stack.enter_context(running_service(settings, address=address))
-    handles = {name: serve.get_deployment_handle(name, APP_NAME) for name in settings.pools}
-    service = open_service(settings, handles, serve.get_deployment_handle("ingress", APP_NAME))
+    limits = {"max_model_len": MAX_MODEL_LEN, "max_waiting": max_waiting(standard.num_slots)}
+    settings = standard.settings.model_copy(update=limits)
+    handles = {name: standard.handle(name) for name in settings.pools}
+    service = open_service(settings, handles, standard.handle("ingress"))
 
     def check_idle():
-        held = [service.counts()]
-        for handle in handles.values():
-            held += handle.broadcast("check_integrity").results(timeout_s=10)
-        assert not any(any(counts.values()) for counts in held), held
+        assert not any(service.counts().values()), service.counts()
+        standard.check_idle()
 
     return SimpleNamespace(
         service=service,
-        reference=LocalPipeline(model, tokenizer, **limits),
+        reference=LocalPipeline(
+            tiny_model("llama"), tokenizer, max_num_seqs=MAX_NUM_SEQS, max_model_len=MAX_MODEL_LEN
+        ),
+        num_slots=standard.num_slots,
         run=asyncio.run,
         check_idle=check_idle,
-        close=stack.close,
+        close=lambda: None,
     )
 
 
-STREAMS = {"in_process": _in_process, "ray": _over_ray}
+STREAMS = {"in_process": _in_process, "standard": _over_ray}
 
 
-@pytest.fixture(scope="module", params=["in_process", pytest.param("ray", marks=pytest.mark.ray)])
+@pytest.fixture(
+    scope="module", params=["in_process", pytest.param("standard", marks=pytest.mark.ray)]
+)
 def stream(request, tiny_model, byte_tokenizer):
     opened = STREAMS[request.param](request, tiny_model, byte_tokenizer)
     yield opened
@@ -102,7 +89,7 @@ def stream(request, tiny_model, byte_tokenizer):
 @pytest.fixture(autouse=True)
 def _idle_means_zero(stream):
     yield
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while True:
         try:
             return stream.check_idle()
@@ -189,7 +176,9 @@ def test_closing_the_stream_frees_what_it_held(stream, num_batches):
                 await anext(batches, None)  # a busy machine may send all in fewer
 
     async def more_than_there_are_slots():
-        await asyncio.gather(*(leave(f"left-{num_batches}-{i}") for i in range(6)))
+        await asyncio.gather(
+            *(leave(f"left-{num_batches}-{i}") for i in range(2 * stream.num_slots))
+        )
 
     stream.run(more_than_there_are_slots())
 
@@ -201,7 +190,7 @@ def test_cancelling_a_request_that_waits(stream):
             asyncio.create_task(
                 batches_of(stream.service, request_of(f"wait-{i}", PROMPTS[1], **long))
             )
-            for i in range(2 * MAX_NUM_SEQS)
+            for i in range(2 * stream.num_slots)
         ]
         await asyncio.sleep(0.02)
         tasks[-1].cancel()
@@ -216,14 +205,14 @@ def test_more_than_may_wait_are_refused_and_the_others_answered(stream):
     async def crowd():
         requests = [
             request_of(f"crowd-{i}", PROMPTS[1], max_tokens=9, ignore_eos=True)
-            for i in range(MAX_NUM_SEQS + MAX_WAITING + 5)
+            for i in range(stream.num_slots + max_waiting(stream.num_slots) + 5)
         ]
         answers = (batches_of(stream.service, request) for request in requests)
         return await asyncio.gather(*answers, return_exceptions=True)
 
     results = stream.run(crowd())
     answered = [result for result in results if not isinstance(result, OverloadedError)]
-    assert MAX_WAITING <= len(answered) < len(results)
+    assert max_waiting(stream.num_slots) <= len(answered) < len(results)
     assert all(batches[-1].finish_reason == "length" for batches in answered)
 
 

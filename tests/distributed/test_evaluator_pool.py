@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -14,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.util import placement_group, remove_placement_group
 
 from rayapp.distributed.cluster import patience
+from rayapp.distributed.cluster.nodes import free_nodes
 from rayapp.distributed.evaluator_pool import EvaluatorPool
 from rayapp.errors import ClusterError, ModelError
 from rayapp.pruning.evaluator.evaluator import Evaluator
@@ -33,33 +34,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, save_tiny) -> Told:
-    directory = tmp_path_factory.mktemp("distributed")
-    rng = random.Random(0)
-    lines = [{"prompt": "ab" * rng.randint(1, 20), "completion": "cd"} for _ in range(8)]
-    file = directory / "calibration.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return Told.of(
-        model=str(save_tiny(directory, "llama")),
-        calibration=str(file),
-        out=str(directory / "out"),
-        prefill_remove=1,
-        decode_remove=1,
-        evaluations=24,
-        chunk_tokens=100,
-    )
+def settings(told) -> Told:
+    """The search of the shared evaluators, without healing."""
+    return told.but(heal="none", heal_data=None, evaluations=24)
 
 
 @pytest.fixture(scope="module")
-def local(settings) -> SearchResult:
-    return prune(*settings)
-
-
-@pytest.fixture(scope="module")
-def ray_session():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning")
-    yield
-    ray.shutdown()
+def local(settings, tmp_path_factory) -> SearchResult:
+    return prune(*changed(settings, tmp_path_factory.mktemp("local"), workers=0))
 
 
 def changed(settings: Told, out: Path, **changes: object) -> Told:
@@ -71,23 +53,22 @@ def same(result: SearchResult) -> tuple[object, ...]:
     return result.plan.fingerprint, result.score.value, trials
 
 
-def test_workers_do_not_change_the_search(tmp_path, settings, local, ray_session):
-    result = prune(*changed(settings, tmp_path / "out", workers=2))
+def test_workers_do_not_change_the_search(tmp_path, settings, local, on_evaluators):
+    """With evaluators of its own, a search that heals does the same in the contract of healing."""
+    result = prune(*changed(settings, tmp_path / "out"))
     assert same(result) == same(local)
 
 
-def test_workers_do_not_change_a_race(tmp_path, settings, ray_session):
-    alone = prune(*changed(settings, tmp_path / "alone", racing=True))
-    result = prune(*changed(settings, tmp_path / "out", racing=True, workers=2))
+def test_workers_do_not_change_a_race(tmp_path, settings, on_evaluators):
+    alone = prune(*changed(settings, tmp_path / "alone", racing=True, workers=0))
+    result = prune(*changed(settings, tmp_path / "out", racing=True))
     assert same(result) == same(alone)
     chunks = {trial.score.num_chunks for trial in result.trials}
     assert len(chunks) > 1
     assert result.score.num_chunks == max(chunks)
 
 
-def test_workers_know_images_and_train_on_them(
-    tmp_path, tiny_llava_path, encoded_image, ray_session
-):
+def test_workers_know_images_and_train_on_them(tmp_path, tiny_llava_path, encoded_image, cluster):
     """Evaluators get the visual tokens, not the files."""
     for split in ("calibration", "heal"):
         (tmp_path / f"{split}.png").write_bytes(encoded_image(len(split)))
@@ -108,32 +89,30 @@ def test_workers_know_images_and_train_on_them(
         evaluations=12,
         visual_tokens="3",
     )
-    result = prune(*changed(search, tmp_path / "out", workers=2))
+    result = prune(*changed(search, tmp_path / "out", workers=1))
     assert same(result) == same(prune(*changed(search, tmp_path / "alone")))
     assert result.plan.visual_tokens is not None
 
 
 def test_a_killed_evaluator_changes_nothing(
-    tmp_path, settings, local, ray_session, caplog, monkeypatch
+    tmp_path, settings, local, prepared, evaluators, caplog, monkeypatch
 ):
     """Killed while it holds work, which is computed again elsewhere."""
-    search = changed(settings, tmp_path / "out", workers=2)
-    prepared = prepare(*search)
+    search = changed(settings, tmp_path / "out")
     kills: list[int] = []
-    with EvaluatorPool(search.score, search.compute, prepared.calibration) as pool:
-        assert pool.measure(measure_costs).num_blocks == prepared.signature.num_blocks
-        scorer = Scorer(prepared.calibration, search.score.scoring(), pool, weights="w")
-        assign = pool._assign
+    assert evaluators.measure(measure_costs).num_blocks == prepared.signature.num_blocks
+    scorer = Scorer(prepared.calibration, search.score.scoring(), evaluators, weights="w")
+    assign = evaluators._assign
 
-        def assign_and_kill(waiting) -> None:
-            assign(waiting)
-            if scorer._memo and not kills:
-                [(evaluator, piece), *_] = pool._busy.values()
-                kills.append(piece.chunk)
-                ray.kill(evaluator.actor)
+    def assign_and_kill(waiting) -> None:
+        assign(waiting)
+        if scorer._memo and not kills:
+            [(evaluator, piece), *_] = evaluators._busy.values()
+            kills.append(piece.chunk)
+            ray.kill(evaluator.actor)
 
-        monkeypatch.setattr(pool, "_assign", assign_and_kill)
-        result = run_search(search.score, search.search, scorer, prepared.signature)
+    monkeypatch.setattr(evaluators, "_assign", assign_and_kill)
+    result = run_search(search.score, search.search, scorer, prepared.signature)
     assert kills
     assert same(result) == same(local)
     assert "an evaluator was lost" in caplog.text
@@ -147,16 +126,14 @@ def die_once(evaluator: Evaluator, marker: Path) -> int:
 
 
 def test_a_measure_lost_with_its_evaluator_is_taken_on_another(
-    tmp_path, settings, ray_session, caplog
+    tmp_path, prepared, evaluators, caplog
 ):
-    search = settings.but(workers=2)
-    prepared = prepare(*search)
-    with EvaluatorPool(search.score, search.compute, prepared.calibration) as pool:
-        assert pool.measure(die_once, tmp_path / "marker") == prepared.signature.num_blocks
+    found = evaluators.measure(die_once, tmp_path / "marker")
+    assert found == prepared.signature.num_blocks
     assert "an evaluator was lost" in caplog.text
 
 
-def test_a_node_that_cannot_read_the_model_is_a_model_error(tmp_path, settings, ray_session):
+def test_a_node_that_cannot_read_the_model_is_a_model_error(tmp_path, settings, cluster):
     copy = shutil.copytree(settings.score.model, tmp_path / "model")
     search = changed(settings, tmp_path / "out", model=str(copy), workers=1)
     prepared = prepare(*search)
@@ -168,41 +145,34 @@ def test_a_node_that_cannot_read_the_model_is_a_model_error(tmp_path, settings, 
         pool.measure(measure_influence)
 
 
-def test_evaluators_that_fit_nowhere_are_named(tmp_path, settings, ray_session):
-    search = changed(settings, tmp_path / "out", workers=1, threads=64)
-    prepared = prepare(*search)
+def test_evaluators_that_fit_nowhere_are_named(settings, prepared, cluster):
+    search = settings.but(workers=1, threads=64)
     began = time.monotonic()
     with (
         EvaluatorPool(search.score, search.compute, prepared.calibration, hopeless_s=1) as pool,
-        pytest.raises(ClusterError, match=r"each needs 64 CPU and 0 GPU, .*: 2 CPU, 0 GPU free"),
+        pytest.raises(ClusterError, match=r"each needs 64 CPU and 0 GPU, .*: 4 CPU, 0 GPU free"),
     ):
         pool.measure(measure_influence)
     assert time.monotonic() - began < 30
 
 
 def test_evaluators_wait_for_what_others_use_and_say_so(
-    tmp_path, settings, ray_session, caplog, monkeypatch
+    settings, prepared, cluster, caplog, monkeypatch
 ):
-    """The limit of what is hopeless does not count: another actor has the CPUs, for a while."""
+    """The limit of what is hopeless does not count: others have all CPUs, for a while."""
     monkeypatch.setattr(patience, "TELL_EVERY_S", 0.5)
-    search = changed(settings, tmp_path / "out", workers=1)
-    prepared = prepare(*search)
-    holder = ray.remote(num_cpus=2)(Holder).remote()
-    ray.get(holder.hold.remote())
-    release = threading.Timer(3.0, ray.kill, [holder])
-    release.start()
+    search = settings.but(workers=1)
+    others = placement_group(
+        [{"CPU": node.free["CPU"]} for node in free_nodes()], strategy="STRICT_SPREAD"
+    )
+    assert others.wait(60)
+    releasing = threading.Timer(3.0, remove_placement_group, [others])
+    releasing.start()
     with EvaluatorPool(search.score, search.compute, prepared.calibration, hopeless_s=0.5) as pool:
         assert pool.measure(measure_costs).num_blocks == prepared.signature.num_blocks
-    release.join()
+    releasing.join()
     assert "0 of 1 were placed and load the model, the others wait for 1 CPU" in caplog.text
     assert ": 0 CPU, 0 GPU free" in caplog.text
-
-
-class Holder:
-    """What an actor that only keeps its CPUs does."""
-
-    def hold(self) -> None:
-        return None
 
 
 def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -217,7 +187,7 @@ def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_killed_driver_ends_with_the_same_plan(tmp_path, settings):
     """Killed with its evaluators in the middle of a search; resumed without any."""
     sizes = {"prefill_remove": 2.0, "decode_remove": 2.0, "evaluations": 100}
-    whole = prune(*changed(settings, tmp_path / "whole", **sizes))
+    whole = prune(*changed(settings, tmp_path / "whole", workers=0, **sizes))
     killed = changed(settings, tmp_path / "killed", **sizes)
     script = (
         "import sys; from rayapp.workflows.prune import prune; "
@@ -235,11 +205,11 @@ def test_a_killed_driver_ends_with_the_same_plan(tmp_path, settings):
     process.kill()
     process.wait()
     assert not (tmp_path / "killed" / "plan.json").exists()
-    result = prune(*killed.but(resume=True))
+    result = prune(*killed.but(resume=True, workers=0))
     assert same(result) == same(whole)
 
 
-def test_the_job(tmp_path, settings, local):
+def test_the_job(tmp_path, settings):
     common = ["--model", settings.score.model, "--calibration", settings.score.calibration]
     sizes = ["--prefill-remove", "1", "--decode-remove", "1", "--evaluations", "24"]
     done = run_job(
@@ -249,6 +219,3 @@ def test_the_job(tmp_path, settings, local):
     assert f"{tmp_path}/out/plan.json: prefill[" in done.stdout
     assert "at most 0 left" in done.stderr
     assert "\x1b" not in done.stderr
-    bad = run_job(*common, "--prefill-remove", "9", "--out", str(tmp_path / "bad"))
-    assert bad.returncode == 2
-    assert bad.stderr.strip() == "error: prefill_remove=9: the model has 5 blocks; remove 0 to 5"

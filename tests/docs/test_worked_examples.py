@@ -7,6 +7,7 @@ must also get along with one another.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -98,6 +99,19 @@ def changed(text: str, hunks: str) -> str:
     return text
 
 
+def applied() -> dict[str, str]:
+    """The files that all examples together make or change, as they are afterwards."""
+    files: dict[str, str] = {}
+    for example in examples().values():
+        for name, text in example.new.items():
+            assert not (PROJECT / name).exists(), f"{name} is there already"
+            files[name] = text
+        for name, hunks in example.changed.items():
+            before = files.get(name) or (PROJECT / name).read_text("utf-8")
+            files[name] = changed(before, hunks)
+    return files
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """A copy of the project with all examples in it, after they ran."""
@@ -106,13 +120,8 @@ def home(tmp_path_factory) -> Path:
     for name in ("rayapp", "tests"):
         shutil.copytree(PROJECT / name, home / name, ignore=ignored)
     shutil.copy(PROJECT / "pyproject.toml", home)
-    for example in examples().values():
-        for name, text in example.new.items():
-            assert not (home / name).exists(), f"{name} is there already"
-            (home / name).write_text(text, "utf-8")
-        for name, hunks in example.changed.items():
-            file = home / name
-            file.write_text(changed(file.read_text("utf-8"), hunks), "utf-8")
+    for name, text in applied().items():
+        (home / name).write_text(text, "utf-8")
     data = home / "out" / "demo" / "data"
     data.mkdir(parents=True)
     lines = [generate(task, "calibration", 1, 0, length="short") for task in TASKS]
@@ -134,18 +143,32 @@ def test_the_guide_tells_four_examples_of_three_files_at_most():
         assert example.steps, name
 
 
+def test_new_files_and_changed_lines_fit_the_project_and_are_python():
+    files = applied()
+    assert len(files) > len(EXAMPLES)
+    for name, text in files.items():
+        for node in ast.walk(ast.parse(text, name)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("rayapp"):
+                path = f"{node.module.replace('.', '/')}.py"
+                package = (PROJECT / path).with_suffix("")
+                assert path in files or (PROJECT / path).exists() or package.is_dir(), node.module
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs_as_it_is_written(home, name):
     told = json.loads((home / "told.json").read_text())
     assert told[name] == ""
 
 
+@pytest.mark.slow
 def test_the_new_method_wrote_a_plan(home):
     plan = PruningPlan.load(home / "out" / "descent")
     assert plan.removed("decode") == 2
     assert plan.provenance["settings"]["method"] == "descent"
 
 
+@pytest.mark.slow
 def test_the_new_rule_is_among_the_choices(home):
     record = json.loads((home / "out" / "first-part" / "kv.json").read_text())
     cuts = {(first, last) for trial in record["trials"] for _, first, last, _ in trial["kv"]}

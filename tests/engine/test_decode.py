@@ -20,7 +20,7 @@ from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
-LENGTHS = ((5, 12), (30, 20), (1, 9), (17, 25), (9, 1), (26, 14), (12, 30))
+LENGTHS = ((5, 6), (30, 11), (1, 9), (17, 13), (9, 1), (26, 7), (12, 15))
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:

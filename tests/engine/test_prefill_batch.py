@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from rayapp.engine.local import ImagePrompt, LocalPipeline
 from rayapp.engine.prefill import PrefillEngine, PrefillOutput
 from rayapp.engine.request import GenerationRequest
 from rayapp.engine.sampling_params import SamplingParams
-from rayapp.errors import IntegrityError, RequestError
+from rayapp.errors import RequestError
 from rayapp.models.blocks import signature_of
 from rayapp.models.stack import BlockStack
 from rayapp.plan import KVTransfer, Mode, PruningPlan, StagePlan, VisualTokens
@@ -89,10 +90,43 @@ def test_a_prompt_of_one_token_has_nothing_to_run(
         assert (output.segment.num_prefilled, output.segment.nbytes) == (0, 0)
 
 
-def test_unequal_lengths_are_refused(tiny_model: Make, engines: Make) -> None:
+@pytest.mark.parametrize("first_token", ["prefill", "decode"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_chunks_of_unequal_prompts_are_the_prompts_alone(
+    family: str, first_token: str, tiny_model: Make, engines: Make, make_plan: Make
+) -> None:
+    """Chunks of one token up to whole prompts, several prompts a pass, windows that they cross."""
+    model = tiny_model(family)
+    plan = make_plan(
+        model, first_token=first_token, decode={3: "mlp_only"},
+        prefill={1: "kv_only", 3: "removed"},
+        kv_transfer={0: {"first": 2, "last": 9}, 2: {"encoding": "int8"}},
+    )  # fmt: skip
+    prefill = engines(model, plan).prefill
+    rng = random.Random(11)
+    lengths = [1, 2, 3, 17, 18, 33, 40]
+    requests = [
+        ask(str(n), [rng.randrange(250) for _ in range(length)]) for n, length in enumerate(lengths)
+    ]
+    for largest in (1, 5, 64):
+        runs = {request.request_id: prefill.begin(request) for request in requests}
+        outputs: dict[str, PrefillOutput] = {}
+        while runs:
+            chosen = rng.sample(sorted(runs), rng.randint(1, len(runs)))
+            chunks = [
+                (runs[name], min(runs[name].num_left, rng.randint(1, largest))) for name in chosen
+            ]
+            ended = iter(prefill.advance(chunks))
+            outputs.update({n: next(ended) for n in chosen if not runs[n].num_left})
+            runs = {name: run for name, run in runs.items() if name not in outputs}
+        for request in requests:
+            check_equal(outputs[request.request_id], prefill.run(request))
+
+
+def test_a_request_outside_the_limits_is_refused_before_the_pass(
+    tiny_model: Make, engines: Make
+) -> None:
     prefill = engines(tiny_model("llama")).prefill
-    with pytest.raises(IntegrityError, match=r"\[2, 3\] tokens"):
-        run_together(prefill, [ask("a", [1, 2]), ask("b", [1, 2, 3])])
     prompt = prefill.embed(ask("a", [1, 2]))
     with pytest.raises(RequestError, match="vocabulary"):
         prefill.run_embedded([ask("a", [1, 2]), ask("b", [1, 9999])], [prompt, prompt])

@@ -59,6 +59,32 @@ def test_draws_follow_the_definition(top_k, top_p):
     assert choose_tokens(logits, params, indices) == expected
 
 
+@pytest.mark.parametrize("sorted_first", [1, 3, 20])
+def test_draws_from_the_likeliest_tokens_are_the_draws_from_all(sorted_first, monkeypatch):
+    """Flat and steep rows, ties across the border of what is sorted first, every kind of limit."""
+    logits = random_logits(400, seed=5) * torch.linspace(0.05, 2, 400)[:, None]
+    logits[::3] = logits[::3].round()
+    params = [
+        SamplingParams(
+            temperature=(0.3, 1.0, 4.0)[row % 3],
+            top_k=(0, 0, 2, 30)[row % 4],
+            top_p=(1.0, 0.5, 0.95, 0.999, 1e-6)[row % 5],
+            seed=row,
+        )
+        for row in range(400)
+    ]
+    indices = list(range(400))
+    monkeypatch.setattr("rayapp.engine.sampling._SORTED_FIRST", 50)
+    whole = choose_tokens(logits, params, indices)
+    monkeypatch.setattr("rayapp.engine.sampling._SORTED_FIRST", sorted_first)
+    assert choose_tokens(logits, params, indices) == whole
+    expected = [
+        plain_draw(row.double().numpy(), p, i)
+        for row, p, i in zip(logits, params, indices, strict=True)
+    ]
+    assert whole == expected
+
+
 def test_rows_do_not_influence_each_other():
     logits = random_logits(12)
     params = [

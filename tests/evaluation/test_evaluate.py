@@ -9,10 +9,11 @@ import re
 import pytest
 
 from rayapp.errors import DataError, PlanError, RayappError
-from rayapp.evaluation import evaluate as module
 from rayapp.evaluation import sides
 from rayapp.evaluation.evaluate import evaluate
 from rayapp.evaluation.measures.answers import JudgedAnswer, judge_answers
+from rayapp.evaluation.pieces import compute
+from rayapp.evaluation.pieces.compute import Here
 from rayapp.evaluation.result import EvaluationResult
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.models.loading import load_model, read_signature
@@ -139,10 +140,10 @@ def test_latency_is_measured_for_every_batch_size(checkpoint, data):
 
 
 def test_finished_tasks_survive_a_failure(checkpoint, data, plan, tmp_path, monkeypatch):
-    def failing(pipeline, lines, *, what, **options):
-        if what == "sort: plan answers":
+    def failing(pipeline, lines, **options):
+        if lines[0].task == "sort" and not pipeline.plan.is_empty:
             raise RayappError("the machine went away")
-        return judge_answers(pipeline, lines, what=what, **options)
+        return judge_answers(pipeline, lines, **options)
 
     monkeypatch.setattr(sides, "judge_answers", failing)
     out = tmp_path / "result.json"
@@ -181,7 +182,7 @@ def test_a_plan_of_another_model_is_refused(checkpoint, data, plan):
 def test_bad_data_is_refused_before_anything_runs(checkpoint, tmp_path, monkeypatch, text, message):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(text)
-    monkeypatch.setattr(module, "load_model", None)
+    monkeypatch.setattr(compute, "load_model", None)
     with pytest.raises(DataError, match=message):
         evaluate(checkpoint, None, [bad], settings=QUALITY)
 
@@ -201,22 +202,22 @@ def test_a_result_that_is_none_is_refused(tmp_path):
 
 def test_the_weights_are_loaded_in_the_type_that_was_asked_for(checkpoint, data):
     settings = QUALITY.model_copy(update={"limit": 1})
-    result = evaluate(checkpoint, None, [data], settings=settings, dtype="bfloat16")
+    result = evaluate(checkpoint, None, [data], settings=settings, place=Here(dtype="bfloat16"))
     assert result.dtype == "bfloat16"
     assert result.model == load_model(checkpoint).signature
     assert abs(result.mean.kl.mean) < 1e-9
 
 
-def test_the_job(checkpoint, data, tmp_path, run_job):
+def test_the_job(checkpoint, data, tmp_path, run_job_here):
     common = ["--model", str(checkpoint), "--runs", "0", "--data"]
     bad = tmp_path / "bad.jsonl"
     bad.write_text("nonsense\n")
-    refused = run_job("evaluate", *common, bad)
+    refused = run_job_here("evaluate", *common, bad)
     assert refused.returncode == 2
     assert "line 1: not JSON" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
     out = tmp_path / "result.json"
-    done = run_job("evaluate", *common, data, "--limit", 2, "--out", out)
+    done = run_job_here("evaluate", *common, data, "--limit", 2, "--out", out)
     assert done.returncode == 0, done.stderr
     assert re.search(r"copy +│ +2 ", done.stdout), done.stdout
     assert "copy: likelihood: 2/2" in done.stderr

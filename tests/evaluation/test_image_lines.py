@@ -17,10 +17,10 @@ from PIL import Image
 from rayapp.data.image_lines import TokenizedImageLine
 from rayapp.engine.local import LocalPipeline
 from rayapp.errors import DataError, PlanError
-from rayapp.evaluation import evaluate as module
 from rayapp.evaluation.data import read_data
 from rayapp.evaluation.evaluate import evaluate
 from rayapp.evaluation.measures.answers import judge_answers
+from rayapp.evaluation.pieces import compute
 from rayapp.evaluation.result import EvaluationResult
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.evaluation.table import markdown
@@ -202,7 +202,7 @@ def test_text_beside_images_counts_as_it_does_alone(home, write, tmp_path) -> No
 
 def test_timed_prompts_hold_an_image_that_is_encoded_every_time(home, write, monkeypatch) -> None:
     loaded = load_model(home)
-    monkeypatch.setattr(module, "load_model", lambda *_, **__: loaded)
+    monkeypatch.setattr(compute, "load_model", lambda *_, **__: loaded)
     towers: list[int] = []
     loaded.model.model.vision_tower.register_forward_hook(lambda *_: towers.append(1))
     settings = QUALITY.model_copy(
@@ -257,7 +257,7 @@ GOOD = {"prompt": "a", "completion": "b"}
     ],
 )
 def test_bad_lines_are_named_before_anything_runs(home, write, monkeypatch, line, message) -> None:
-    monkeypatch.setattr(module, "load_model", None)
+    monkeypatch.setattr(compute, "load_model", None)
     path = write(question(0), line)
     with pytest.raises(DataError) as refused:
         evaluate(home, None, [path], settings=QUALITY)
@@ -297,13 +297,13 @@ def test_every_stage_of_a_first_token_by_decode(home, write) -> None:
     assert rows[0].saved_by_visual_tokens_bytes == rows[1].saved_by_visual_tokens_bytes
 
 
-def test_the_job_evaluates_lines_about_images(home, write, tmp_path, run_job) -> None:
+def test_the_job_evaluates_lines_about_images(home, write, tmp_path, run_job_here) -> None:
     plan = PruningPlan(model=read_signature(home), visual_tokens=VisualTokens(num_keep=3))
     plan.save(tmp_path / "plan")
     common = ["--model", str(home), "--plan", str(tmp_path / "plan"), "--runs", "0"]
     data = ["--data", str(write(question(0), question(1)))]
     out = tmp_path / "result.json"
-    done = run_job("evaluate", *common, *data, "--out", out)
+    done = run_job_here("evaluate", *common, *data, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "saved by visual pruning" in done.stdout
     assert EvaluationResult.load(out).complete

@@ -83,3 +83,14 @@ def test_healed_tensors_that_do_not_fit_are_refused(save_tiny, tmp_path, plan_fo
     with pytest.raises(PlanError, match="is missing"):
         export_stage(path, tmp_path / "plan0", "decode", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_bridges_are_refused_by_name(save_tiny, tmp_path, plan_for):
+    path = save_tiny(tmp_path, "llama")
+    bridge = {"layers.1.bridge.weight": torch.zeros(48, 48), "layers.1.bridge.bias": torch.ones(48)}
+    plan = healed_plan(plan_for(path, prefill=[1], decode=[1]), tmp_path / "plan", decode=bridge)
+    for stage in ("decode", "unified"):
+        with pytest.raises(PlanError, match=r"a bridge in block 1: .*cannot express|healed apart"):
+            export_stage(path, plan, stage, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export_stage(path, plan, "prefill", tmp_path / "out")

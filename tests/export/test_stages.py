@@ -19,18 +19,19 @@ from rayapp.plan import PruningPlan
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
-# Run in another process, which must never see rayapp: logits of a directory.
+# Run in another process, which must never see rayapp: logits of directories.
 PLAIN = """
 import sys
 sys.modules["rayapp"] = None
 import torch
 from transformers import AutoModelForCausalLM
 from safetensors.torch import load_file, save_file
-ids = load_file(sys.argv[2])["ids"]
-model, report = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-assert not any(report.values()), report
-with torch.no_grad():
-    save_file({"logits": model.eval()(ids).logits}, sys.argv[3])
+ids = load_file(sys.argv[1])["ids"]
+for directory in sys.argv[2:]:
+    model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        save_file({"logits": model.eval()(ids).logits}, directory + "-logits")
 """
 
 
@@ -51,20 +52,19 @@ def test_each_stage_gives_its_own_logits(
     assert not torch.equal(plain_logits(tmp_path / "prefill"), plain_logits(path))
 
 
-@pytest.mark.parametrize(("family", "tied"), [("mistral", False), ("qwen2", True)])
-def test_plain_transformers_without_rayapp(
-    save_tiny, tmp_path, family, tied, plan_for, stage_logits, ids
-):
-    path = save_tiny(tmp_path, family, tie_word_embeddings=tied)
-    plan = plan_for(path, prefill=[0, 2], decode=[0, 2])
-    out = tmp_path / "out"
-    export_stage(path, plan, "unified", out)
+def test_plain_transformers_without_rayapp(save_tiny, tmp_path, plan_for, stage_logits, ids):
+    plans = {}
+    for family, tied in (("mistral", False), ("qwen2", True)):
+        path = save_tiny(tmp_path, family, tie_word_embeddings=tied)
+        plans[path] = plan_for(path, prefill=[0, 2], decode=[0, 2])
+        export_stage(path, plans[path], "unified", tmp_path / f"{family}-out")
     save_file({"ids": ids}, tmp_path / "ids")
-    arguments = [out, tmp_path / "ids", tmp_path / "logits"]
-    subprocess.run([sys.executable, "-c", PLAIN, *map(str, arguments)], check=True, timeout=120)
-    found = load_file(tmp_path / "logits")["logits"]
-    for stage in ("prefill", "decode"):
-        assert torch.equal(found, stage_logits(path, plan, stage))
+    arguments = [tmp_path / "ids", *(f"{path}-out" for path in plans)]
+    subprocess.run([sys.executable, "-c", PLAIN, *map(str, arguments)], check=True, timeout=280)
+    for path, plan in plans.items():
+        found = load_file(f"{path}-out-logits")["logits"]
+        for stage in ("prefill", "decode"):
+            assert torch.equal(found, stage_logits(path, plan, stage))
 
 
 def test_the_whole_checkpoint_generates_and_talks(save_tiny, tmp_path, plan_for, ids):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from rayapp.models import attention
 from rayapp.models.attention import packed_sdpa
 
 
@@ -27,3 +28,26 @@ def test_nothing_is_repeated_and_nothing_changes(num_queries, groups, added):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     other, _ = packed_sdpa(module, query, keys, values, torch.ones_like(mask), scaling=0.2)
     assert not torch.allclose(other, wanted, atol=1e-3), "the mask counts"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_queries_give_causal_attention(dtype):
+    torch.manual_seed(0)
+    query, keys, values = (torch.randn(2, h, 600, 16).to(dtype) for h in (6, 2, 2))
+    found = attention._in_query_blocks(query, keys, values, 0.3)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query, keys, values, is_causal=True, scale=0.3, enable_gqa=True
+    )
+    close = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 0.03}
+    torch.testing.assert_close(found.transpose(1, 2), wanted, **close)
+
+
+def test_blocks_of_queries_are_for_long_bf16_prompts_of_joined_batches(monkeypatch):
+    monkeypatch.setattr(attention, "_HAS_AMX", False)
+    long, short = (torch.zeros(1, 2, n, 8, dtype=torch.bfloat16) for n in (257, 256))
+    assert attention._pays_in_blocks(long, None)
+    assert not attention._pays_in_blocks(short, None)
+    assert not attention._pays_in_blocks(long.float(), None)
+    assert not attention._pays_in_blocks(long, torch.zeros(257, 257))
+    monkeypatch.setattr(attention, "_HAS_AMX", True)
+    assert not attention._pays_in_blocks(long, None)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from rayapp.errors import PlanError
 from rayapp.models import checkpoint as checkpoint_module
 from rayapp.models.blocks import apply_stage, signature_of
-from rayapp.models.fingerprint import canonical_name
+from rayapp.models.fingerprints.fingerprint import canonical_name
 from rayapp.models.healed import HealedWeights, attach
 from rayapp.models.loading import load_model, read_signature
 from rayapp.models.single_token import SingleTokenStack

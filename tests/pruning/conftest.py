@@ -34,6 +34,17 @@ def calibration() -> Calibration:
 
 
 @pytest.fixture(scope="session")
+def few(calibration) -> Calibration:
+    """Some of these lines, in several chunks, for oracles that compute token by token.
+
+    There are prompts of one token, prompts longer than a window, and prompts of equal lengths.
+    """
+    chosen = cut(calibration.lines[1:6], chunk_tokens=48)
+    assert len(chosen.chunks) > 1
+    return chosen
+
+
+@pytest.fixture(scope="session")
 def write_calibration() -> Callable[..., Path]:
     """A function ``write_calibration(path, count, seed)`` that writes lines of ASCII text, two
     tasks.

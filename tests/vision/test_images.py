@@ -220,20 +220,20 @@ def scan_bomb() -> bytes:
 def test_bombs_are_refused_at_once_and_unopened(bomb: Callable[[], bytes]) -> None:
     data = bomb()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(RequestError, match=r"pixels|scans"):
         decode_image(data)
-    assert time.perf_counter() - begun < 2.0
+    assert time.process_time() - begun < 2.0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
 
 
 def test_text_bombs_inside_a_png_are_bounded() -> None:
     data = encode(Image.new("RGB", (4, 4)))
     text = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50_000_000), 1))
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(RequestError):
         decode_image(data[:33] + text + data[33:])
-    assert time.perf_counter() - begun < 2.0
+    assert time.process_time() - begun < 2.0
 
 
 def test_caps_are_exact() -> None:
@@ -313,10 +313,10 @@ def refusal(action: Callable[[], object]) -> RequestError | None:
 
 
 def decodes_or_refuses(data: bytes) -> None:
-    begun = time.perf_counter()
+    begun = time.process_time()
     error = refusal(lambda: decode_image(data, limits=BOUNDED))
     assert error is None or (error.status == 400 and "\n" not in str(error))
-    assert time.perf_counter() - begun < 5.0
+    assert time.process_time() - begun < 5.0
 
 
 @settings(max_examples=150, deadline=None)
@@ -326,7 +326,10 @@ def test_random_bytes_never_escape(head: bytes, tail: bytes) -> None:
     decodes_or_refuses(head + tail)
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.data_too_large])
+@settings(
+    max_examples=250,
+    suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow],
+)
 @given(
     st.sampled_from(SAMPLES),
     st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=12),

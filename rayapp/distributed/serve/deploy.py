@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.context import _get_global_client, _set_global_client
 from ray.serve.schema import ServeDeploySchema
 
@@ -152,7 +153,11 @@ def apply(settings: ServiceSettings) -> None:
     """Start Serve if it is not running, and deploy or update the service."""
     config = configuration(settings)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(proxy_location=config["proxy_location"], http_options=config["http_options"])
+    try:
+        serve.start(proxy_location=config["proxy_location"], http_options=config["http_options"])
+    except (RayError, TimeoutError) as error:
+        # Serve brings up another proxy by itself, which is waited for with the replicas.
+        logger.warning("Serve's proxy is slow to start (%s); going on", type(error).__name__)
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
 
 

@@ -65,7 +65,7 @@ class PoolSettings(Strict):
     """Settings of one pool of replicas: their number, their nodes and their resources.
 
     A replica starts only on nodes that carry all ``labels`` and have ``num_cpus`` and ``num_gpus``
-    free.
+    free. It computes with a thread per whole CPU; tokens are exact to the bit on one thread only.
     """
 
     replicas: Replicas = ReplicaRange()
@@ -73,6 +73,11 @@ class PoolSettings(Strict):
     num_cpus: float = Field(default=1.0, ge=0.0)
     num_gpus: float = Field(default=0.0, ge=0.0)
     device: str = "cpu"
+
+    @property
+    def threads(self) -> int:
+        """Number of threads that a replica computes with."""
+        return max(1, int(self.num_cpus))
 
 
 class Deadlines(Strict):
@@ -136,6 +141,11 @@ class ServiceSettings(Strict):
     )
     max_num_seqs: int = Field(
         default=8, ge=1, description="Sequences that one decode replica runs at once."
+    )
+    max_num_batched_tokens: int = Field(
+        default=512,
+        ge=1,
+        description="Prompt tokens that one step may compute; longer prompts run in chunks.",
     )
     max_waiting: int = Field(
         default=256,

@@ -10,18 +10,22 @@ from rayapp.data.lines import TokenizedLine
 from rayapp.engine.local import Completion, LocalPipeline
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import IntegrityError
-from rayapp.evaluation.progress import ProgressCallback, silent
 from rayapp.kv.ledger import TransferRecord
 
-_BATCHES_AT_ONCE = 8
+BATCHES_AT_ONCE = 8
+"""Batches of sequences that one call answers, so that one ends as the next begins."""
 
 
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """Whether greedy decoding gave the expected answer, and the bytes of its KV."""
+    """Whether greedy decoding gave the expected answer, and the bytes of its KV.
+
+    ``begins`` leaves the end marker aside: greedy decoding begins with the completion.
+    """
 
     is_match: bool
     transfer: TransferRecord
+    begins: bool = False
 
 
 def judge_answers(
@@ -29,47 +33,40 @@ def judge_answers(
     lines: Sequence[TokenizedLine],
     *,
     end_token_ids: Sequence[int] = (),
-    progress: ProgressCallback = silent,
-    what: str = "answers",
 ) -> list[JudgedAnswer]:
     """Answer every prompt greedily and compare with its continuation, end marker included.
 
     Decode writes exactly as many tokens as the expected answer has, without stopping early. So the
-    KV of every prompt travels and is counted, even if the first token is wrong.
+    KV of every prompt travels and is counted, even if the first token is wrong. A completion of a
+    single token that is cut off gets two, since the KV of one is never sent.
 
     Args:
         pipeline: Prefill, wire and continuous decode of one plan.
         lines: Prompts with their expected continuations.
         end_token_ids: Tokens that may stand for the end marker beside the expected one.
-        progress: Called after every slice of prompts.
-        what: The label of the progress.
     """
-    step = pipeline.max_num_seqs * _BATCHES_AT_ONCE
-    judged: list[JudgedAnswer] = []
-    for start in range(0, len(lines), step):
-        some = lines[start : start + step]
-        sampling = [_greedy(line) for line in some]
-        completions = pipeline.generate([prompt_of(line) for line in some], sampling)
-        judged += [
-            _judge(line, completion, end_token_ids)
-            for line, completion in zip(some, completions, strict=True)
-        ]
-        progress(what, len(judged), len(lines))
-    return judged
+    sampling = [_greedy(line) for line in lines]
+    completions = pipeline.generate([prompt_of(line) for line in lines], sampling)
+    return [
+        _judge(line, completion, end_token_ids)
+        for line, completion in zip(lines, completions, strict=True)
+    ]
 
 
 def _greedy(line: TokenizedLine) -> SamplingParams:
-    return SamplingParams(max_tokens=len(line.continuation), temperature=0.0, ignore_eos=True)
+    max_tokens = max(2, len(line.continuation))
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
 
 
 def _judge(
     line: TokenizedLine, completion: Completion, end_token_ids: Sequence[int]
 ) -> JudgedAnswer:
-    *expected, end = line.continuation
-    *answer, last = completion.token_ids
     if completion.transfer is None:
         raise IntegrityError(
             f"an answer of {len(line.continuation)} tokens came without a transfer"
         )
-    is_match = answer == expected and last in (end, *end_token_ids)
-    return JudgedAnswer(is_match, completion.transfer)
+    expected = line.continuation[:-1] if line.ends else line.continuation
+    begins = completion.token_ids[: len(expected)] == expected
+    ends = (line.continuation[-1], *end_token_ids)
+    is_match = begins and (not line.ends or completion.token_ids[-1] in ends)
+    return JudgedAnswer(is_match, completion.transfer, begins)

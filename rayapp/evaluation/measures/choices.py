@@ -8,8 +8,9 @@ is scored.
 The prompt runs through prefill once, and its KV is handed over to every choice in decode. A choice
 continues the prompt as written, so most begin with a space; spaces at its start are not counted as
 characters, since the harness puts them between prompt and choice.
+Questions of many lengths run together, and padding is not run.
 Shapes: B = prompts of equal length, R = choices of all of them, C = tokens of a choice (padded on
-the right), V = vocabulary.
+the right), N = tokens of all choices, E = hidden size.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from transformers import PreTrainedTokenizerBase
 from rayapp.data.lines import ChoiceLine
 from rayapp.errors import DataError
 from rayapp.evaluation.bootstrap import Bound, upper_bound
-from rayapp.evaluation.measures.likelihood import BATCH_TOKENS, TwoStages
+from rayapp.evaluation.measures.likelihood import BATCH_TOKENS, TwoStages, joined_groups
 from rayapp.evaluation.measures.prompt_bytes import PromptBytes
 from rayapp.evaluation.result import ChoiceResult
 from rayapp.evaluation.settings import EvaluationSettings
-from rayapp.models.likelihood import nll
+from rayapp.models.likelihood import nll, slice_tokens
 
 
 @dataclass(frozen=True)
@@ -89,23 +90,54 @@ def choice_likelihoods(
     side: TwoStages, questions: Sequence[Question]
 ) -> Iterator[tuple[int, tuple[float, ...]]]:
     """Summed log-likelihood of every choice, in nats; yields ``(index, sums)`` in any order."""
-    for batch in _batches(questions):
-        prompts_BT = torch.tensor([questions[i].prompt for i in batch])
-        counts_B = torch.tensor([len(questions[i].choices) for i in batch])
-        rows = [choice for i in batch for choice in questions[i].choices]
-        choices_RC = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.int64)
-        for row, ids in enumerate(rows):
-            choices_RC[row, : len(ids)] = torch.tensor(ids)
-        logits_RCV = side.continued(side.hand_over(prompts_BT).repeated(counts_B), choices_RC)
-        sums = iter(
-            [-float(nll(logits_RCV[r, : len(ids)], torch.tensor(ids)).sum()) for r, ids in
-             enumerate(rows)]
-        )  # fmt: skip
-        for index in batch:
+    for group in question_groups(questions):
+        counts = [torch.tensor([len(questions[i].choices) for i in batch]) for batch in group]
+        rows = [[c for i in batch for c in questions[i].choices] for batch in group]
+        prompts = [torch.tensor([questions[i].prompt for i in batch]) for batch in group]
+        handed = [
+            each.repeated(counts_B)
+            for each, counts_B in zip(side.hand_over_all(prompts), counts, strict=True)
+        ]
+        lengths = [torch.tensor([len(choice) for choice in each]) for each in rows]
+        states_NE = side.predicting_states(handed, [_padded(each) for each in rows], lengths)
+        ids_N = torch.tensor([token for each in rows for choice in each for token in choice])
+        values_N = -_token_nll(side, states_NE, ids_N)
+        sums = iter([float(row.sum()) for row in values_N.split(torch.cat(lengths).tolist())])
+        for index in (index for batch in group for index in batch):
             yield index, tuple(next(sums) for _ in questions[index].choices)
 
 
-def _batches(questions: Sequence[Question]) -> Iterator[list[int]]:
+def _padded(choices: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    padded_RC = torch.zeros((len(choices), max(map(len, choices))), dtype=torch.int64)
+    for row, ids in enumerate(choices):
+        padded_RC[row, : len(ids)] = torch.tensor(ids)
+    return padded_RC
+
+
+@torch.inference_mode()
+def _token_nll(side: TwoStages, states_NE: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
+    """NLL ``(N,)`` of every token, by slices that bound the memory of logits."""
+    step = slice_tokens(side.decode.vocab_size)
+    parts = [
+        nll(
+            side.decode.logits(states_NE[None, start : start + step])[0],
+            ids_N[start : start + step],
+        )
+        for start in range(0, len(ids_N), step)
+    ]
+    return torch.cat(parts).cpu()
+
+
+def question_groups(questions: Sequence[Question]) -> Iterator[list[list[int]]]:
+    """Batches of :func:`question_batches` that run end to end."""
+
+    def num_tokens(batch: list[int]) -> int:
+        return sum(_num_tokens(questions[index]) for index in batch)
+
+    return joined_groups(question_batches(questions), num_tokens)
+
+
+def question_batches(questions: Sequence[Question]) -> Iterator[list[int]]:
     """Indices of questions with equally long prompts; every choice has a prompt's KV."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, question in enumerate(questions):
@@ -123,12 +155,22 @@ def _num_tokens(question: Question) -> int:
 
 @dataclass(frozen=True)
 class AnsweredQuestions:
-    """The log-likelihoods of one task on both sides, by question and choice."""
+    """The log-likelihoods of one task on both sides, by question and choice.
+
+    ``by_prefill`` says whether the plan's prefill computes the first token of every choice.
+    """
 
     questions: Sequence[Question]
     dense: Sequence[tuple[float, ...]]
     plan: Sequence[tuple[float, ...]]
     sent: PromptBytes
+    by_prefill: bool = True
+
+    @property
+    def decode_share(self) -> float:
+        """Share of the choices' tokens that decode computed; prefill may make the first ones."""
+        lengths = [len(choice) for question in self.questions for choice in question.choices]
+        return 1 - self.by_prefill * len(lengths) / sum(lengths)
 
     def right(self, sums: Sequence[tuple[float, ...]], *, by_character: bool) -> list[bool]:
         """Whether the right choice is the likeliest, question by question."""
@@ -181,5 +223,6 @@ def choice_result(
         dense_acc_norm=accuracy("dense", by_character=True),
         plan_acc_norm=accuracy("plan", by_character=True),
         acc_norm_lost=lost(by_character=True),
+        decode_share=sum(group.decode_share for group in groups) / len(groups),
         **PromptBytes.total(group.sent for group in groups).fields(),
     )

@@ -16,12 +16,27 @@ from rayapp.evaluation.settings import EvaluationSettings
 
 @dataclass(frozen=True)
 class JudgedCompletions:
-    """The measurements of one task, example by example."""
+    """The measurements of one task, example by example.
+
+    ``by_prefill`` says whether the plan's prefill computes the first token of every completion.
+    """
 
     lines: Sequence[TokenizedLine]
     likelihoods: Sequence[LineLikelihood]
     dense: Sequence[JudgedAnswer]
     plan: Sequence[JudgedAnswer]
+    by_prefill: bool = True
+
+    @property
+    def decode_share(self) -> float:
+        """Share of the scored tokens that decode computed; prefill may make the first ones."""
+        return 1 - self.by_prefill * len(self.lines) / sum(self.num_tokens)
+
+    @property
+    def answer_share(self) -> float:
+        """The same share of the completions' own tokens, end markers aside."""
+        lengths = [len(line.continuation) - line.ends for line in self.lines]
+        return 1 - self.by_prefill * len(lengths) / sum(lengths)
 
     @property
     def points_lost(self) -> list[float]:
@@ -78,6 +93,9 @@ def completion_result(
         points_lost=upper_bound(
             [group.points_lost for group in groups], seed=seed, num_resamples=resamples
         ),
+        decode_share=_mean([group.decode_share for group in groups]),
+        dense_answer=_mean([_mean([a.begins for a in group.dense]) for group in groups]),
+        plan_answer=_mean([_mean([a.begins for a in group.plan]) for group in groups]),
         **PromptBytes.total(group.sent for group in groups).fields(),
     )
 

@@ -5,6 +5,9 @@ token is known; if decode samples that token, decode's first step is part of the
 batch, prompts are prefilled one by one and decoded together; the prefill of a run is the mean over
 its prompts. If the data have images, timed prompts begin with one, which is decoded and encoded
 anew every time.
+
+The handoff is reported apart: the seconds in which a prompt's KV enters decode's cache are
+measured, and its bytes are computed over a named link.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import IntegrityError
 from rayapp.evaluation.bootstrap import CONFIDENCE
 from rayapp.evaluation.measures.likelihood import TwoStages
+from rayapp.evaluation.measures.prompt_bytes import PromptBytes
 from rayapp.evaluation.progress import ProgressCallback, silent
 from rayapp.evaluation.result import LatencyResult, StageTimes
 from rayapp.evaluation.settings import EvaluationSettings
@@ -37,10 +41,14 @@ _RESAMPLES = 2_000
 
 @dataclass(frozen=True)
 class RunTimes:
-    """One run's times: seconds to a prompt's first answer token, and per decode step after it."""
+    """One run's times: seconds to a prompt's first answer token, and per decode step after it.
+
+    ``admit_s`` are the seconds in which a prompt's KV enters decode's cache.
+    """
 
     prefill_s: float
     tpot_s: float
+    admit_s: float | None = None
 
 
 Run = Callable[[], RunTimes]
@@ -64,20 +72,23 @@ def measure_latency(
     settings: EvaluationSettings,
     *,
     batch_size: int,
+    length: tuple[int, int] | None = None,
     progress: ProgressCallback = silent,
     image: TimedImage | None = None,
 ) -> LatencyResult:
     """Time both sides on the same random prompts, alternating, after one untimed run of each.
 
-    The number of threads is torch's at the moment; this function does not change it.
+    ``length`` are tokens of prompt and answer; None takes the first of the settings. The number of
+    threads is torch's at the moment; this function does not change it.
     """
-    requests = _requests(settings, batch_size, plan.decode.vocab_size, image)
+    num_prompt, num_answer = length or settings.timed_lengths[0]
+    requests = _requests(settings.seed, (num_prompt, num_answer), batch_size, plan, image)
     sides = [_EngineRun(side, requests, image) for side in (dense, plan)]
     what = f"timing, batch {batch_size}"
     dense_runs, plan_runs = interleave(
         sides[0], sides[1], settings.num_runs, on_run=lambda n: progress(what, n, settings.num_runs)
     )
-    num_answer = settings.num_answer_tokens
+    sent = [0, 0] if image else [PromptBytes.of(s, [num_prompt]).bytes_sent for s in (dense, plan)]
     return LatencyResult(
         speedup_at_least=least_speedup(dense_runs, plan_runs, num_answer, seed=settings.seed),
         num_prompt_tokens=requests[0].num_prompt_tokens,
@@ -86,8 +97,10 @@ def measure_latency(
         batch_size=batch_size,
         num_runs=settings.num_runs,
         num_threads=torch.get_num_threads(),
-        dense=medians(dense_runs, num_answer),
-        plan=medians(plan_runs, num_answer),
+        dense=medians(dense_runs, num_answer, bytes_sent=sent[0]),
+        plan=medians(plan_runs, num_answer, bytes_sent=sent[1]),
+        link_gbps=None if image else settings.link_gbps,
+        first_token=plan.plan.first_token,
     )
 
 
@@ -106,13 +119,18 @@ def interleave(
     return dense_runs, plan_runs
 
 
-def medians(runs: Sequence[RunTimes], num_answer_tokens: int) -> StageTimes:
+def medians(
+    runs: Sequence[RunTimes], num_answer_tokens: int, *, bytes_sent: int | None = None
+) -> StageTimes:
     """Medians over runs; that of whole answers is taken over answers, not summed from medians."""
     answers = _answers(runs, num_answer_tokens)
+    admitted = [run.admit_s for run in runs if run.admit_s is not None]
     return StageTimes(
         prefill_ms=1e3 * statistics.median(run.prefill_s for run in runs),
         tpot_ms=1e3 * statistics.median(run.tpot_s for run in runs),
         answer_ms=1e3 * statistics.median(answers),
+        admit_ms=1e3 * statistics.median(admitted) if admitted else None,
+        bytes_sent=bytes_sent or None,
     )
 
 
@@ -133,15 +151,16 @@ def _answers(runs: Sequence[RunTimes], num_answer_tokens: int) -> list[float]:
 
 
 def _requests(
-    settings: EvaluationSettings, batch_size: int, vocab_size: int, image: TimedImage | None
+    seed: int, length: tuple[int, int], batch_size: int, side: TwoStages, image: TimedImage | None
 ) -> list[GenerationRequest]:
-    rng = random.Random(settings.seed)
-    sampling = SamplingParams(max_tokens=settings.num_answer_tokens, ignore_eos=True)
+    """Random prompts and how long their answers are."""
+    rng, vocab_size = random.Random(seed), side.decode.vocab_size
+    sampling = SamplingParams(max_tokens=length[1], ignore_eos=True)
     place = image.placeholder_id if image else None
     words = [token for token in range(vocab_size) if token != place]
     requests = []
     for index in range(batch_size):
-        text = tuple(rng.choices(words, k=settings.num_prompt_tokens))
+        text = tuple(rng.choices(words, k=length[0]))
         request = GenerationRequest(f"timing-{index}", text, sampling)
         if image is not None:
             prompt_ids = (image.placeholder_id, *text)
@@ -178,14 +197,16 @@ class _EngineRun:
         begun_s = time.perf_counter()
         outputs = [self._prefill.run(request) for request in self._requests]
         prefill_s = (time.perf_counter() - begun_s) / len(outputs)
+        begun_s = time.perf_counter()
         self._admit(outputs)
+        admit_s = (time.perf_counter() - begun_s) / len(outputs)
         if self._first_by_decode:
             prefill_s += self._steps(1)
         num_steps = self._requests[0].sampling.max_tokens - 1
         tpot_s = self._steps(num_steps) / num_steps
         if self._decode.num_running:
             raise IntegrityError(f"{self._decode.num_running} timed answers did not end in time")
-        return RunTimes(prefill_s, tpot_s)
+        return RunTimes(prefill_s, tpot_s, admit_s)
 
     def _admit(self, outputs: list[PrefillOutput]) -> None:
         for request, output in zip(self._requests, outputs, strict=True):

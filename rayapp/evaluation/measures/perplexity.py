@@ -91,7 +91,8 @@ def cut_windows(
     starts = range(0, len(ids) - num_prompt, window - num_prompt)
     kept = starts[: settings.limit]
     lines = tuple(
-        TokenizedLine(ids[s : s + num_prompt], ids[s + num_prompt : s + window], task) for s in kept
+        TokenizedLine(ids[s : s + num_prompt], ids[s + num_prompt : s + window], task, ends=False)
+        for s in kept
     )
     num_scored = sum(len(line.continuation) for line in lines)
     return Windows(lines, window, num_prompt, num_prompt, len(ids) - num_prompt - num_scored)
@@ -99,11 +100,20 @@ def cut_windows(
 
 @dataclass(frozen=True)
 class ScoredWindows:
-    """The windows of one task, with their scores on both sides."""
+    """The windows of one task, with their scores on both sides.
+
+    ``by_prefill`` says whether the plan's prefill computes the first token of every window.
+    """
 
     windows: Windows
     likelihoods: Sequence[LineLikelihood]
     sent: PromptBytes
+    by_prefill: bool = True
+
+    @property
+    def decode_share(self) -> float:
+        """Share of the scored tokens that decode computed; prefill may make the first ones."""
+        return 1 - self.by_prefill * len(self.likelihoods) / sum(self.num_tokens)
 
     @property
     def num_tokens(self) -> list[float]:
@@ -147,5 +157,6 @@ def text_result(
         plan_nll=sum(group.nll("plan_nll") for group in groups) / len(groups),
         nll_lost=upper_bound([group.nll_lost for group in groups], weights=weights, **options),
         kl=upper_bound([group.token_kl for group in groups], weights=weights, **options),
+        decode_share=sum(group.decode_share for group in groups) / len(groups),
         **PromptBytes.total(group.sent for group in groups).fields(),
     )

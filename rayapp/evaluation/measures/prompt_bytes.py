@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass
+from typing import Any
 
 from rayapp.evaluation.measures.likelihood import TwoStages
 from rayapp.kv.forecast import RunPrompt, forecast_envelope, forecast_sizes
@@ -42,6 +43,6 @@ class PromptBytes:
         """The sum of two counts."""
         return cls(*(sum(column) for column in zip(*map(astuple, parts), strict=True)))
 
-    def fields(self) -> dict[str, int]:
+    def fields(self) -> dict[str, Any]:
         """The counts by name, for a result."""
         return asdict(self)

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from rayapp.evaluation.bootstrap import Bound, upper_bound
-from rayapp.evaluation.paper.outcome import NUM_RESAMPLES, RowOutcome
+from rayapp.data.published_sets import IN_DOMAIN
+from rayapp.evaluation.bootstrap import Bound, Interval, upper_bound
+from rayapp.evaluation.measures.margins import Answers, quality_of
+from rayapp.evaluation.paper.outcome import NUM_RESAMPLES, DataOutcome, RowOutcome
 from rayapp.evaluation.result import MEAN, LatencyResult
+from rayapp.evaluation.settings import EvaluationSettings
 
-ACCURACY = "accuracy"
+ACCURACY, MARGIN, PERPLEXITY = "accuracy", "margin kept", "perplexity"
 ANSWER, TTFT, TPOT = "answer ms", "TTFT ms", "TPOT ms"
 WITH_TRANSFER = "answer ms with transfer"
 BYTES = "bytes per request"
 ALL_DATA = "all data"
+_ANSWERED: dict[str, Literal["acc", "acc_norm", "answer"]] = {
+    "acc": "acc",
+    "acc_norm": "acc_norm",
+    "answer": "answer",
+}
+"""Metrics that margins are taken of; an exact match needs the end marker too."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ def row_numbers(row: RowOutcome, *, link_gbps: float, seed: int) -> list[Number]
         for metric in data.metrics
     ]
     numbers += _mean(row, seed)
+    numbers += margins(row, seed=seed)
     for timing in row.latency:
         numbers += _times(timing)
     if row.base is None:
@@ -74,12 +85,17 @@ def _mean_and_bound(bound: Bound) -> tuple[float, float]:
 
 def _accuracies(row: RowOutcome) -> dict[str, list[float]]:
     """Points lost per example of every data set that has an accuracy."""
-    return {n: d.primary.losses for n, d in row.data.items() if d.primary.is_accuracy}
+    return {n: d.primary.losses for n, d in _heading(row).items() if d.primary.is_accuracy}
+
+
+def _heading(row: RowOutcome) -> dict[str, DataOutcome]:
+    """The data sets that means are taken over: none of a domain that plans were chosen on."""
+    return {name: data for name, data in row.data.items() if not name.endswith(IN_DOMAIN)}
 
 
 def _mean(row: RowOutcome, seed: int) -> list[Number]:
     """The mean over the data sets that have an accuracy; every data set counts alike."""
-    metrics = [d.primary for d in row.data.values() if d.primary.is_accuracy]
+    metrics = [d.primary for d in _heading(row).values() if d.primary.is_accuracy]
     if not metrics:
         return []
     lost = upper_bound([m.losses for m in metrics], seed=seed, num_resamples=NUM_RESAMPLES)
@@ -88,7 +104,37 @@ def _mean(row: RowOutcome, seed: int) -> list[Number]:
     return [Number(MEAN, ACCURACY, lost.num_examples, dense, plan, lost.mean, lost.upper)]
 
 
+def margins(row: RowOutcome, *, seed: int) -> list[Number]:
+    """The share of the dense model's margin above chance that a plan keeps, in per cent.
+
+    Data sets are admitted, and their mean is taken, by :mod:`rayapp.evaluation.measures.margins`.
+    Of ``acc`` and ``acc_norm`` that one counts in which dense is better.
+    """
+    answers = {name: _answers(data) for name, data in row.data.items() if data.chance}
+    seen = {name: "calibration domain" for name in answers if name.endswith(IN_DOMAIN)}
+    settings = EvaluationSettings(seed=seed, num_resamples=NUM_RESAMPLES)
+    quality = quality_of(answers, {}, seen, settings)
+    rows = [(each.task, each.margin_kept) for each in quality.margins]
+    return [_margin(name, kept) for name, kept in [*rows, (MEAN, quality.macro)] if kept]
+
+
+def _answers(data: DataOutcome) -> Answers:
+    """The answers of a data set, by the metric that dense does best in."""
+    kinds = [metric for metric in data.metrics if metric.name in _ANSWERED]
+    best = max(kinds, key=lambda metric: metric.dense_value)
+    dense, plan = ([bool(value) for value in side] for side in (best.dense, best.plan))
+    assert data.decode_share is not None, "outcomes with right answers have one"
+    return Answers(_ANSWERED[best.name], dense, plan, data.chance, data.keys, data.decode_share)
+
+
+def _margin(name: str, kept: Interval) -> Number:
+    mean, at_least = 100 * kept.mean, 100 * kept.at_least
+    return Number(name, MARGIN, kept.num_examples, 100.0, mean, 100 - mean, 100 - at_least)
+
+
 def _times(timing: LatencyResult) -> list[Number]:
+    # Where decode samples the first token, it waits for the handoff.
+    first = timing.ttft_ms("dense"), timing.ttft_ms("plan")
     data, runs, dense, plan = (
         f"batch {timing.batch_size}",
         timing.num_runs,
@@ -96,7 +142,7 @@ def _times(timing: LatencyResult) -> list[Number]:
         timing.plan,
     )
     return [
-        Number(data, TTFT, runs, dense.prefill_ms, plan.prefill_ms, timing.ttft_speedup),
+        Number(data, TTFT, runs, *first, first[0] / first[1]),
         Number(data, TPOT, runs, dense.tpot_ms, plan.tpot_ms, timing.tpot_speedup),
         Number(
             data,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -14,16 +14,17 @@ from rayapp.evaluation.bootstrap import Bound, upper_bound
 from rayapp.evaluation.data import EvaluationData, Kind
 from rayapp.evaluation.measures.choices import AnsweredQuestions
 from rayapp.evaluation.measures.completions import JudgedCompletions
+from rayapp.evaluation.measures.margins import Answers
 from rayapp.evaluation.measures.perplexity import ScoredWindows
 from rayapp.evaluation.measures.prompt_bytes import PromptBytes
+from rayapp.evaluation.pieces.measurer import Measurer
 from rayapp.evaluation.result import LatencyResult
-from rayapp.evaluation.sides import Sides
 from rayapp.settings import Strict
 
-MetricName = Literal["acc", "acc_norm", "exact match", "perplexity"]
+MetricName = Literal["acc", "acc_norm", "exact match", "answer", "perplexity"]
 ROW_FILE = "row.json"
 NUM_RESAMPLES = 2_000
-"""Number of resamples of every interval in the tables, which are written anew after each row."""
+"""Number of resamples of every interval in the tables, which are written anew after every row."""
 
 
 class Metric(Strict):
@@ -73,7 +74,10 @@ class Metric(Strict):
 class DataOutcome(Strict):
     """The outcome of a plan on one data set; ``sha256`` is the file's.
 
-    ``num_prompts`` is the number of prompts whose bytes are summed.
+    ``num_prompts`` is the number of prompts whose bytes are summed. Of examples with right answers,
+    ``chance`` is the probability of guessing right, and ``keys`` are the right answers as numbers,
+    by what an answer without looking at the question would be. ``decode_share`` is the share of the
+    scored tokens that decode computed.
     """
 
     sha256: str
@@ -84,6 +88,9 @@ class DataOutcome(Strict):
     bytes_full: int
     bytes_sent: int
     num_left_out: int = 0
+    chance: tuple[float, ...] = ()
+    keys: tuple[tuple[int, ...], ...] = ()
+    decode_share: float | None = None
 
     @property
     def primary(self) -> Metric:
@@ -111,7 +118,8 @@ class RowOutcome(Strict):
     """All measurements of one row.
 
     ``timed_bytes`` are the bytes that the dense model and the plan send of a prompt of the timed
-    length. ``base`` names the row whose plan and numbers a unified row shares.
+    length. ``tokens`` of both sides were evaluated in ``seconds``. ``base`` names the row whose
+    plan and numbers a unified row shares.
     """
 
     name: str
@@ -123,6 +131,8 @@ class RowOutcome(Strict):
     latency: tuple[LatencyResult, ...] = ()
     timed_bytes: tuple[int, int] = (0, 0)
     weights: WeightBytes | None = None
+    tokens: int = 0
+    seconds: float = 0.0
     base: str | None = None
 
     def save(self, directory: Path) -> None:
@@ -150,12 +160,12 @@ class RowOutcome(Strict):
             ) from None
 
 
-def measure_data(sides: Sides, name: str, data: EvaluationData) -> DataOutcome:
+def measure_data(measurer: Measurer, name: str, data: EvaluationData) -> DataOutcome:
     """Measure a data set of one kind on both sides; its tasks count together."""
     groups: list[JudgedCompletions | AnsweredQuestions | ScoredWindows] = [
-        *(sides.completions(_label(name, t), lines) for t, lines in data.completions.items()),
-        *(sides.choices(_label(name, t), questions) for t, questions in data.choices.items()),
-        *(sides.texts(_label(name, t), windows) for t, windows in data.texts.items()),
+        *(measurer.completions(_label(name, t), lines) for t, lines in data.completions.items()),
+        *(measurer.choices(_label(name, t), questions) for t, questions in data.choices.items()),
+        *(measurer.texts(_label(name, t), windows) for t, windows in data.texts.items()),
     ]
     sent = PromptBytes.total(group.sent for group in groups)
     lengths = [length for group in groups for length in _prompt_lengths(group)]
@@ -169,7 +179,39 @@ def measure_data(sides: Sides, name: str, data: EvaluationData) -> DataOutcome:
         bytes_full=sent.bytes_full,
         bytes_sent=sent.bytes_sent,
         num_left_out=sum(windows.num_left_out for windows in data.texts.values()),
+        **_guesses(groups),
     )
+
+
+def _guesses(
+    groups: Sequence[JudgedCompletions | AnsweredQuestions | ScoredWindows],
+) -> dict[str, Any]:
+    """Chances, keys and shares of all tasks together; none of texts, which have no answers."""
+    answers = [
+        Answers.of_choices(group, "acc")
+        if isinstance(group, AnsweredQuestions)
+        else Answers.of_completions(group)
+        for group in groups
+        if not isinstance(group, ScoredWindows)
+    ]
+    if not answers:
+        return {}
+    counts = [len(each.dense) for each in answers]
+    shares = [each.decode_share * count for each, count in zip(answers, counts, strict=True)]
+    return {
+        "chance": tuple(chance for each in answers for chance in each.chance),
+        "keys": tuple(
+            _numbered([key for keys in kinds for key in keys])
+            for kinds in zip(*(each.keys for each in answers), strict=True)
+        ),
+        "decode_share": math.fsum(shares) / sum(counts),
+    }
+
+
+def _numbered(keys: Sequence[Hashable]) -> tuple[int, ...]:
+    """Keys as numbers, in the order in which they first come."""
+    numbers: dict[Hashable, int] = {}
+    return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
 
 
 def kind_of_data(data: EvaluationData) -> Kind:
@@ -185,8 +227,11 @@ def _label(name: str, task: str) -> str:
 
 def _metrics(group: JudgedCompletions | AnsweredQuestions | ScoredWindows) -> list[Metric]:
     if isinstance(group, JudgedCompletions):
-        matches = ([a.is_match for a in side] for side in (group.dense, group.plan))
-        return [_accuracy("exact match", *matches)]
+        sides = (group.dense, group.plan)
+        return [
+            _accuracy("exact match", *([a.is_match for a in side] for side in sides)),
+            _accuracy("answer", *([a.begins for a in side] for side in sides)),
+        ]
     if isinstance(group, AnsweredQuestions):
         kinds: tuple[tuple[MetricName, bool], ...] = (("acc", False), ("acc_norm", True))
         return [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rayapp.data.json_lines import read_objects
 from rayapp.data.lines import ChoiceLine, Line, read_lines
+from rayapp.data.seen import plain_text
 from rayapp.errors import DataError
 from rayapp.evaluation.data import parse_any
 from rayapp.evaluation.measures.perplexity import TextLine
@@ -50,17 +51,13 @@ def count_overlaps(chosen_on: Iterable[str], data: Mapping[str, str]) -> dict[st
         DataError: A file cannot be read, or a line (named) is malformed.
     """
     lines = [line for path in chosen_on for _, line in read_lines(path)]
-    prompts = {_plain(line.prompt) for line in lines if isinstance(line, Line)}
+    prompts = {plain_text(line.prompt) for line in lines if isinstance(line, Line)}
     return {name: _count(prompts, Path(path)) for name, path in data.items()}
 
 
 def _count(prompts: set[str], path: Path) -> int:
     lines = [parse_any(fields, f"{path} line {n}") for n, fields in read_objects(path)]
-    questions = {_plain(line.prompt) for line in lines if isinstance(line, Line | ChoiceLine)}
-    text = _plain("\n\n".join(line.text for line in lines if isinstance(line, TextLine)))
+    questions = {plain_text(line.prompt) for line in lines if isinstance(line, Line | ChoiceLine)}
+    text = plain_text("\n\n".join(line.text for line in lines if isinstance(line, TextLine)))
     inside = {p for p in prompts if len(p) >= MIN_CHARACTERS and p in text} if text else set()
     return len((prompts & questions) | inside)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())

@@ -1,25 +1,23 @@
-"""The plans to compare: the dense model, the peers' methods, PDTrim's, and ours.
+"""The rows of a paper: plans to compare, and how they come about.
 
-Peers know one removal set for both stages, so theirs is shared, and as large as the mean of the two
-stages' sizes. All searches score the same calibration lines by the same objective, so they differ
-in how they search, not in what they search for. That is more than some of the papers give their
-methods.
+A row's plan is searched, made by a rule, made from another row's plan, or given. All searches score
+the same calibration lines by the same objective, so they differ in how they search, not in what
+they search for. That is more than some of the papers give their methods.
+:mod:`rayapp.evaluation.paper.presets` lists the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rayapp.errors import InputError
 from rayapp.evaluation.paper.settings import ReproduceSettings
+from rayapp.plan import ModelSignature, PruningPlan, Stage
+from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.pruning.settings.search import SearchSettings
-
-_SHARED = {"shared": True, "kv_modes": False}
-_SUBSET = {"kv_modes": False, "method": "annealing"}
-_OURS = {"kv_modes": True}
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,14 @@ class Row:
         search: The settings of its search that differ; None if it is not searched.
         healed: Whether the search heals.
         after: Names of rows; the last of them that exists gives this row's plan.
+        family: The method that the row belongs to; several sizes of one method share it.
+        beside: The name of our row under the same conditions, which the row is compared with.
+        sizes: Blocks that prefill and decode remove; None takes those of the settings.
+        first_token: The stage that makes the first answer token.
+        made: A plan of a rule, which needs no search.
+        fitted: Whether the plan is that of the row ``after``, healed in closed form.
+        mapped: Whether the plan is that of the blocks that cost least alone, by the map of blocks.
+        plan: A plan's directory or file, for a row of a plan that exists already.
     """
 
     name: str
@@ -41,69 +47,94 @@ class Row:
     search: Mapping[str, Any] | None = None
     healed: bool = False
     after: tuple[str, ...] = field(default=())
+    family: str = ""
+    beside: str = ""
+    sizes: tuple[float, float] | None = None
+    first_token: Stage = "prefill"
+    made: Callable[[ModelSignature], PruningPlan] | None = None
+    fitted: bool = False
+    mapped: bool = False
+    plan: str = ""
 
+    @property
+    def method(self) -> str:
+        """The method's name on the command line: the family, or the row's own name."""
+        return self.family or self.name
 
-_PLANS = ("shared", "pdtrim", "kv_modes", "pdtrim_healed", "healed")
 
 DENSE = Row("dense", "dense", "")
-ROWS = (
-    DENSE,
-    Row("random", "random", "", {**_SHARED, "method": "random"}),
-    Row("similarity", "ShortGPT", "arXiv:2403.03853", {**_SHARED, "method": "similarity"}),
-    Row("window", "cosine window (Gromov)", "arXiv:2403.17887", {**_SHARED, "method": "window"}),
-    Row("one_shot", "Shortened-LLaMA", "arXiv:2402.02834", {**_SHARED, "method": "one_shot"}),
-    Row("greedy", "SLEB", "arXiv:2402.09025", {**_SHARED, "method": "greedy"}),
-    Row("evolution", "EvoPress", "arXiv:2410.14649", {**_SHARED, "method": "evolution"}),
-    Row("shared", "ours, one shared set", "ours", _SHARED),
-    Row("pdtrim", "PDTrim, subset rule", "arXiv:2509.04467", _SUBSET),
-    Row("kv_modes", "ours, kv modes", "ours", _OURS),
-    Row("pdtrim_healed", "PDTrim, subset rule, healed", "arXiv:2509.04467", _SUBSET, healed=True),
-    Row("healed", "ours, kv modes, healed", "ours", _OURS, healed=True),
-    Row("kv_selected", "ours, with KV selection", "ours", after=_PLANS),
-    Row("unified", "the same, unified", "ours", after=(*_PLANS, "kv_selected")),
-)
-"""All rows, in the order of the tables."""
-
-PEERS = ("random", "similarity", "window", "one_shot", "greedy", "evolution")
-OURS = "kv_modes"
-"""The name of our row under the peers' conditions: no training, all KV sent."""
 
 
-def chosen_rows(settings: ReproduceSettings) -> tuple[Row, ...]:
-    """The rows of the settings, dense first; raises :class:`InputError` for unknown names."""
-    known = [row.name for row in ROWS]
-    wanted = known if settings.rows is None else list(settings.rows)
-    unknown = sorted(set(wanted) - set(known))
+def chosen_rows(settings: ReproduceSettings, rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Those rows that the settings name, dense first; a method's name stands for all of its rows.
+
+    Raises:
+        InputError: A name is not known.
+    """
+    given = tuple(Row(name, name, "", plan=path) for name, path in settings.plans.items())
+    methods = list(dict.fromkeys(row.method for row in rows))
+    wanted = methods if settings.rows is None else list(settings.rows)
+    known = {name for row in rows for name in (row.name, row.method)}
+    unknown = sorted(set(wanted) - known)
     if unknown:
-        raise InputError(f"row {unknown[0]!r} is not known; use some of {', '.join(known)}")
-    return tuple(row for row in ROWS if row is DENSE or row.name in wanted)
+        raise InputError(f"row {unknown[0]!r} is not known; use some of {', '.join(methods)}")
+    chosen = [row for row in rows if row is DENSE or {row.name, row.method} & set(wanted)]
+    taken = {row.name for row in chosen} & set(settings.plans)
+    if taken:
+        raise InputError(f"plan {min(taken)!r} has the name of a row; give it another one")
+    return (*chosen, *given)
 
 
-def left_out(row: Row, settings: ReproduceSettings, sizes: tuple[int, int]) -> str | None:
+def row_sizes(row: Row, settings: ReproduceSettings, num_blocks: int) -> tuple[float, float]:
+    """Numbers of blocks that prefill and decode of a row remove."""
+    if row.sizes is not None:
+        return row.sizes
+    sizes = settings.sizes(num_blocks)
+    shared = sum(sizes) // 2
+    return (shared, shared) if row.search and row.search.get("shared") else sizes
+
+
+def left_out(row: Row, settings: ReproduceSettings, sizes: tuple[float, float]) -> str | None:
     """The reason why a row cannot be made with these settings; None if it can."""
+    if row.mapped and not settings.maps:
+        return "--maps 0 was given"
     if row.healed and settings.heal_data is None:
         return "no --heal-data was given"
     if row.healed and settings.heal == "none":
         return "--heal none was given"
+    if row.fitted and settings.heal != "linear":
+        return "its plan is healed by linear maps alone, with --heal linear"
     if row.name == "kv_selected" and settings.target_reduction is None:
         return "no --target-reduction was given"
-    if row.name.startswith("pdtrim") and sizes[0] > sizes[1]:
-        return f"prefill removes more blocks ({sizes[0]}) than decode ({sizes[1]})"
+    subset = row.search is not None and not row.search.get("kv_modes", True)
+    if subset and sizes[0] > sizes[1]:
+        return f"prefill removes more blocks ({sizes[0]:g}) than decode ({sizes[1]:g})"
     return None
 
 
+def score_settings(row: Row, settings: ReproduceSettings) -> ScoreSettings:
+    """The settings of the score of a row's search."""
+    return settings.score().model_copy(update={"first_token": row.first_token})
+
+
+def fit_settings(row: Row, settings: ReproduceSettings, out: Path) -> SearchSettings:
+    """The settings by which a row's plan is healed without any search."""
+    assert row.fitted, "other rows are searched"
+    return SearchSettings.checked(
+        out=str(out), heal=settings.heal, heal_data=settings.heal_data, seed=settings.seed
+    )
+
+
 def search_settings(
-    row: Row, settings: ReproduceSettings, sizes: tuple[int, int], out: Path, *, resume: bool
+    row: Row, settings: ReproduceSettings, sizes: tuple[float, float], out: Path, *, resume: bool
 ) -> SearchSettings:
     """The settings of a row's search."""
     assert row.search is not None, "only searched rows ask"
-    shared = sum(sizes) // 2
-    prefill, decode = (shared, shared) if row.search.get("shared") else sizes
     healing = {"heal": settings.heal, "heal_data": settings.heal_data} if row.healed else {}
     values = {
         "out": str(out),
-        "prefill_remove": prefill,
-        "decode_remove": decode,
+        "prefill_remove": sizes[0],
+        "decode_remove": sizes[1],
         "method": settings.method,
         "evaluations": settings.evaluations,
         "seed": settings.seed,

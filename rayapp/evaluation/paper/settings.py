@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from rayapp.evaluation.settings import EvaluationSettings
+from rayapp.evaluation.settings import LINK_GBPS, EvaluationSettings, Spread
 from rayapp.pruning.settings.compute import ComputeSettings
-from rayapp.pruning.settings.score import CalibrationFile, ScoreSettings
+from rayapp.pruning.settings.score import OptionalCalibrationFile, ScoreSettings
 from rayapp.pruning.settings.search import Heal, Method, SearchSettings
 from rayapp.settings import (
     Address,
     Device,
     DTypeName,
     ModelName,
+    ModelSettings,
     Revision,
     Settings,
     Threads,
@@ -24,12 +27,18 @@ from rayapp.settings import (
 SHARE = 0.125
 """Share of all blocks that every plan removes by default: the lightest compression of the peers'
 tables."""
-LINK_GBPS = 10.0
-"""Gigabits per second of the link that transfers are computed with (project default)."""
+Preset = Literal["tables", "paper"]
+TIMED: dict[Preset, tuple[int, int]] = {"tables": (128, 64), "paper": (1020, 129)}
+"""Tokens of timed prompts and answers; those of a paper are the medians of a public trace of
+conversations (Azure, 2023)."""
+PUBLISHED = "published sets"
+"""The name of a directory of published sets among the data, until its sets take its place."""
 
 _NOT_IDENTITY = {
     "model", "calibration", "heal_data", "data", "out", "rows", "workers", "address", "resume",
-    "allow_overlap", "link_gbps", "threads", "device", "num_runs",
+    "allow_overlap", "link_gbps", "threads", "device", "num_runs", "num_prompt_tokens",
+    "num_answer_tokens", "batch_sizes", "preset", "plans", "calibration_per_task", "text_tokens",
+    "maps", "count",
 }  # fmt: skip
 
 
@@ -40,12 +49,44 @@ class ReproduceSettings(Settings):
 
     model: ModelName
     revision: Revision = None
-    calibration: CalibrationFile
+    preset: Preset = Field(
+        default="tables",
+        description="Rows to make: the tables at one size (tables), or the map of blocks and every "
+        "method over many sizes (paper).",
+    )
+    calibration: OptionalCalibrationFile = None
     data: dict[str, str] = Field(
         min_length=1,
         description="Evaluation file, of lines of one kind, as NAME=FILE; may be given several "
-        "times.",
+        "times. A directory of published sets stands for all of them, and calibrates and heals; "
+        "NAME=DIR takes one of its sets.",
         json_schema_extra={"as_texts": True},
+    )
+    plans: dict[str, str] = Field(
+        default_factory=dict,
+        description="Plan that exists already, as NAME=PATH, for a row of its own; may be given "
+        "several times.",
+        json_schema_extra={"as_texts": True, "option": "plan"},
+    )
+    calibration_per_task: int = Field(
+        default=32,
+        ge=1,
+        description="Calibration lines of every task that are drawn from published sets.",
+    )
+    text_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens of each text of published sets that perplexity is measured on; all "
+        "without.",
+    )
+    maps: int = Field(
+        default=3,
+        ge=0,
+        description="Calibration sets that the map of blocks is measured on, from published sets.",
+    )
+    count: bool = Field(
+        default=False,
+        description="Only count: print what is done, and the tokens and hours of the rest.",
     )
     out: str = Field(description="Local directory for plans, outcomes and tables.")
     heal_data: str | None = Field(
@@ -55,7 +96,8 @@ class ReproduceSettings(Settings):
     )
     heal: Heal = Field(
         default="pair",
-        description="Healing of the healed rows: blocks outside the pruning set (pair), or all.",
+        description="Healing of the healed rows: of blocks outside the pruning set (pair), of all, "
+        "or in closed form (linear).",
     )
     prefill_remove: int | None = Field(
         default=None,
@@ -111,6 +153,23 @@ class ReproduceSettings(Settings):
         description=EvaluationSettings.model_fields["num_runs"].description,
         json_schema_extra={"option": "runs"},
     )
+    num_prompt_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens of a timed prompt; without, 128, or 1,020 of a paper.",
+        json_schema_extra={"option": "timed_prompt_tokens"},
+    )
+    num_answer_tokens: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tokens of a timed answer; without, 64, or 129 of a paper.",
+        json_schema_extra={"option": "timed_answer_tokens"},
+    )
+    batch_sizes: tuple[int, ...] = Field(
+        default=EvaluationSettings.model_fields["batch_sizes"].default,
+        description=EvaluationSettings.model_fields["batch_sizes"].description,
+        json_schema_extra={"option": "batch_size"},
+    )
     link_gbps: float = Field(
         default=LINK_GBPS,
         gt=0,
@@ -132,19 +191,18 @@ class ReproduceSettings(Settings):
 
     @field_validator("data", mode="before")
     @classmethod
-    def _named(cls, value: object) -> object:
-        """``NAME=FILE`` texts as a mapping from names to files."""
+    def _named_files(cls, value: object) -> object:
+        """``NAME=FILE`` texts as a mapping from names to files; a directory has no name."""
         if not isinstance(value, list):
             return value
-        named: dict[str, str] = {}
-        for pair in map(str, value):
-            name, separator, path = pair.partition("=")
-            if not (separator and name and path):
-                raise ValueError(f"{pair} is not NAME=FILE, such as PIQA=piqa.jsonl")
-            if name in named:
-                raise ValueError(f"{name} is given twice; use another name for {path}")
-            named[name] = path
-        return named
+        pairs = [f"{PUBLISHED}={v}" if Path(str(v)).is_dir() else str(v) for v in value]
+        return _named(pairs, "NAME=FILE, such as PIQA=piqa.jsonl, nor a directory that exists")
+
+    @field_validator("plans", mode="before")
+    @classmethod
+    def _named_plans(cls, value: object) -> object:
+        """``NAME=PATH`` texts as a mapping from names to plans."""
+        return _named([str(v) for v in value], "NAME=PATH") if isinstance(value, list) else value
 
     @field_validator("rows", mode="before")
     @classmethod
@@ -170,6 +228,20 @@ class ReproduceSettings(Settings):
         count = max(1, round((SHARE if self.share is None else self.share) * num_blocks))
         return count, count
 
+    @model_validator(mode="after")
+    def _calibrated(self) -> ReproduceSettings:
+        directories = {path for path in self.data.values() if Path(path).is_dir()}
+        if len(directories) > 1:
+            raise ValueError(
+                f"data={', '.join(sorted(directories))}: give one directory of published sets"
+            )
+        if self.calibration is None and not directories:
+            raise ValueError(
+                f"calibration=None with data={', '.join(self.data)}: give --calibration, or a "
+                "directory of published sets as --data"
+            )
+        return self
+
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that rows of one directory must agree on; files are hashed instead."""
@@ -177,7 +249,8 @@ class ReproduceSettings(Settings):
         return self.model_dump(mode="json", exclude=_NOT_IDENTITY | unused)
 
     def score(self) -> ScoreSettings:
-        """The settings of the score of all searches."""
+        """The settings of the score of all searches, once it is known what calibrates."""
+        assert self.calibration is not None, "published sets were written before"
         return ScoreSettings(
             model=self.model,
             revision=self.revision,
@@ -191,8 +264,19 @@ class ReproduceSettings(Settings):
             workers=self.workers, address=self.address, device=self.device, threads=self.threads
         )
 
+    def model_settings(self) -> ModelSettings:
+        """The model as rows are measured."""
+        return ModelSettings(
+            model=self.model, revision=self.revision, dtype=self.dtype, device=self.device
+        )
+
+    def spread(self) -> Spread:
+        """The place where rows are measured."""
+        return Spread(workers=self.workers, address=self.address)
+
     def evaluation(self) -> EvaluationSettings:
         """The settings of the rows' evaluation."""
+        timed = TIMED[self.preset]
         return EvaluationSettings(
             split=self.split,
             limit=self.limit,
@@ -200,4 +284,20 @@ class ReproduceSettings(Settings):
             num_window_tokens=self.num_window_tokens,
             num_threads=self.threads,
             num_runs=self.num_runs,
+            num_prompt_tokens=self.num_prompt_tokens or timed[0],
+            num_answer_tokens=self.num_answer_tokens or timed[1],
+            batch_sizes=self.batch_sizes,
+            link_gbps=self.link_gbps,
         )
+
+
+def _named(pairs: Sequence[str], form: str) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for pair in pairs:
+        name, separator, path = pair.partition("=")
+        if not (separator and name and path):
+            raise ValueError(f"{pair} is not {form}")
+        if name in named:
+            raise ValueError(f"{name} is given twice; use another name for {path}")
+        named[name] = path
+    return named

@@ -9,13 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from rayapp.evaluation.cells import Table
 from rayapp.evaluation.machine import Machine
+from rayapp.evaluation.paper.marks import quality_speed
 from rayapp.evaluation.paper.numbers import (
     ACCURACY,
     ALL_DATA,
     ANSWER,
     BYTES,
+    MARGIN,
     TPOT,
     TTFT,
     WITH_TRANSFER,
@@ -24,12 +28,12 @@ from rayapp.evaluation.paper.numbers import (
     row_numbers,
 )
 from rayapp.evaluation.paper.outcome import RowOutcome
-from rayapp.evaluation.paper.rows import OURS, PEERS, ROWS, Row
+from rayapp.evaluation.paper.pictures import BlockMap, QualitySpeed
+from rayapp.evaluation.paper.rows import DENSE, Row
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.result import MEAN
-from rayapp.evaluation.table import Table
-
-_ROWS = {row.name: row for row in ROWS}
+from rayapp.plan import STAGES
+from rayapp.pruning.search.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True)
@@ -39,18 +43,31 @@ class Paper:
     Attributes:
         settings: The settings of the reproduction.
         rows: The outcomes of the rows, in the order of the tables.
+        wanted: The rows that they are the outcomes of, and those still to come.
         left_out: Names of missing rows, with the reason.
         machine: The machine that measured.
         notes: Definitions of the numbers.
         caveats: Reasons why some numbers must not be quoted.
+        maps: The cost of every block alone, on several calibration sets.
     """
 
     settings: ReproduceSettings
     rows: Sequence[RowOutcome]
+    wanted: Sequence[Row]
     left_out: Mapping[str, str]
     machine: Machine
     notes: Sequence[str]
     caveats: Sequence[str]
+    maps: Sequence[Sensitivity] = ()
+
+    @cached_property
+    def row_of(self) -> dict[str, Row]:
+        """The wanted rows by name."""
+        return {row.name: row for row in self.wanted}
+
+    def title(self, name: str) -> str:
+        """The title of a row."""
+        return self.row_of[name].title
 
     @cached_property
     def numbers(self) -> dict[str, list[Number]]:
@@ -64,19 +81,35 @@ class Paper:
         return next(matching, None)
 
     def write(self, directory: Path) -> None:
-        """Write ``paper.md``, ``paper.csv`` and ``paper.json``."""
+        """Write ``paper.md``, ``paper.csv``, ``paper.json``, and the pictures."""
         directory.mkdir(parents=True, exist_ok=True)
+        for name, picture in self.pictures().items():
+            (directory / name).write_text(picture.svg(salt=name), encoding="utf-8")
         (directory / "paper.md").write_text(self.markdown(), encoding="utf-8")
         (directory / "paper.csv").write_text(self.csv(), encoding="utf-8")
         (directory / "paper.json").write_text(self.json(), encoding="utf-8")
 
     def markdown(self) -> str:
         """Tables, definitions, and the reasons against quoting them, as Markdown."""
-        parts = [table.markdown() for table in self.tables()]
+        parts = [f"![{picture.title}]({name})" for name, picture in self.pictures().items()]
+        parts += [table.markdown() for table in self.tables()]
         lines = [f"- {note}" for note in self.notes]
-        lines += [f"- left out, {row_title(name)}: {why}" for name, why in self.left_out.items()]
+        lines += [f"- left out, {self.title(name)}: {why}" for name, why in self.left_out.items()]
         lines += [f"- not for quotation: {caveat}" for caveat in self.caveats]
         return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
+
+    def pictures(self) -> dict[str, BlockMap | QualitySpeed]:
+        """The pictures by file name: the map of blocks, and quality against speed."""
+        drawn: dict[str, BlockMap | QualitySpeed] = {}
+        singles = [one.singles for one in self.maps if one.singles]
+        if singles:
+            title = "KL of every block taken away alone, prefill above decode"
+            stages = ([one.stage(stage) for one in singles] for stage in STAGES)
+            drawn["blocks.svg"] = BlockMap(title, *stages)
+        picture = quality_speed(self.record()["rows"])
+        if picture.marks and self.settings.preset == "paper":
+            drawn["quality.svg"] = picture
+        return drawn
 
     def csv(self) -> str:
         """The numbers as CSV, one per line."""
@@ -85,29 +118,34 @@ class Paper:
         writer.writerow(["row", "title", *(field.name for field in fields(Number))])
         for row, numbers in self.numbers.items():
             for number in numbers:
-                writer.writerow([row, row_title(row), *asdict(number).values()])
+                writer.writerow([row, self.title(row), *asdict(number).values()])
         return text.getvalue()
 
     def json(self) -> str:
-        """Everything except the outcomes per example, which lie beside the plans, as JSON."""
+        """The record as JSON."""
+        return json.dumps(self.record(), indent=2) + "\n"
+
+    def record(self) -> dict[str, Any]:
+        """Everything except the outcomes per example, which lie beside the plans; plain data."""
         rows = [
             {
                 **row.model_dump(mode="json", exclude={"data", "latency"}),
-                "title": row_title(row.name),
-                "source": _ROWS[row.name].source,
+                "title": self.title(row.name),
+                "source": self.row_of[row.name].source,
+                "healed": self.row_of[row.name].healed,
                 "numbers": [asdict(number) for number in self.numbers[row.name]],
             }
             for row in self.rows
         ]
-        record = {
+        return {
             "settings": self.settings.model_dump(mode="json"),
             "machine": self.machine.model_dump(mode="json"),
             "rows": rows,
             "left_out": dict(self.left_out),
+            "maps": [one.model_dump(mode="json") for one in self.maps],
             "notes": list(self.notes),
             "caveats": list(self.caveats),
         }
-        return json.dumps(record, indent=2) + "\n"
 
     def tables(self) -> list[Table]:
         """The non-empty tables: quality, ours beside the peers, speed, bytes and searches."""
@@ -127,7 +165,7 @@ class Paper:
         rows = []
         for row in self.rows:
             cells = [self._lost(row.name, n.data, n.metric) for n in kept]
-            rows.append((row_title(row.name), _removed(row), *cells))
+            rows.append((self.title(row.name), _removed(row), *cells))
         return Table(
             "Quality (lost against dense, at most so much with 95 %)",
             ("row", "blocks removed, prefill and decode", *heads),
@@ -138,22 +176,27 @@ class Paper:
         number = self.number(row, data, metric)
         if number is None:
             return "-"
-        if row == ROWS[0].name:
+        if row == DENSE.name:
             return f"{number.plan:.2f}"
+        if metric == MARGIN:
+            return f"{number.plan:.1f} % (≥ {100 - (number.bound or 0):.1f} %)"
         return f"{number.plan:.2f} (lost {number.difference:.3g}, ≤ {number.bound:.3g})"
 
     def _beside_ours(self) -> Table:
         rows = []
         by_name = {row.name: row for row in self.rows}
-        for name in PEERS:
-            if name not in by_name or OURS not in by_name:
-                continue
-            number = beside_ours(by_name[name], by_name[OURS], seed=self.settings.seed)
-            if number is not None:
+        for name, peer in by_name.items():
+            ours = by_name.get(self.row_of[name].beside)
+            number = ours and beside_ours(peer, ours, seed=self.settings.seed)
+            if ours and number:
                 points = (f"{number.difference:z.2f}", f"{number.bound:z.2f}")
-                rows.append((row_title(name), f"{number.num:,}", *points))
-        columns = ("peer", "n", "points that it loses more", "at least (95 %)")
-        return Table(f"Peers beside {row_title(OURS)}: mean accuracy, paired", columns, tuple(rows))
+                removed = (_removed(peer), f"{self.title(ours.name)} ({_removed(ours)})")
+                rows.append((self.title(name), *removed, f"{number.num:,}", *points))
+        columns = (
+            *("peer", "blocks removed", "beside", "n"),
+            *("points that it loses more", "at least (95 %)"),
+        )
+        return Table("Peers beside ours: mean accuracy, paired", columns, tuple(rows))
 
     def _speed(self) -> Table:
         batches = [f"batch {timing.batch_size}" for timing in self.rows[0].latency]
@@ -162,7 +205,7 @@ class Paper:
         for row in self.rows:
             times = [self._ratio(row.name, b, m) for b in batches for m in (TTFT, TPOT, ANSWER)]
             reckoned = self._ratio(row.name, "batch 1", WITH_TRANSFER)
-            rows.append((row_title(row.name), *times, reckoned))
+            rows.append((self.title(row.name), *times, reckoned))
         heads = [f"{m}, {b}" for b in batches for m in (TTFT, TPOT, ANSWER)]
         timing = self.rows[0].latency[0] if self.rows[0].latency else None
         what = "Speed"
@@ -191,7 +234,7 @@ class Paper:
             "of a decode replica",
             "of a unified replica",
         )
-        rows = tuple((row_title(row.name), *self._bytes_cells(row)) for row in self.rows)
+        rows = tuple((self.title(row.name), *self._bytes_cells(row)) for row in self.rows)
         return Table("Bytes", columns, rows)
 
     def _bytes_cells(self, row: RowOutcome) -> tuple[str, ...]:
@@ -208,8 +251,8 @@ class Paper:
     def _search(self) -> Table:
         rows = tuple(
             (
-                row_title(row.name),
-                _ROWS[row.name].source,
+                self.title(row.name),
+                self.row_of[row.name].source,
                 f"{row.search.evaluations:,}",
                 f"{row.search.seconds:,.0f}",
                 f"{row.search.score:.4g}",
@@ -220,11 +263,6 @@ class Paper:
         )
         columns = ("row", "method of", "evaluations", "seconds", "KL on calibration", "plan")
         return Table("Searches", columns, rows)
-
-
-def row_title(name: str) -> str:
-    """The title of a row, with its sizes in words."""
-    return _ROWS[name].title
 
 
 def _removed(row: RowOutcome) -> str:
@@ -243,21 +281,28 @@ def definitions(
         "alike, by acc or exact match",
         "perplexity: prompt part through prefill, rest teacher-forced through decode; lost is NLL "
         "in nats per token; not comparable with another paper's windows",
+        "answer: greedy decoding begins with the completion, whatever follows",
+        "margin kept: share of dense's margin above chance that the plan keeps, in sets where "
+        "dense is surely above chance and above the commonest answer; their mean leaves out "
+        "calibration domains",
         "bounds: one-sided, 95 %, paired bootstrap over examples, windows or runs",
         f"with transfer: bytes over {settings.link_gbps:g} Gb/s added to the median answer, "
         "reckoned, not measured",
     ]
-    if any(row.name in PEERS for row in rows):
+    if any(row.beside for row in rows):
         notes.append(
-            "peers' searches remove one set from both stages and score our calibration lines by "
-            "our KL: a comparison of searches, not of the papers' data or objectives"
+            "peers' searches score our calibration lines by our KL: a comparison of searches, not "
+            "of the papers' data or objectives"
         )
+    if any(row.search and row.search.get("shared") for row in rows):
+        notes.append("peers know one removal set for both stages, so theirs is shared")
     if any(row.name == "unified" for row in rows):
         notes.append(
             "unified: both stages in one replica; tokens equal those of its plan by construction, "
             "so do times without transfer, and nothing is sent"
         )
-    notes += [f"{row_title(row)}: rests on the plan of `{base}`" for row, base in bases.items()]
+    titles = {row.name: row.title for row in rows}
+    notes += [f"{titles[row]}: rests on the plan of `{base}`" for row, base in bases.items()]
     return notes
 
 

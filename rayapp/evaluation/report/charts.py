@@ -46,6 +46,41 @@ def healing_records(plan: PruningPlan) -> tuple[HealingRecord, ...]:
 
 
 @dataclass(frozen=True)
+class FitRecord:
+    """A linear map that healing solved for, as the provenance records it.
+
+    ``what`` names it for people. The errors are relative mean squared errors on lines that were
+    not fitted, without the map and with it.
+    """
+
+    stage: Stage
+    what: str
+    before: float
+    after: float
+
+
+_FIT_WORDS = {
+    "bridge": "map over blocks {first} to {last}",
+    "kv": "keys and values of block {block}, made of the state that enters block {first}",
+}
+
+
+def fit_records(plan: PruningPlan) -> tuple[FitRecord, ...]:
+    """The linear maps of a healed plan; incomplete records are left out."""
+    records = []
+    for record in plan.provenance.get("healed", ()) if plan.healed else ():
+        try:
+            words, last = _FIT_WORDS[record["kind"]], int(record["stop"]) - 1
+            what = words.format(first=int(record["first"]), last=last, block=int(record["block"]))
+            errors = [float(record[f"relative_mse_{when}"]) for when in ("before", "after")]
+        except (KeyError, TypeError, ValueError):
+            continue
+        if record.get("stage") in STAGES:
+            records.append(FitRecord(record["stage"], what, *errors))
+    return tuple(records)
+
+
+@dataclass(frozen=True)
 class BlockCell:
     """One block of one stage in the removal map.
 

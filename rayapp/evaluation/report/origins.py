@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from rayapp.evaluation.report.findings import Findings
@@ -14,10 +15,19 @@ _IN_SECTIONS = ("healed",)
 Rows = list[tuple[str, str]]
 
 
+def model_caption(findings: Findings) -> str:
+    """The caption of the model, from the plan's provenance or the evaluation; empty for most."""
+    recorded = findings.plan.provenance.get("model")
+    known = recorded.get("caption") if isinstance(recorded, Mapping) else None
+    evaluation = findings.evaluation
+    return str(known or (evaluation.model_caption if evaluation else ""))
+
+
 def origins(findings: Findings) -> Rows:
     """The plan, weights, data and machine behind a report."""
     plan, evaluation = findings.plan, findings.evaluation
-    rows = [("plan", plan.fingerprint)]
+    caption = model_caption(findings)
+    rows = [("plan", plan.fingerprint), *([("model", caption)] if caption else [])]
     model = plan.model or (evaluation.model if evaluation else None)
     if model:
         rows.append(("weights", f"{model.model_type}, {model.weights_fingerprint}"))
@@ -47,7 +57,11 @@ def provenance(plan: PruningPlan) -> Rows:
     for name, value in plan.provenance.items():
         if name not in _IN_SECTIONS:
             parts = value if isinstance(value, dict) else {"": value}
-            rows += [(f"{name} {key}".rstrip(), _plain(part)) for key, part in parts.items()]
+            rows += [
+                (f"{name} {key}".rstrip(), _plain(part))
+                for key, part in parts.items()
+                if (name, key) != ("seen", "prompts") and key != "seen"
+            ]
     return rows
 
 

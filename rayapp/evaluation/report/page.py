@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from rayapp.errors import InputError
 from rayapp.evaluation.report.charts import (
     Share,
     byte_shares,
+    fit_records,
     healing_records,
     removal_map,
     transfer_strips,
 )
 from rayapp.evaluation.report.findings import Findings, LedgerJSON
 from rayapp.evaluation.report.kv_findings import KVFindings
-from rayapp.evaluation.report.origins import origins, provenance
+from rayapp.evaluation.report.origins import model_caption, origins, provenance
 from rayapp.evaluation.report.plots import (
     Plot,
     block_plot,
@@ -41,6 +43,18 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _PAGE = "page.html.jinja"
 _DEFAULT_ENTRIES = 256
 _DEFAULT_DTYPE = "bfloat16"
+
+
+@cache
+def _environment() -> Environment:
+    """The environment of all reports: a template is compiled once, not once per report."""
+    return Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def write_report(path: str | Path, findings: Findings) -> Path:
@@ -66,37 +80,34 @@ def render_report(findings: Findings) -> str:
     A section appears if its data exist. Every section says what it shows, and what it does not
     prove.
     """
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(_PAGE).render(
-        title="Pruning report",
-        subtitle=_subtitle(findings.plan),
-        facts=_facts(findings),
-        findings=findings,
-        plan=findings.plan,
-        plan_json=findings.plan.dumps(),
-        num_blocks=_num_blocks(findings),
-        score=score_words(findings.plan),
-        num_lines=_lines(findings.plan.provenance),
-        origins=origins(findings),
-        provenance=provenance(findings.plan),
-        **_removal(findings),
-        **_quality(findings),
-        **_visual(findings),
-        **_transfer(findings),
-        **_search(findings),
+    return (
+        _environment()
+        .get_template(_PAGE)
+        .render(
+            title="Pruning report",
+            subtitle=_subtitle(findings),
+            facts=_facts(findings),
+            findings=findings,
+            plan=findings.plan,
+            plan_json=findings.plan.dumps(),
+            num_blocks=_num_blocks(findings),
+            score=score_words(findings.plan),
+            num_lines=_lines(findings.plan.provenance),
+            origins=origins(findings),
+            provenance=provenance(findings.plan),
+            **_removal(findings),
+            **_quality(findings),
+            **_visual(findings),
+            **_transfer(findings),
+            **_search(findings),
+        )
     )
 
 
 def _removal(findings: Findings) -> dict[str, Any]:
     healed = healing_records(findings.plan)
     cells = removal_map(findings.plan, _num_blocks(findings), healed)
-    return {"healed": healed, "removal": cells}
+    return {"healed": healed, "fits": fit_records(findings.plan), "removal": cells}
 
 
 def _quality(findings: Findings) -> dict[str, Any]:
@@ -155,13 +166,15 @@ def _num_blocks(findings: Findings) -> int:
     return model.num_blocks if model else 0
 
 
-def _subtitle(plan: PruningPlan) -> str:
+def _subtitle(findings: Findings) -> str:
+    caption, plan = model_caption(findings), findings.plan
+    name = f"{caption}. " if caption else ""
     if plan.is_empty:
-        return "The dense model: nothing is removed."
+        return f"{name}The dense model: nothing is removed."
     removed = " and ".join(f"{plan.removed(stage):g} from {stage}" for stage in STAGES)
     model = plan.model
     of = f" of the {model.num_blocks} of {model.model_type}" if model else ""
-    return f"Blocks removed{of}: {removed} (a part counts one half)."
+    return f"{name}Blocks removed{of}: {removed} (a part counts one half)."
 
 
 def score_words(plan: PruningPlan) -> str:
@@ -279,7 +292,7 @@ def _threshold(plan: PruningPlan) -> dict[str, float]:
     settings = plan.provenance.get("settings")
     if not isinstance(settings, Mapping):
         return {}
-    splits = settings.get("pruning_set") or settings.get("heal") == "pair"
+    splits = settings.get("pruning_set") or "pair" in settings.get("heal", "")
     value = settings.get("distillation_threshold")
     return {f"d_T = {value:g}": 1 - value} if splits and isinstance(value, float) else {}
 

@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 
 from rayapp.models.blocks import signature_of
 from rayapp.models.healed import attach
+from rayapp.models.real_tokens import RealTokens
 from rayapp.models.stack import BlockStack
 from rayapp.plan import Mode, PruningPlan, StagePlan
 from rayapp.pruning.candidates.candidate import ATTENTION, MLP
-from rayapp.pruning.candidates.healing import HealedPair, Pair
+from rayapp.pruning.candidates.fits import Fit
+from rayapp.pruning.candidates.healing import HealedUnit, Pair, Unit
 
 KV = tuple[torch.Tensor, torch.Tensor]
 
@@ -31,15 +33,29 @@ class BlockKVSlot:
 
     With ``room``, the new entries overwrite the last ``room`` entries of ``prefix`` in place, and
     nothing is copied. Whoever shares such a prefix must not read those entries afterwards.
+
+    ``tokens`` says which tokens of a batch stand in one row; their entries are kept as a batch.
     """
 
     prefix: KV | None = None
     written: KV | None = None
     room: int = 0
+    tokens: RealTokens | None = None
 
-    def update(self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, block: int) -> KV:
-        """Keys and values that the block attends to: the prefix, then its own new entries."""
+    def update(self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, block: int) -> Any:
+        """Keys and values that the block attends to: the prefix, then its own new entries.
+
+        Those of tokens in one row are given per batch, as attention wants them.
+        """
         del block
+        if self.tokens is None:
+            return self._attended(keys_BHTD, values_BHTD)
+        (keys_BHTD,) = self.tokens.heads_apart(keys_BHTD)
+        (values_BHTD,) = self.tokens.heads_apart(values_BHTD)
+        keys_BHKD, values_BHKD = self._attended(keys_BHTD, values_BHTD)
+        return (keys_BHKD,), (values_BHKD,)
+
+    def _attended(self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor) -> KV:
         self.written = (keys_BHTD, values_BHTD)
         if self.prefix is None:
             return self.written
@@ -76,9 +92,10 @@ class BlockRunner:
         modes = (*RUN_MODES.values(), Mode.KV_ONLY)
         self._stacks = {mode: BlockStack(model, self._uniform(mode), "prefill") for mode in modes}
         self._dense = self._stacks[Mode.FULL]
-        self._healed: dict[Pair, BlockStack] = {}
+        self._healed: dict[Unit, BlockStack] = {}
         self._rotated: tuple[torch.Tensor, Any, tuple[torch.Tensor, torch.Tensor]] | None = None
         self.num_blocks = self._dense.num_blocks
+        self.vocab_size = self._dense.vocab_size
         self.windows = self._dense.windows
         self.device = self._dense.device
         self.dtype = self._dense.dtype
@@ -133,35 +150,60 @@ class BlockRunner:
             hidden_BTE,
             positions_BT,
             slot,
-            {block: mask},
+            {block: mask if slot.tokens is None or mask is None else (mask,)},
             start=block,
             stop=block + 1,
             rotary=self._rotated[2],
+            real_tokens=slot.tokens,
         )
 
-    def add_healed(self, healed: HealedPair) -> None:
-        """Make the survivor of a pair ready to run, as a plan would serve it."""
+    def add_healed(self, healed: HealedUnit) -> None:
+        """Make a unit of healing ready to run, as a plan would serve it."""
         weights = healed.weights
         attach(self.model, weights)
-        plan = PruningPlan(model=self.signature, healed=weights.digest)
-        self._healed[healed.pair] = BlockStack(self.model, plan, healed.pair.stage)
+        plan = self._skipping(healed.unit) if isinstance(healed.unit, Fit) else PruningPlan()
+        plan = plan.model_copy(update={"model": self.signature}).with_healed(weights.digest)
+        self._healed[healed.unit] = BlockStack(self.model, plan, healed.unit.stage)
+
+    def _skipping(self, fit: Fit) -> PruningPlan:
+        """A plan that runs nothing of a fit's block but the fit."""
+        gone = StagePlan(blocks={fit.block: Mode.REMOVED})
+        if fit.kind == "kv":
+            only_kv = StagePlan(blocks={fit.block: Mode.KV_ONLY})
+            return PruningPlan(model=self.signature, prefill=only_kv)
+        prefill = gone if fit.stage == "prefill" else StagePlan()
+        return PruningPlan(model=self.signature, prefill=prefill, decode=gone)
 
     def run_healed(
         self,
-        pair: Pair,
+        unit: Unit,
         hidden_BTE: torch.Tensor,
         positions_BT: torch.Tensor,
         mask: torch.Tensor | None,
         slot: BlockKVSlot,
     ) -> torch.Tensor:
-        """Run the survivor of a pair that was added; attention reads and writes ``slot``."""
-        stack = self._healed[pair]
-        return self._run_one(stack, pair.survivor, hidden_BTE, positions_BT, mask, slot)
+        """Run the survivor of a pair, or a bridge; attention reads and writes ``slot``.
 
-    def write_kv(self, block: int, hidden_BTE: torch.Tensor, positions_BT: torch.Tensor) -> KV:
-        """Keys and values ``(B, H, T, D)`` of one block: bit for bit what attention writes."""
-        slot = BlockKVSlot()
-        stack = self._stacks[Mode.KV_ONLY]
+        The unit was added before.
+        """
+        stack = self._healed[unit]
+        block = unit.survivor if isinstance(unit, Pair) else unit.block
+        return self._run_one(stack, block, hidden_BTE, positions_BT, mask, slot)
+
+    def write_kv(
+        self,
+        block: int,
+        hidden_BTE: torch.Tensor,
+        positions_BT: torch.Tensor,
+        tokens: RealTokens | None = None,
+        refit: Fit | None = None,
+    ) -> KV:
+        """Keys and values ``(B, H, T, D)`` of one block: bit for bit what attention writes.
+
+        With ``refit``, which was added before, they are what its projections write.
+        """
+        slot = BlockKVSlot(tokens=tokens)
+        stack = self._stacks[Mode.KV_ONLY] if refit is None else self._healed[refit]
         stack.run(hidden_BTE, positions_BT, slot, {}, start=block, stop=block + 1)
         assert slot.written is not None, f"kv_only wrote nothing in block {block}"
         return slot.written

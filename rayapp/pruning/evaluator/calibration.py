@@ -31,7 +31,8 @@ class Chunk:
         lines: Indices into :attr:`Calibration.lines`.
         prompts_BT: Prompt token ids, int64, padded on the right with 0.
         prompt_lengths_B: Number of real tokens of every prompt.
-        continuations_BC: Continuation token ids, int64, padded on the right with 0.
+        continuations_BC: Continuation token ids, int64, padded on the right with 0; at least two
+            columns.
         continuation_lengths_B: Number of real tokens of every continuation.
         positions_BT: Positions of the prompt's tokens, int64; a single row if no line has gaps.
         answer_positions_B: Positions of the first answer tokens.
@@ -140,7 +141,7 @@ def _chunk(lines: Sequence[TokenizedLine], group: tuple[int, ...]) -> Chunk:
         lines=group,
         prompts_BT=_padded(prompts),
         prompt_lengths_B=torch.tensor([len(ids) for ids in prompts]),
-        continuations_BC=_padded(continuations),
+        continuations_BC=_padded(continuations, width=2),  # so that decode runs a token
         continuation_lengths_B=torch.tensor([len(ids) for ids in continuations]),
         positions_BT=positions_BT,
         answer_positions_B=answer_positions_B,
@@ -167,8 +168,8 @@ def _about_images(line: TokenizedLine) -> tuple[object, ...]:
     return (line.image_keys, line.positions) if line.image_keys else ()
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    padded = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.int64)
+def _padded(rows: Sequence[Sequence[int]], *, width: int = 0) -> torch.Tensor:
+    padded = torch.zeros((len(rows), max(width, *map(len, rows))), dtype=torch.int64)
     for row, ids in enumerate(rows):
         padded[row, : len(ids)] = torch.tensor(ids)
     return padded

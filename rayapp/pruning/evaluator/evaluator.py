@@ -3,8 +3,10 @@
 A state is named by exactly what it depends on, and looked up before it is computed:
 
 - prefill's hidden state that enters block ``b``: the chunk and prefill's skips before ``b``; the
-  skips of a survivor also say that it is healed, and for which neighbour;
-- the KV of block ``b``: the same names, and the rule whose encoding it went through, if any;
+  skips of a survivor also say that it is healed, and for which neighbour, and those of a span's
+  last block that it has a bridge;
+- the KV of block ``b``: the same names, whether its projections were refit, and the rule whose
+  encoding it went through, if any;
 - decode's hidden state that enters block ``b``: decode's skips before ``b``, and prefill's skips
   before the last block under ``b`` where decode attended, with the transfer rules of the blocks
   where it did.
@@ -12,19 +14,23 @@ A state is named by exactly what it depends on, and looked up before it is compu
 So a candidate restarts at its first changed block, siblings share prefixes when they come in order,
 and a candidate that changes decode alone reuses the whole prefill. Results never depend on which
 states were reused: the same operation runs on the same shapes either way.
-Shapes: B = lines, P = prompt tokens, D = tokens that decode runs, C = continuation tokens,
+
+Only real tokens are run, all lines of a chunk in one row; only KV and attention have padding, and
+only the states that predict a scored token meet the head, a slice of them at a time.
+Shapes: B = lines, P = prompt tokens, D = tokens that decode runs, N = real tokens of all lines,
 E = hidden size, V = vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
 
 from rayapp.kv.quantize import round_trip
+from rayapp.models.likelihood import slice_tokens
 from rayapp.plan import SEND_ALL, KVTransfer, Stage
 from rayapp.pruning.candidates.candidate import (
     ATTENTION,
@@ -35,7 +41,8 @@ from rayapp.pruning.candidates.candidate import (
     kv_rule,
     transfer_of,
 )
-from rayapp.pruning.candidates.healing import NO_HEALING, PARTS, HealedPair, Healing, Pair
+from rayapp.pruning.candidates.fits import Fit, FitKind
+from rayapp.pruning.candidates.healing import NO_HEALING, PARTS, HealedUnit, Healing, Pair
 from rayapp.pruning.evaluator.block_runner import KV, BlockKVSlot, BlockRunner, with_room
 from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.evaluator.handoff import Handoff, handoff
@@ -57,6 +64,8 @@ class _Pass:
 
     ``rules`` are the transfer rules of all blocks; a block where decode does not attend has the
     rule that sends all.
+
+    ``fits`` are the linear maps of a healed candidate, by stage, kind and block.
     """
 
     chunk: int
@@ -64,12 +73,17 @@ class _Pass:
     prefill: tuple[int, ...]
     decode: tuple[int, ...]
     rules: tuple[KVRule, ...]
+    fits: Mapping[tuple[Stage, FitKind, int], Fit] = field(default_factory=dict)
     held: dict[_Key, Tensors] = field(default_factory=dict)
 
     @property
     def is_dense(self) -> bool:
         cut = any(rule[1:] != SEND_ALL_RULE for rule in self.rules)
         return not any(self.prefill) and not any(self.decode) and not cut
+
+    def refit(self, block: int) -> Fit | None:
+        """The projections that write the block's KV in prefill, if they were refit."""
+        return self.fits.get(("prefill", "kv", block))
 
 
 class Evaluator:
@@ -84,8 +98,8 @@ class Evaluator:
 
     Attributes:
         blocks_run: Blocks run so far, counting blocks of which nothing is left too.
-        forwards: Block x token forwards so far, padding included. A part counts one half, and so
-            does the KV of a block that is written without its attention.
+        forwards: Block x token forwards so far. A part counts one half, and so does the KV of a
+            block that is written without its attention.
         masks: Attention masks of both stages' tokens.
     """
 
@@ -117,28 +131,48 @@ class Evaluator:
         use under ``healing`` must have been added before.
         """
         lines = self.calibration.chunks[chunk]
-        valid_BC = self.inputs(chunk).valid_BC
-        reference = self._reference(chunk) if self.objective.kind == "kl" else None
-        sums = []
-        for candidate in candidates:
-            run = self._pass(candidate, chunk, self.objective.kv_transfer, healing)
-            logits_BCV = self._logits(run)
-            values_BC = token_values(self.objective, reference, logits_BCV, lines.continuations_BC)
-            sums_B = values_BC.cpu().masked_fill(~valid_BC, 0.0).sum(dim=1)
-            sums.append(tuple(sums_B.tolist()))
-        return sums
+        token_ids_N = lines.continuations_BC[self.inputs(chunk).valid_BC]
+        states = [
+            self._predicting_states(self._pass(c, chunk, self.objective.kv_transfer, healing))
+            for c in candidates
+        ]
+        values = [list[torch.Tensor]() for _ in candidates]
+        for rows, reference in self._slices(chunk):
+            for state_NE, found in zip(states, values, strict=True):
+                logits_NV = self.runner.logits(state_NE[None, rows])[0]
+                found.append(token_values(self.objective, reference, logits_NV, token_ids_N[rows]))
+        counts_B = lines.continuation_lengths_B.tolist()
+        return [
+            tuple(float(line_N.sum()) for line_N in torch.cat(found).cpu().split(counts_B))
+            for found in values
+        ]
 
-    def add_healed(self, healed: HealedPair) -> None:
+    def add_healed(self, healed: HealedUnit) -> None:
         """Make a trained pair known to candidates that use it."""
         self.runner.add_healed(healed)
 
     @torch.inference_mode()
     def dense_state(self, stage: Stage, chunk: int, block: int) -> torch.Tensor:
         """The dense model's hidden states that enter ``block`` at a stage's positions, ``BTE``."""
-        run = self._pass(DENSE, chunk, {})
+        return self.state(DENSE, stage, chunk, block)
+
+    @torch.inference_mode()
+    def state(
+        self,
+        candidate: Candidate,
+        stage: Stage,
+        chunk: int,
+        block: int,
+        healing: Healing = NO_HEALING,
+    ) -> torch.Tensor:
+        """A candidate's hidden states that enter ``block`` at a stage's positions, ``(B, T, E)``.
+
+        Transfer rules are not applied; units of ``healing`` were added before.
+        """
+        run = self._pass(candidate, chunk, {}, healing)
         if stage == "prefill":
-            return self._prefill_state(run, block)
-        return self._decode_state(run, block)
+            return run.inputs.prefill_tokens.apart(self._prefill_state(run, block))[0]
+        return run.inputs.decode_tokens.apart(self._decode_state(run, block))[0]
 
     @torch.inference_mode()
     def dense_kv(self, chunk: int, block: int) -> KV:
@@ -162,14 +196,15 @@ class Evaluator:
         See :func:`rayapp.models.attention.observed_attention`. Transfer rules are not applied.
         """
         run = self._pass(replace(candidate, kv=()), chunk, {}, healing)
-        skips, inputs = run.prefill if stage == "prefill" else run.decode, run.inputs
+        inputs = run.inputs
         if stage == "prefill":
-            hidden_BTE, positions_BT = self._prefill_state(run, block), inputs.prefill_positions_BP
-            mask, slot = self.masks.prefill(chunk, block), BlockKVSlot()
+            hidden_1NE, positions_1N = self._prefill_state(run, block), inputs.prefill_positions_1N
+            mask = self.masks.prefill(chunk, block)
+            slot = BlockKVSlot(tokens=inputs.prefill_tokens)
         else:
-            hidden_BTE, positions_BT = self._decode_state(run, block), inputs.decode_positions_BD
+            hidden_1NE, positions_1N = self._decode_state(run, block), inputs.decode_positions_1N
             mask, slot = self.masks.decode(chunk, block), _slot(run, self._written_kv(run, block))
-        self._run(stage, block, skips[block], hidden_BTE, positions_BT, mask, slot)
+        self._run(run, stage, block, hidden_1NE, positions_1N, mask, slot)
 
     def inputs(self, chunk: int) -> Handoff:
         """Inputs of both stages on a chunk."""
@@ -194,54 +229,63 @@ class Evaluator:
             kv_rule(b, SEND_ALL if decode[b] & ATTENTION else wanted.get(b, SEND_ALL))
             for b in range(blocks)
         )
-        return _Pass(chunk, self.inputs(chunk), prefill, decode, rules)
+        fits = {(fit.stage, fit.kind, fit.block): fit for fit in healing.fits(candidate)}
+        return _Pass(chunk, self.inputs(chunk), prefill, decode, rules, fits)
 
-    def _reference(self, chunk: int) -> Reference:
-        """The dense stages' outputs with uncut KV, which candidates are compared with."""
-        reference = self._cache.get(("reference", chunk))
-        if reference is None:
-            logits_BCV = self._logits(self._pass(DENSE, chunk, {}))
-            reference = reference_of(self.objective, logits_BCV)
-            self._cache.put(("reference", chunk), reference, dense=True)
-        return reference
+    def _slices(self, chunk: int) -> Iterator[tuple[slice, Reference | None]]:
+        """Scored tokens that meet the head together, so that the memory of logits is bounded.
 
-    def _logits(self, run: _Pass) -> torch.Tensor:
-        """Logits of every continuation token, ``(B, C, V)``.
+        With them comes what candidates are compared with there: the dense stages' outputs with
+        uncut KV, or None if the objective is no comparison.
+        """
+        num_tokens = int(self.inputs(chunk).valid_BC.sum())
+        step = slice_tokens(self.runner.vocab_size)
+        dense_NE = None
+        for start in range(0, num_tokens, step):
+            rows, key = slice(start, start + step), ("reference", chunk, start)
+            reference = self._cache.get(key)
+            if reference is None and self.objective.kind == "kl":
+                if dense_NE is None:
+                    dense_NE = self._predicting_states(self._pass(DENSE, chunk, {}))
+                logits_NV = self.runner.logits(dense_NE[None, rows])[0]
+                reference = reference_of(self.objective, logits_NV)
+                self._cache.put(key, reference, dense=True)
+            yield rows, reference
+
+    def _predicting_states(self, run: _Pass) -> torch.Tensor:
+        """The states ``(N, E)`` that predict every continuation token, line by line.
 
         If prefill runs to the end anyway, it goes first, so that all its KV is written before
         decode.
         """
-        if not run.inputs.first_from_prefill:
-            return self.runner.logits(self._decode_state(run))
-        prompt_BPE = self._prefill_state(run, self.runner.num_blocks)
-        decoded_BDE = self._decode_state(run)
-        last_B = run.inputs.num_prefilled_B.to(prompt_BPE.device) - 1
-        rows_B = torch.arange(len(last_B), device=last_B.device)
-        last_B1E = prompt_BPE[rows_B, last_B][:, None]
-        return self.runner.logits(torch.cat([last_B1E, decoded_BDE], dim=1))
+        inputs = run.inputs
+        if not inputs.first_from_prefill:
+            return self._decode_state(run)[0]
+        prompt_1NE = self._prefill_state(run, self.runner.num_blocks)
+        joined_NE = torch.cat([prompt_1NE[0], self._decode_state(run)[0].to(prompt_1NE.device)])
+        return joined_NE[inputs.predicting_N.to(joined_NE.device)]
 
     def _prefill_state(self, run: _Pass, block: int) -> torch.Tensor:
-        """Prefill's hidden states that enter ``block``, ``(B, P, E)``."""
-        start, hidden_BPE = block, None
-        while start and hidden_BPE is None:
+        """Prefill's hidden states that enter ``block``, ``(1, N, E)``."""
+        start, hidden_1NE, inputs = block, None, run.inputs
+        while start and hidden_1NE is None:
             state = self._find(("prefill", run.chunk, run.prefill[:start]), run)
-            hidden_BPE = state[0] if state else None
-            start -= hidden_BPE is None
-        if hidden_BPE is None:
-            hidden_BPE = self.runner.embed(run.inputs.prefill_ids_BP)
-        positions_BP = run.inputs.prefill_positions_BP
+            hidden_1NE = state[0] if state else None
+            start -= hidden_1NE is None
+        if hidden_1NE is None:
+            ids_1N = inputs.prefill_tokens.joined([inputs.prefill_ids_BP])
+            hidden_1NE = self.runner.embed(ids_1N)
+        positions_1N = inputs.prefill_positions_1N
         for current in range(start, block):
             if run.prefill[current] & ATTENTION and not run.decode[current] & ATTENTION:
-                self._write_kv(run, current, hidden_BPE)
+                self._write_kv(run, current, hidden_1NE)
             mask = self.masks.prefill(run.chunk, current)
-            slot = BlockKVSlot()
-            hidden_BPE = self._run(
-                "prefill", current, run.prefill[current], hidden_BPE, positions_BP, mask, slot
-            )
+            slot = BlockKVSlot(tokens=inputs.prefill_tokens)
+            hidden_1NE = self._run(run, "prefill", current, hidden_1NE, positions_1N, mask, slot)
             if slot.written:
                 self._keep_kv(run, current, slot.written)
-            self._keep(("prefill", run.chunk, run.prefill[: current + 1]), (hidden_BPE,), run)
-        return hidden_BPE
+            self._keep(("prefill", run.chunk, run.prefill[: current + 1]), (hidden_1NE,), run)
+        return hidden_1NE
 
     def _kv(self, run: _Pass, block: int) -> KV:
         """The KV of ``block`` that decode reads: prefill's entries after the transfer.
@@ -268,12 +312,19 @@ class Evaluator:
             return self._write_kv(run, block, self._prefill_state(run, block))
         return kv[0], kv[1]
 
-    def _write_kv(self, run: _Pass, block: int, hidden_BPE: torch.Tensor) -> KV:
+    def _write_kv(self, run: _Pass, block: int, hidden_1NE: torch.Tensor) -> KV:
         """Write the KV of ``block`` from the states that enter it, without its attention."""
         kv = self._find(_kv_key(run, block), run)
         if kv is None:
-            self.forwards += hidden_BPE.shape[0] * hidden_BPE.shape[1] / 2
-            written = self.runner.write_kv(block, hidden_BPE, run.inputs.prefill_positions_BP)
+            self.forwards += hidden_1NE.shape[1] / 2
+            inputs = run.inputs
+            written = self.runner.write_kv(
+                block,
+                hidden_1NE,
+                inputs.prefill_positions_1N,
+                inputs.prefill_tokens,
+                run.refit(block),
+            )
             return self._keep_kv(run, block, written)
         return kv[0], kv[1]
 
@@ -296,43 +347,44 @@ class Evaluator:
         return keys_BHPD, values_BHPD
 
     def _decode_state(self, run: _Pass, stop: int | None = None) -> torch.Tensor:
-        """Decode's hidden states ``(B, D, E)`` that enter block ``stop``; None is the end."""
+        """Decode's hidden states ``(1, N, E)`` that enter block ``stop``; None is the end."""
         stop = self.runner.num_blocks if stop is None else stop
-        start, hidden_BDE = stop, None
-        while start and hidden_BDE is None:
+        start, hidden_1NE, inputs = stop, None, run.inputs
+        while start and hidden_1NE is None:
             state = self._find(_decode_key(run, start), run)
-            hidden_BDE = state[0] if state else None
-            start -= hidden_BDE is None
-        if hidden_BDE is None:
-            hidden_BDE = self.runner.embed(run.inputs.decode_ids_BD)
-        positions_BD = run.inputs.decode_positions_BD
+            hidden_1NE = state[0] if state else None
+            start -= hidden_1NE is None
+        if hidden_1NE is None:
+            hidden_1NE = self.runner.embed(inputs.decode_tokens.joined([inputs.decode_ids_BD]))
+        positions_1N = inputs.decode_positions_1N
+        if not positions_1N.numel():  # All answers have one token, which prefill predicts.
+            return hidden_1NE
         for block in range(start, stop):
             attends = not run.decode[block] & ATTENTION
             slot = _slot(run, self._kv(run, block)) if attends else BlockKVSlot()
             mask = self.masks.decode_bias(run.chunk, block, run.rules[block]) if attends else None
-            hidden_BDE = self._run(
-                "decode", block, run.decode[block], hidden_BDE, positions_BD, mask, slot
-            )
-            self._keep(_decode_key(run, block + 1), (hidden_BDE,), run)
-        return hidden_BDE
+            hidden_1NE = self._run(run, "decode", block, hidden_1NE, positions_1N, mask, slot)
+            self._keep(_decode_key(run, block + 1), (hidden_1NE,), run)
+        return hidden_1NE
 
     def _run(
         self,
+        run: _Pass,
         stage: Stage,
         block: int,
-        skipped: int,
-        hidden_BTE: torch.Tensor,
-        positions_BT: torch.Tensor,
+        hidden_1NE: torch.Tensor,
+        positions_1N: torch.Tensor,
         mask: torch.Tensor | None,
         slot: BlockKVSlot,
     ) -> torch.Tensor:
+        skipped = run.prefill[block] if stage == "prefill" else run.decode[block]
         self.blocks_run += 1
         parts_run = 2 - (skipped & PARTS).bit_count()
-        self.forwards += hidden_BTE.shape[0] * hidden_BTE.shape[1] * parts_run / 2
+        self.forwards += hidden_1NE.shape[1] * parts_run / 2
         if skipped & ~PARTS:
-            pair = Pair.of_mark(stage, block, skipped)
-            return self.runner.run_healed(pair, hidden_BTE, positions_BT, mask, slot)
-        return self.runner.run(block, skipped, hidden_BTE, positions_BT, mask, slot)
+            unit = run.fits.get((stage, "bridge", block)) or Pair.of_mark(stage, block, skipped)
+            return self.runner.run_healed(unit, hidden_1NE, positions_1N, mask, slot)
+        return self.runner.run(block, skipped, hidden_1NE, positions_1N, mask, slot)
 
     def _find(self, key: _Key, run: _Pass) -> Tensors | None:
         return run.held.get(key) or self._cache.get(key)
@@ -348,14 +400,16 @@ class Evaluator:
 
 def _slot(run: _Pass, kv: KV) -> BlockKVSlot:
     """A slot in which decode's entries follow those of the prompt."""
-    return BlockKVSlot(prefix=kv, room=run.inputs.decode_ids_BD.shape[1])
+    inputs = run.inputs
+    return BlockKVSlot(prefix=kv, room=inputs.decode_ids_BD.shape[1], tokens=inputs.decode_tokens)
 
 
 def _kv_key(run: _Pass, block: int) -> _Key:
-    return ("kv", run.chunk, block, run.prefill[:block])
+    return ("kv", run.chunk, block, run.prefill[:block], run.refit(block))
 
 
 def _decode_key(run: _Pass, block: int) -> _Key:
     attended = [b for b in range(block) if not run.decode[b] & ATTENTION]
     prefill = run.prefill[: attended[-1]] if attended else ()
-    return ("decode", run.chunk, run.decode[:block], prefill, run.rules[:block])
+    refits = tuple(filter(None, map(run.refit, attended)))
+    return ("decode", run.chunk, run.decode[:block], prefill, refits, run.rules[:block])

@@ -4,16 +4,18 @@ Prompts are padded on the right, so entry ``k`` of a prefix lies at position ``k
 last, and no real token ever attends to it. Entries that a transfer rule drops stay in place and are
 masked, which gives the same result as not sending them, without a gather per rule.
 Shapes: B = lines, P = prompt tokens that prefill runs (padded), C = continuation tokens (padded),
-D = tokens that decode runs, K = P + D entries.
+D = tokens that decode runs, K = P + D entries, N = real tokens of all lines.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from rayapp.kv.cache import held_entries
+from rayapp.models.real_tokens import RealTokens
 from rayapp.plan import KVTransfer, Stage
 from rayapp.pruning.evaluator.calibration import Chunk
 
@@ -40,6 +42,45 @@ class Handoff:
     decode_positions_BD: torch.Tensor
     first_from_prefill: bool
     valid_BC: torch.Tensor
+
+    @cached_property
+    def prefill_tokens(self) -> RealTokens:
+        """The real tokens among those that prefill runs."""
+        return RealTokens(
+            [torch.arange(self.prefill_ids_BP.shape[1]) < self.num_prefilled_B[:, None]]
+        )
+
+    @cached_property
+    def prefill_positions_1N(self) -> torch.Tensor:
+        """Positions of prefill's real tokens."""
+        positions_BP = self.prefill_positions_BP.expand(len(self.prefill_ids_BP), -1)
+        return self.prefill_tokens.joined([positions_BP])
+
+    @cached_property
+    def decode_tokens(self) -> RealTokens:
+        """The real tokens among those that decode runs."""
+        num_steps = self.decode_ids_BD.shape[1]
+        return RealTokens([self.valid_BC[:, self.valid_BC.shape[1] - num_steps :]])
+
+    @cached_property
+    def decode_positions_1N(self) -> torch.Tensor:
+        """Positions of decode's real tokens."""
+        return self.decode_tokens.joined([self.decode_positions_BD])
+
+    @cached_property
+    def predicting_N(self) -> torch.Tensor:
+        """Places of the states that predict the continuations' tokens, line by line.
+
+        Places count through the real tokens of prefill, then through those of decode.
+        """
+        after_B = self.num_prefilled_B.cumsum(0)
+        num_new_B = self.valid_BC.sum(dim=1) - int(self.first_from_prefill)
+        steps_N = torch.arange(int(num_new_B.sum())) + self.num_prefilled_B.sum()
+        rows = [
+            torch.cat([last[None], steps]) if self.first_from_prefill else steps
+            for last, steps in zip(after_B - 1, steps_N.split(num_new_B.tolist()), strict=True)
+        ]
+        return torch.cat(rows)
 
     def prefill_mask(self, window: int | None) -> torch.Tensor | None:
         """Mask of prompt tokens in a block with this sliding window; None is the causal mask."""

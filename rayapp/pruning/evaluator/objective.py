@@ -14,11 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from rayapp.errors import SearchError
-from rayapp.models.likelihood import kl, kl_top_k, log_softmax64, nll, top_k
+from rayapp.models.likelihood import dense_logits, kl_from, kl_top_k, nll, top_k
 from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.settings.objective import Objective
-
-_SLICE_ELEMENTS = 1 << 22  # Number of logits that are float64 at one time: 32 MB per copy.
 
 
 @dataclass(frozen=True)
@@ -39,48 +37,32 @@ class Score:
 
 
 Reference = tuple[torch.Tensor, ...]
-"""The dense model's outputs that candidates are compared with: log-probabilities and probabilities,
-float64; if these would be large, logits ``(B, C, V)``; or the ``top_k`` of logits."""
+"""The dense model's outputs that candidates are compared with: logits ``(..., V)`` in the model's
+element type and three numbers a token (:data:`rayapp.models.likelihood.DenseLogits`), or the
+``top_k`` of logits."""
 
 
-def reference_of(objective: Objective, logits_BCV: torch.Tensor) -> Reference:
-    """The reference that dense logits make; bounded in size if only the likeliest tokens count."""
-    if not objective.kl_top_k and logits_BCV.numel() <= _SLICE_ELEMENTS:
-        logprobs_BCV = log_softmax64(logits_BCV)
-        return logprobs_BCV, logprobs_BCV.exp()
-    if not objective.kl_top_k:
-        return (logits_BCV,)
-    slices = [top_k(logits_BCV[rows], objective.kl_top_k) for rows in _slices(logits_BCV)]
-    return tuple(torch.cat(parts) for parts in zip(*slices, strict=True))
+def reference_of(objective: Objective, logits_CV: torch.Tensor) -> Reference:
+    """The reference that dense logits make; small if only the likeliest tokens count."""
+    if objective.kl_top_k:
+        return top_k(logits_CV, objective.kl_top_k)
+    return dense_logits(logits_CV)
 
 
 def token_values(
     objective: Objective,
     reference: Reference | None,
-    logits_BCV: torch.Tensor,
-    token_ids_BC: torch.Tensor,
+    logits_CV: torch.Tensor,
+    token_ids_C: torch.Tensor,
 ) -> torch.Tensor:
-    """The objective at every continuation token, ``(B, C)``, float64; slices bound memory."""
-    token_ids_BC = token_ids_BC.to(logits_BCV.device)
-    parts = []
-    for rows in _slices(logits_BCV):
-        if objective.kind == "nll" or reference is None:
-            parts.append(nll(logits_BCV[rows], token_ids_BC[rows]))
-        elif objective.kl_top_k:
-            top_BCK, ids_BCK, others_BC = (tensor[rows] for tensor in reference)
-            parts.append(kl_top_k((top_BCK, ids_BCK, others_BC), logits_BCV[rows]))
-        elif len(reference) == 2:
-            logprobs_BCV, probs_BCV = (tensor[rows] for tensor in reference)
-            gaps_BCV = logprobs_BCV - log_softmax64(logits_BCV[rows])
-            parts.append((probs_BCV * gaps_BCV).sum(dim=-1))
-        else:
-            parts.append(kl(reference[0][rows], logits_BCV[rows]))
-    return torch.cat(parts)
-
-
-def _slices(logits_BCV: torch.Tensor) -> list[slice]:
-    step = max(1, _SLICE_ELEMENTS // logits_BCV[0].numel())
-    return [slice(start, start + step) for start in range(0, len(logits_BCV), step)]
+    """The objective at every continuation token, ``(C,)``, float64; any leading shape works."""
+    if objective.kind == "nll" or reference is None:
+        return nll(logits_CV, token_ids_C)
+    if objective.kl_top_k:
+        top_CK, ids_CK, others_C = reference
+        return kl_top_k((top_CK, ids_CK, others_C), logits_CV)
+    dense_CV, norms_C, totals_C, likeliest_C = reference
+    return kl_from((dense_CV, norms_C, totals_C, likeliest_C), logits_CV)
 
 
 def combine(

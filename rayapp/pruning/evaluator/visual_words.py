@@ -120,6 +120,7 @@ class ImageWordReader:
             positions=None if gapless else (*prompt.positions_T.tolist(), prompt.next_position),
             num_removed=prompt.num_visual_tokens_removed,
             image_keys=tuple(image.digest + rule for image in images),
+            ends=tokenized.ends,
         )
 
     def take(self) -> VisualWords | None:

@@ -1,5 +1,5 @@
-"""Training of the survivors that take over the work of removed blocks.
+"""Healing of removed blocks: survivors that are trained, and linear maps in closed form.
 
-The meaning of healing for a candidate (its pairs) is data and lives with the candidates; this room
-trains pairs and keeps their tensors.
+The meaning of healing for a candidate (its pairs and fits) is data and lives with the candidates;
+this room trains pairs, solves fits, and keeps their tensors.
 """

@@ -1,4 +1,4 @@
-"""Trains the survivor of one pair to do the work of two blocks, on the dense model's states alone.
+"""Heals one unit at a time, on the dense model's states alone: trains a pair, or solves a fit.
 
 The survivor gets the states that enter the first block of the pair at one stage's positions, and is
 trained towards the states that leave the last block. In decode it attends as it will be served: to
@@ -24,13 +24,15 @@ from transformers import PreTrainedModel
 from rayapp.data.lines import TokenizedLine
 from rayapp.errors import DataError, SearchError
 from rayapp.models.blocks import text_config
-from rayapp.models.fingerprint import canonical_name
+from rayapp.models.fingerprints.fingerprint import canonical_name
+from rayapp.models.products import unpack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan, Stage
-from rayapp.pruning.candidates.healing import HealedPair, Pair
+from rayapp.pruning.candidates.healing import HealedUnit, Pair, Unit
 from rayapp.pruning.evaluator.block_runner import KV, BlockKVSlot
 from rayapp.pruning.evaluator.calibration import Calibration, cut
 from rayapp.pruning.evaluator.evaluator import Evaluator
+from rayapp.pruning.healing.closed_form import LinearFitter
 from rayapp.pruning.settings.compute import CACHE_BYTES
 from rayapp.pruning.settings.objective import Objective
 from rayapp.pruning.settings.training import DEFAULT_TRAINING, Training
@@ -64,7 +66,7 @@ class _Batch:
 
 
 class Healer:
-    """Trains pairs of one dense model.
+    """Trains pairs of one dense model, and solves its fits.
 
     Args:
         model: The dense model, which is left as it is.
@@ -91,8 +93,18 @@ class Healer:
         train, held_back = split(lines, batch_tokens)
         self._train = Evaluator(model, train, objective, cache_bytes=cache_bytes - share)
         self._held_back = Evaluator(model, held_back, objective, cache_bytes=share)
+        self._fitter = LinearFitter(self._train, self._held_back, cache_bytes=share)
 
-    def heal(self, pair: Pair) -> HealedPair:
+    def heal(self, unit: Unit) -> HealedUnit:
+        """Train a pair, or solve a fit.
+
+        Raises:
+            DataError: There is no token at the unit's stage.
+            SearchError: The dense model's own states are not finite.
+        """
+        return self._train_pair(unit) if isinstance(unit, Pair) else self._fitter.solve(unit)
+
+    def _train_pair(self, pair: Pair) -> HealedUnit:
         """Train one pair; its tensors are the same wherever it is trained on one kind of machine.
 
         If training does not improve the survivor on the held-back lines, it stays as it was.
@@ -116,8 +128,8 @@ class Healer:
         after = survivor.loss(held_back)
         if not after < before:  # an infinite or undefined error is no improvement either
             logger.warning("healing %s: training did not help (%g, %g)", pair, before, after)
-            return HealedPair(pair, dense, before, before)
-        return HealedPair(pair, survivor.tensors(), before, after)
+            return HealedUnit(pair, dense, before, before)
+        return HealedUnit(pair, survivor.tensors(), before, after)
 
     def _fit(self, survivor: _Survivor, batches: list[_Batch], rng: random.Random) -> None:
         training = self._training
@@ -139,6 +151,7 @@ class _Survivor:
         self.pair = pair
         self._stack = BlockStack(model, PruningPlan(), pair.stage)
         self._block = self._stack.blocks[pair.survivor]
+        unpack(self._block)
         self._dtype = self._stack.dtype
         self._names: dict[str, nn.Parameter] = {}
         for prefix, module in self._block.named_modules():

@@ -10,11 +10,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from rayapp.data.seen import Seen
 from rayapp.errors import InputError, PlanError
 from rayapp.plan import HEALED_FILE, KEY_GROUP, PLAN_FILE, KVTransfer, PruningPlan
 from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.evaluator.objective import Score
-from rayapp.pruning.healing.trained_pairs import pairs_of_plan
+from rayapp.pruning.healing.healed_units import units_of_plan
 from rayapp.pruning.kv_choice.bytes import KVBytes
 from rayapp.pruning.kv_choice.cuts import every_cut, first_and_last
 from rayapp.pruning.kv_choice.elimination import NUM_HALVINGS, Elimination, Goal, Step
@@ -93,7 +94,7 @@ class _Selection:
         self._check_evaluations()
         self._storage = Storage(check_out(settings, plan))
         if plan.healed:
-            scorer.heal_as(pairs_of_plan(plan))
+            scorer.heal_as(units_of_plan(plan))
         self._record = KVRecord(self._storage, self._subject())
 
     def run(self) -> KVSelection:
@@ -106,7 +107,7 @@ class _Selection:
             self._base,
             cut,
             scorer.healing,
-            pairs=scorer.pairs(self._base),
+            units=scorer.units(self._base),
         )
         self._record.write(
             settings=self._settings.identity(self._score_settings),
@@ -338,6 +339,7 @@ class _Selection:
             "settings": self._settings.identity(self._score_settings),
             "calibration": self._scorer.calibration.fingerprint,
             "num_lines": len(self._scorer.calibration.lines),
+            "seen": Seen.of([self._score_settings.calibration]).model_dump(mode="json"),
             **{key: value for key, value in selection.record().items() if key != "blocks"},
         }
         provenance = {**self._plan.provenance, "kv_select": summary}

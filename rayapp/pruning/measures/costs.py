@@ -22,6 +22,7 @@ import torch
 from rayapp.data.lines import TokenizedLine
 from rayapp.kv.cache import held_entries
 from rayapp.kv.quantize import buffer_sizes
+from rayapp.models.healed import Bridge
 from rayapp.plan import SEND_ALL, KVTransfer, ModelSignature
 from rayapp.pruning.candidates.candidate import ATTENTION, DENSE, MLP, Candidate
 from rayapp.pruning.evaluator.block_runner import BlockKVSlot, BlockRunner
@@ -49,6 +50,8 @@ class Costs:
         decode_rest: Seconds of the same for one token of decode.
         kv_bytes: Bytes of the prompt's KV by block, uncut.
         sent_bytes: Bytes of the same KV under the transfer rules.
+        prefill_bridge: Seconds of the linear map of one span in prefill.
+        decode_bridge: Seconds of the same for one token of decode.
     """
 
     prompt_tokens: int
@@ -60,6 +63,8 @@ class Costs:
     decode_rest: float
     kv_bytes: tuple[int, ...]
     sent_bytes: tuple[int, ...]
+    prefill_bridge: float = 0.0
+    decode_bridge: float = 0.0
 
     @classmethod
     def loads(cls, text: str) -> Costs:
@@ -79,8 +84,8 @@ class Costs:
         """Number of the model's blocks."""
         return len(self.kv_bytes)
 
-    def prefill_s(self, candidate: Candidate) -> float:
-        """Seconds of one prefill."""
+    def prefill_s(self, candidate: Candidate, num_bridges: int = 0) -> float:
+        """Seconds of one prefill, with so many bridges over removed spans."""
         decode = candidate.skips("decode", self.num_blocks)
         prefill = candidate.skips("prefill", self.num_blocks)
         kv = [
@@ -88,11 +93,14 @@ class Costs:
             for block, seconds in enumerate(self.prefill_kv)
             if prefill[block] & ATTENTION and not decode[block] & ATTENTION
         ]
-        return math.fsum([self.prefill_rest, *_kept(self.prefill_parts, candidate.prefill), *kv])
+        bridges = num_bridges * self.prefill_bridge
+        kept = _kept(self.prefill_parts, candidate.prefill)
+        return math.fsum([self.prefill_rest, bridges, *kept, *kv])
 
-    def decode_s(self, candidate: Candidate) -> float:
-        """Seconds of one decode step."""
-        return math.fsum([self.decode_rest, *_kept(self.decode_parts, candidate.decode)])
+    def decode_s(self, candidate: Candidate, num_bridges: int = 0) -> float:
+        """Seconds of one decode step, with so many bridges over removed spans."""
+        bridges = num_bridges * self.decode_bridge
+        return math.fsum([self.decode_rest, bridges, *_kept(self.decode_parts, candidate.decode)])
 
     def bytes_sent(self, candidate: Candidate) -> int:
         """Bytes of the KV that one prompt sends, without headers."""
@@ -105,14 +113,24 @@ class Costs:
         """Seconds from the prompt to the last token, without the transfer."""
         return self.prefill_s(candidate) + (self.answer_tokens - 1) * self.decode_s(candidate)
 
-    def expected_s(self, prefill_remove: float, decode_remove: float, *, kv_modes: bool) -> float:
+    def expected_s(
+        self,
+        prefill_remove: float,
+        decode_remove: float,
+        *,
+        kv_modes: bool,
+        bridged: bool = False,
+    ) -> float:
         """Expected ``total_s`` for given sizes: parts cost their mean.
 
-        With kv modes prefill writes all KV.
+        With kv modes prefill writes all KV. If spans are ``bridged``, every removed block counts a
+        bridge of its own, which is the most that there can be.
         """
         prefill = sum(self.prefill_parts) / self.num_blocks
         decode = sum(self.decode_parts) / self.num_blocks
         written = sum(self.prefill_kv) / self.num_blocks if kv_modes else 0.0
+        if bridged:
+            written, decode = written + self.prefill_bridge, decode - self.decode_bridge
         saved_s = prefill_remove * max(0.0, prefill - written)
         saved_s += (self.answer_tokens - 1) * decode_remove * decode
         return self.total_s(DENSE) - saved_s
@@ -150,6 +168,8 @@ def measure_costs(evaluator: Evaluator) -> Costs:
         decode_rest=_time_rest(runner, inputs.decode_ids_BD),
         kv_bytes=tuple(sizes),
         sent_bytes=tuple(sent),
+        prefill_bridge=_time_bridge(runner, inputs.prefill_ids_BP),
+        decode_bridge=_time_bridge(runner, inputs.decode_ids_BD),
     )
 
 
@@ -182,6 +202,16 @@ def _time_block(
 def _time_rest(runner: BlockRunner, token_ids_BT: torch.Tensor) -> float:
     """Seconds of the work around the blocks, with logits of one token."""
     return _seconds(lambda: runner.logits(runner.embed(token_ids_BT)[:, -1:]), runner.device)
+
+
+def _time_bridge(runner: BlockRunner, token_ids_BT: torch.Tensor) -> float:
+    """Seconds of a linear map of the residual of these tokens."""
+    hidden_BTE = runner.embed(token_ids_BT)
+    bridge = Bridge(hidden_BTE.shape[-1], epsilon=1e-6).to_empty(device=hidden_BTE.device)
+    bridge = bridge.to(hidden_BTE.dtype).requires_grad_(False)
+    for parameter in bridge.parameters():
+        parameter.zero_()
+    return _seconds(lambda: bridge(hidden_BTE), runner.device)
 
 
 def _seconds(action: Callable[[], object], device: torch.device) -> float:

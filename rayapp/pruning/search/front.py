@@ -16,11 +16,12 @@ from typing import Any
 from rayapp.models.hub import from_directory
 from rayapp.plan import PLAN_FILE, STAGES, ModelSignature
 from rayapp.pruning.candidates.candidate import Candidate
+from rayapp.pruning.candidates.healing import Healing
 from rayapp.pruning.evaluator.objective import Score
 from rayapp.pruning.measures.costs import Costs
 from rayapp.pruning.progress import ProgressCallback
 from rayapp.pruning.scorer import Scorer
-from rayapp.pruning.search.run import SearchResult, run_search, write_plan
+from rayapp.pruning.search.run import SearchResult, run_search, seen_by, write_plan
 from rayapp.pruning.search.sizes import kept_costs
 from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.pruning.settings.search import SearchSettings
@@ -97,7 +98,7 @@ def search_front(
         for settings in _searches(search)
     ]
     scores = _whole_scores(searches, len(scorer.calibration.chunks))
-    points = undominated(_point(candidate, scores[candidate], costs) for candidate in scores)
+    points = undominated(_point(c, scores[c], costs, scorer.healing) for c in scores)
     _write(storage, score, search, model, points, scores, scorer)
     return FrontResult(tuple(points), tuple(searches))
 
@@ -128,12 +129,13 @@ def _whole_scores(searches: Sequence[SearchResult], num_chunks: int) -> dict[Can
     }
 
 
-def _point(candidate: Candidate, score: Score, costs: Costs) -> Point:
+def _point(candidate: Candidate, score: Score, costs: Costs, healing: Healing) -> Point:
+    prefill, decode = (healing.num_bridges(candidate, stage) for stage in STAGES)
     return Point(
         candidate,
         score.value,
-        costs.prefill_s(candidate),
-        costs.decode_s(candidate),
+        costs.prefill_s(candidate, prefill),
+        costs.decode_s(candidate, decode),
         costs.bytes_sent(candidate),
     )
 
@@ -168,6 +170,7 @@ def _write(
 ) -> None:
     """Write the plans first and their list last, so that the list names no missing plan."""
     rows: list[dict[str, Any]] = []
+    seen = seen_by(score, search)
     for number, point in enumerate(points):
         directory = f"front/{number:02d}"
         plan = point.candidate.plan(
@@ -178,6 +181,7 @@ def _write(
             provenance={
                 **from_directory(score.model).provenance,
                 "settings": {**search.identity, **score.identity},
+                "seen": seen,
                 "score": point.score,
                 "score_by_task": scores[point.candidate].tasks,
                 "estimated": dict(zip(PRICE, point.price, strict=True)),

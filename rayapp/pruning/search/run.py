@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from rayapp import __version__
+from rayapp.data.seen import Seen
 from rayapp.errors import SearchError
 from rayapp.models.hub import from_directory
 from rayapp.plan import HEALED_FILE, PLAN_FILE, STAGES, ModelSignature, PruningPlan
@@ -31,7 +32,7 @@ from rayapp.pruning.methods.method import Generation, SearchMethod, Setup
 from rayapp.pruning.methods.table import GRADIENT_METHODS, METHODS
 from rayapp.pruning.progress import ProgressCallback, SearchProgress
 from rayapp.pruning.scorer import Scorer
-from rayapp.pruning.search.journal import Journal, Trial, check_replayed
+from rayapp.pruning.search.journal import JOURNAL_FILE, Journal, Trial, check_replayed
 from rayapp.pruning.search.racing import race
 from rayapp.pruning.search.trials import write_trials
 from rayapp.pruning.settings.score import ScoreSettings
@@ -138,7 +139,28 @@ class _Search:
         self._replayed = 0
 
     def run(self) -> SearchResult:
-        """Run generation by generation to the end."""
+        """Run generation by generation to the end, or to an interrupt, and write the best plan.
+
+        Raises:
+            KeyboardInterrupt: The search was interrupted; the message says what it keeps.
+        """
+        try:
+            self._run()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._interrupted()) from None
+        return self._finish()
+
+    def _interrupted(self) -> str:
+        """Keep the best plan so far, and say so."""
+        kept = (
+            f"{len(self._told)} candidates are scored and stay in "
+            f"{self._storage.location}/{JOURNAL_FILE}; the same command with --resume goes on"
+        )
+        if self._best is None:
+            return f"no plan yet; {kept}"
+        return f"best so far: {self._finish(interrupted=True).summary(self._settings.out)}; {kept}"
+
+    def _run(self) -> None:
         replay = iter(list(self._journal.generations))
         method = self._method()
         dense = Generation((DENSE,), "dense")
@@ -149,7 +171,6 @@ class _Search:
         if runners_up := self._runners_up():
             verified = Generation(runners_up, VERIFIED)
             self._generation(verified, next(replay, None), left=len(runners_up))
-        return self._finish()
 
     def _runners_up(self) -> tuple[Candidate, ...]:
         """The best estimates after races, to be scored on all chunks before a plan is chosen."""
@@ -162,7 +183,7 @@ class _Search:
     def _method(self) -> SearchMethod:
         settings, kind = self._settings, METHODS[self._settings.method]
         compute = self._scorer.compute
-        splits_blocks = settings.pruning_set or settings.heal == "pair"
+        splits_blocks = settings.pruning_set or settings.trains_pairs == "pair"
         uses_influence = kind.uses_influence or splits_blocks
         if uses_influence and self._journal.influence is None:
             self._journal.add_influence(_checked(compute.measure(measure_influence)))
@@ -173,7 +194,7 @@ class _Search:
             assert influence is not None, "measured above"
             self._space = _restricted(self._space, influence, settings.distillation_threshold)
         if settings.heal != "none":
-            self._scorer.heal_with(_healing(settings, self._model.num_blocks, influence))
+            self._scorer.heal_with(self._healing(influence))
         return kind(
             Setup(
                 space=self._space,
@@ -183,6 +204,26 @@ class _Search:
                 influence=influence,
                 gate_hessian=self._journal.gate_hessian,
             )
+        )
+
+    def _healing(self, influence: Influence | None) -> Healing:
+        """The removed blocks that get survivors, and whether maps heal what these leave."""
+        settings, num_blocks, healing = self._settings, self._model.num_blocks, Healing()
+        if settings.trains_pairs == "all":
+            healing = Healing.of_all(num_blocks)
+        elif settings.trains_pairs == "pair":
+            assert influence is not None, "measured before"
+            prefill, decode = (
+                distillation_set(influence, stage, num_blocks, settings.distillation_threshold)
+                for stage in STAGES
+            )
+            healing = Healing(num_blocks, prefill, decode)
+        return replace(
+            healing,
+            num_blocks=num_blocks,
+            linear=settings.heals_linearly,
+            served=settings.heal_states == "served",
+            first_token=self._score_settings.first_token,
         )
 
     def _generation(
@@ -214,7 +255,7 @@ class _Search:
         def report(finished: float) -> None:
             self._report(generation.phase, finished, left - finished)
 
-        self._scorer.heal(new, lambda *pairs: self._report(generation.phase, 0.0, left, pairs))
+        self._scorer.heal(new, lambda *units: self._report(generation.phase, 0.0, left, units))
         if self._settings.racing and generation.phase != VERIFIED:
             scores = race(self._scorer, new, self._number, on_progress=report)
         else:
@@ -245,7 +286,7 @@ class _Search:
             self._best = rank
 
     def _report(
-        self, phase: str, unfinished: float, left: float, pairs: tuple[int, int] | None = None
+        self, phase: str, unfinished: float, left: float, units: tuple[int, int] | None = None
     ) -> None:
         if self._on_progress is None:
             return
@@ -259,11 +300,11 @@ class _Search:
                 best=str(self._best[1]) if self._best else None,
                 best_score=self._best[0] if self._best else None,
                 num_evaluators=self._scorer.compute.num_evaluators,
-                pairs=pairs,
+                units=units,
             )
         )
 
-    def _finish(self) -> SearchResult:
+    def _finish(self, *, interrupted: bool = False) -> SearchResult:
         if self._best is None:
             raise SearchError(
                 f"{len(self._told)} candidates were scored, none of them within the sizes and sets "
@@ -276,9 +317,9 @@ class _Search:
             first_token=self._score_settings.first_token,
             kv_transfer=self._score_settings.kv_transfer,
             visual_tokens=self._score_settings.visual_tokens,
-            provenance=self._provenance(seconds),
+            provenance=self._provenance(seconds) | ({"interrupted": True} if interrupted else {}),
         )
-        write_trials(self._storage, self._trials, self._scorer.pairs)
+        write_trials(self._storage, self._trials, self._scorer.units)
         plan = write_plan(self._storage, plan, best, self._scorer)
         return SearchResult(
             plan=plan,
@@ -306,6 +347,7 @@ class _Search:
             **{key: value for key, value in self._header().items() if key != "model"},
             "environment": self._environment,
             "num_lines": len(self._scorer.calibration.lines),
+            "seen": seen_by(self._score_settings, self._settings),
             "score": best.value,
             "score_by_task": best.tasks,
             "dense_score": dense.value,
@@ -316,32 +358,25 @@ class _Search:
         }
 
 
+def seen_by(score: ScoreSettings, search: SearchSettings) -> dict[str, Any]:
+    """The files that a search chooses and trains on, as the plan's provenance names them."""
+    return Seen.of([score.calibration, search.heal_data]).model_dump(mode="json")
+
+
 def write_plan(
     storage: Storage, plan: PruningPlan, candidate: Candidate, scorer: Scorer
 ) -> PruningPlan:
     """Write a candidate's plan, after the healed tensors that it was scored with, if any."""
-    pairs = scorer.pairs(candidate)
-    if pairs and scorer.healed is not None:
-        weights = scorer.healed.weights(pairs)
+    units = scorer.units(candidate)
+    if units and scorer.healed is not None:
+        weights = scorer.healed.weights(units)
         storage.write_bytes(HEALED_FILE, weights.dumps())
-        records = [dict(scorer.healed.record(pair)) for pair in pairs]
+        records = [dict(scorer.healed.record(unit)) for unit in units]
         directory = None if "://" in storage.location else Path(storage.location).absolute()
         plan = plan.model_copy(update={"provenance": {**plan.provenance, "healed": records}})
         plan = plan.with_healed(weights.digest, directory)
     storage.write_bytes(PLAN_FILE, plan.dumps().encode())
     return plan
-
-
-def _healing(settings: SearchSettings, num_blocks: int, influence: Influence | None) -> Healing:
-    """The removed blocks that are healed."""
-    if settings.heal == "all":
-        return Healing.of_all(num_blocks)
-    assert influence is not None, "measured before"
-    prefill, decode = (
-        distillation_set(influence, stage, num_blocks, settings.distillation_threshold)
-        for stage in STAGES
-    )
-    return Healing(num_blocks, prefill, decode)
 
 
 def _check_method(settings: SearchSettings, space: Space) -> None:

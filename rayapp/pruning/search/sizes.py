@@ -76,4 +76,5 @@ def sizes_for(settings: SearchSettings, costs: Costs, target: float) -> tuple[fl
 def _expected(settings: SearchSettings, costs: Costs, prefill: float, decode: float) -> float:
     dense_s = costs.expected_s(0, 0, kv_modes=False)
     kv_modes = settings.kv_modes and not settings.shared
-    return dense_s / costs.expected_s(prefill, decode, kv_modes=kv_modes)
+    bridged = settings.heals_linearly
+    return dense_s / costs.expected_s(prefill, decode, kv_modes=kv_modes, bridged=bridged)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayapp.pruning.candidates.candidate import Candidate
-from rayapp.pruning.candidates.healing import Pair
+from rayapp.pruning.candidates.healing import Unit
 from rayapp.pruning.search.journal import Trial
 from rayapp.pruning.storage import Storage
 
@@ -18,14 +18,14 @@ TRIALS_FILE = "trials.parquet"
 def write_trials(
     storage: Storage,
     trials: Sequence[Trial],
-    pairs_of: Callable[[Candidate], Sequence[Pair]] = lambda _: (),
+    units_of: Callable[[Candidate], Sequence[Unit]] = lambda _: (),
 ) -> None:
     """Write one row per trial, in the order in which the method got their scores.
 
     Columns: ``generation``, ``phase``, ``prefill`` and ``decode`` (removed units: ``"3"`` is a
     whole block, ``"3.attention"`` and ``"3.mlp"`` its parts), ``kv`` (transfer rules of its own:
     ``"3:4+0.25 int8"``), ``prefill_removed`` and ``decode_removed`` (blocks), ``healed`` (the
-    pairs of ``pairs_of``: ``"decode 4 into 5"``), ``score`` (lower is better), ``score/<task>``,
+    units of ``units_of``: ``"decode 4 into 5"``), ``score`` (lower is better), ``score/<task>``,
     ``chunks`` that it was scored on (fewer than the most: it lost a race, and ``score`` is an
     estimate), and ``seconds`` of one evaluator.
     """
@@ -37,7 +37,7 @@ def write_trials(
         "kv": [trial.candidate.kv_labels() for trial in trials],
         "prefill_removed": [trial.candidate.removed("prefill") for trial in trials],
         "decode_removed": [trial.candidate.removed("decode") for trial in trials],
-        "healed": [list(map(str, pairs_of(trial.candidate))) for trial in trials],
+        "healed": [list(map(str, units_of(trial.candidate))) for trial in trials],
         "score": [trial.score.value for trial in trials],
     }
     for task in sorted({task for trial in trials for task in trial.score.tasks}):

@@ -16,12 +16,11 @@ CHUNK_TOKENS = 4096
 costs beside its products weigh on candidates that change decode alone."""
 
 
-CalibrationFile = Annotated[
-    str,
-    Field(
-        description="File of JSON lines, a prompt and a completion each, that scores are taken on."
-    ),
-]
+_CALIBRATION = Field(
+    description="File of JSON lines, a prompt and a completion each, that scores are taken on."
+)
+CalibrationFile = Annotated[str, _CALIBRATION]
+OptionalCalibrationFile = Annotated[str | None, _CALIBRATION]
 
 
 class ScoreSettings(Settings):

@@ -11,7 +11,7 @@ from rayapp.pruning.candidates.space import Space, Unit
 from rayapp.pruning.settings.training import DEFAULT_TRAINING, Training
 from rayapp.settings import Settings
 
-Heal = Literal["none", "pair", "all"]
+Heal = Literal["none", "pair", "all", "linear", "pair+linear", "all+linear"]
 Method = Literal[
     "annealing",
     "cbo",
@@ -26,7 +26,9 @@ Method = Literal[
 ]
 
 _NOT_IDENTITY = {"heal_data", "out", "resume"}
-_HEALING = {"heal", "heal_steps", "heal_learning_rate"}
+_TRAINING = {"heal_steps", "heal_learning_rate"}
+
+HealStates = Literal["dense", "served"]
 
 
 class SearchSettings(Settings):
@@ -85,13 +87,18 @@ class SearchSettings(Settings):
     )
     heal: Heal = Field(
         default="none",
-        description="Healing: a trained neighbour takes over the work of removed blocks, of those "
-        "outside the pruning set (pair), or of all; none trains nothing.",
+        description="Healing of removed blocks: trained neighbours, for those outside the pruning "
+        "set (pair) or all; linear maps in closed form (linear); both; or none.",
+    )
+    heal_states: HealStates = Field(
+        default="dense",
+        description="States that linear maps read: the dense model's, for all candidates alike, or "
+        "those that the healed stage makes (served).",
     )
     heal_data: str | None = Field(
         default=None,
-        description="File of JSON lines that survivors are trained on; none of its prompts may "
-        "be in the calibration file.",
+        description="File of JSON lines that survivors are trained on and maps are fitted to; "
+        "none of its prompts may be in the calibration file.",
     )
     heal_steps: int = Field(
         default=DEFAULT_TRAINING.steps,
@@ -128,8 +135,20 @@ class SearchSettings(Settings):
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that a journal must agree on: all that change choices, without paths."""
-        unused = _HEALING if self.heal == "none" else set()
+        unused = set() if self.trains_pairs else set(_TRAINING)
+        unused |= {"heal"} if self.heal == "none" else set()
+        unused |= {"heal_states"} if self.heal_states == "dense" else set()
         return self.model_dump(mode="json", exclude=_NOT_IDENTITY | unused)
+
+    @property
+    def trains_pairs(self) -> Literal["pair", "all"] | None:
+        """Which removed blocks have survivors trained for them, if any have."""
+        return "pair" if "pair" in self.heal else "all" if "all" in self.heal else None
+
+    @property
+    def heals_linearly(self) -> bool:
+        """Whether removed spans are healed in closed form."""
+        return "linear" in self.heal
 
     def training(self) -> Training:
         """The settings of the survivors' training."""
@@ -140,14 +159,19 @@ class SearchSettings(Settings):
         if (self.heal == "none") != (self.heal_data is None):
             raise InputError(
                 f"heal={self.heal} with heal_data={self.heal_data}: healing needs a file of its "
-                "own; give both --heal pair or all and --heal-data, or neither"
+                "own; give both --heal and --heal-data, or neither"
+            )
+        if self.heal_states == "served" and self.heal != "linear":
+            raise InputError(
+                f"heal_states=served with heal={self.heal}: only maps without survivors are fitted "
+                "to the states of a healed stage; use --heal linear, or --heal-states dense"
             )
         if self.heal != "none" and self.unit == "part":
             raise InputError(
                 f"heal={self.heal} with unit=part: only whole blocks are healed; use --unit block, "
                 "or --heal none"
             )
-        if self.heal != "none" and self.pruning_set:
+        if self.trains_pairs and self.pruning_set:
             raise InputError(
                 f"heal={self.heal} with pruning_set: blocks of the pruning set need no healing, "
                 "and no others would be removed; leave out --pruning-set, or use --heal none"

@@ -199,11 +199,8 @@ def test_request_ids_are_ours(http, service):
 
 def test_answers_run_concurrently(http, service):
     service.gap_s = 0.01
-    import time
-
-    begun = time.monotonic()
     http.post("/v1/completions", json={"prompt": ["a"] * 16, "max_tokens": 20})
-    assert time.monotonic() - begun < 16 * 20 * 0.01 / 3
+    assert service.most_active == 16
 
 
 def test_the_stream_helper_and_the_service_agree_on_text(service, byte_tokenizer):

@@ -9,6 +9,8 @@ import sys
 import psutil
 import pytest
 
+from rayapp.distributed.cluster.local import STAGE_NODES
+
 pytestmark = pytest.mark.ray
 
 PROGRAM = """
@@ -27,7 +29,7 @@ def test_every_node_has_its_address_and_label(cluster):
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
     found = [
         (nodes[n.node_id]["NodeManagerAddress"], nodes[n.node_id]["Labels"]["role"])
-        for n in cluster.nodes
+        for n in cluster.nodes[: len(STAGE_NODES)]
     ]
     assert found == [("127.0.0.2", "head"), ("127.0.0.3", "prefill"), ("127.0.0.4", "decode")]
 
@@ -38,6 +40,7 @@ def test_a_node_greets_as_a_connection_expects(cluster):
     connection._reach(cluster.address)
 
 
+@pytest.mark.slow  # `rayapp serve` is such a program, and one of the quick tests interrupts it
 def test_no_process_is_left_behind_by_an_interrupt():
     with subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE) as program:
         assert program.stdout is not None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import httpx
 import pytest
+from ray.exceptions import ActorDiedError, GetTimeoutError
 
 from rayapp.distributed.cluster import patience
 from rayapp.distributed.cluster.nodes import FreeNode
@@ -55,3 +58,18 @@ def test_the_wait_has_an_end(service):
     service(PREFILL, DECODE, ready_at=1_000)
     with pytest.raises(ClusterError, match=r"^gave up after .*: no prefill replica answers"):
         deploy._wait_ready(SETTINGS, 0.3)
+
+
+@pytest.mark.parametrize("error", [ActorDiedError(), GetTimeoutError("60 s"), TimeoutError()])
+def test_a_proxy_that_is_slow_to_start_does_not_end_the_deployment(monkeypatch, caplog, error):
+    deployed = []
+
+    def start(**_):
+        raise error
+
+    client = SimpleNamespace(deploy_apps=deployed.append)
+    monkeypatch.setattr(deploy.serve, "start", start)
+    monkeypatch.setattr(deploy, "_get_global_client", lambda: client)
+    deploy.apply(SETTINGS)
+    assert [application.name for application in deployed[0].applications] == ["rayapp"]
+    assert f"proxy is slow to start ({type(error).__name__})" in caplog.text

@@ -13,13 +13,11 @@ from PIL import Image
 
 from rayapp.distributed.serve.deploy import resolved
 from rayapp.distributed.serve.settings import ServiceSettings
-from rayapp.engine.local import ImagePrompt, LocalPipeline
+from rayapp.engine.local import ImagePrompt
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import ModelError, PlanError
-from rayapp.models.blocks import signature_of
 from rayapp.models.loading import load_model
-from rayapp.plan import KVTransfer, Mode, PruningPlan, StagePlan, VisualTokens
-from rayapp.vision.llava import load_image_processor
+from rayapp.plan import PruningPlan, VisualTokens
 
 SAMPLING = SamplingParams(max_tokens=8, ignore_eos=True)
 
@@ -39,62 +37,53 @@ def ask(service, text, images, **options):
     return service.client.post("/v1/chat/completions", json=body)
 
 
-def make_plan(model, first_token):
-    return PruningPlan(
-        model=signature_of(model),
-        first_token=first_token,
-        visual_tokens=VisualTokens(num_keep=6),
-        prefill=StagePlan(blocks={1: Mode.KV_ONLY}),
-        decode=StagePlan(blocks={2: Mode.MLP_ONLY}),
-        kv_transfer={0: KVTransfer(encoding="int8"), 1: KVTransfer(first=2, last=8)},
-    )
+@pytest.mark.ray
+def test_answers_apart_equal_the_pipeline(planned, planned_model, encoded_image):
+    expected = check_answers(planned, planned_model, encoded_image)
+    check_ledger(planned, expected)
+    check_parameters(planned, planned_model.loaded)
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    ("kind", "mode", "first_token"),
-    [
-        ("llava", "disaggregated", "decode"),
-        pytest.param("llava_next", "disaggregated", "prefill", marks=pytest.mark.slow),
-        ("llava_next", "unified", "prefill"),
-    ],
-)
-def test_served_answers_equal_the_pipeline(
-    kind, mode, first_token, deploy, tiny_llava_path, encoded_image, tmp_path
+def test_answers_together_equal_the_pipeline(unified, unified_model, encoded_image):
+    check_answers(unified, unified_model, encoded_image)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_answers_apart_equal_the_pipeline_with_first_tokens_of_prefill(
+    deploy, unified_model, encoded_image
 ):
-    path = tiny_llava_path(tmp_path / "model", kind)
-    loaded = load_model(path)
-    plan = make_plan(loaded.model, first_token)
-    plan.save(tmp_path / "plan")
-    pipeline = LocalPipeline(
-        loaded.model, loaded.tokenizer, plan, image_processor=load_image_processor(path)
-    )
+    with deploy(**unified_model.served) as service:
+        expected = check_answers(service, unified_model, encoded_image)
+        check_ledger(service, expected)
+        check_parameters(service, unified_model.loaded)
+
+
+def check_answers(service, served, encoded_image):
+    """Alone and several at once, under the plan's visual rule and the client's own."""
+    pipeline = served.pipeline()
     shapes = [(20, 20), (40, 16), (16, 50), (13, 31)]
     asked = [(f"question {n}", [encoded_image(n, *shapes[n % 4])] * (1 + n % 2)) for n in range(6)]
     prompts = [ImagePrompt("<image>\n" * len(i) + text, i, text) for text, i in asked]
     expected = pipeline.generate(prompts, SAMPLING)
-    with deploy(model=str(path), plan=str(tmp_path / "plan"), mode=mode, max_num_seqs=3) as service:
-        with ThreadPoolExecutor(6) as pool:
-            answers = list(pool.map(lambda each: ask(service, *each), asked))
-        for answer, reference in zip(answers, expected, strict=True):
-            assert answer.status_code == 200, answer.text
-            assert answer.json()["choices"][0]["message"]["content"] == reference.text
-        own = ask(service, *asked[1], visual_tokens={"num_keep": 1.0})
-        whole = ImagePrompt(
-            prompts[1].prompt, asked[1][1], "question 1", VisualTokens(num_keep=1.0)
-        )
-        assert own.json()["choices"][0]["message"]["content"] == (
-            pipeline.generate([whole], SAMPLING)[0].text
-        )
-        assert ask(service, "x", [b"no image"]).status_code == 400
-        cls = ask(service, "x", asked[0][1], visual_tokens={"method": "fastv", "num_keep": 3})
-        assert cls.status_code == 200
-        if mode == "disaggregated":
-            check_ledger(service, expected)
-            check_parameters(service, loaded)
-        several = ask(service, *asked[1], n=3).json()["choices"]
-        assert [c["message"]["content"] for c in several] == [expected[1].text] * 3
-        service.check_idle()
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda each: ask(service, *each), asked))
+    for answer, reference in zip(answers, expected, strict=True):
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["message"]["content"] == reference.text
+    own = ask(service, *asked[1], visual_tokens={"num_keep": 1.0})
+    whole = ImagePrompt(prompts[1].prompt, asked[1][1], "question 1", VisualTokens(num_keep=1.0))
+    assert own.json()["choices"][0]["message"]["content"] == (
+        pipeline.generate([whole], SAMPLING)[0].text
+    )
+    assert ask(service, "x", [b"no image"]).status_code == 400
+    cls = ask(service, "x", asked[0][1], visual_tokens={"method": "fastv", "num_keep": 3})
+    assert cls.status_code == 200
+    several = ask(service, *asked[1], n=3).json()["choices"]
+    assert [c["message"]["content"] for c in several] == [expected[1].text] * 3
+    service.check_idle()
+    return expected
 
 
 def file_of(mode="RGB", form="PNG", size=(21, 30), seed=0, **options):
@@ -183,20 +172,14 @@ RULES = {
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_every_kind_of_file_is_served_as_the_pipeline_reads_it(deploy, tiny_llava_path, tmp_path):
-    path = tiny_llava_path(tmp_path / "model", "llava_next")
-    loaded = load_model(path)
-    make_plan(loaded.model, "prefill").save(tmp_path / "plan")
-    plan = PruningPlan.load(tmp_path / "plan")
-    pipeline = LocalPipeline(
-        loaded.model, loaded.tokenizer, plan, image_processor=load_image_processor(path)
-    )
+def test_every_kind_of_file_is_served_as_the_pipeline_reads_it(deploy, unified_model):
+    pipeline = unified_model.pipeline()
 
     def expected(images, rule=None):
         prompt = ImagePrompt("<image>\n" * len(images) + "what?", images, "what?", rule)
         return pipeline.generate([prompt], SAMPLING)[0].text
 
-    with deploy(model=str(path), plan=str(tmp_path / "plan"), images=LIMITS) as service:
+    with deploy(**unified_model.served, images=LIMITS) as service:
         check_kinds(service, expected)
         check_refusals(service)
         check_rules(service, expected)

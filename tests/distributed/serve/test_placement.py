@@ -10,7 +10,7 @@ import pytest
 
 from rayapp.distributed.cluster import patience
 from rayapp.distributed.cluster.local import NodeSpec
-from rayapp.distributed.cluster.nodes import FreeNode
+from rayapp.distributed.cluster.nodes import FreeNode, free_nodes
 from rayapp.distributed.serve import placement
 from rayapp.distributed.serve.placement import check_placement, check_readable, misfit
 from rayapp.distributed.serve.settings import ServiceSettings
@@ -106,8 +106,9 @@ def test_pools_wait_for_nodes_that_are_on_their_way(nodes, monkeypatch):
 
 
 @pytest.mark.ray
-def test_a_real_cluster_says_so_within_thirty_seconds(deploy, save_tiny, tmp_path):
-    path = str(save_tiny(tmp_path, "llama"))
+def test_a_real_cluster_says_so_within_thirty_seconds(cluster, tiny_llama, monkeypatch):
+    from rayapp.distributed.serve.deploy import running_service
+
     asked = [
         ({"decode": {"labels": {"role": "moon"}}}, "labelled role=moon, and no node"),
         ({"prefill": {"replicas": 50, "labels": {"role": "prefill"}}}, "only 4 fit"),
@@ -115,14 +116,17 @@ def test_a_real_cluster_says_so_within_thirty_seconds(deploy, save_tiny, tmp_pat
     ]
     for options, message in asked:
         began = time.monotonic()
-        with pytest.raises(ClusterError, match=message), deploy(model=path, **options):
+        settings = settings_of(model=str(tiny_llama), **options)
+        with pytest.raises(ClusterError, match=message), running_service(settings):
             pass
         assert time.monotonic() - began < 30
+        monkeypatch.setattr(placement, "JOIN_S", 1.0)  # the others need not take as long
 
 
 @pytest.mark.ray
-def test_a_node_that_cannot_read_is_named(cluster, save_tiny, tmp_path, monkeypatch):
-    """The driver reads the model under a name that no worker knows."""
+def test_a_node_that_cannot_read_is_named(cluster, tiny_llama, tmp_path):
+    """All that have answered when the first one cannot, so the processes are started before."""
+    check_readable(settings_of(model=str(tiny_llama)))
     settings = settings_of(model=str(tmp_path / "nowhere"))
     began = time.monotonic()
     with pytest.raises(ClusterError) as caught:
@@ -133,8 +137,9 @@ def test_a_node_that_cannot_read_is_named(cluster, save_tiny, tmp_path, monkeypa
     assert "nowhere" in str(caught.value)
 
 
+# What nodes are asked in place of ``unreadable``; to ask it they import this file, so it is light.
 def slow(model, plan):
-    time.sleep(4.0)
+    time.sleep(2.0)
 
 
 def stuck(model, plan):
@@ -160,26 +165,35 @@ def test_a_node_that_never_answers_is_given_up(cluster, monkeypatch):
 
 
 @pytest.mark.ray
-def test_a_node_that_dies_before_it_answers_is_named(own_cluster, monkeypatch):
+def test_a_node_that_dies_before_it_answers_is_named(cluster, monkeypatch):
     """At once, whatever other nodes still look at."""
     monkeypatch.setattr(patience, "TELL_EVERY_S", 0.5)
     monkeypatch.setattr(placement, "unreadable", stuck)
-    dying = own_cluster.add_node(NodeSpec(labels={"role": "decode"}))
-    killer = threading.Timer(2.0, own_cluster.kill_node, [dying])
+    labels = {"role": "dying"}
+    dying = cluster.add_node(NodeSpec(labels=labels))
+    (node,) = (node for node in free_nodes() if node.node_id == dying)
+    killer = threading.Timer(2.0, cluster.kill_node, [dying])
     killer.start()
     began = time.monotonic()
-    with pytest.raises(ClusterError, match=r"node 127.0.0.5 .role=decode.: could not be asked"):
-        check_readable(settings_of(model="/m"))
+    named = rf"node {node.address} .role=dying.: could not be asked"
+    with pytest.raises(ClusterError, match=named):
+        check_readable(settings_of(model="/m", decode={"labels": labels}))
     killer.join()
     assert time.monotonic() - began < 30
+    while dying in {node.node_id for node in free_nodes()}:  # the tests after this have it not
+        assert time.monotonic() - began < 120
+        time.sleep(0.2)
 
 
 @pytest.mark.ray
-def test_bad_models_and_plans_are_the_users_input(deploy, save_tiny, tmp_path):
-    path = save_tiny(tmp_path, "llama")
-    with pytest.raises(ModelError), deploy(model=str(tmp_path / "missing")):
-        pass
+def test_bad_models_and_plans_are_the_users_input(cluster, tiny_llama, tmp_path):
+    from rayapp.distributed.serve.deploy import running_service
+
     plan = tmp_path / "plan.json"
     plan.write_text('{"prefill": {"blocks": {"0": "removed"}}}')
-    with pytest.raises(PlanError), deploy(model=str(path), plan=str(plan)):
-        pass
+    for error, settings in (
+        (ModelError, settings_of(model=str(tmp_path / "missing"))),
+        (PlanError, settings_of(model=str(tiny_llama), plan=str(plan))),
+    ):
+        with pytest.raises(error), running_service(settings):
+            pass

@@ -26,7 +26,13 @@ from rayapp.engine.channel import LocalChannel, LocalStream
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.request import GenerationRequest
 from rayapp.engine.sampling_params import SamplingParams
-from rayapp.errors import DeadlineError, OverloadedError, UnavailableError, WireError
+from rayapp.errors import (
+    DeadlineError,
+    OverloadedError,
+    RequestError,
+    UnavailableError,
+    WireError,
+)
 from rayapp.models.blocks import signature_of
 from rayapp.models.loading import LoadedModel
 from rayapp.plan import PruningPlan
@@ -49,10 +55,17 @@ def request_of(name, max_tokens=12, **sampling):
 class Pair:
     """A prefill and a decode server with a channel between them."""
 
-    def __init__(self, stage, *, max_num_seqs=2, max_waiting=8, **deadlines):
+    def __init__(
+        self, stage, *, max_num_seqs=2, max_waiting=8, max_num_batched_tokens=16, **deadlines
+    ):
         self.versions = stage.versions
         self.channel = LocalChannel()
-        self.prefill = PrefillServer(stage, HERE, max_waiting=max_waiting)
+        self.prefill = PrefillServer(
+            stage,
+            HERE,
+            max_waiting=max_waiting,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
         self.decode = DecodeServer(
             stage,
             HERE,
@@ -120,7 +133,14 @@ def test_unified_equals_the_reference(stage):
     requests = [request_of(f"u{n}", max_tokens=9, temperature=0.8, seed=n) for n in range(4)]
 
     async def scenario():
-        server = UnifiedServer(stage, HERE, max_num_seqs=2, max_waiting=8, deadlines=Deadlines())
+        server = UnifiedServer(
+            stage,
+            HERE,
+            max_num_seqs=2,
+            max_waiting=8,
+            max_num_batched_tokens=16,
+            deadlines=Deadlines(),
+        )
 
         async def answer(request):
             tokens = []
@@ -300,11 +320,25 @@ def test_only_the_latest_cancellations_are_remembered(stage, monkeypatch):
     run(scenario())
 
 
-def test_a_cancelled_prompt_leaves_the_queue_at_once(stage):
+@pytest.fixture
+def held():
+    """``held(thread)``: the thread does nothing until the returned event is set."""
+    releases = []
+
+    def hold(thread):
+        releases.append(threading.Event())
+        thread.submit(releases[-1].wait)
+        return releases[-1]
+
+    yield hold
+    for release in releases:
+        release.set()
+
+
+def test_a_cancelled_prompt_leaves_the_queue_at_once(stage, held):
     async def scenario():
         pair = Pair(stage, max_waiting=2)
-        release = threading.Event()
-        blocking = pair.prefill._thread.submit(release.wait)
+        release = held(pair.prefill._queue._thread)
 
         async def prefilled(name):
             async with pair.prefilled(request_of(name)) as (answer, _):
@@ -312,7 +346,7 @@ def test_a_cancelled_prompt_leaves_the_queue_at_once(stage):
 
         waiting = [asyncio.ensure_future(prefilled(f"q{n}")) for n in range(2)]
         await asyncio.sleep(0.01)
-        assert pair.prefill.queued_tokens == 2 * len(PROMPT)
+        assert pair.prefill.queued_tokens == 2 * len(PROMPT) - 16  # 16 are in the first step.
         with pytest.raises(OverloadedError, match="the limit is 2"):
             await prefilled("third")
         waiting[0].cancel()
@@ -321,9 +355,81 @@ def test_a_cancelled_prompt_leaves_the_queue_at_once(stage):
         with pytest.raises(DeadlineError, match="no turn"):
             await anext(pair.prefill.prefill(request_of("late"), pair.versions, 0.05))
         release.set()
-        await blocking
         await waiting[1]
         await pair.check_idle()
+
+    run(scenario())
+
+
+def test_a_short_prompt_passes_a_long_one_and_neither_answer_changes(stage):
+    long = replace(request_of("long"), prompt_token_ids=PROMPT * 6)
+
+    async def scenario():
+        pair = Pair(stage, max_num_seqs=4)
+        ended = []
+
+        async def answer(request):
+            first, _ = await pair.admitted(request)
+            ended.append(request.request_id)
+            return [*first.first.token_ids, *await pair.rest(request)]
+
+        answers = [asyncio.ensure_future(answer(long))]
+        while not pair.prefill._queue.num_running:
+            await asyncio.sleep(0)
+        answers.append(asyncio.ensure_future(answer(request_of("short"))))
+        tokens = await asyncio.gather(*answers)
+        assert ended == ["short", "long"]
+        await pair.check_idle()
+        return tokens
+
+    expected = [expected_tokens(stage, request) for request in (long, request_of("short"))]
+    assert run(scenario()) == expected
+
+
+def test_a_prompt_that_cannot_begin_fails_alone(stage):
+    async def scenario():
+        pair = Pair(stage, max_num_batched_tokens=256)
+        broken = replace(request_of("broken"), prompt_token_ids=(1, 9999))
+        results = await asyncio.gather(
+            pair.admitted(broken), pair.admitted(request_of("fine")), return_exceptions=True
+        )
+        assert isinstance(results[0], RequestError)
+        await pair.rest(request_of("fine"))
+        await pair.check_idle()
+
+    run(scenario())
+
+
+def test_a_step_that_raises_ends_its_prompts_and_not_the_replica(stage, monkeypatch):
+    async def scenario():
+        pair = Pair(stage, max_num_batched_tokens=256)
+        engine, failures = pair.prefill._engine, [ValueError("broken")]
+        advance = engine.advance
+        monkeypatch.setattr(
+            engine, "advance", lambda chunks: _raise(failures) if failures else advance(chunks)
+        )
+        with pytest.raises(ValueError, match="broken"):
+            await pair.admitted(request_of("first"))
+        await pair.admitted(request_of("second"))
+        await pair.rest(request_of("second"))
+        await pair.check_idle()
+
+    run(scenario())
+
+
+def _raise(failures):
+    raise failures.pop()
+
+
+def test_finished_kv_leaves_while_the_engine_is_busy(stage, held):
+    async def scenario():
+        pair = Pair(stage, max_num_batched_tokens=256)
+        items = pair.prefill.prefill(request_of("done"), pair.versions, 5.0)
+        async with aclosing(LocalStream(items)) as stream:
+            await stream.first()
+            held(pair.prefill._queue._thread)
+            async with pair.channel.received(stream) as handle:
+                assert (await pair.channel.fetch(handle)).nbytes > 0
 
     run(scenario())
 

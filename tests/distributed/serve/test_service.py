@@ -1,4 +1,4 @@
-"""A dense service on two nodes, over HTTP."""
+"""The dense standard service on its nodes, over HTTP."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
 
-import httpx
 import pytest
 import torch
 from openai import OpenAI
 
+from tests.services import KEY
+
 pytestmark = pytest.mark.ray
 
-MAX_NUM_SEQS, MAX_WAITING = 4, 24
 FIELDS = ("visual_tokens", "blocks", "tokens", "encoding")
 
 
@@ -23,18 +23,9 @@ def model(tiny_model):
     return tiny_model("llama")
 
 
-@pytest.fixture(scope="module")
-def service(deploy, save_tiny, tmp_path_factory):
-    path = save_tiny(tmp_path_factory.mktemp("service"), "llama")
-    with deploy(
-        model=str(path),
-        max_num_seqs=MAX_NUM_SEQS,
-        max_waiting=MAX_WAITING,
-        api_key="secret",
-        deadlines={"lease_s": 2.0},
-    ) as deployed:
-        deployed.client.headers["Authorization"] = "Bearer secret"
-        yield deployed
+@pytest.fixture
+def service(standard):
+    return standard
 
 
 @pytest.fixture(autouse=True)
@@ -67,11 +58,11 @@ def test_sixteen_concurrent_answers_equal_generate(service, model, byte_tokenize
 
 
 def test_several_answers_of_one_request(service, model, byte_tokenizer):
-    """More than there are slots; see ``test_several_answers`` for larger pools and all shapes."""
+    """More than there are slots; see ``test_several_answers`` for all shapes."""
     asked = prompts(3)
     body = {"model": "tested", "prompt": asked, "n": 2, "max_tokens": 9, "temperature": 0}
     for _ in range(5):
-        answer = service.client.post("/v1/completions", json=body, timeout=30)
+        answer = service.client.post("/v1/completions", json=body, timeout=60)
         texts = [choice["text"] for choice in answer.json()["choices"]]
         assert texts == [
             dense_text(model, byte_tokenizer, prompt, 9) for prompt in asked for _ in range(2)
@@ -79,7 +70,7 @@ def test_several_answers_of_one_request(service, model, byte_tokenizer):
 
 
 def test_streaming_equals_not_streaming(service):
-    client = OpenAI(base_url=f"{service.settings.url}/v1", api_key="secret")
+    client = OpenAI(base_url=f"{service.settings.url}/v1", api_key=KEY)
     asked = {"model": "tested", "prompt": "What a day!", "max_tokens": 24, "seed": 5}
     for temperature in (0.0, 0.9):
         whole = client.completions.create(**asked, temperature=temperature)
@@ -91,8 +82,8 @@ def test_each_pool_is_on_its_own_node(service, cluster):
     pools = service.client.get("/health").json()["pools"]
     nodes = {name: {replica["node"] for replica in found} for name, found in pools.items()}
     assert nodes == {"prefill": {cluster.nodes[1].node_id}, "decode": {cluster.nodes[2].node_id}}
-    (decode,) = pools["decode"]
-    assert decode["slab_bytes"] == 5 * 2 * 2 * 16 * 4 * MAX_NUM_SEQS * 512
+    slab_bytes = 5 * 2 * 2 * 16 * 4 * service.settings.max_num_seqs * 512
+    assert [decode["slab_bytes"] for decode in pools["decode"]] == [slab_bytes] * 2
 
 
 def test_the_ledger_counts_every_transfer(service, cluster):
@@ -122,29 +113,26 @@ def test_a_client_that_leaves_frees_everything(service):
             lines = answer.iter_lines()
             for _ in range(num_lines):
                 next(lines)
-        service.check_idle(within_s=6)
+        service.check_idle()
 
 
 def test_beyond_the_waiting_places_it_is_429(service):
     """While decode admits nobody, exactly the waiting places are taken; their answers all come."""
-    extra = 5
+    extra, num_places = 5, service.settings.max_waiting
 
     def ask(number: int) -> int:
-        with httpx.Client(base_url=service.settings.url, timeout=120) as client:
-            client.headers["Authorization"] = "Bearer secret"
-            body = {"model": "tested", "prompt": [number, 9, 9], "max_tokens": 4}
-            return client.post("/v1/completions", json={**body, "ignore_eos": True}).status_code
+        body = {"model": "tested", "prompt": [number, 9, 9], "max_tokens": 4, "ignore_eos": True}
+        return service.client.post("/v1/completions", json=body).status_code
 
-    (pid,) = service.replicas("decode").values()
-    with ThreadPoolExecutor(MAX_WAITING + extra) as pool:
-        with service.stopped(pid):
-            calls = [pool.submit(ask, number) for number in range(MAX_WAITING + extra)]
+    with ThreadPoolExecutor(num_places + extra) as pool:
+        with service.stopped(*service.replicas("decode").values()):
+            calls = [pool.submit(ask, number) for number in range(num_places + extra)]
             refused = [call.result() for call in islice(as_completed(calls), extra)]
             time.sleep(0.5)
             assert sum(call.done() for call in calls) == extra
         codes = [call.result() for call in calls]
     assert refused == [429] * extra
-    assert codes.count(200) == MAX_WAITING
+    assert codes.count(200) == num_places
 
 
 def test_a_bad_request_is_refused_and_the_service_goes_on(service):

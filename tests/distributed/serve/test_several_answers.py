@@ -28,21 +28,14 @@ from rayapp.distributed.serve.ingress.ingress import open_service
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.request import GenerationRequest, SamplingParams
 from rayapp.errors import DeadlineError
+from tests.services import LEASE_S
 
 pytestmark = pytest.mark.ray
 
-MAX_TOKENS, MAX_NUM_SEQS, MAX_WAITING = 5, 4, 64
-ANSWERED_WITHIN_S = 30.0
+MAX_TOKENS = 5
+ANSWERED_WITHIN_S = 60.0
 PROMPTS = ["What a day!", "a", "seven", "Of other answers", "x y", "(1, 2)", "no", "the eighth"]
 GREEDY, SEEDED = {"temperature": 0}, {"temperature": 0.8, "seed": 11}
-MODES = {
-    "one_of_each": {},
-    "two_of_each": {
-        "prefill": {"replicas": 2, "labels": {"role": "prefill"}},
-        "decode": {"replicas": 2, "labels": {"role": "decode"}},
-    },
-    "unified": {"mode": "unified", "unified": {"replicas": 1}},
-}
 
 
 @dataclass
@@ -119,14 +112,18 @@ COMPLETIONS = [
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param("one_of_each", marks=pytest.mark.slow), "two_of_each", "unified"],
+    params=[pytest.param("one_of_each", marks=pytest.mark.slow), "standard", "unified"],
 )
-def service(request, deploy, save_tiny, tmp_path_factory):
-    path = save_tiny(tmp_path_factory.mktemp("several"), "llama")
-    limits = {"max_num_seqs": MAX_NUM_SEQS, "max_waiting": MAX_WAITING}
-    with deploy(model=str(path), **limits, **MODES[request.param]) as deployed:
-        deployed.client.timeout = ANSWERED_WITHIN_S
-        yield deployed
+def service(request):
+    deployed = request.getfixturevalue(request.param)
+    deployed.client.timeout = ANSWERED_WITHIN_S
+    return deployed
+
+
+@pytest.fixture(scope="module")
+def one_of_each(services, tiny_llama):
+    limits = {"max_num_seqs": 4, "max_waiting": 40, "deadlines": {"lease_s": LEASE_S}}
+    return services.get(model=str(tiny_llama), **limits)
 
 
 @pytest.fixture(autouse=True)
@@ -136,9 +133,11 @@ def _idle_afterwards(service):
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_model, byte_tokenizer):
+def reference(service, tiny_model, byte_tokenizer, unified_model):
     """``reference(prompt, sampling)``: the answer to one prompt alone, in this process."""
-    pipeline, one_at_a_time = LocalPipeline(tiny_model("llama"), byte_tokenizer), Lock()
+    is_unified = service.settings.mode == "unified"
+    dense = LocalPipeline(tiny_model("llama"), byte_tokenizer)
+    pipeline, one_at_a_time = unified_model.pipeline() if is_unified else dense, Lock()
 
     @cache
     def answer(prompt, sampling):
@@ -196,7 +195,7 @@ def test_chat(service, reference, stream):
 
 
 def test_as_many_answers_as_there_are_waiting_places(service, reference):
-    check(Asked(8, MAX_WAITING // 8), service.client, reference)
+    check(Asked(8, service.settings.max_waiting // 8), service.client, reference)
 
 
 def test_several_clients_at_once(service, reference):
@@ -213,20 +212,21 @@ def test_a_client_that_leaves_cancels_all_its_answers(service):
             lines = answer.iter_lines()
             for _ in range(num_lines):
                 next(lines)
-        service.check_idle(within_s=6)
+        service.check_idle()
     for patience_s in (0.02, 0.3):
         with pytest.raises(httpx.ReadTimeout):
             service.client.post("/v1/completions", json=body, timeout=patience_s)
-        service.check_idle(within_s=6)
+        service.check_idle()
 
 
 def test_more_answers_than_waiting_places_are_refused_together(service):
-    body = {"prompt": PROMPTS, "n": 1 + MAX_WAITING // len(PROMPTS), "max_tokens": 2}
+    num_answers = 1 + service.settings.max_waiting // len(PROMPTS)
+    body = {"prompt": PROMPTS, "n": num_answers, "max_tokens": 2}
     for stream in (False, True):
         refused = service.client.post("/v1/completions", json={**body, "stream": stream})
         assert refused.status_code == 429
         assert "fewer answers" in refused.json()["error"]["message"]
-        service.check_idle(within_s=6)
+        service.check_idle()
 
 
 def test_a_prompt_that_cannot_be_answered_refuses_the_others_before_they_begin(service):
@@ -301,7 +301,7 @@ def test_calls_that_are_never_routed_end_in_a_deadline(service, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("service", ["two_of_each"], indirect=True)
+@pytest.mark.parametrize("service", ["standard"], indirect=True)
 def test_a_lost_decode_replica_changes_no_answer(service, reference):
     """Several answers of one request are prefilled again, and replayed, at once."""
     asked = Asked(2, 4, stream=True, options={**SEEDED, "max_tokens": 150, "ignore_eos": True})
@@ -310,7 +310,7 @@ def test_a_lost_decode_replica_changes_no_answer(service, reference):
         busy: list[str] = []
         while not busy:
             assert not answered.done()
-            health = httpx.get(f"{service.settings.url}/health").json()
+            health = service.client.get("/health").json()
             busy = [r["replica_id"] for r in health["pools"]["decode"] if r["num_running"]]
         os.kill(service.replicas("decode")[busy[0]], signal.SIGKILL)
         answered.result()
@@ -319,14 +319,14 @@ def test_a_lost_decode_replica_changes_no_answer(service, reference):
 
 @pytest.mark.slow
 def test_clients_that_leave_at_any_time(service):
-    """Clients leave in every phase of an answer; an admitted one's lease would last 15 s unread."""
+    """Clients leave in every phase of an answer; an admitted one's lease would last long unread."""
     body = {"prompt": PROMPTS[:3], "n": 2, "max_tokens": 100, "ignore_eos": True, **GREEDY}
     for number in range(100):
         patience_s = 0.01 + 0.004 * number
         with suppress(httpx.ReadTimeout):
             service.client.post("/v1/completions", json=body, timeout=patience_s)
         if number % 10 == 9:
-            service.check_idle(within_s=6)
+            service.check_idle()
 
 
 @pytest.mark.slow

@@ -123,7 +123,9 @@ def test_a_teacher_forced_match_is_what_greedy_decoding_gives():
         prefill=StagePlan(blocks={5: Mode.KV_ONLY}),
         decode=StagePlan(blocks={2: Mode.REMOVED, 6: Mode.REMOVED}),
     )
-    examples = [e for task in TASKS for e in generate(task, "validation", 10, seed=5)]
+    examples = [
+        e for task in TASKS for e in generate(task, "validation", 4, seed=5, length="short")
+    ]
     lines = [
         TokenizedLine(
             tuple(loaded.tokenizer(example.prompt)["input_ids"]),
@@ -135,10 +137,11 @@ def test_a_teacher_forced_match_is_what_greedy_decoding_gives():
         )
         for example in examples
     ]
+    measurements = measured(loaded.model, plan, lines)
     for side, chosen in (("dense_match", PruningPlan()), ("plan_match", plan)):
         judged = judge_answers(
             LocalPipeline(loaded.model, plan=chosen), lines, end_token_ids=loaded.eos_token_ids
         )
-        found = [getattr(sums, side) for sums in measured(loaded.model, plan, lines)]
+        found = [getattr(sums, side) for sums in measurements]
         assert found == [answer.is_match for answer in judged]
     assert 0 < sum(found) < len(lines), "a plan that loses some and keeps some shows a difference"

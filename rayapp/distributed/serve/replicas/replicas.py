@@ -15,7 +15,10 @@ class PrefillReplica(PrefillServer):
 
     def __init__(self, settings: ServiceSettings) -> None:
         super().__init__(
-            load_stage(settings, "prefill"), this_place(), max_waiting=settings.max_waiting
+            load_stage(settings, "prefill"),
+            this_place(),
+            max_waiting=settings.max_waiting,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
         )
 
 
@@ -41,5 +44,6 @@ class UnifiedReplica(UnifiedServer):
             this_place(),
             max_num_seqs=settings.max_num_seqs,
             max_waiting=settings.max_waiting,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
             deadlines=settings.deadlines,
         )

@@ -1,15 +1,15 @@
-"""The parts of every replica: its identity, its stage of the model, and one engine thread.
+"""The parts of every replica: its identity, its stage of the model, and its threads.
 
 Engines are not thread-safe and torch computes for long, so each replica runs everything that
 touches an engine on one thread, in the order submitted, while its event loop stays live for
-cancellations, health checks and metrics.
+cancellations, health checks and metrics. What needs no engine (packing, checking and decoding KV)
+runs beside it on a second thread, so that nobody's KV waits for somebody else's step.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,8 +74,8 @@ class StageModel:
 def load_stage(
     settings: ServiceSettings, stage: Literal["prefill", "decode", "unified"]
 ) -> StageModel:
-    """Read the tensors that ``stage`` runs; one compute thread per replica."""
-    torch.set_num_threads(1)
+    """Read the tensors that ``stage`` runs; a replica computes with as many threads as CPUs."""
+    torch.set_num_threads(settings.pools[stage].threads)
     plan = PruningPlan.load(settings.plan) if settings.plan else PruningPlan()
     device = settings.pools[stage].device
     path = locate(settings.model, settings.revision).directory
@@ -104,11 +104,20 @@ def this_place() -> Place:
     return Place(serve.get_replica_context().replica_id.unique_id, context.get_node_id())
 
 
-class EngineThread:
-    """Runs calls one at a time in the order submitted; a call can be cancelled until it begins."""
+class SerialThread:
+    """Runs calls one at a time in the order submitted; a call can be cancelled until it begins.
 
-    def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="engine", initializer=_one_thread)
+    Args:
+        name: The thread's name, for stack dumps and profilers.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._executor = ThreadPoolExecutor(
+            1,
+            thread_name_prefix=name,
+            initializer=torch.set_num_threads,
+            initargs=(torch.get_num_threads(),),
+        )
 
     def submit(self, call: Callable[..., Result], *arguments: Any) -> asyncio.Future[Result]:
         """Queue a call at once, without waiting for it."""
@@ -136,8 +145,3 @@ class EngineThread:
             running.exception()
             raise cancelled
         return running.result()
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-    threading.current_thread().name = "engine"

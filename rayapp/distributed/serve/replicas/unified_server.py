@@ -22,7 +22,7 @@ from rayapp.distributed.serve.messages import (
 )
 from rayapp.distributed.serve.replicas.decode_server import DecodeServer
 from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
-from rayapp.distributed.serve.replicas.stage import EngineThread, StageModel
+from rayapp.distributed.serve.replicas.stage import SerialThread, StageModel
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.channel import KVChannel, LocalChannel, LocalStream
 from rayapp.engine.request import GenerationRequest, TokenBatch
@@ -38,6 +38,7 @@ class UnifiedServer:
         place: The replica and the node of this server.
         max_num_seqs: Number of slots.
         max_waiting: Prompts that may wait; further ones are refused.
+        max_num_batched_tokens: Prompt tokens that one step may compute between two decode steps.
         deadlines: The deadlines of leases and answers.
     """
 
@@ -48,12 +49,19 @@ class UnifiedServer:
         *,
         max_num_seqs: int,
         max_waiting: int,
+        max_num_batched_tokens: int,
         deadlines: Deadlines,
     ) -> None:
-        thread = EngineThread()
+        thread = SerialThread("engine")
         self._deadlines = deadlines
         self._channel: KVChannel = LocalChannel()
-        self._prefill = PrefillServer(stage, place, max_waiting=max_waiting, thread=thread)
+        self._prefill = PrefillServer(
+            stage,
+            place,
+            max_waiting=max_waiting,
+            max_num_batched_tokens=max_num_batched_tokens,
+            thread=thread,
+        )
         self._decode = DecodeServer(
             stage,
             place,

@@ -1,0 +1,148 @@
+"""Claim: prefill of a real model bears many more missing blocks than its decode does.
+
+The rows of `rayapp reproduce --preset paper`: our searches, peers and rules over sizes of prefill,
+of decode and of both, judged by the margin above chance that they keep and by perplexity, against
+the measured time to the first token. `--data` is a directory of published sets, or sets of it as
+NAME=DIR. `--count` prints the tokens and hours that are left, and measures nothing. Rows that are
+done are kept in `--work`, and plans are written to `--plans`.
+
+    python benchmarks/real_model.py --model out/models/smollm2-135m --data DIR
+"""
+
+from __future__ import annotations
+
+import shutil
+from argparse import ArgumentParser
+from pathlib import Path
+
+from recorder.options import add_dtype, add_model, add_seed, benchmark_parser, model_name
+from recorder.origin import threads, type_words
+from recorder.page import Block
+from recorder.record import Record
+from recorder.run import Recorder, run
+from recorder.table import Table
+
+from rayapp.evaluation.paper.marks import quality_speed
+from rayapp.evaluation.paper.numbers import ANSWER, MARGIN, PERPLEXITY, TPOT, TTFT
+from rayapp.evaluation.paper.settings import ReproduceSettings
+from rayapp.evaluation.progress import shown_progress
+from rayapp.plan import PLAN_FILE, PruningPlan
+from rayapp.pruning.progress import ProgressReport
+from rayapp.workflows.paper.plans import ROWS_DIRECTORY
+from rayapp.workflows.paper.reproduce import SUBJECT_FILE, Watch, count_work, reproduce
+
+PLANS = Path(__file__).parent / "plans"
+
+
+def parser() -> ArgumentParser:
+    options = benchmark_parser(__doc__)
+    add_model(options)
+    add_dtype(options, "auto", auto=True)
+    add_seed(options, "draws, searches and resampling")
+    options.add_argument("--data", nargs="+", default=[], help="published sets, or NAME=FILE")
+    options.add_argument("--methods", help="rows or methods, with commas; default: all")
+    options.add_argument("--maps", type=int, default=3, help="calibration sets of the block map")
+    options.add_argument("--calibration-per-task", type=int, default=32)
+    options.add_argument("--evaluations", type=int, help="of every search at most")
+    options.add_argument("--heal", default="linear", help="how healed rows are healed")
+    options.add_argument("--limit", type=int, help="examples of a task; windows of a text")
+    options.add_argument("--text-tokens", type=int, help="tokens of a text")
+    options.add_argument("--window", type=int, default=2048, help="tokens of a window")
+    options.add_argument("--runs", type=int, default=30, help="timed; 0: no speed")
+    options.add_argument("--prompt-tokens", type=int, default=1020, help="timed")
+    options.add_argument("--answer-tokens", type=int, default=129, help="timed")
+    options.add_argument("--batch", type=int, nargs="+", default=[1], help="timed batch sizes")
+    options.add_argument("--workers", type=int, default=0, help="evaluators; 0: this process")
+    options.add_argument("--count", action="store_true", help="only count what is left")
+    options.add_argument("--caption", default="", help="what the model is, for the caption")
+    options.add_argument("--plans", type=Path, default=PLANS, help="directory of the plans")
+    options.add_argument("--work", type=Path, default=Path("out") / "real_model")
+    return options
+
+
+def measure(recorder: Recorder) -> None:
+    arguments = recorder.arguments
+    out = arguments.work / model_name(arguments.model)
+    settings = ReproduceSettings.checked(
+        preset="paper",
+        model=str(arguments.model),
+        data=arguments.data,
+        out=str(out),
+        rows=arguments.methods,
+        maps=arguments.maps,
+        calibration_per_task=arguments.calibration_per_task,
+        evaluations=arguments.evaluations,
+        heal=arguments.heal,
+        limit=arguments.limit,
+        text_tokens=arguments.text_tokens,
+        num_window_tokens=arguments.window,
+        num_runs=arguments.runs,
+        num_prompt_tokens=arguments.prompt_tokens,
+        num_answer_tokens=arguments.answer_tokens,
+        batch_sizes=tuple(arguments.batch),
+        workers=arguments.workers,
+        seed=arguments.seed,
+        threads=arguments.threads,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        resume=(out / SUBJECT_FILE).is_file(),
+        split="test and validation, as published",
+    )
+    watch = Watch(search=ProgressReport, evaluation=shown_progress)
+    if arguments.count:
+        print(count_work(settings, watch).table().markdown())
+        return
+    paper = reproduce(settings, watch)
+    arguments.plans.mkdir(parents=True, exist_ok=True)
+    for row in paper.rows[1:]:
+        kept = out / ROWS_DIRECTORY / row.name / PLAN_FILE
+        # A healed plan cannot be used without its tensors, which are too large to keep here.
+        if kept.is_file() and not PruningPlan.load(kept).healed:
+            shutil.copyfile(kept, arguments.plans / f"{recorder.stem}-{row.name}.json")
+    told = paper.record()
+    recorder.write(**{name: told[name] for name in ("rows", "left_out", "notes", "caveats")})
+
+
+def report(record: Record) -> list[Block]:
+    asked, rows = record["configuration"], record["rows"]
+    picture = quality_speed(rows)
+    model = asked["caption"] or asked["model"]
+    caption = (
+        f"{model}, {type_words(asked['dtype'])}, {threads(asked['threads'])}; time to the first "
+        f"token of {asked['prompt_tokens']:,} tokens, batch 1, median of {asked['runs']} "
+        f"interleaved runs; calibrated on {asked['calibration_per_task']} lines of every task. A "
+        "mark's label says how many blocks prefill (p) and decode (d) miss; up is better."
+    )
+    drawn: list[Block] = [picture] if picture.marks else []
+    notes = [f"- {note}" for note in record["notes"]]
+    notes += [f"- not for quotation: {caveat}" for caveat in record["caveats"]]
+    return [*drawn, caption, _table(rows), "\n".join(notes)]
+
+
+def _table(rows: list[Record]) -> Table:
+    """A row per plan, a column per number; numbers that dense lacks are left out."""
+    kinds = {MARGIN: "{:.1f} %", PERPLEXITY: "{:.2f}", TTFT: "{:.3f}x", TPOT: "{:.3f}x",
+             ANSWER: "{:.3f}x"}  # fmt: skip
+    shown = [(n["data"], n["metric"], n["num"]) for n in rows[0]["numbers"] if n["metric"] in kinds]
+    heads = [f"{data} {metric} (n={num:,})" for data, metric, num in shown]
+    cells = []
+    for row in rows:
+        known = {(n["data"], n["metric"]): n for n in row["numbers"]}
+        removed = f"{row['prefill_removed']:g} and {row['decode_removed']:g}"
+        told = [_cell(known.get((data, metric)), kinds[metric]) for data, metric, _ in shown]
+        cells.append((row["title"], removed, *told))
+    return Table(("plan", "blocks missed, prefill and decode", *heads), cells)
+
+
+def _cell(number: Record | None, form: str) -> str:
+    """A margin with its lower bound, a perplexity with its upper one, or a speed-up."""
+    if number is None:
+        return "-"
+    if number["metric"] == MARGIN:
+        return f"{form.format(number['plan'])} (at least {100 - number['bound']:.1f})"
+    value = number["plan"] if number["metric"] == PERPLEXITY else number["difference"]
+    return form.format(value)
+
+
+if __name__ == "__main__":
+    run(parser(), measure, report)

@@ -1,0 +1,176 @@
+"""Claim: a short prompt does not wait for long ones, finished KV leaves, running streams go on.
+
+A service of the model runs on local nodes, once per chunk size and mode, and a client asks it over
+HTTP. Three waits are measured, each beside the same request alone: the first token of a short
+prompt that comes after three long ones; the time from a long prompt's first token to its second,
+which holds the handoff of its KV; and the gaps of a running stream while long prompts arrive.
+
+    python benchmarks/serving_waits.py --model DIR --long-tokens 3500 --max-model-len 8192
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import socket
+import statistics
+import time
+from argparse import ArgumentParser, Namespace
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import ray
+from recorder.options import add_dtype, add_model, benchmark_parser, model_label
+from recorder.page import Block
+from recorder.record import Record
+from recorder.run import Recorder, run
+from recorder.table import Table
+from serving.asker import Asker
+
+from rayapp.distributed.cluster.local import local_cluster
+from rayapp.distributed.serve.deploy import running_service
+from rayapp.distributed.serve.settings import ServiceSettings
+
+NUM_LONG = 3
+_HEAD_START_S = 0.3
+
+
+def parser() -> ArgumentParser:
+    options = benchmark_parser(__doc__)
+    add_model(options)
+    add_dtype(options, "bfloat16")
+    options.add_argument("--modes", nargs="+", default=["disaggregated", "unified"])
+    options.add_argument("--chunk-tokens", type=int, nargs="+", default=[512, 1 << 20])
+    options.add_argument("--short-tokens", type=int, default=24)
+    options.add_argument("--long-tokens", type=int, default=200)
+    options.add_argument("--stream-tokens", type=int, default=100, help="of the running stream")
+    options.add_argument("--max-model-len", type=int, default=512)
+    options.add_argument("--runs", type=int, default=3, help="of every measurement")
+    return options
+
+
+def measure(recorder: Recorder) -> None:
+    arguments = recorder.arguments
+    rows = []
+    with local_cluster() as cluster:
+        for mode in arguments.modes:
+            for chunk in arguments.chunk_tokens:
+                rows.append(measured(arguments, mode, chunk, cluster.address))
+                print({k: v for k, v in rows[-1].items() if not isinstance(v, list)}, flush=True)
+                recorder.write(results=rows)
+        ray.shutdown()
+
+
+def measured(arguments: Namespace, mode: str, chunk: int, address: str) -> dict[str, Any]:
+    """All waits of one service."""
+    settings = ServiceSettings.parse(
+        {
+            "model": str(arguments.model),
+            "mode": mode,
+            "dtype": arguments.dtype,
+            "port": free_port(),
+            "max_model_len": arguments.max_model_len,
+            "max_num_batched_tokens": chunk,
+            "ingress": {"labels": {"role": "head"}},
+        }
+    )
+    with (
+        running_service(settings, address=address) as service,
+        httpx.Client(base_url=service.url, timeout=600.0) as client,
+    ):
+        asker = Asker(client, settings.model_name, random.Random(0))
+        asker.times(arguments.short_tokens, 4)
+        return {
+            "mode": mode,
+            "chunk_tokens": min(chunk, arguments.max_model_len),
+            **short_behind_long(asker, arguments),
+            **gaps_of_a_stream(asker, arguments),
+        }
+
+
+def short_behind_long(asker: Asker, arguments: Namespace) -> dict[str, Any]:
+    """First tokens of a short prompt alone and behind long ones, and the handoff of long ones."""
+    short, long = arguments.short_tokens, arguments.long_tokens
+    alone = [asker.times(short, 2)[0] for _ in range(3 * arguments.runs)]
+    long_alone = [asker.times(long, 2) for _ in range(arguments.runs)]
+    behind, seconds = [], []
+    for _ in range(arguments.runs):
+        with ThreadPoolExecutor(NUM_LONG) as pool:
+            others = [pool.submit(asker.times, long, 2) for _ in range(NUM_LONG)]
+            time.sleep(_HEAD_START_S)
+            behind.append(asker.times(short, 2)[0])
+            seconds += [second - first for first, second in (o.result() for o in others)]
+    return {
+        "short_alone_s": statistics.median(alone),
+        "short_alone_s_all": alone,
+        "short_behind_s": statistics.median(behind),
+        "short_behind_s_all": behind,
+        "long_alone_s": statistics.median(first for first, _ in long_alone),
+        "second_token_alone_s": statistics.median(b - a for a, b in long_alone),
+        "second_token_s": max(seconds),
+        "second_token_s_all": seconds,
+    }
+
+
+def gaps_of_a_stream(asker: Asker, arguments: Namespace) -> dict[str, Any]:
+    """The longest gap of a running stream, alone and while long prompts arrive."""
+    count, long = arguments.stream_tokens, arguments.long_tokens
+    alone = [longest_gap(asker.times(arguments.short_tokens, count)) for _ in range(arguments.runs)]
+    beside = []
+    for _ in range(arguments.runs):
+        with ThreadPoolExecutor(NUM_LONG) as pool:
+            times, others = [], []
+            for at_s in asker.pieces(arguments.short_tokens, count):
+                times.append(at_s)
+                if len(times) == 2:
+                    others = [pool.submit(asker.times, long, 2) for _ in range(NUM_LONG)]
+            for other in others:
+                other.result()
+            beside.append(longest_gap(times))
+    return {
+        "gap_alone_s": statistics.median(alone),
+        "gap_beside_long_s": statistics.median(beside),
+        "gap_beside_long_s_all": beside,
+    }
+
+
+def longest_gap(times: list[float]) -> float:
+    return max(later - earlier for earlier, later in itertools.pairwise(times[1:]))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def report(record: Record) -> list[Block]:
+    asked = record["configuration"]
+    columns = (
+        *("mode", "tokens a step", "short prompt alone, s", "behind three long, s", "ratio"),
+        *("one long alone, s", "its second token, s", "the latest of three, s"),
+        *("longest gap alone, s", "beside long prompts, s"),
+    )
+    rows = [
+        (
+            r["mode"],
+            str(r["chunk_tokens"]),
+            f"{r['short_alone_s']:.3f}",
+            f"{r['short_behind_s']:.3f}",
+            f"{r['short_behind_s'] / r['short_alone_s']:.1f}",
+            *(f"{r[k]:.3f}" for k in ("long_alone_s", "second_token_alone_s", "second_token_s")),
+            *(f"{r[k]:.3f}" for k in ("gap_alone_s", "gap_beside_long_s")),
+        )
+        for r in record["results"]
+    ]
+    return [
+        f"Waits over HTTP: {asked['model']}, {asked['dtype']}, one replica of each pool, short "
+        f"prompts of {asked['short_tokens']} tokens, long ones of {asked['long_tokens']}, medians "
+        f"of {asked['runs']} runs; the latest second token is the maximum over all long prompts.",
+        Table(columns, rows),
+    ]
+
+
+if __name__ == "__main__":
+    run(parser(), measure, report, label=model_label)

@@ -1,0 +1,1 @@
+"""The speed of searches and of evaluations on a model of real size."""

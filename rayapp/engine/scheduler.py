@@ -1,0 +1,109 @@
+"""The scheduler decides which prompts an engine's next step computes, and how much of each.
+
+It is plain logic over names and numbers of tokens. A step has a budget of tokens, so a long prompt
+is computed in chunks, and between two chunks shorter prompts take their turn. The prompt with the
+fewest tokens left goes first: that order has the least mean waiting time. Without more it would let
+a long prompt starve, so waiting counts: every token that the engine computes for others makes a
+prompt ``_AGEING`` tokens shorter in the order (project default). A prompt with N tokens left
+therefore waits for at most ``N / _AGEING`` tokens of prompts that came after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rayapp.errors import IntegrityError
+
+_AGEING = 0.25
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next ``num_tokens`` tokens of a prompt; ``is_first`` and ``is_last`` tell its ends."""
+
+    name: str
+    num_tokens: int
+    is_first: bool
+    is_last: bool
+
+
+@dataclass
+class _Prompt:
+    num_left: int
+    arrived_at: int
+    number: int
+    has_begun: bool = False
+
+
+class Scheduler:
+    """The order of the prompts of one engine.
+
+    Args:
+        max_num_batched_tokens: Tokens that one step may compute.
+    """
+
+    def __init__(self, max_num_batched_tokens: int) -> None:
+        self._max_tokens = max_num_batched_tokens
+        self._prompts: dict[str, _Prompt] = {}
+        self._num_added = 0
+        self._num_computed = 0
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    @property
+    def num_begun(self) -> int:
+        """Number of prompts of which a chunk was scheduled, but not the last one."""
+        return sum(prompt.has_begun for prompt in self._prompts.values())
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of prompts of which nothing was scheduled yet."""
+        return len(self._prompts) - self.num_begun
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens that are still to be scheduled."""
+        return sum(prompt.num_left for prompt in self._prompts.values())
+
+    def add(self, name: str, num_tokens: int) -> None:
+        """Add a prompt with ``num_tokens`` tokens to compute, at least one.
+
+        Raises:
+            IntegrityError: The name is taken, or there is nothing to compute.
+        """
+        if name in self._prompts or num_tokens < 1:
+            raise IntegrityError(f"prompt {name!r} of {num_tokens} tokens cannot be scheduled")
+        self._prompts[name] = _Prompt(num_tokens, self._num_computed, self._num_added)
+        self._num_added += 1
+
+    def remove(self, name: str) -> bool:
+        """Forget a prompt; return whether it was known."""
+        return self._prompts.pop(name, None) is not None
+
+    def next_step(self) -> list[Chunk]:
+        """Return the chunks of the next step and count them as computed; empty if idle.
+
+        Prompts whose last chunk this is are forgotten.
+        """
+        chunks: list[Chunk] = []
+        num_left = self._max_tokens
+        for name in sorted(self._prompts, key=self._rank):
+            if not num_left:
+                break
+            prompt = self._prompts[name]
+            count = min(prompt.num_left, num_left)
+            prompt.num_left -= count
+            num_left -= count
+            chunks.append(Chunk(name, count, not prompt.has_begun, not prompt.num_left))
+            prompt.has_begun = True
+        for chunk in chunks:
+            if chunk.is_last:
+                del self._prompts[chunk.name]
+        self._num_computed += self._max_tokens - num_left
+        return chunks
+
+    def _rank(self, name: str) -> tuple[float, int]:
+        prompt = self._prompts[name]
+        waited = self._num_computed - prompt.arrived_at
+        return prompt.num_left - _AGEING * waited, prompt.number

@@ -1,0 +1,1 @@
+"""``rayapp reproduce``: searches, plans and measurements behind a paper's tables, row by row."""

@@ -1,0 +1,120 @@
+"""The preset of a whole paper, on a small random model and small published sets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rayapp.errors import DataError, InputError
+from rayapp.evaluation.paper.settings import ReproduceSettings
+from rayapp.evaluation.progress import shown_progress
+from rayapp.plan import PruningPlan
+from rayapp.pruning.progress import ProgressReport
+from rayapp.pruning.search.sensitivity import SENSITIVITY_FILE, Sensitivity
+from rayapp.workflows.paper import plans as paper_plans
+from rayapp.workflows.paper import reproduce as module
+from rayapp.workflows.paper.reproduce import Watch, count_work, reproduce
+
+WATCH = Watch(search=ProgressReport, evaluation=shown_progress)
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory, save_tiny, published_sets):
+    home = tmp_path_factory.mktemp("paper")
+    sets = published_sets(home / "sets")
+    return {
+        "model": str(save_tiny(home, "llama")),
+        "preset": "paper",
+        "data": [f"ARC-e={sets}", f"XSum={sets}"],
+        "calibration_per_task": 2,
+        "maps": 2,
+        "rows": "pop-p2-d0,singles-p1-d0",
+        "num_runs": 1,
+        "num_prompt_tokens": 16,
+        "num_answer_tokens": 2,
+        "batch_sizes": (1,),
+        "num_window_tokens": 64,
+        "limit": 4,
+    }
+
+
+def test_a_paper_is_counted_made_and_gone_on_with(values, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    rows = "pop-p2-d0,singles-p1-d0,pop_healed-p2-d0"
+    wanted = {**values, "out": str(out), "rows": rows, "heal": "linear"}
+    settings = ReproduceSettings.checked(**wanted)
+    before = count_work(settings, WATCH)
+    assert [job.state for job in before.jobs] == 4 * ["2 to measure"]
+    assert before.rate > 0
+    assert f"4 of 4 rows left, {before.tokens:,} tokens at most" in before.table().markdown()
+    paper = reproduce(settings, WATCH)
+    names = ["dense", "pop-p2-d0", "singles-p1-d0", "pop_healed-p2-d0"]
+    assert [row.name for row in paper.rows] == names
+    pop, healed = (PruningPlan.load(out / "rows" / name) for name in (names[1], names[3]))
+    assert (pop.prefill, pop.first_token) == (healed.prefill, healed.first_token)
+    assert pop.healed is None
+    assert healed.healed
+    assert paper.rows[3].search.evaluations == 1
+    maps = [out / "maps" / f"set-{n}" / SENSITIVITY_FILE for n in (0, 1)]
+    singles = [Sensitivity.parse(file.read_bytes()).singles.prefill for file in maps]
+    summed = [sum(costs) for costs in zip(*singles, strict=True)]
+    plan = PruningPlan.load(out / "rows" / "singles-p1-d0")
+    assert list(plan.prefill.blocks) == [summed.index(min(summed))]
+    page = (out / "tables" / "paper.md").read_text()
+    for picture in ("blocks.svg", "quality.svg"):
+        assert f"]({picture})" in page
+        assert (out / "tables" / picture).read_text().startswith("<?xml")
+    record = json.loads((out / "tables" / "paper.json").read_text())
+    assert [each["num_lines"] for each in record["maps"]] == [6, 6]
+    monkeypatch.setattr(module, "measure_data", None)
+    again = settings.model_copy(update={"resume": True})
+    assert reproduce(again, WATCH).numbers == paper.numbers
+    after = count_work(again, WATCH)
+    assert [job.state for job in after.jobs] == 4 * ["done"]
+    assert after.sentence() == "0 of 4 rows left, 0 tokens at most"
+
+
+def test_a_plan_that_exists_is_a_row(values, tmp_path, monkeypatch):
+    monkeypatch.setattr(paper_plans, "prune", None)
+    first = {**values, "out": str(tmp_path / "a"), "rows": "pop-p2-d0", "maps": 0}
+    reproduce(ReproduceSettings.checked(**first), WATCH)
+    given = tmp_path / "a" / "rows" / "pop-p2-d0" / "plan.json"
+    second = {**first, "out": str(tmp_path / "b"), "rows": "int8", "plans": [f"mine={given}"]}
+    paper = reproduce(ReproduceSettings.checked(**second), WATCH)
+    assert [row.name for row in paper.rows] == ["dense", "int8", "mine"]
+    assert paper.rows[2].plan == PruningPlan.load(given).fingerprint
+    assert paper.left_out == {}
+    taken = ReproduceSettings.checked(**{**second, "plans": [f"int8={given}"], "resume": True})
+    with pytest.raises(InputError, match="plan 'int8' has the name of a row"):
+        reproduce(taken, WATCH)
+
+
+@pytest.mark.parametrize(
+    ("update", "error", "message"),
+    [
+        ({"rows": "pop-p9-d9"}, InputError, "row 'pop-p9-d9' is not known; use some of dense, pop"),
+        ({"data": ["MMLU={sets}"]}, DataError, "holds no set 'MMLU' to judge by"),
+        ({"plans": ["no plan"]}, InputError, "no plan is not NAME=PATH"),
+    ],
+)
+def test_bad_input_is_named(values, tmp_path, update, error, message):
+    sets = values["data"][0].partition("=")[2]
+    changed = {**values, **update, "out": str(tmp_path / "out")}
+    changed["data"] = [pair.format(sets=sets) for pair in changed["data"]]
+    with pytest.raises(error, match=message):
+        reproduce(ReproduceSettings.checked(**changed), WATCH)
+
+
+def test_plans_are_healed_by_linear_maps_alone(values, tmp_path):
+    wanted = {**values, "out": str(tmp_path / "out"), "rows": "pop-p2-d0,pop_healed-p2-d0"}
+    paper = reproduce(ReproduceSettings.checked(**wanted, heal="pair"), WATCH)
+    assert "--heal linear" in paper.left_out["pop_healed-p2-d0"]
+
+
+def test_rows_of_the_map_need_one(values, tmp_path):
+    wanted = {**values, "out": str(tmp_path / "out"), "rows": "singles", "maps": 0}
+    paper = reproduce(ReproduceSettings.checked(**wanted), WATCH)
+    assert set(paper.left_out.values()) == {"--maps 0 was given"}
+    assert [Path(row.name).name for row in paper.rows] == ["dense"]
