@@ -105,13 +105,15 @@ class Elimination:
         self._size = generation_size
         self._random = random.Random(f"kv/{seed}")
         self._scores: dict[KVSet, float] = {}
+        self._worth: list[list[float]] = []
         self.steps: list[Step] = []
 
     def run(self) -> KVSet:
         """The best set that was scored; it misses the goal if no scored set meets it."""
         self._score([self._levels.smallest, self._levels.full], "start")
         self._step("start", self._levels.smallest)
-        self._restore(self._levels.smallest, self._guesses())
+        self._guess()
+        self._restore(self._levels.smallest)
         self._step("restored", self._best())
         self._polish()
         return self._best()
@@ -128,21 +130,28 @@ class Elimination:
         spared = 1 if self._goal.max_score is None else NUM_HALVINGS
         return self._max_sets - len(self._scores) - spared
 
-    def _guesses(self) -> dict[tuple[int, int], float]:
-        """Guesses of all rates, from blocks kept alone and from equal levels; none if unbounded."""
+    def _guess(self) -> None:
+        """Guess what every level of every block is worth, where the number of sets is bounded."""
         if self._max_sets is None:
-            return {}
+            return
         current, full = self._levels.smallest, self._levels.full
         alone = [moved(current, index, level) for index, level in enumerate(full)]
         self._score(alone, "start")
         shares = self._shares()
-        return {
-            (index, level): max(0.0, self._scores[current] - self._scores[kept])
-            * shares[level + len(shares) - 1 - full[index]]
-            / max(1, self._bytes(moved(current, index, level)) - self._bytes(current))
-            for index, kept in enumerate(alone)
-            for level in range(1, full[index] + 1)
-        }
+        for kept, level in zip(alone, full, strict=True):
+            gain = max(0.0, self._scores[current] - self._scores[kept])
+            self._worth.append([gain * share for share in shares[len(shares) - 1 - level :]])
+
+    def _guessed_rates(self, current: KVSet, index: int) -> dict[tuple[int, int], float]:
+        """Guessed rates of one block's restorations; none without guesses."""
+        if not self._worth:
+            return {}
+        worth, now = self._worth[index], current[index]
+        rates = {}
+        for level in range(now + 1, len(worth)):
+            grown = self._bytes(moved(current, index, level)) - self._bytes(current)
+            rates[index, level] = max(0.0, worth[level] - worth[now]) / max(1, grown)
+        return rates
 
     def _shares(self) -> list[float]:
         """The share of all gain that every level has in all blocks together, from 0 to 1.
@@ -178,13 +187,16 @@ class Elimination:
         most = self._goal.max_score
         return most is not None and self._scores[chosen] <= most
 
-    def _restore(self, current: KVSet, rates: dict[tuple[int, int], float]) -> None:
+    def _restore(self, current: KVSet) -> None:
         """Move upwards by the best rate until nothing fits; a move may do harm, the next may pay.
 
         The best set on the way is the result, wherever the way ends. If the number of sets is
         bounded, its end may be guessed; then only those sets get a score that decide where it ends.
         """
         guessed: list[KVSet] = []
+        rates: dict[tuple[int, int], float] = {}
+        for index in range(len(current)):
+            rates |= self._guessed_rates(current, index)
         while guessed or not self._is_enough(current):
             moves = {
                 (index, level): moved(current, index, level)
@@ -194,7 +206,10 @@ class Elimination:
             fitting = {move: target for move, target in moves.items() if self._fits(target)}
             if not fitting:
                 break
-            current = fitting[self._best_move(current, fitting, rates)]
+            move = self._best_move(current, fitting, rates)
+            current = fitting[move]
+            # What the block's other levels were worth was told from where it stood before.
+            rates |= self._guessed_rates(current, move[0])
             if guessed or current not in self._scores:
                 guessed.append(current)
             else:
