@@ -155,8 +155,8 @@ def _few_queries(
 def _pays_in_blocks(query_BQTD: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """Whether plain products beat the fused kernel: causal attention of long bf16 prompts.
 
-    Measured over 3,000 tokens on a CPU with AVX-512 they take 0.44 of its time; on one with AMX,
-    whose tiles the fused kernel uses, 2 to 5 times as long.
+    They do on CPUs with AVX-512 (a trial over 3,000 tokens), and not on those with AMX, whose tiles
+    the fused kernel uses. No benchmark of ours measures either.
     """
     observed = bool(_observers)
     return (

@@ -1,11 +1,11 @@
 """Linear layers whose weights lie in the order in which oneDNN multiplies, on a CPU.
 
-``linear`` arranges a weight anew in every call. A weight that is packed once saves that: measured
-with one thread, products of 576 x 1,536 in float32 are 1.1 to 2.2 times faster, depending on the
-machine, and a head of 49,152 tokens 1.2 to 1.7 times. A layer holds its packed weight in place of
-the plain one, never beside it. The plain weight is unpacked bit for bit where it is asked for:
-where gradients are needed, where healed tensors replace it, and where a state is saved. Layers on
-other devices or in other element types than float32 and bf16 stay as they are.
+``linear`` arranges a weight anew in every call, and a weight that is packed once saves that. How
+much depends on the machine; ``benchmarks/search_speed.py`` measures whole searches, not single
+products. A layer holds its packed weight in place of the plain one, never beside it. The plain
+weight is unpacked bit for bit where it is asked for: where gradients are needed, where healed
+tensors replace it, and where a state is saved. Layers on other devices or in other element types
+than float32 and bf16 stay as they are.
 """
 
 from __future__ import annotations
