@@ -30,7 +30,7 @@ from rayapp.plan import PruningPlan
 
 _TWO_SIDED = 1.96
 _PROBED_EXAMPLES = 4
-_PASSES: dict[Kind, int] = {"likelihood": 2, "choices": 2, "rollouts": 4}
+_PASSES: dict[Kind, int] = {"likelihood": 2, "rollouts": 4}
 """Passes over an example's tokens by kind, on both sides together; a greedy answer is one."""
 
 
@@ -131,7 +131,9 @@ def _work(
         pieces += answer_pieces("plan answers", lines, max_num_seqs=size)
         yield task, "completions", pieces
     for task, questions in data.choices.items():
-        yield task, "choices", list(choice_pieces(questions))
+        pieces = list(choice_pieces("dense choices", questions))
+        pieces += choice_pieces("plan choices", questions)
+        yield task, "choices", pieces
     for task, windows in data.texts.items():
         yield task, "windows of text", list(likelihood_pieces(windows.lines))
     for task, openings in data.openings.items():

@@ -78,7 +78,8 @@ class Sides:
             "likelihood": self.likelihoods,
             "dense answers": partial(self.answers, "dense"),
             "plan answers": partial(self.answers, "plan"),
-            "choices": self.choices,
+            "dense choices": partial(self.choices, "dense"),
+            "plan choices": partial(self.choices, "plan"),
             "rollouts": self.rollouts,
         }
         return list(measures[kind](examples))
@@ -98,15 +99,10 @@ class Sides:
         pipeline = self._pipelines[side == "plan"]
         return judge_answers(pipeline, lines, end_token_ids=self._end_token_ids)
 
-    def choices(
-        self, questions: Sequence[Question]
-    ) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
-        """Log-likelihoods of all choices, by question: the dense model's and the plan's."""
-        dense, plan = (
-            _in_order(choice_likelihoods(side, questions), len(questions))
-            for side in (self.dense, self.plan)
-        )
-        return list(zip(dense, plan, strict=True))
+    def choices(self, side: str, questions: Sequence[Question]) -> list[tuple[float, ...]]:
+        """Log-likelihoods of all choices on the side of ``dense`` or ``plan``, by question."""
+        stages = self.plan if side == "plan" else self.dense
+        return _in_order(choice_likelihoods(stages, questions), len(questions))
 
     def rollouts(self, openings: Sequence[Opening]) -> list[Rollout]:
         """Greedy answers of both sides, and the plan along the dense model's."""

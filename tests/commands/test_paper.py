@@ -10,6 +10,7 @@ import pytest
 from rayapp.errors import DataError, InputError
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.progress import shown_progress
+from rayapp.evaluation.sides import Sides
 from rayapp.plan import PruningPlan
 from rayapp.pruning.progress import ProgressReport
 from rayapp.pruning.search.sensitivity import SENSITIVITY_FILE, Sensitivity
@@ -74,6 +75,19 @@ def test_a_paper_is_counted_made_and_gone_on_with(values, tmp_path, monkeypatch)
     after = count_work(again, WATCH)
     assert [job.state for job in after.jobs] == 4 * ["done"]
     assert after.sentence() == "0 of 4 rows left, 0 tokens at most"
+
+
+def test_the_dense_model_answers_questions_once(values, tmp_path, monkeypatch):
+    sides, choices = [], Sides.choices
+    monkeypatch.setattr(
+        Sides, "choices", lambda self, side, asked: sides.append(side) or choices(self, side, asked)
+    )
+    wanted = {**values, "out": str(tmp_path / "out"), "rows": "pop-p2-d0,int8", "maps": 0}
+    paper = reproduce(ReproduceSettings.checked(**wanted), WATCH)
+    assert [row.name for row in paper.rows] == ["dense", "pop-p2-d0", "int8"]
+    assert sides.count("plan") == 3 * sides.count("dense") > 0
+    dense, *others = [row.data["ARC-e"].metrics[0].dense for row in paper.rows]
+    assert others == [dense, dense]
 
 
 def test_a_plan_that_exists_is_a_row(values, tmp_path, monkeypatch):

@@ -53,6 +53,7 @@ class Journal:
         if self._path is not None:
             values = [as_json(value) for value in done.values]
             self._append(json.dumps([done.piece.key, values]))
+            self._known[done.piece.key] = values
 
     def close(self) -> None:
         """Remove the journal of a finished evaluation."""

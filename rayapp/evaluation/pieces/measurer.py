@@ -17,6 +17,7 @@ from rayapp.evaluation.measures.rollouts import Opening, Rollout
 from rayapp.evaluation.pieces.compute import PieceCompute
 from rayapp.evaluation.pieces.journal import Journal
 from rayapp.evaluation.pieces.piece import (
+    OF_DENSE,
     Done,
     Piece,
     answer_pieces,
@@ -40,6 +41,8 @@ class Measurer:
         settings: Sizes of batches.
         progress: Called as pieces are done.
         journal: The pieces that were measured before, and are not measured again.
+        of_dense: The same for pieces of the dense model alone, which many plans share; without it,
+            they stand in ``journal``.
     """
 
     def __init__(
@@ -49,10 +52,12 @@ class Measurer:
         settings: EvaluationSettings,
         progress: ProgressCallback = silent,
         journal: Journal | None = None,
+        of_dense: Journal | None = None,
     ) -> None:
         compute.use(plan)
         self._compute, self._settings, self._progress = compute, settings, progress
         self._journal = journal or Journal(None, {})
+        self._of_dense = of_dense or self._journal
         self._by_prefill = plan.first_token == "prefill"
 
     def completions(self, task: str, lines: Sequence[TokenizedLine]) -> JudgedCompletions:
@@ -73,11 +78,19 @@ class Measurer:
 
     def choices(self, task: str, questions: Sequence[Question]) -> AnsweredQuestions:
         """Log-likelihoods of all choices."""
-        found = self._measured(f"{task}: choices", list(choice_pieces(questions)))
-        dense, plan = ([sums[side] for sums in found] for side in (0, 1))
+        dense = self._choices(task, "dense choices", questions)
+        plan = self._choices(task, "plan choices", questions)
         lengths = [len(question.prompt) for question in questions]
         sent = self._compute.measure(Sides.prompt_bytes, lengths)
         return AnsweredQuestions(questions, dense, plan, sent, by_prefill=self._by_prefill)
+
+    def _choices(
+        self,
+        task: str,
+        kind: Literal["dense choices", "plan choices"],
+        questions: Sequence[Question],
+    ) -> list[Any]:
+        return self._measured(f"{task}: {kind}", list(choice_pieces(kind, questions)))
 
     def texts(self, task: str, windows: Windows) -> ScoredWindows:
         """Likelihoods of all windows."""
@@ -113,17 +126,20 @@ class Measurer:
 
         waiting = []
         for piece in pieces:
-            known = self._journal.known(piece)
+            known = self._journal_of(piece).known(piece)
             if known is None:
                 waiting.append(piece)
             else:
                 keep(Done(piece, known, 0.0))
         self._progress(what, len(values), total)
         for done in self._compute.run(waiting):
-            self._journal.add(done)
+            self._journal_of(done.piece).add(done)
             keep(done)
             self._progress(what, len(values), total)
         return [values[place] for place in range(total)]
+
+    def _journal_of(self, piece: Piece) -> Journal:
+        return self._of_dense if piece.kind in OF_DENSE else self._journal
 
 
 def second_openings(

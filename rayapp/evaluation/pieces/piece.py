@@ -17,8 +17,12 @@ from rayapp.evaluation.measures.likelihood import LineLikelihood, line_groups
 from rayapp.evaluation.measures.rollouts import Opening, Rollout
 from rayapp.kv.ledger import TransferRecord
 
-Kind = Literal["likelihood", "dense answers", "plan answers", "choices", "rollouts"]
+Kind = Literal[
+    "likelihood", "dense answers", "plan answers", "dense choices", "plan choices", "rollouts"
+]
 """The measures of a piece; progress uses the same words."""
+OF_DENSE: frozenset[Kind] = frozenset({"dense answers", "dense choices"})
+"""Kinds that measure the dense model alone, so that no plan changes them."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,12 @@ def answer_pieces(
     yield from _slices(kind, lines, max_num_seqs * BATCHES_AT_ONCE)
 
 
-def choice_pieces(questions: Sequence[Question]) -> Iterator[Piece]:
-    """Batches of questions that run end to end; a piece scores them on both sides."""
+def choice_pieces(
+    kind: Literal["dense choices", "plan choices"], questions: Sequence[Question]
+) -> Iterator[Piece]:
+    """Batches of questions that run end to end."""
     for group in question_groups(questions):
-        yield _piece("choices", questions, [place for batch in group for place in batch])
+        yield _piece(kind, questions, [place for batch in group for place in batch])
 
 
 def rollout_pieces(openings: Sequence[Opening], *, max_num_seqs: int) -> Iterator[Piece]:
@@ -98,8 +104,8 @@ def as_json(value: Any) -> Any:
 
 def from_json(kind: Kind, value: Any) -> Any:
     """The measured value that :func:`as_json` wrote; floats come back bit for bit."""
-    if kind == "choices":
-        return tuple(tuple(sums) for sums in value)
+    if kind in ("dense choices", "plan choices"):
+        return tuple(value)
     if kind == "likelihood":
         return LineLikelihood(**value)
     if kind == "rollouts":

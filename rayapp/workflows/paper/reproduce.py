@@ -59,6 +59,8 @@ logger = logging.getLogger(__name__)
 SUBJECT_FILE = "reproduction.json"
 TABLES_DIRECTORY = "tables"
 MAPS_DIRECTORY = "maps"
+DENSE_FILE = "dense.json"
+"""The file beside which the pieces of the dense model lie, which all rows share."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class _Reproduction:
         self._out = Path(settings.out)
         self._made = PaperPlans(settings, self.watch.search, self._signature, self._rows)
         self._maps: list[Sensitivity] = []
+        self._of_dense = Journal(None, {})
 
     def run(self) -> Paper:
         """Run all searches before all measurements: model and evaluators do not share memory."""
@@ -125,6 +128,7 @@ class _Reproduction:
         plans = self._made.plans(self._maps)
         with self._computing() as compute:
             logger.info("%s", self._count(self._rate(compute)).sentence())
+            self._of_dense = self._journal(compute, self._out / DENSE_FILE, PruningPlan())
             measured: list[RowOutcome] = []
             for row in self._rows:
                 if row.name in plans:
@@ -230,15 +234,22 @@ class _Reproduction:
                 )
             with self.watch.evaluation() as progress:
                 compute.use(plan)
-                weights, wanted = self._signature.weights_fingerprint, self.settings.evaluation()
-                journal = Journal(path / ROW_FILE, piece_identity(compute, weights, plan, wanted))
-                measurer = Measurer(compute, plan, wanted, progress, journal)
+                wanted, journal = (
+                    self.settings.evaluation(),
+                    self._journal(compute, path / ROW_FILE, plan),
+                )
+                measurer = Measurer(compute, plan, wanted, progress, journal, self._of_dense)
                 outcome = self._with_data(outcome, measurer, path)
                 journal.close()
                 outcome = self._with_speed(outcome, measurer, compute)
         outcome.save(path)  # The file keeps data sets of earlier runs.
         data = {name: outcome.data[name] for name in self._data}
         return outcome.model_copy(update={"data": data})
+
+    def _journal(self, compute: PieceCompute, file: Path, plan: PruningPlan) -> Journal:
+        """The pieces that were measured of a plan before; they lie beside ``file``."""
+        weights, wanted = self._signature.weights_fingerprint, self.settings.evaluation()
+        return Journal(file, piece_identity(compute, weights, plan, wanted))
 
     def _with_data(self, row_outcome: RowOutcome, measurer: Measurer, path: Path) -> RowOutcome:
         for name, data in self._data.items():

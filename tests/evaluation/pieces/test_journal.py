@@ -22,7 +22,8 @@ SETTINGS = EvaluationSettings(num_runs=0, num_resamples=100)
 LINE = TokenizedLine((1, 2), (3, 4), "copy")
 PIECES = {
     "likelihood": (LINE, LineLikelihood(0.1 + 0.2, 1 / 3, 1e-17, 2, True, False)),
-    "choices": (Question((1,), ((2,), (3,)), (1, 1), 0, "t"), ((-0.1, -1 / 3), (-0.7, -2e-9))),
+    "dense choices": (Question((1,), ((2,), (3,)), (1, 1), 0, "t"), (-0.1, -1 / 3)),
+    "plan choices": (Question((1,), ((2,), (3,)), (1, 1), 0, "t"), (-0.7, -2e-9)),
     "rollouts": (Opening((1, 2), "plain"), Rollout((3, 4), (3, 5), (0.1, 1 / 7), (True, False))),
 }
 
