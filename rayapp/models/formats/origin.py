@@ -47,6 +47,16 @@ class Origin(Strict):
     weights_fingerprint: str
     files: dict[str, str]
 
+    def derived(self, caption: str, weights_fingerprint: str, directory: Path) -> Origin:
+        """The record of a checkpoint that was made from this one, and whose files lie there."""
+        return self.model_copy(
+            update={
+                "caption": caption,
+                "weights_fingerprint": weights_fingerprint,
+                "files": hashes_of(directory),
+            }
+        )
+
     def write(self, directory: Path) -> None:
         """Write the record into the directory of a checkpoint."""
         text = self.model_dump_json(indent=2) + "\n"
@@ -77,6 +87,12 @@ def read_origin(directory: Path) -> Origin | None:
             f"{file}: cannot be read ({reason}); restore it, or remove it if nothing is known of "
             "the model's origin"
         ) from None
+
+
+def hashes_of(directory: Path) -> dict[str, str]:
+    """The SHA-256 hash of every file that lies in a directory, by name."""
+    files = sorted(entry for entry in directory.iterdir() if entry.is_file())
+    return {file.name: sha256_of(file) for file in files}
 
 
 def sha256_of(file: Path) -> str:
