@@ -216,7 +216,9 @@ def _share(module: Any, configs: dict[int, Any]) -> Any:
     }
     config = module.__dict__.get("config")
     if isinstance(config, PreTrainedConfig):
-        clone.config = configs.setdefault(id(config), copy.deepcopy(config))
+        if id(config) not in configs:
+            configs[id(config)] = copy.deepcopy(config)
+        clone.config = configs[id(config)]
     return clone
 
 

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 
 from rayapp.errors import ModelError
 from rayapp.models.blocks import MULTIMODAL_TYPES, apply_modes, find_decoder, text_config
@@ -166,7 +167,8 @@ def empty_model(config: PreTrainedConfig, dtype: DType = "auto") -> PreTrainedMo
     target = compute_dtype(config, dtype)
     multimodal = config.model_type in MULTIMODAL_TYPES
     auto_class = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-    with init_empty_weights(include_buffers=False):
+    # Parameters have no memory yet, and drawing initial values costs more than all the rest.
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = auto_class.from_config(config, dtype=target, trust_remote_code=False)
     return model.eval()
 

@@ -35,11 +35,13 @@ def naive_scores(
     candidates: Sequence[Candidate],
     weights_of: Callable[[Candidate], HealedWeights | None] = lambda _: None,
 ) -> list[Score]:
-    """Scores of ``candidates``, computed without sharing anything between them or between lines.
+    """Scores of ``candidates``, computed without sharing states between them or between lines.
 
     ``weights_of`` gives the healed tensors that a candidate is served with.
     """
-    return [_score(model, calibration, objective, c, weights_of(c)) for c in candidates]
+    plan = DENSE.plan(signature_of(model), first_token=objective.first_token)
+    dense = [teacher_forced(model, plan, line) for line in calibration.lines]
+    return [_score(model, calibration, objective, c, weights_of(c), dense) for c in candidates]
 
 
 @torch.inference_mode()
@@ -49,18 +51,18 @@ def _score(
     objective: Objective,
     candidate: Candidate,
     weights: HealedWeights | None,
+    dense: Sequence[torch.Tensor],
 ) -> Score:
-    signature = signature_of(model)
     plan = candidate.plan(
-        signature, first_token=objective.first_token, kv_transfer=objective.kv_transfer
+        signature_of(model), first_token=objective.first_token, kv_transfer=objective.kv_transfer
     )
     if weights is not None:
         attach(model, weights)
         plan = plan.with_healed(weights.digest)
-    dense = DENSE.plan(signature, first_token=objective.first_token)
+    prefill, decoder = BlockStack(model, plan, "prefill"), BlockStack(model, plan, "decode")
     sums = {}
-    for index, line in enumerate(calibration.lines):
-        logits_CV, dense_CV = teacher_forced(model, plan, line), teacher_forced(model, dense, line)
+    for index, (line, dense_CV) in enumerate(zip(calibration.lines, dense, strict=True)):
+        logits_CV = _logits(prefill, decoder, plan, line)
         ids_C = torch.tensor(line.continuation)
         reference = reference_of(objective, dense_CV[None])
         values = token_values(objective, reference, logits_CV[None], ids_C[None])
@@ -68,9 +70,16 @@ def _score(
     return combine(objective, calibration, sums, name=str(candidate))
 
 
+@torch.inference_mode()
 def teacher_forced(model: PreTrainedModel, plan: PruningPlan, line: TokenizedLine) -> torch.Tensor:
     """Logits of every continuation token of one line, ``(C, V)``, as the two stages serve it."""
     prefill, decoder = BlockStack(model, plan, "prefill"), BlockStack(model, plan, "decode")
+    return _logits(prefill, decoder, plan, line)
+
+
+def _logits(
+    prefill: BlockStack, decoder: BlockStack, plan: PruningPlan, line: TokenizedLine
+) -> torch.Tensor:
     by_prefill = plan.first_token == "prefill"
     prompt = line.prompt if by_prefill else line.prompt[:-1]
     cache = CaptureCache.for_stack(prefill)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -92,11 +93,17 @@ def read(
     return loaded, calibration
 
 
+@cache
+def untaught(home: Path) -> LoadedModel:
+    """A model that knows no image of calibration lines; it serves, and nobody changes it."""
+    return load_model(home, dtype="float32")
+
+
 def serving(
     home: Path, path: Path, plan: PruningPlan
 ) -> tuple[LocalPipeline, list[tuple[str | ImagePrompt, str]]]:
     """A pipeline that serves a plan, with every line as a request and its answer."""
-    loaded = load_model(home, dtype="float32")
+    loaded = untaught(home)
     pipeline = LocalPipeline(
         loaded.model, loaded.tokenizer, plan, image_processor=load_image_processor(home)
     )
