@@ -45,9 +45,9 @@ class Load:
             thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("pool", "prompt_tokens", "max_tokens"),
-    [pytest.param("prefill", 500, 1, marks=pytest.mark.slow), ("decode", 5, 100)],
+    ("pool", "prompt_tokens", "max_tokens"), [("prefill", 500, 1), ("decode", 5, 100)]
 )
 def test_a_pool_grows_under_load_and_shrinks_after_it(service, pool, prompt_tokens, max_tokens):
     """Long prompts with one answer token load prefill alone, long answers decode."""
