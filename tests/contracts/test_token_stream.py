@@ -104,7 +104,7 @@ def request_of(name, prompt, **sampling):
 
 
 async def batches_of(service, request, timeline=None):
-    async with aclosing(service.generate(request, timeline)) as batches:
+    async with aclosing(service.generate([request], [timeline] if timeline else [])) as batches:
         return [batch async for batch in batches]
 
 

@@ -84,7 +84,7 @@ class Deadlines(Strict):
     """Seconds that each phase of a request may last; after them it is freed and answered with 504.
 
     ``lease_s`` is the time that decode keeps a slot for an admitted request whose tokens nobody
-    reads.
+    reads. A replica with an engine that computes one step for longer than ``step_s`` is replaced.
     """
 
     queue_s: float = Field(default=120.0, gt=0.0)
@@ -92,6 +92,7 @@ class Deadlines(Strict):
     transfer_s: float = Field(default=120.0, gt=0.0)
     decode_s: float = Field(default=1200.0, gt=0.0)
     lease_s: float = Field(default=15.0, gt=0.0)
+    step_s: float = Field(default=120.0, gt=0.0)
 
 
 class ScalingSettings(Strict):

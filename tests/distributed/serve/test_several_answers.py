@@ -285,7 +285,7 @@ def test_calls_that_are_never_routed_end_in_a_deadline(service, monkeypatch):
         return await asyncio.gather(*(ask(request) for request in requests), return_exceptions=True)
 
     async def ask(request):
-        async with aclosing(stage.generate(request)) as batches:
+        async with aclosing(stage.generate([request])) as batches:
             return [batch async for batch in batches]
 
     short = service.settings.deadlines.model_copy(update={"queue_s": 0.3, "prefill_s": 0.3})
