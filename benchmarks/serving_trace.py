@@ -188,7 +188,7 @@ def report(record: Record) -> list[Block]:
     trace = asked["trace"] or "drawn arrivals"
     return [
         f"Under load over HTTP: {asked['model']}, {asked['dtype']}, {trace}, {asked['requests']} "
-        f"requests with lengths divided by {asked['divisor']}, {results['rate_per_s']:.2f} requests "
+        f"requests with lengths divided by {asked['divisor']}, {results['rate_per_s']:.2f} of them "
         f"a second. A good answer has its first token within {ttft_limit_s:g} s and the others "
         f"within {1000 * tpot_limit_s:g} ms each.",
         _arrivals_table(results["servers"]),

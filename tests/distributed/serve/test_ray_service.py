@@ -18,6 +18,7 @@ from rayapp.errors import (
     DeadlineError,
     IntegrityError,
     OverloadedError,
+    PreemptedError,
     RequestError,
     UnavailableError,
     WireError,
@@ -85,6 +86,19 @@ def test_lost_work_is_done_again_and_no_token_comes_twice(byte_tokenizer, error)
         assert await tokens_of(service) == ANSWER
         assert script.seen == [(0, ()), (1, (5, 6)), (2, (5, 6))]
         assert not any(service.counts().values())
+
+    asyncio.run(scenario())
+
+
+def test_an_attempt_that_was_preempted_is_not_counted(byte_tokenizer, monkeypatch):
+    monkeypatch.setattr("rayapp.distributed.serve.ingress.ray_service._RETRY_PAUSE_S", 0.001)
+
+    async def scenario():
+        preempted = task_error(PreemptedError("others came first"))
+        entries = [(number % 4, preempted) for number in range(7)]
+        script = Script(*entries, (0, ActorDiedError()), (4, None))
+        assert await tokens_of(service_of(script, byte_tokenizer)) == ANSWER
+        assert [attempt for attempt, _ in script.seen] == list(range(9))
 
     asyncio.run(scenario())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
@@ -17,11 +18,17 @@ from rayapp.distributed.serve.ingress.losses import explained, is_lost
 from rayapp.distributed.serve.messages import Versions
 from rayapp.engine.channel import KVChannel
 from rayapp.engine.request import GenerationRequest, PromptRequests, Timeline, TokenBatch
-from rayapp.errors import IntegrityError, OverloadedError, RayappError, UnavailableError
+from rayapp.errors import (
+    IntegrityError,
+    OverloadedError,
+    PreemptedError,
+    RayappError,
+    UnavailableError,
+)
 from rayapp.kv.ledger import Ledger
 
 logger = logging.getLogger(__name__)
-_RETRY_PAUSE_S = 0.1
+_RETRY_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 
 
 @dataclass(frozen=True)
@@ -127,8 +134,12 @@ class RayService:
             self._waiting.leave(names)
 
     async def _answer(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
-        """Make attempts until all answers are complete; no token leaves twice."""
-        for attempt in range(self._max_attempts):
+        """Make attempts until all answers are complete; no token leaves twice.
+
+        An attempt that was preempted lost nothing and is not counted.
+        """
+        num_lost = 0
+        for attempt in itertools.count():
             answering.begin(attempt)
             try:
                 async with aclosing(self._attempts.run(answering)) as batches:
@@ -145,16 +156,16 @@ class RayService:
                 failure = explained(error)
                 if failure is None:
                     raise
-                self._check_retry(answering, attempt, failure)
-            await asyncio.sleep(_RETRY_PAUSE_S * 2**attempt)
+                num_lost += not isinstance(failure, PreemptedError)
+                self._check_retry(answering, num_lost, failure)
+            await asyncio.sleep(min(_RETRY_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S))
 
-    def _check_retry(self, answering: Answering, attempt: int, failure: RayappError) -> None:
+    def _check_retry(self, answering: Answering, num_lost: int, failure: RayappError) -> None:
         """Return if another attempt may help and is allowed, else raise the error of this one."""
-        name = answering.prompt.name
         if not is_lost(failure):
             raise failure from None
-        logger.warning("request %s, attempt %d: %s", name, attempt, failure)
-        if attempt + 1 >= self._max_attempts:
+        logger.warning("request %s, attempt %d: %s", *answering.prompt.key, failure)
+        if num_lost >= self._max_attempts:
             raise UnavailableError(
                 f"{self._max_attempts} attempts were lost, the last one because: {failure}"
             ) from None

@@ -29,7 +29,11 @@ from rayapp.distributed.serve.messages import (
     check_address,
     version_conflict,
 )
-from rayapp.distributed.serve.replicas.engine_loop import EngineLoop, failure_of
+from rayapp.distributed.serve.replicas.engine_loop import (
+    EngineLoop,
+    failure_of,
+    is_out_of_memory,
+)
 from rayapp.distributed.serve.replicas.leases import Lease, Leases
 from rayapp.distributed.serve.replicas.serial_thread import SerialThread
 from rayapp.distributed.serve.replicas.stage import StageModel
@@ -80,6 +84,7 @@ class DecodeServer:
         self._slots = asyncio.Semaphore(max_num_seqs)
         self._num_waiting = 0
         self._num_slots_held = 0
+        self._num_withheld = self._num_to_withhold = 0
         self._leases = Leases(self._let_all_go)
         self._attempts: dict[str, int] = {}
         self._seating: set[asyncio.Task[None]] = set()
@@ -191,7 +196,16 @@ class DecodeServer:
 
     def _give_slot(self) -> None:
         self._num_slots_held -= 1
-        self._slots.release()
+        if self._num_withheld < self._num_to_withhold:
+            self._num_withheld += 1
+        else:
+            self._slots.release()
+
+    def _withhold_slots(self) -> None:
+        """Run fewer sequences from now on than those that memory did not suffice for."""
+        fewer = max(1, self._engine.num_running - 1)
+        self._num_to_withhold = max(self._num_to_withhold, self._max_num_seqs - fewer)
+        logger.warning("memory suffices for %d sequences at most, from now on", fewer)
 
     async def _load(
         self, handover: Handover, handle: object, lease: Lease
@@ -267,7 +281,9 @@ class DecodeServer:
             batches = await self._loop.run(self._engine.step)
         except Exception as error:
             logger.exception("a decode step failed")
-            await self._fail_all(failure_of(error, "decode"))
+            if is_out_of_memory(error):
+                self._withhold_slots()
+            await self._fail_all(UnavailableError(str(failure_of(error, "decode"))))
             return
         for batch in batches:
             self._deliver(batch)

@@ -112,7 +112,7 @@ def failure_of(error: Exception, work: str) -> RayappError:
     """
     if isinstance(error, RayappError):
         return error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
+    if is_out_of_memory(error):
         return OverloadedError(
             f"a {work} step found too little memory ({error}); try again later, or lower "
             "max_num_seqs, max_model_len or max_num_batched_tokens"
@@ -121,3 +121,10 @@ def failure_of(error: Exception, work: str) -> RayappError:
         f"a {work} step failed: {type(error).__name__}: {error}; ask again, and see the replica's "
         "log if it stays so"
     )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """True if a computation found too little memory, on whatever device."""
+    # torch has no class of its own for the memory of the CPU.
+    is_named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return is_named or "can't allocate memory" in str(error)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rayapp.distributed.serve.replicas.engine_loop import _MAX_FAILED, failure_of
 from rayapp.errors import DeadlineError, OverloadedError, UnavailableError
-from tests.distributed.serve.replicas.pair import Pair, request_of, run
+from tests.distributed.serve.replicas.pair import (
+    Pair,
+    expected_tokens,
+    request_of,
+    run,
+)
 
 
 @pytest.mark.parametrize("pool", ["prefill", "decode"])
@@ -44,32 +50,65 @@ def test_steps_that_fail_one_after_the_other_are_noticed(stage, monkeypatch):
     run(scenario())
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
-    ],
-)
-def test_too_little_memory_says_which_options_help(stage, monkeypatch, error):
-    def out_of_memory(*_):
-        raise error
+TOO_LITTLE = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+]
 
+
+@pytest.mark.parametrize("error", TOO_LITTLE)
+def test_a_prompt_that_finds_too_little_memory_is_refused_with_the_options_that_help(
+    stage, monkeypatch, error
+):
     async def scenario():
         pair = Pair(stage)
-        monkeypatch.setattr(pair.decode._engine, "step", out_of_memory)
-        request = request_of("large", max_tokens=50, ignore_eos=True)
-        await pair.admitted(request)
-        with pytest.raises((OverloadedError, UnavailableError)) as raised:
-            await pair.rest(request)
+        monkeypatch.setattr(pair.prefill._engine, "advance", raising(error))
+        with pytest.raises(OverloadedError, match="lower max_num_seqs"):
+            await pair.admitted(request_of("large"))
         await pair.check_idle()
-        return raised.value
 
-    raised = run(scenario())
-    if isinstance(raised, OverloadedError):  # Else the lease had ended before it was read.
-        assert "lower max_num_seqs" in str(raised)
-    assert isinstance(failure_of(error, "decode"), OverloadedError)
+    run(scenario())
+
+
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+def test_decode_runs_fewer_sequences_once_memory_did_not_suffice(stage, monkeypatch):
+    """What ran is replayed by its caller; it cannot find too little memory for ever."""
+
+    async def scenario():
+        pair = Pair(stage, max_num_seqs=4)
+        step = pair.decode._engine.step
+
+        def step_of_few():
+            if pair.decode._engine.num_running > 2:
+                raise TOO_LITTLE[0]
+            return step()
+
+        monkeypatch.setattr(pair.decode._engine, "step", step_of_few)
+
+        async def answered(request):
+            for attempt in range(4):
+                again = replace(request, attempt=attempt)
+                try:
+                    answer, _ = await pair.admitted(again)
+                    return [*answer.firsts[0].token_ids, *await pair.rest(again)]
+                except UnavailableError:
+                    await asyncio.sleep(0.01)
+            raise AssertionError(request)
+
+        requests = [request_of(str(n), max_tokens=20, ignore_eos=True) for n in range(6)]
+        answers = await asyncio.gather(*map(answered, requests))
+        assert answers == [expected_tokens(stage, request) for request in requests]
+        await pair.check_idle()
+        assert pair.decode._slots._value == 2
+
+    run(scenario())
 
 
 def test_errors_of_ours_stay_as_they_are():
