@@ -56,11 +56,11 @@ def test_a_later_attempt_replays_what_is_out(stage):
 
 def test_a_lease_that_nobody_reads_ends(stage):
     async def scenario():
-        pair = Pair(stage, lease_s=0.2)
+        pair = Pair(stage, lease_s=0.5)
         request = request_of("unread", max_tokens=200, ignore_eos=True)
         await pair.admitted(request)
         assert (await pair.decode.check_integrity())["leases"] == 1
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.6)
         with pytest.raises(UnavailableError, match="holds no slot"):
             await pair.rest(request)
         await pair.check_idle()
