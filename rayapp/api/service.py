@@ -34,7 +34,7 @@ class ReplicaHealth(BaseModel):
     replica_id: str
     node: str
     parameter_bytes: int
-    slab_bytes: int = 0
+    kv_bytes: int = 0
     plan_fingerprint: str
     weights_fingerprint: str
     dtype: str

@@ -63,11 +63,11 @@ class RunningService:
         return self.settings.url
 
     @property
-    def slab_bytes(self) -> int:
+    def kv_bytes(self) -> int:
         """Number of bytes that a decode replica sets aside for KV."""
         pools = self.health.get("pools", {})
         return max(
-            (r.get("slab_bytes", 0) for replicas in pools.values() for r in replicas), default=0
+            (r.get("kv_bytes", 0) for replicas in pools.values() for r in replicas), default=0
         )
 
 

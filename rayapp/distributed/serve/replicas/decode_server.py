@@ -80,7 +80,7 @@ class DecodeServer:
             eos_token_ids=stage.loaded.eos_token_ids,
             tokenizer=stage.loaded.tokenizer,
         )
-        logger.info("slab: %d bytes for %d sequences", self._engine.slab_bytes, max_num_seqs)
+        logger.info("slab: %d bytes for %d sequences", self._engine.kv_bytes, max_num_seqs)
 
     async def admit(
         self, handover: Handover, handles: Sequence[object], address: Address = ANY
@@ -250,7 +250,7 @@ class DecodeServer:
         return self._stage.health(
             pool,
             self._place,
-            slab_bytes=self._engine.slab_bytes,
+            kv_bytes=self._engine.kv_bytes,
             num_running=self._num_slots_held,
             num_waiting=self._num_waiting,
             kv_usage=self._engine.usage,
