@@ -19,18 +19,19 @@ from transformers import PreTrainedTokenizerBase
 from rayapp.engine.answer import Answer
 from rayapp.engine.request import FinishReason, GenerationRequest, TokenBatch, TokenLogprobs
 from rayapp.engine.sampling import choose_tokens, token_logprobs
-from rayapp.engine.sequences.paged_kv import KVMemory, PagedKV
+from rayapp.engine.sequences.memory import KVMemory
+from rayapp.engine.sequences.paged_kv import PagedKV
 from rayapp.engine.sequences.running import (
     AnswerStart,
     AsideSequence,
     Reservation,
     RunningSequence,
     begun,
+    check_segment,
     youngest,
 )
-from rayapp.errors import IntegrityError, OverloadedError, RequestError, TransferError, WireError
+from rayapp.errors import IntegrityError, OverloadedError, TransferError
 from rayapp.kv.segment import KVSegment
-from rayapp.kv.select import num_prefilled
 from rayapp.models.single_token import SingleTokenStack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
@@ -93,6 +94,11 @@ class DecodeEngine:
     def num_running(self) -> int:
         """Number of sequences that were admitted and have not ended, some perhaps set aside."""
         return len(self._sequences) + len(self._aside)
+
+    @property
+    def running(self) -> tuple[RunningSequence, ...]:
+        """The sequences that take part in the next step."""
+        return tuple(self._sequences)
 
     @property
     def num_aside(self) -> int:
@@ -165,8 +171,9 @@ class DecodeEngine:
         :meth:`release`.
         """
         sequences = []
+        self.pages.check(segment)
         for start in answers:
-            self._check_segment(start.request, segment)
+            check_segment(start.request, segment, self.plan, self.max_model_len)
             answer = Answer(start.request, self._eos_token_ids, self._tokenizer)
             sequences.append(begun(start, self.plan, segment, answer))
         for start in answers:
@@ -223,27 +230,6 @@ class DecodeEngine:
         for sequence in sequences:
             self.pages.free(sequence.kv)
 
-    def _check_segment(self, request: GenerationRequest, segment: KVSegment) -> None:
-        kept = request.num_prompt_tokens - segment.num_visual_tokens_removed
-        expected = num_prefilled(self.plan, kept)
-        lengths = (segment.num_prompt_tokens, segment.num_prefilled)
-        in_images = sum(image.num_tokens for image in request.images)
-        if lengths != (request.num_prompt_tokens, expected) or (
-            segment.num_visual_tokens_removed > in_images
-        ):
-            raise WireError(
-                f"the KV segment is of {lengths[0]} prompt tokens, {lengths[1]} of them prefilled; "
-                f"the request has {request.num_prompt_tokens}, {expected} to prefill: prefill again"
-            )
-        self.pages.check(segment)
-        entries = max((entry.num_entries for entry in segment.blocks), default=0)
-        if entries + request.sampling.max_tokens > self.max_model_len:
-            raise RequestError(
-                f"{entries} entries and max_tokens={request.sampling.max_tokens} exceed the "
-                f"{self.max_model_len} entries of a sequence; lower max_tokens or raise "
-                "max_model_len"
-            )
-
     def _find(self, request_id: str) -> RunningSequence | None:
         """The admitted sequence of a request, running or set aside."""
         everyone = (*self._sequences, *(aside.sequence for aside in self._aside))
@@ -263,9 +249,21 @@ class DecodeEngine:
         Sequences that still replay, or are set aside, report nothing. Finished sequences have left
         when this returns.
         """
-        self._bring_back()
-        self._make_room()
+        self.make_room()
         return self.settle(self._feed()) if self._sequences else []
+
+    def make_room(self) -> None:
+        """Let sequences that were set aside come back, and give every running one its next place.
+
+        Where there is no place, the youngest is set aside, and so on until the others have room.
+        """
+        self._bring_back()
+        for sequence in sorted(self._sequences, key=lambda sequence: sequence.age):
+            while sequence in self._sequences:
+                is_alone = len(self._sequences) == 1
+                if self.pages.make_room(sequence.kv, sequence.position, is_alone=is_alone):
+                    break
+                self._set_aside(youngest(self._sequences))
 
     def take_preempted(self) -> list[GenerationRequest]:
         """Return the requests that found no room even in host memory, and forget them.
@@ -290,18 +288,6 @@ class DecodeEngine:
             self._aside.remove(oldest)
             self._sequences.append(oldest.sequence)
 
-    def _make_room(self) -> None:
-        """Make sure that every running sequence has a place for one more entry.
-
-        Where there is none, the youngest is set aside, and so on until the others have room.
-        """
-        for sequence in sorted(self._sequences, key=lambda sequence: sequence.age):
-            while sequence in self._sequences:
-                is_alone = len(self._sequences) == 1
-                if self.pages.make_room(sequence.kv, sequence.position, is_alone=is_alone):
-                    break
-                self._set_aside(youngest(self._sequences))
-
     @torch.inference_mode()
     def _set_aside(self, sequence: RunningSequence) -> None:
         """Move a sequence to host memory, or out of the engine if that is full."""
@@ -315,7 +301,7 @@ class DecodeEngine:
 
     def advance(self) -> torch.Tensor:
         """Feed the next token of every running sequence; return the logits ``(B, V)`` after it."""
-        self._make_room()
+        self.make_room()
         return self._feed()
 
     @torch.inference_mode()

@@ -279,7 +279,7 @@ def test_logprobs_are_those_of_the_unmodified_logits(tiny_model, engines):
 def test_integrity_finds_a_page_table_that_disagrees_with_its_pool(tiny_model, engines):
     both = engines(tiny_model("llama"))
     both.start(request("a", 10, 5))
-    (held,) = both.decode._sequences[0].kv
+    (held,) = both.decode.running[0].kv
     held.sheet.used = 97
     with pytest.raises(IntegrityError, match="runs of 96 entries, 97 of them used"):
         both.decode.check_integrity()

@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from rayapp.engine.pages import Arena
 from rayapp.engine.sequences.entries import Entries, StoredEntries
 from rayapp.engine.sequences.group import PagedGroup
+from rayapp.engine.sequences.memory import KVMemory
 from rayapp.errors import InputError, WireError
 from rayapp.kv.segment import KVSegment
 from rayapp.models.single_token import AttendingCache
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 
-BLOCK_SIZE = 16
-"""Entries of a page where ``--block-size`` is not given (vLLM's size on GPUs)."""
-
 SequenceKV = tuple[Entries, ...]
 """What one sequence holds, by group."""
 
 StoredKV = tuple[StoredEntries, ...]
 """What a sequence that was set aside holds in host memory, by group."""
-
-
-@dataclass(frozen=True)
-class KVMemory:
-    """How much memory the KV of running sequences gets, and in which pages.
-
-    Args:
-        num_bytes: Bytes of keys and values on all devices together. Never more are taken than
-            ``max_num_seqs`` sequences of ``max_model_len`` entries fill, and by default just these.
-        block_size: Entries of a page.
-        aside_bytes: Bytes of host memory for the KV of sequences that are set aside; by default
-            half of what the pages take.
-    """
-
-    num_bytes: int | None = None
-    block_size: int = BLOCK_SIZE
-    aside_bytes: int | None = None
 
 
 class PagedKV(AttendingCache):

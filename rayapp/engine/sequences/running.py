@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from rayapp.engine.answer import Answer
 from rayapp.engine.request import GenerationRequest, TokenBatch
 from rayapp.engine.sequences.paged_kv import PagedKV, SequenceKV, StoredKV
-from rayapp.errors import IntegrityError
+from rayapp.errors import IntegrityError, RequestError, WireError
 from rayapp.kv.segment import KVSegment
+from rayapp.kv.select import num_prefilled
 from rayapp.plan import PruningPlan
 
 
@@ -77,6 +78,34 @@ class Reservation:
     def load(self, segment: KVSegment) -> None:
         """Copy the prompt's KV into the pages, on any thread; the segment may be released then."""
         self.pages.load([sequence.kv for sequence in self.sequences], segment)
+
+
+def check_segment(
+    request: GenerationRequest, segment: KVSegment, plan: PruningPlan, max_model_len: int
+) -> None:
+    """Raise an error if a segment is not the KV of a request's prompt, or leaves too little room.
+
+    Raises:
+        WireError: Its lengths are not those of the prompt under this plan.
+        RequestError: Prompt and answer exceed ``max_model_len`` entries.
+    """
+    kept = request.num_prompt_tokens - segment.num_visual_tokens_removed
+    expected = num_prefilled(plan, kept)
+    lengths = (segment.num_prompt_tokens, segment.num_prefilled)
+    in_images = sum(image.num_tokens for image in request.images)
+    if lengths != (request.num_prompt_tokens, expected) or (
+        segment.num_visual_tokens_removed > in_images
+    ):
+        raise WireError(
+            f"the KV segment is of {lengths[0]} prompt tokens, {lengths[1]} of them prefilled; "
+            f"the request has {request.num_prompt_tokens}, {expected} to prefill: prefill again"
+        )
+    entries = max((entry.num_entries for entry in segment.blocks), default=0)
+    if entries + request.sampling.max_tokens > max_model_len:
+        raise RequestError(
+            f"{entries} entries and max_tokens={request.sampling.max_tokens} exceed the "
+            f"{max_model_len} entries of a sequence; lower max_tokens or raise max_model_len"
+        )
 
 
 def begun(

@@ -151,7 +151,7 @@ def _serve(
 
 
 def _show_pools(service: RunningService, console: Console) -> None:
-    table = Table("pool", "node", "parameters", "KV slab")
+    table = Table("pool", "node", "parameters", "KV pages")
     for pool, replicas in service.health["pools"].items():
         for replica in replicas:
             sizes = (f"{replica[name] / 1e6:.2f} MB" for name in ("parameter_bytes", "kv_bytes"))
