@@ -140,7 +140,7 @@ class Bench:
 
     def _paged(self, lengths: Sequence[int]) -> Step:
         """The step of an engine with sequences of ``lengths`` tokens before the first step."""
-        engine = self._engine(len(lengths), max(lengths) + self._num_steps + 1)
+        engine = self._engine(len(lengths), max(lengths) + self._num_steps + 2)
         for length in lengths:
             self._admit(engine, length, self._num_steps + 1)
         return engine.step

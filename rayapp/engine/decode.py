@@ -266,7 +266,7 @@ class DecodeEngine:
                 self._set_aside(youngest(self._sequences))
 
     def take_preempted(self) -> list[GenerationRequest]:
-        """Return the requests that found no room even in host memory, and forget them.
+        """Return the requests without room even in host memory, and forget them.
 
         They have left the engine; what was sent of their answers is to be replayed elsewhere.
         """
@@ -306,6 +306,8 @@ class DecodeEngine:
 
     @torch.inference_mode()
     def _feed(self) -> torch.Tensor:
+        # Rows in the order in which they lie in memory need no reordering to be read together.
+        self._sequences.sort(key=lambda sequence: self.pages.place(sequence.kv))
         sequences = self._sequences
         tokens_B1 = torch.tensor([[sequence.pending.popleft()] for sequence in sequences])
         positions = [sequence.position for sequence in sequences]

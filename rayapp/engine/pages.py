@@ -1,8 +1,8 @@
 """Pages: one pool of equal pieces of KV memory per device, handed out as sheets.
 
 A *page* holds the keys and values of ``block_size`` consecutive entries of one block. Blocks whose
-KV has the same positions get their pages together, as a *sheet*: for each of the blocks a run of
-equally many pages, one run after the other. On a CPU a run is read where it lies, because gathering
+KV has the same positions get their pages together, as a *sheet*: a run of equally many pages for
+every block, one run after the other. On a CPU a run is read where it lies, because gathering
 scattered pages would treble the traffic of KV; therefore pages of a run are neighbours, and a sheet
 that cannot grow where it lies moves.
 
@@ -28,7 +28,7 @@ Move = Callable[["Sheet", int, int], None]
 
 @dataclass(eq=False)
 class Sheet:
-    """The pages of some blocks: ``num_runs`` runs of ``pages`` pages each, from page ``first``.
+    """The pages of some blocks: ``num_runs`` runs of ``pages`` pages, from page ``first`` on.
 
     The first ``used`` entries of every run are filled. Those from there to ``clean`` are zero; what
     lies after them is unknown.
@@ -142,11 +142,11 @@ class PagePool:
             move(other, other.first + shift, other.pages)
         return self.room_behind(sheet) >= need
 
-    def check(self, held: Iterable[Sheet]) -> None:
-        """Raise :class:`IntegrityError` if sheets overlap, or are not those that ``held`` lists.
+    def check(self, listed: Iterable[Sheet]) -> None:
+        """Raise :class:`IntegrityError` if sheets overlap, or page tables list others.
 
         Args:
-            held: The sheets of all holders, a sheet as often as it is held.
+            listed: The sheets of all page tables, shared ones as often as they are shared.
         """
         begin = 0
         for sheet in self._sheets:
@@ -156,7 +156,7 @@ class PagePool:
                     f"pages before {begin} are another's"
                 )
             begin = sheet.stop
-        counts = Counter(map(id, held))
+        counts = Counter(map(id, listed))
         tables = {id(sheet): sheet.references for sheet in self._sheets}
         if counts != tables:
             raise IntegrityError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RowPlace:
-    """Where the entries of one row lie, for all runs of its sheet; all numbers count entries.
+    """The place of one row's entries, in all runs of its sheet; all numbers count entries.
 
     Entry ``e`` of run ``i`` is at ``start + i * run + e``. The row attends to entries ``low`` to
     ``high`` (exclusive); ``high <= run``.
@@ -51,7 +51,7 @@ class Span:
 
 
 def spans_of(rows: Sequence[RowPlace], call_entries: int) -> list[Span]:
-    """Divide rows into spans of neighbours, from the first row on, each as long as it pays.
+    """Divide rows into spans of neighbours, from the first row on, as long as it pays.
 
     Args:
         rows: The places of all rows, in an order in which rows of like sheets are neighbours.

@@ -1,4 +1,4 @@
-"""Where the KV of one decode step lies: all that an attention backend is told.
+"""The interface of attention backends: the places of the KV that one decode step reads.
 
 Shapes: B = rows of the step, H = KV heads, G = query heads per KV head, D = head dimension,
 K = entries attended to, N = blocks of a group.
@@ -18,7 +18,7 @@ from rayapp.engine.pages import Arena, Sheet
 
 @dataclass(frozen=True)
 class SharedPrompt:
-    """A prompt's sheet that several rows read, each together with entries of its own.
+    """A prompt's sheet that several rows read, together with entries of their own.
 
     ``rows`` are the rows' numbers in the order of the spans, int64.
     """
@@ -29,17 +29,17 @@ class SharedPrompt:
 
 @dataclass(frozen=True)
 class GroupStep:
-    """Where the rows of a step find the KV of the blocks of one group.
+    """The places of the KV that the rows of a step read, in the blocks of one group.
 
     Args:
         arena: The memory.
         spans: The rows, divided into views; with ``masks`` ``(rows, 1, 1, K)``, added to the
             products, None where no entry of a view is masked.
         shared: Prompts that rows share, which come before the entries in the spans.
-        order: The row of the batch that each row of the spans is; None if the orders are equal.
+        order: Numbers in the batch of the rows of the spans; None if the orders are equal.
         back: The inverse of ``order``.
-        targets: For each block of the group, rows of the arena's memory that take the step's new
-            entries, by row of the batch and head.
+        targets: Rows of the arena's memory that take the step's new entries, by row of the batch
+            and head; a tensor per block of the group.
     """
 
     arena: Arena

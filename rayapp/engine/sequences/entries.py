@@ -1,4 +1,4 @@
-"""What a sequence holds in one group of blocks: in pages, or copied to host memory.
+"""The entries of one sequence in one group of blocks: in pages, or copied to host memory.
 
 Shapes: H = KV heads, N = blocks of the group, L = entries, D = head dimension.
 """
@@ -14,7 +14,7 @@ from rayapp.engine.pages import Sheet
 
 @dataclass(eq=False)
 class Entries:
-    """What one sequence holds in one group: at most ``limit`` entries of its own.
+    """The entries of one sequence in one group: at most ``limit`` of its own, in pages.
 
     Entries before ``low`` have left the window. ``positions`` are kept where there is a window.
     ``prompt`` is a sheet of earlier entries that other answers hold too.
@@ -28,7 +28,7 @@ class Entries:
 
     @property
     def sheets(self) -> tuple[Sheet, ...]:
-        """All sheets that are held."""
+        """The sequence's own sheet, then its prompt's."""
         return (self.sheet,) if self.prompt is None else (self.sheet, self.prompt)
 
     @property
@@ -40,7 +40,7 @@ class Entries:
 
 @dataclass(frozen=True)
 class StoredEntries:
-    """One sequence's entries of one group, copied to host memory: ``(H, N, L, D)`` each."""
+    """One sequence's entries of one group, copied to host memory, ``(H, N, L, D)``."""
 
     keys_HNLD: torch.Tensor
     values_HNLD: torch.Tensor

@@ -17,10 +17,10 @@ from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 
 SequenceKV = tuple[Entries, ...]
-"""What one sequence holds, by group."""
+"""The entries of one sequence, by group."""
 
 StoredKV = tuple[StoredEntries, ...]
-"""What a sequence that was set aside holds in host memory, by group."""
+"""The entries of a sequence that was set aside, by group."""
 
 
 class PagedKV(AttendingCache):
@@ -215,6 +215,11 @@ class PagedKV(AttendingCache):
             back.append(held)
         return tuple(back)
 
+    @staticmethod
+    def place(held: SequenceKV) -> tuple[int, int]:
+        """A number by which sequences with like sheets are neighbours, by page."""
+        return (held[0].sheet.pages, held[0].sheet.first) if held else (0, 0)
+
     def begin_step(self, rows: Sequence[SequenceKV], positions: Sequence[int]) -> None:
         """Claim an entry in every row and block."""
         for number, group in enumerate(self.groups):
@@ -249,13 +254,13 @@ class PagedKV(AttendingCache):
         group.rows.write(keys_BHTD, values_BHTD, index)
         return group.rows.gathered(index)
 
-    def check_integrity(self, held: Iterable[SequenceKV]) -> None:
+    def check_integrity(self, page_tables: Iterable[SequenceKV]) -> None:
         """Raise :class:`IntegrityError` if page tables and pools disagree.
 
         Args:
-            held: What all sequences and reservations hold.
+            page_tables: The page tables of all sequences and reservations.
         """
-        tables = list(held)
+        tables = list(page_tables)
         for arena in self.arenas:
             mine = [n for n, group in enumerate(self.groups) if group.arena is arena]
             arena.pool.check(sheet for row in tables for n in mine for sheet in row[n].sheets)

@@ -22,11 +22,11 @@ CALL_BYTES = 160 << 10
 
 
 class StepRows:
-    """The rows of a step, each with a place for its new entry claimed.
+    """The rows of a step, whose new entries have their places.
 
     Args:
         arena: The memory.
-        rows: What every row of the batch holds, the new entry included.
+        rows: The entries of every row of the batch, the new one included.
         num_blocks: Number of blocks of the group.
     """
 
@@ -58,7 +58,7 @@ class StepRows:
         return RowPlace(sheet.first * size, sheet.pages * size, held.low, sheet.used)
 
     def _bias(self, in_order: Sequence[Entries], span: Span) -> torch.Tensor | None:
-        """What a span adds to its products; entries that it hides are zeroed before."""
+        """The bias that a span adds to its products; entries that it hides are zeroed before."""
         rows, low, high = in_order[span.first : span.stop], span.low, span.high
         if all((held.low, held.sheet.used) == (low, high) for held in rows):
             return None
