@@ -26,6 +26,7 @@ class ReplicaHealth(BaseModel):
     """A replica's description of itself.
 
     ``dtype`` is the element type that it computes in; ``image_cache`` is set if it prefills images.
+    ``kv_bytes`` are the bytes of its pages of KV, which hold ``kv_tokens`` tokens.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -34,7 +35,8 @@ class ReplicaHealth(BaseModel):
     replica_id: str
     node: str
     parameter_bytes: int
-    slab_bytes: int = 0
+    kv_bytes: int = 0
+    kv_tokens: int = 0
     plan_fingerprint: str
     weights_fingerprint: str
     dtype: str

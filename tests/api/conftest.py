@@ -100,7 +100,7 @@ class ScriptedService:
             replica_id="d0",
             node="node-1",
             parameter_bytes=1234,
-            slab_bytes=5678,
+            kv_bytes=5678,
             plan_fingerprint="p",
             weights_fingerprint="w",
             dtype="float32",

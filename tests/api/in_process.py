@@ -177,7 +177,7 @@ class InProcessService:
             replica_id=f"{NODE}-{pool}",
             node=NODE,
             parameter_bytes=self._parameter_bytes,
-            slab_bytes=self._decode.slab_bytes if decoding else 0,
+            kv_bytes=self._decode.kv_bytes if decoding else 0,
             plan_fingerprint=self._description.plan.fingerprint,
             weights_fingerprint=self._stages.signature.weights_fingerprint,
             dtype=str(self._decode.stack.dtype).removeprefix("torch."),

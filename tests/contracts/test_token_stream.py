@@ -259,7 +259,7 @@ def test_health_names_a_replica_of_every_stage(stream):
         assert replica.parameter_bytes > 0
         assert replica.plan_fingerprint == stream.service.description.plan.fingerprint
     holders = pools.get("decode") or pools["unified"]
-    assert all(replica.slab_bytes > 0 for replica in holders)
+    assert all(replica.kv_bytes > 0 for replica in holders)
 
 
 def test_the_ledger_grows_by_what_travelled(stream):

@@ -40,7 +40,15 @@ from rayapp.distributed.serve.replicas.stage import StageModel
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.decode import DecodeEngine
 from rayapp.engine.request import GenerationRequest, PromptRequests, TokenBatch
-from rayapp.errors import DeadlineError, IntegrityError, UnavailableError
+from rayapp.engine.sequences.memory import KVMemory
+from rayapp.engine.sequences.running import AnswerStart, Reservation
+from rayapp.errors import (
+    DeadlineError,
+    IntegrityError,
+    OverloadedError,
+    PreemptedError,
+    UnavailableError,
+)
 from rayapp.kv.segment import KVSegment
 from rayapp.kv.wire import Message, MessageSizes, message_sizes, unpack
 from rayapp.models.stack import BlockStack
@@ -60,6 +68,7 @@ class DecodeServer:
         fetch: The function that gets a message from its handle.
         max_num_seqs: Number of slots.
         deadlines: The deadlines of leases, answers and steps.
+        memory: The memory for KV.
     """
 
     def __init__(
@@ -71,6 +80,7 @@ class DecodeServer:
         fetch: Callable[..., Awaitable[Message]],
         max_num_seqs: int,
         deadlines: Deadlines,
+        memory: KVMemory = KVMemory(),  # noqa: B008 - frozen
     ) -> None:
         self._stage = stage
         self._place = place
@@ -82,6 +92,7 @@ class DecodeServer:
         self._unpacking = SerialThread("unpacking")
         self._max_num_seqs = max_num_seqs
         self._slots = asyncio.Semaphore(max_num_seqs)
+        self._room = asyncio.Event()
         self._num_waiting = 0
         self._num_slots_held = 0
         self._num_withheld = self._num_to_withhold = 0
@@ -95,9 +106,13 @@ class DecodeServer:
             max_model_len=stage.max_model_len,
             eos_token_ids=stage.loaded.eos_token_ids,
             tokenizer=stage.loaded.tokenizer,
+            memory=memory,
         )
         loop.attach(sequences=self)
-        logger.info("slab: %d bytes for %d sequences", self._engine.slab_bytes, max_num_seqs)
+        logger.info(
+            "pages: %d bytes hold %d tokens of %d sequences",
+            *(self._engine.kv_bytes, self._engine.num_kv_tokens, max_num_seqs),
+        )
 
     async def admit(
         self, handover: Handover, handles: Sequence[object], address: Address = ANY
@@ -196,6 +211,7 @@ class DecodeServer:
 
     def _give_slot(self) -> None:
         self._num_slots_held -= 1
+        self._room.set()
         if self._num_withheld < self._num_to_withhold:
             self._num_withheld += 1
         else:
@@ -230,7 +246,14 @@ class DecodeServer:
             message = await self._unpacking.finish(np.array, message)
         segment = await self._unpacking.finish(unpack, message, envelope)
         lease.check()
-        await self._thread.finish(self._copy_in, segment, seated, known)
+        try:
+            async with asyncio.timeout(handover.wait_s):
+                await self._place_answers(segment, seated, known, lease)
+        except TimeoutError:
+            raise DeadlineError(
+                f"no room for the prompt's KV within {handover.wait_s:.1f} s; try again later, "
+                "raise kv_memory or add replicas"
+            ) from None
         lease.check()
         if lease.waiting:
             self._seat_later(lease, segment, known)
@@ -248,7 +271,7 @@ class DecodeServer:
             await self._take_slot()
             request = lease.seat()
             try:
-                await self._thread.finish(self._copy_in, segment, [request], known)
+                await self._place_answers(segment, [request], known, lease)
             except Exception as error:
                 logger.exception("an answer that waited for a slot could not begin")
                 lease.fail(failure_of(error, "decode"))
@@ -256,12 +279,60 @@ class DecodeServer:
                 return
             self._loop.wake()
 
-    def _copy_in(
-        self, segment: KVSegment, requests: Sequence[GenerationRequest], known: Known
+    async def _place_answers(
+        self,
+        segment: KVSegment,
+        requests: Sequence[GenerationRequest],
+        known: Known,
+        lease: Lease,
     ) -> None:
-        """Copy the KV into a slot for every answer, on the engine thread."""
+        """Copy the KV into pages for the answers, which have slots; wait until there is room.
+
+        Pages are taken in the engine's turn, and filled beside it. Answers that find no room
+        together are placed one part after the other.
+        """
+        reservation = await self._reserve(segment, requests, known)
+        if reservation is None:
+            half = len(requests) // 2
+            for part in (requests[:half], requests[half:]):
+                await self._place_answers(segment, part, known, lease)
+            return
+        try:
+            await self._unpacking.finish(reservation.load, segment)
+            lease.check()
+            await self._thread.finish(self._commit, reservation, requests)
+        except BaseException:
+            self._thread.submit(self._engine.release, reservation)
+            raise
+        self._loop.wake()
+
+    async def _reserve(
+        self, segment: KVSegment, requests: Sequence[GenerationRequest], known: Known
+    ) -> Reservation | None:
+        """Take pages; None if several answers find no room at once, one waits for it."""
+        starts = [AnswerStart(r, replay=known[r.request_id]) for r in requests]
+        while True:
+            self._room.clear()
+            taking = self._thread.submit(self._engine.reserve, starts, segment)
+            try:
+                return await asyncio.shield(taking)
+            except OverloadedError:
+                if len(requests) > 1:
+                    return None
+            except asyncio.CancelledError:
+                taking.add_done_callback(self._release)
+                raise
+            await self._room.wait()
+
+    def _release(self, taking: asyncio.Future[Reservation]) -> None:
+        """Give back pages that were taken for nobody."""
+        if not taking.cancelled() and taking.exception() is None:
+            self._thread.submit(self._engine.release, taking.result())
+
+    def _commit(self, reservation: Reservation, requests: Sequence[GenerationRequest]) -> None:
+        """Let the answers take part in the next step, on the engine thread."""
+        self._engine.commit(reservation)
         for request in requests:
-            self._engine.admit(request, segment, replay=known[request.request_id])
             self._attempts[request.request_id] = request.attempt
 
     def _copy_out(self, request_id: str, attempt: int) -> None:
@@ -277,6 +348,7 @@ class DecodeServer:
 
     async def run_tokens(self) -> None:
         """Compute a token of every running sequence and deliver it; an error ends them all."""
+        num_aside = self._engine.num_aside
         try:
             batches = await self._loop.run(self._engine.step)
         except Exception as error:
@@ -287,6 +359,22 @@ class DecodeServer:
             return
         for batch in batches:
             self._deliver(batch)
+        for request in self._engine.take_preempted():
+            self._hand_back(request)
+        if self._engine.num_aside < num_aside:
+            self._room.set()
+
+    def _hand_back(self, request: GenerationRequest) -> None:
+        """End the lease of an answer that found no room in pages or in host memory."""
+        lease = self._leases.of_answer(request.request_id, request.attempt)
+        if lease is not None:
+            lease.fail(
+                PreemptedError(
+                    f"request {request.request_id} gave its pages of KV to older requests; it goes "
+                    "on elsewhere, or raise kv_memory"
+                )
+            )
+            self._leases.end(lease)
 
     def _deliver(self, batch: TokenBatch) -> None:
         lease = self._leases.of_answer(batch.request_id, batch.attempt)
@@ -327,7 +415,8 @@ class DecodeServer:
         return self._stage.health(
             pool,
             self._place,
-            slab_bytes=self._engine.slab_bytes,
+            kv_bytes=self._engine.kv_bytes,
+            kv_tokens=self._engine.num_kv_tokens,
             num_running=self._num_slots_held,
             num_waiting=self._num_waiting,
             kv_usage=self._engine.usage,

@@ -14,6 +14,7 @@ from collections.abc import Awaitable
 from rayapp.distributed.serve.channel import ObjectStoreChannel
 from rayapp.distributed.serve.replicas.decode_server import DecodeServer
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
+from rayapp.distributed.serve.replicas.kv_memory import kv_memory
 from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
 from rayapp.distributed.serve.replicas.stage import load_stage, this_place
 from rayapp.distributed.serve.replicas.unified_server import UnifiedServer
@@ -44,13 +45,15 @@ class DecodeReplica(DecodeServer):
     """A decode server that loads its own stage and fetches from the object store."""
 
     def __init__(self, settings: ServiceSettings) -> None:
+        stage = load_stage(settings, "decode")
         super().__init__(
-            load_stage(settings, "decode"),
+            stage,
             this_place(),
             EngineLoop(settings.max_num_batched_tokens),
             fetch=ObjectStoreChannel.fetch,
             max_num_seqs=settings.max_num_seqs,
             deadlines=settings.deadlines,
+            memory=kv_memory(settings, stage.loaded.model.device),
         )
 
     async def check_health(self) -> None:
@@ -62,13 +65,15 @@ class UnifiedReplica(UnifiedServer):
     """A unified server that loads both stages once."""
 
     def __init__(self, settings: ServiceSettings) -> None:
+        stage = load_stage(settings, "unified")
         super().__init__(
-            load_stage(settings, "unified"),
+            stage,
             this_place(),
             max_num_seqs=settings.max_num_seqs,
             max_waiting=settings.max_waiting,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             deadlines=settings.deadlines,
+            memory=kv_memory(settings, stage.loaded.model.device),
         )
 
     async def check_health(self) -> None:

@@ -27,6 +27,7 @@ from rayapp.distributed.serve.replicas.stage import StageModel
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.channel import KVChannel, LocalChannel, LocalStream
 from rayapp.engine.request import PromptRequests, TokenBatch
+from rayapp.engine.sequences.memory import KVMemory
 
 UnifiedItem = PrefillAnswer | Refusal | Admission | list[TokenBatch]
 
@@ -41,6 +42,7 @@ class UnifiedServer:
         max_waiting: Prompts that may wait; further ones are refused.
         max_num_batched_tokens: Tokens that one step may compute.
         deadlines: The deadlines of leases, answers and steps.
+        memory: The memory for KV.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class UnifiedServer:
         max_waiting: int,
         max_num_batched_tokens: int,
         deadlines: Deadlines,
+        memory: KVMemory = KVMemory(),  # noqa: B008 - frozen
     ) -> None:
         loop = EngineLoop(max_num_batched_tokens)
         self._deadlines = deadlines
@@ -66,6 +69,7 @@ class UnifiedServer:
             fetch=self._channel.fetch,
             max_num_seqs=max_num_seqs,
             deadlines=deadlines,
+            memory=memory,
         )
 
     async def generate(

@@ -14,6 +14,7 @@ from rayapp.engine.channel import LocalChannel, LocalStream
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.request import GenerationRequest, PromptRequests
 from rayapp.engine.sampling_params import SamplingParams
+from rayapp.engine.sequences.memory import KVMemory
 
 PROMPT = tuple(range(3, 40))
 HERE = Place("here", "node")
@@ -31,7 +32,14 @@ class Pair:
     """A prefill and a decode server with a channel between them."""
 
     def __init__(
-        self, stage, *, max_num_seqs=2, max_waiting=8, max_num_batched_tokens=16, **deadlines
+        self,
+        stage,
+        *,
+        max_num_seqs=2,
+        max_waiting=8,
+        max_num_batched_tokens=16,
+        memory=None,
+        **deadlines,
     ):
         self.versions = stage.versions
         self.channel = LocalChannel()
@@ -50,6 +58,7 @@ class Pair:
             fetch=self.channel.fetch,
             max_num_seqs=max_num_seqs,
             deadlines=limits,
+            memory=memory or KVMemory(),
         )
 
     @asynccontextmanager
