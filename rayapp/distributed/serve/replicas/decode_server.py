@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 import numpy as np
 
@@ -35,17 +35,17 @@ from rayapp.distributed.serve.replicas.engine_loop import (
     is_out_of_memory,
 )
 from rayapp.distributed.serve.replicas.leases import Lease, Leases
+from rayapp.distributed.serve.replicas.placing import Known, Placing
 from rayapp.distributed.serve.replicas.serial_thread import SerialThread
+from rayapp.distributed.serve.replicas.slots import Slots
 from rayapp.distributed.serve.replicas.stage import StageModel
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.decode import DecodeEngine
 from rayapp.engine.request import GenerationRequest, PromptRequests, TokenBatch
 from rayapp.engine.sequences.memory import KVMemory
-from rayapp.engine.sequences.running import AnswerStart, Reservation
 from rayapp.errors import (
     DeadlineError,
     IntegrityError,
-    OverloadedError,
     PreemptedError,
     UnavailableError,
 )
@@ -54,8 +54,6 @@ from rayapp.kv.wire import Message, MessageSizes, message_sizes, unpack
 from rayapp.models.stack import BlockStack
 
 logger = logging.getLogger(__name__)
-Known = Mapping[str, tuple[int, ...]]
-"""The tokens with which answers begin, by request id."""
 
 
 class DecodeServer:
@@ -90,14 +88,9 @@ class DecodeServer:
         self._loop = loop
         self._thread = loop.thread
         self._unpacking = SerialThread("unpacking")
-        self._max_num_seqs = max_num_seqs
-        self._slots = asyncio.Semaphore(max_num_seqs)
-        self._room = asyncio.Event()
-        self._num_waiting = 0
-        self._num_slots_held = 0
-        self._num_withheld = self._num_to_withhold = 0
+        self._slots = Slots(max_num_seqs)
+        self._num_applying = 0
         self._leases = Leases(self._let_all_go)
-        self._attempts: dict[str, int] = {}
         self._seating: set[asyncio.Task[None]] = set()
         self._engine = DecodeEngine(
             BlockStack(stage.loaded.model, stage.plan, "decode"),
@@ -108,6 +101,7 @@ class DecodeServer:
             tokenizer=stage.loaded.tokenizer,
             memory=memory,
         )
+        self._placing = Placing(self._engine, loop, self._unpacking, self._slots)
         loop.attach(sequences=self)
         logger.info(
             "pages: %d bytes hold %d tokens of %d sequences",
@@ -145,7 +139,6 @@ class DecodeServer:
             self._leases.end(lease)
             raise
         self._leases.expect_reader(lease, self._deadlines.lease_s)
-        self._loop.wake()
         return Admission(place=self._place, sizes=sizes, wait_s=wait_s, fetch_s=fetch_s)
 
     async def tokens(
@@ -185,43 +178,29 @@ class DecodeServer:
         if older is not None and older.prompt.attempt < prompt.attempt:
             older.fail(UnavailableError(f"{older.key} was replaced by a later attempt"))
             self._leases.end(older)
+        self._num_applying += len(prompt.requests)
         try:
             async with asyncio.timeout(handover.wait_s):
-                await self._take_slot()
+                await self._slots.take()
         except TimeoutError:
             raise DeadlineError(
                 f"no decode slot within {handover.wait_s:.1f} s; try again later, raise "
                 "max_num_seqs or add replicas"
             ) from None
+        finally:
+            self._num_applying -= len(prompt.requests)
         try:
             lease = self._leases.grant(prompt, total_s=self._deadlines.decode_s)
         except BaseException:
-            self._give_slot()
+            self._slots.give()
             raise
         lease.seat()
         return lease
 
-    async def _take_slot(self) -> None:
-        self._num_waiting += 1
-        try:
-            await self._slots.acquire()
-        finally:
-            self._num_waiting -= 1
-        self._num_slots_held += 1
-
-    def _give_slot(self) -> None:
-        self._num_slots_held -= 1
-        self._room.set()
-        if self._num_withheld < self._num_to_withhold:
-            self._num_withheld += 1
-        else:
-            self._slots.release()
-
-    def _withhold_slots(self) -> None:
-        """Run fewer sequences from now on than those that memory did not suffice for."""
-        fewer = max(1, self._engine.num_running - 1)
-        self._num_to_withhold = max(self._num_to_withhold, self._max_num_seqs - fewer)
-        logger.warning("memory suffices for %d sequences at most, from now on", fewer)
+    @property
+    def num_waiting(self) -> int:
+        """Number of answers that wait for a slot, of admitted prompts and of others."""
+        return self._num_applying + sum(len(lease.waiting) for lease in self._leases.all())
 
     async def _load(
         self, handover: Handover, handle: object, lease: Lease
@@ -239,8 +218,8 @@ class DecodeServer:
         names = (request.request_id for request in handover.prompt.requests)
         known = dict(zip(names, handover.known, strict=True))
         seated = [handover.prompt.requests[0]]
-        while lease.waiting and not self._slots.locked():
-            await self._take_slot()  # It is free, so this does not wait.
+        while lease.waiting and self._slots.is_any_free:
+            await self._slots.take()  # It is free, so this does not wait.
             seated.append(lease.seat())
         if lease.waiting:
             message = await self._unpacking.finish(np.array, message)
@@ -248,7 +227,7 @@ class DecodeServer:
         lease.check()
         try:
             async with asyncio.timeout(handover.wait_s):
-                await self._place_answers(segment, seated, known, lease)
+                await self._placing.place(segment, seated, known, lease.check)
         except TimeoutError:
             raise DeadlineError(
                 f"no room for the prompt's KV within {handover.wait_s:.1f} s; try again later, "
@@ -268,78 +247,15 @@ class DecodeServer:
 
     async def _seat_rest(self, lease: Lease, segment: KVSegment, known: Known) -> None:
         while lease.waiting:
-            await self._take_slot()
+            await self._slots.take()
             request = lease.seat()
             try:
-                await self._place_answers(segment, [request], known, lease)
+                await self._placing.place(segment, [request], known, lease.check)
             except Exception as error:
                 logger.exception("an answer that waited for a slot could not begin")
                 lease.fail(failure_of(error, "decode"))
                 self._leases.end(lease)
                 return
-            self._loop.wake()
-
-    async def _place_answers(
-        self,
-        segment: KVSegment,
-        requests: Sequence[GenerationRequest],
-        known: Known,
-        lease: Lease,
-    ) -> None:
-        """Copy the KV into pages for the answers, which have slots; wait until there is room.
-
-        Pages are taken in the engine's turn, and filled beside it. Answers that find no room
-        together are placed one part after the other.
-        """
-        reservation = await self._reserve(segment, requests, known)
-        if reservation is None:
-            half = len(requests) // 2
-            for part in (requests[:half], requests[half:]):
-                await self._place_answers(segment, part, known, lease)
-            return
-        try:
-            await self._unpacking.finish(reservation.load, segment)
-            lease.check()
-            await self._thread.finish(self._commit, reservation, requests)
-        except BaseException:
-            self._thread.submit(self._engine.release, reservation)
-            raise
-        self._loop.wake()
-
-    async def _reserve(
-        self, segment: KVSegment, requests: Sequence[GenerationRequest], known: Known
-    ) -> Reservation | None:
-        """Take pages; None if several answers find no room at once, one waits for it."""
-        starts = [AnswerStart(r, replay=known[r.request_id]) for r in requests]
-        while True:
-            self._room.clear()
-            taking = self._thread.submit(self._engine.reserve, starts, segment)
-            try:
-                return await asyncio.shield(taking)
-            except OverloadedError:
-                if len(requests) > 1:
-                    return None
-            except asyncio.CancelledError:
-                taking.add_done_callback(self._release)
-                raise
-            await self._room.wait()
-
-    def _release(self, taking: asyncio.Future[Reservation]) -> None:
-        """Give back pages that were taken for nobody."""
-        if not taking.cancelled() and taking.exception() is None:
-            self._thread.submit(self._engine.release, taking.result())
-
-    def _commit(self, reservation: Reservation, requests: Sequence[GenerationRequest]) -> None:
-        """Let the answers take part in the next step, on the engine thread."""
-        self._engine.commit(reservation)
-        for request in requests:
-            self._attempts[request.request_id] = request.attempt
-
-    def _copy_out(self, request_id: str, attempt: int) -> None:
-        """Free the slot of this attempt, not of a later one, on the engine thread."""
-        if self._attempts.get(request_id) == attempt:
-            del self._attempts[request_id]
-            self._engine.cancel(request_id)
 
     @property
     def num_running(self) -> int:
@@ -354,7 +270,7 @@ class DecodeServer:
         except Exception as error:
             logger.exception("a decode step failed")
             if is_out_of_memory(error):
-                self._withhold_slots()
+                self._slots.keep_to(self._engine.num_running - 1)
             await self._fail_all(UnavailableError(str(failure_of(error, "decode"))))
             return
         for batch in batches:
@@ -362,10 +278,13 @@ class DecodeServer:
         for request in self._engine.take_preempted():
             self._hand_back(request)
         if self._engine.num_aside < num_aside:
-            self._room.set()
+            self._slots.tell()
 
     def _hand_back(self, request: GenerationRequest) -> None:
-        """End the lease of an answer that found no room in pages or in host memory."""
+        """Tell the reader of an answer that it found no room in pages or in host memory.
+
+        The lease ends when that is read, or when nobody reads it; its slots are free at once.
+        """
         lease = self._leases.of_answer(request.request_id, request.attempt)
         if lease is not None:
             lease.fail(
@@ -374,7 +293,7 @@ class DecodeServer:
                     "on elsewhere, or raise kv_memory"
                 )
             )
-            self._leases.end(lease)
+            self._let_all_go(lease)
 
     def _deliver(self, batch: TokenBatch) -> None:
         lease = self._leases.of_answer(batch.request_id, batch.attempt)
@@ -402,9 +321,8 @@ class DecodeServer:
         """Free an answer's slot, in the engine first; a second call is harmless."""
         if request_id in lease.seated:
             lease.seated.discard(request_id)
-            self._thread.submit(self._copy_out, request_id, lease.prompt.attempt).add_done_callback(
-                lambda _: self._give_slot()
-            )
+            freeing = self._placing.free(request_id, lease.prompt.attempt)
+            freeing.add_done_callback(lambda _: self._slots.give())
 
     async def describe(self) -> ReplicaHealth:
         """Describe this replica for ``/health``."""
@@ -417,19 +335,19 @@ class DecodeServer:
             self._place,
             kv_bytes=self._engine.kv_bytes,
             kv_tokens=self._engine.num_kv_tokens,
-            num_running=self._num_slots_held,
-            num_waiting=self._num_waiting,
+            num_running=self._slots.num_held,
+            num_waiting=self.num_waiting,
             kv_usage=self._engine.usage,
         )
 
     @property
     def usage(self) -> float:
         """The larger of the shares of slots and of entries in use."""
-        return max(self._num_slots_held / self._max_num_seqs, self._engine.usage)
+        return max(self._slots.num_held / self._slots.num_slots, self._engine.usage)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Metrics by which :class:`rayapp.distributed.serve.autoscaling.DecodePolicy` decides."""
-        return {"usage": self.usage, "waiting": self._num_waiting / self._max_num_seqs}
+        return {"usage": self.usage, "waiting": self.num_waiting / self._slots.num_slots}
 
     async def check_health(self) -> None:
         """Raise :class:`UnavailableError` if a call hangs; Serve asks this every few seconds."""
@@ -441,10 +359,10 @@ class DecodeServer:
         await self._thread.run(self._engine.check_integrity)
         counts = {
             "leases": len(self._leases),
-            "slots": self._num_slots_held,
-            "waiting": self._num_waiting,
+            "slots": self._slots.num_held,
+            "waiting": self.num_waiting,
             "running": self._engine.num_running,
         }
-        if min(counts.values()) < 0 or self._num_slots_held > self._max_num_seqs:
-            raise IntegrityError(f"decode holds {counts} with {self._max_num_seqs} slots")
+        if min(counts.values()) < 0 or self._slots.num_held > self._slots.num_slots:
+            raise IntegrityError(f"decode holds {counts} with {self._slots.num_slots} slots")
         return counts

@@ -131,7 +131,7 @@ def test_an_attempt_cancelled_while_its_kv_is_loaded_is_not_admitted(stage, copy
 
         pair.decode._fetch = slowly
         admission = asyncio.ensure_future(pair.admitted(request))
-        while not pair.decode._num_slots_held:
+        while not pair.decode._slots.num_held:
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.01)
         await pair.decode.cancel("left", 0)
@@ -169,7 +169,7 @@ def test_an_attempt_cancelled_while_it_waits_for_a_slot_gets_none(stage):
         pair = Pair(stage, max_num_seqs=1)
         await pair.admitted(request_of("holder", max_tokens=200, ignore_eos=True))
         waiter = asyncio.ensure_future(pair.admitted(request_of("waiter")))
-        while not pair.decode._num_waiting:
+        while not pair.decode.num_waiting:
             await asyncio.sleep(0.001)
         await pair.decode.cancel("waiter", 0)
         await pair.decode.cancel("holder", 0)

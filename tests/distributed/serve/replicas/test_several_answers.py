@@ -19,6 +19,7 @@ from tests.distributed.serve.replicas.pair import (
     request_of,
     run,
 )
+from tests.distributed.serve.replicas.test_pages import memory_of
 from tests.distributed.serve.replicas.test_unified_server import (
     answers_of,
     check_idle,
@@ -140,6 +141,22 @@ def test_all_answers_may_end_with_their_first_token(stage):
     assert run(scenario()) == expected(stage, requests)
 
 
+@pytest.mark.parametrize("num_sequences", [1, 2])
+def test_answers_that_find_no_room_together_are_placed_one_after_the_other(stage, num_sequences):
+    """They have slots, but pages for few of them at a time."""
+    requests = several(4)
+
+    async def scenario():
+        memory = memory_of(stage, num_sequences, block_size=256)
+        pair = Pair(stage, max_num_seqs=4, memory=memory)
+        answer, _ = await pair.admitted(*requests, wait_s=30.0)
+        rest = await pair.rest(*requests)
+        await pair.check_idle()
+        return joined(answer, rest)
+
+    assert run(scenario()) == expected(stage, requests)
+
+
 @pytest.mark.parametrize("count", [2, 5])
 def test_a_later_attempt_replays_what_every_answer_has_sent(stage, count):
     """Answers that are complete take no part; the others go on where they were."""
@@ -171,7 +188,7 @@ def test_cancelling_frees_the_slots_of_all_and_the_wait_for_more(stage, waits):
         await pair.admitted(*requests)
         await asyncio.sleep(0.02)
         counts = await pair.decode.check_integrity()
-        assert (counts["slots"], counts["waiting"]) == ((2, 1) if waits else (5, 0))
+        assert (counts["slots"], counts["waiting"]) == ((2, 3) if waits else (5, 0))
         await pair.decode.cancel("answer-0", 0)
         with pytest.raises(UnavailableError):
             await pair.rest(*requests)
