@@ -4,9 +4,9 @@
 streaming call stays pinned until that stream ends. ``tokens`` never carries a reference. Between
 the two calls a lease reserves the slots.
 
-A prompt with several answers is admitted as soon as one of them has a slot. The others take the
-slots that are free, and wait here for further ones, with a copy of the KV in host memory: more
-answers than slots run in turns, and nobody waits for slots that it holds itself.
+A prompt with several answers is admitted as soon as one of them has a slot and pages. The others
+take what is free, and wait here for more, with a copy of the KV in host memory: more answers than
+there is room for run in turns, and nobody waits for room that it holds itself.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from rayapp.errors import (
     UnavailableError,
 )
 from rayapp.kv.segment import KVSegment
-from rayapp.kv.wire import Message, MessageSizes, message_sizes, unpack
+from rayapp.kv.wire import Envelope, Message, MessageSizes, message_sizes, unpack
 from rayapp.models.stack import BlockStack
 
 logger = logging.getLogger(__name__)
@@ -221,41 +221,45 @@ class DecodeServer:
         while lease.waiting and self._slots.is_any_free:
             await self._slots.take()  # It is free, so this does not wait.
             seated.append(lease.seat())
-        if lease.waiting:
-            message = await self._unpacking.finish(np.array, message)
         segment = await self._unpacking.finish(unpack, message, envelope)
         lease.check()
         try:
             async with asyncio.timeout(handover.wait_s):
-                await self._placing.place(segment, seated, known, lease.check)
+                left = await self._placing.place(segment, seated, known, lease.check)
         except TimeoutError:
             raise DeadlineError(
                 f"no room for the prompt's KV within {handover.wait_s:.1f} s; try again later, "
                 "raise kv_memory or add replicas"
             ) from None
         lease.check()
-        if lease.waiting:
-            self._seat_later(lease, segment, known)
+        if left or lease.waiting:
+            segment = await self._unpacking.finish(_own_segment, message, envelope)
+            lease.check()
+            self._go_on_seating(lease, left, segment, known)
         return message_sizes(message), fetch_s
 
-    def _seat_later(self, lease: Lease, segment: KVSegment, known: Known) -> None:
-        """Begin to seat the answers that have no slot yet, one after the other."""
-        task = asyncio.get_running_loop().create_task(self._seat_rest(lease, segment, known))
+    def _go_on_seating(
+        self, lease: Lease, left: Sequence[GenerationRequest], segment: KVSegment, known: Known
+    ) -> None:
+        """Place the answers that found no room, then those without slots, as room is made."""
+        task = asyncio.get_running_loop().create_task(self._seat_rest(lease, left, segment, known))
         self._seating.add(task)
         task.add_done_callback(self._seating.discard)
         lease.seating = task
 
-    async def _seat_rest(self, lease: Lease, segment: KVSegment, known: Known) -> None:
-        while lease.waiting:
-            await self._slots.take()
-            request = lease.seat()
-            try:
-                await self._placing.place(segment, [request], known, lease.check)
-            except Exception as error:
-                logger.exception("an answer that waited for a slot could not begin")
-                lease.fail(failure_of(error, "decode"))
-                self._leases.end(lease)
-                return
+    async def _seat_rest(
+        self, lease: Lease, left: Sequence[GenerationRequest], segment: KVSegment, known: Known
+    ) -> None:
+        try:
+            while left or lease.waiting:
+                if not left:
+                    await self._slots.take()
+                    left = (lease.seat(),)
+                left = await self._placing.place(segment, left, known, lease.check)
+        except Exception as error:
+            logger.exception("an answer that waited for room could not begin")
+            lease.fail(failure_of(error, "decode"))
+            self._leases.end(lease)
 
     @property
     def num_running(self) -> int:
@@ -366,3 +370,8 @@ class DecodeServer:
         if min(counts.values()) < 0 or self._slots.num_held > self._slots.num_slots:
             raise IntegrityError(f"decode holds {counts} with {self._slots.num_slots} slots")
         return counts
+
+
+def _own_segment(message: Message, envelope: Envelope) -> KVSegment:
+    """The segment of a message, with memory of its own."""
+    return unpack(np.array(message), envelope)
