@@ -365,7 +365,10 @@ class DecodeServer:
             self._room.set()
 
     def _hand_back(self, request: GenerationRequest) -> None:
-        """End the lease of an answer that found no room in pages or in host memory."""
+        """Tell the reader of an answer that it found no room in pages or in host memory.
+
+        The lease ends when that is read, or when nobody reads it; its slots are free at once.
+        """
         lease = self._leases.of_answer(request.request_id, request.attempt)
         if lease is not None:
             lease.fail(
@@ -374,7 +377,7 @@ class DecodeServer:
                     "on elsewhere, or raise kv_memory"
                 )
             )
-            self._leases.end(lease)
+            self._let_all_go(lease)
 
     def _deliver(self, batch: TokenBatch) -> None:
         lease = self._leases.of_answer(batch.request_id, batch.attempt)
