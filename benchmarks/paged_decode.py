@@ -39,7 +39,7 @@ from speed.slots import SlotKV
 from transformers import PreTrainedModel
 
 from rayapp.engine.decode import DecodeEngine
-from rayapp.engine.request import GenerationRequest, TokenBatch
+from rayapp.engine.request import GenerationRequest
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.engine.sequences.memory import BLOCK_SIZE, KVMemory
 from rayapp.errors import OverloadedError
@@ -82,6 +82,8 @@ def measure(recorder: Recorder) -> None:
         found["equal"].append(bench.equal_rows(rows, asked.tokens))
         recorder.write(**found)
         print(found["equal"][-1], flush=True)
+    found["ragged"] = bench.ragged_rows(max(asked.rows), asked.tokens)
+    recorder.write(**found)
     found["mixed"] = bench.mixed_rows(asked.short_rows, asked.tokens, asked.long)
     recorder.write(**found)
     print(found["mixed"], flush=True)
@@ -110,6 +112,15 @@ class Bench:
         )
         return {"rows": rows, **_medians(spans), **_ratios(spans, ["pages"], ["slots"])}
 
+    def ragged_rows(self, rows: int, tokens: int) -> dict[str, Any]:
+        """The same with lengths between a quarter of ``tokens`` and twice as many."""
+        rng = random.Random(rows)
+        lengths = [rng.randint(tokens // 4, 2 * tokens) for _ in range(rows)]
+        spans = self._in_turns(
+            {"pages": lambda: self._paged(lengths), "slots": lambda: self._in_slots(lengths)}
+        )
+        return {"rows": rows, **_medians(spans), **_ratios(spans, ["pages"], ["slots"])}
+
     def mixed_rows(self, short_rows: int, tokens: int, long: int) -> dict[str, Any]:
         """A step of short rows and a long one, beside a step of each kind alone."""
         lengths = [tokens] * short_rows
@@ -118,7 +129,6 @@ class Bench:
                 "all": lambda: self._paged([*lengths, long]),
                 "short": lambda: self._paged(lengths),
                 "long": lambda: self._paged([long]),
-                "slots": lambda: self._in_slots([*lengths, long]),
             }
         )
         return {**_medians(spans), **_ratios(spans, ["all"], ["short", "long"])}
@@ -140,9 +150,12 @@ class Bench:
 
     def _paged(self, lengths: Sequence[int]) -> Step:
         """The step of an engine with sequences of ``lengths`` tokens before the first step."""
-        engine = self._engine(len(lengths), max(lengths) + self._num_steps + 2)
+        limit = max(lengths) + self._num_steps + 2
+        room = 2 * (sum(lengths) + len(lengths) * (self._num_steps + self._block_size))
+        num_bytes = self._entry_bytes * max(room, limit + self._block_size)
+        engine = self._engine(len(lengths), limit, num_bytes)
         for length in lengths:
-            self._admit(engine, length, self._num_steps + 1)
+            self._admit(engine, length, self._num_steps)
         return engine.step
 
     def _engine(
@@ -157,12 +170,11 @@ class Bench:
         )
 
     def _admit(self, engine: DecodeEngine, length: int, num_tokens: int) -> None:
+        """Admit a sequence that is fed tokens as if they were known, so that none is sampled."""
         self._names += 1
-        name = str(self._names)
-        sampling = SamplingParams(max_tokens=num_tokens + 1, ignore_eos=True)
-        request = GenerationRequest(name, (1,) * length, sampling)
-        first = TokenBatch(name, 0, 0, (1,))
-        engine.admit(request, self._segment(length), first)
+        sampling = SamplingParams(max_tokens=num_tokens + 2, ignore_eos=True)
+        request = GenerationRequest(str(self._names), (1,) * length, sampling)
+        engine.admit(request, self._segment(length), replay=(1,) * (num_tokens + 1))
 
     def _segment(self, length: int) -> KVSegment:
         """A prompt's KV of noise."""
@@ -175,7 +187,7 @@ class Bench:
         return self._segments[length]
 
     def _in_slots(self, lengths: Sequence[int]) -> Step:
-        """The same step over slots; it ends in logits, and takes their largest."""
+        """The same step over slots."""
         longest = max(lengths) + self._num_steps + 1
         cache = SlotKV(self._stack, lengths, longest)
         blocks, positions = SingleTokenStack(self._stack), torch.tensor(lengths)[:, None]
@@ -186,7 +198,7 @@ class Bench:
             positions.add_(1)
             hidden_B1E = self._stack.embed(torch.ones_like(positions))
             hidden_B1E = blocks.run(hidden_B1E, positions, cache, {})
-            return self._stack.logits(hidden_B1E)[:, 0].argmax(-1).tolist()
+            return self._stack.logits(hidden_B1E)[:, 0]
 
         return step
 
@@ -228,7 +240,8 @@ class Bench:
             engine.pages.begin_step([s.kv for s in sequences], [s.position for s in sequences])
             for sequence in sequences:
                 sequence.position += 1
-                if sequence.answer.take(1):
+                sequence.pending.popleft()
+                if not sequence.pending:
                     engine.cancel(sequence.request.request_id)
         read_s = entries * self._entry_bytes / self._rate()
         return {
@@ -279,31 +292,31 @@ def _ratios(
 def report(record: Record) -> list[Block]:
     asked = record["configuration"]
     name = asked.get("shape") or asked["model"]
-    steps = asked["steps"]
+    steps, ragged = asked["steps"], record.get("ragged")
     blocks: list[Block] = [
         f"Decode over pages of {asked['block_size']} tokens: {name}, {asked['dtype']}, "
         f"{asked['tokens']} tokens per row, CPU time, medians of {asked['runs']} (ranges in "
-        "brackets).",
+        "brackets); ragged rows have between a quarter of these tokens and twice as many.",
         Table(
             ("rows", "ms per step, pages", "ms per step, slots", "ratio"),
             [
                 (
-                    str(r["rows"]),
+                    f"{r['rows']}{', ragged' if r is ragged else ''}",
                     *(f"{r[f'{side}_cpu_s'] / steps * 1e3:.1f}" for side in ("pages", "slots")),
                     interval(r["ratio"], r["ratio_range"], ".2f"),
                 )
-                for r in record["equal"]
+                for r in (*record["equal"], *([ragged] if ragged else []))
             ],
         ),
     ]
     mixed, full = record.get("mixed"), record.get("full")
     if mixed:
-        ms = {k: mixed[f"{k}_cpu_s"] / steps * 1e3 for k in ("all", "short", "long", "slots")}
+        ms = {k: mixed[f"{k}_cpu_s"] / steps * 1e3 for k in ("all", "short", "long")}
         ratio = interval(mixed["ratio"], mixed["ratio_range"], ".2f")
         blocks.append(
             f"{asked['short_rows']} rows of {asked['tokens']} tokens beside one of "
             f"{asked['long']}: {ms['all']:.0f} ms per step; apart {ms['short']:.0f} and "
-            f"{ms['long']:.0f} ms, so {ratio} times their sum. In slots: {ms['slots']:.0f} ms."
+            f"{ms['long']:.0f} ms, so {ratio} times their sum."
         )
     if full:
         share = full["churn_room_s"] / full["churn_read_s"]

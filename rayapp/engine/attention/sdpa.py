@@ -13,8 +13,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from rayapp.engine.attention.spans import Span
-from rayapp.engine.attention.step import GroupStep, SharedPrompt
+from rayapp.engine.attention.step import GroupStep, SharedPrompt, SpanKV
 
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
@@ -26,34 +25,19 @@ def attend(query_BHGD: torch.Tensor, step: GroupStep, index: int, scale: float) 
     if step.shared:
         attended_BHGD = _with_shared(query_BHGD, step, index, scale)
     elif len(step.spans) == 1:
-        attended_BHGD = _span(query_BHGD, step, 0, index, scale)
+        attended_BHGD = _over_span(query_BHGD, step.spans[0], index, scale)
     else:
         parts = [
-            _span(query_BHGD[span.first : span.stop], step, number, index, scale)
-            for number, span in enumerate(step.spans)
+            _over_span(query_BHGD[span.first : span.stop], span, index, scale)
+            for span in step.spans
         ]
         attended_BHGD = torch.cat(parts)
     return attended_BHGD if step.back is None else attended_BHGD[step.back]
 
 
-def _span(
-    query_BHGD: torch.Tensor, step: GroupStep, number: int, index: int, scale: float
-) -> torch.Tensor:
-    span, mask = step.spans[number], step.masks[number]
-    keys_BHKD = _view(step.arena.keys_HED, span, index)
-    values_BHKD = _view(step.arena.values_HED, span, index)
+def _over_span(query_BHGD: torch.Tensor, span: SpanKV, index: int, scale: float) -> torch.Tensor:
     return functional.scaled_dot_product_attention(
-        query_BHGD, keys_BHKD, values_BHKD, attn_mask=mask, scale=scale
-    )
-
-
-def _view(memory_HED: torch.Tensor, span: Span, run: int) -> torch.Tensor:
-    """The entries of a span's rows in run ``run``, ``(B, H, K, D)``, without a copy."""
-    heads, num_entries, dim = memory_HED.shape
-    return memory_HED.as_strided(
-        (span.stop - span.first, heads, span.high - span.low, dim),
-        (span.stride(run) * dim, num_entries * dim, dim, 1),
-        span.offset(run) * dim,
+        query_BHGD, span.keys[index], span.values[index], attn_mask=span.mask, scale=scale
     )
 
 
@@ -62,11 +46,14 @@ def _with_shared(
 ) -> torch.Tensor:
     """Attend to the entries in the spans, then merge what rows see of a prompt that they share."""
     outputs, sums = [], []
-    for span, mask in zip(step.spans, step.masks, strict=True):
-        part_BHGD = query_BHGD[span.first : span.stop]
-        keys_BHKD = _view(step.arena.keys_HED, span, index)
-        values_BHKD = _view(step.arena.values_HED, span, index)
-        output, log_sum = attended_with_sums(part_BHGD, keys_BHKD, values_BHKD, mask, scale)
+    for span in step.spans:
+        output, log_sum = attended_with_sums(
+            query_BHGD[span.first : span.stop],
+            span.keys[index],
+            span.values[index],
+            span.mask,
+            scale,
+        )
         outputs.append(output)
         sums.append(log_sum)
     attended_BHGD, sums_BHG = torch.cat(outputs), torch.cat(sums)

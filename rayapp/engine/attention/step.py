@@ -12,7 +12,6 @@ from typing import Protocol
 
 import torch
 
-from rayapp.engine.attention.spans import Span
 from rayapp.engine.pages import Arena, Sheet
 
 
@@ -28,27 +27,41 @@ class SharedPrompt:
 
 
 @dataclass(frozen=True)
+class SpanKV:
+    """The entries that the rows of one span read, as views of the pages.
+
+    Args:
+        first: The first row of the span.
+        stop: The row after its last.
+        keys: Keys ``(B, H, K, D)`` of every block of the group.
+        values: Values, in the same way.
+        mask: What is added to the products, ``(B, 1, 1, K)``; None if no entry is masked.
+    """
+
+    first: int
+    stop: int
+    keys: Sequence[torch.Tensor]
+    values: Sequence[torch.Tensor]
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class GroupStep:
     """The places of the KV that the rows of a step read, in the blocks of one group.
 
     Args:
         arena: The memory.
-        spans: The rows, divided into views; with ``masks`` ``(rows, 1, 1, K)``, added to the
-            products, None where no entry of a view is masked.
+        spans: The rows, divided into views.
         shared: Prompts that rows share, which come before the entries in the spans.
         order: Numbers in the batch of the rows of the spans; None if the orders are equal.
         back: The inverse of ``order``.
-        targets: Rows of the arena's memory that take the step's new entries, by row of the batch
-            and head; a tensor per block of the group.
     """
 
     arena: Arena
-    spans: Sequence[Span]
-    masks: Sequence[torch.Tensor | None]
+    spans: Sequence[SpanKV]
     shared: Sequence[SharedPrompt]
     order: torch.Tensor | None
     back: torch.Tensor | None
-    targets: Sequence[torch.Tensor]
 
 
 class AttentionBackend(Protocol):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rayapp.engine.attention.spans import RowPlace, Span, spans_of
-from rayapp.engine.attention.step import GroupStep, SharedPrompt
+from rayapp.engine.attention.step import GroupStep, SharedPrompt, SpanKV
 from rayapp.engine.pages import Arena, Sheet
 from rayapp.engine.sequences.entries import Entries
 
@@ -42,20 +42,28 @@ class StepRows:
         moves = (
             None if order == list(range(len(rows))) else torch.tensor(order, device=arena.device)
         )
+        self._targets = self._targets_of(places, num_blocks)
         self.step = GroupStep(
             arena,
-            spans,
-            [self._bias(in_order, span) for span in spans],
+            [self._view(in_order, span, num_blocks) for span in spans],
             self._shared(in_order),
             moves,
             None if moves is None else moves.argsort(),
-            self._targets(places, num_blocks),
         )
 
     def _place(self, held: Entries) -> RowPlace:
         size = self._arena.block_size
         sheet = held.sheet
         return RowPlace(sheet.first * size, sheet.pages * size, held.low, sheet.used)
+
+    def _view(self, in_order: Sequence[Entries], span: Span, num_blocks: int) -> SpanKV:
+        """The views of a span, for every block."""
+        mask = self._bias(in_order, span)
+        keys, values = (
+            _views(memory_HED, span, num_blocks)
+            for memory_HED in (self._arena.keys_HED, self._arena.values_HED)
+        )
+        return SpanKV(span.first, span.stop, keys, values, mask)
 
     def _bias(self, in_order: Sequence[Entries], span: Span) -> torch.Tensor | None:
         """The bias that a span adds to its products; entries that it hides are zeroed before."""
@@ -83,7 +91,7 @@ class StepRows:
             for sheet, numbers in by_sheet.items()
         ]
 
-    def _targets(self, places: Sequence[RowPlace], num_blocks: int) -> tuple[torch.Tensor, ...]:
+    def _targets_of(self, places: Sequence[RowPlace], num_blocks: int) -> tuple[torch.Tensor, ...]:
         """Rows of the memory that take the new entries, ``(B * H,)`` for every block."""
         heads, num_entries, _ = self._arena.keys_HED.shape
         newest_B = np.array([place.start + place.high - 1 for place in places])
@@ -95,7 +103,7 @@ class StepRows:
 
     def write(self, keys_BH1D: torch.Tensor, values_BH1D: torch.Tensor, index: int) -> None:
         """Write the new entries of block ``index``."""
-        rows_R = self.step.targets[index]
+        rows_R = self._targets[index]
         self._arena.key_rows.index_copy_(0, rows_R, keys_BH1D.flatten(0, 2))
         self._arena.value_rows.index_copy_(0, rows_R, values_BH1D.flatten(0, 2))
 
@@ -127,3 +135,18 @@ class StepRows:
             return None
         mask_BK = np.arange(seen_B.max()) < seen_B[:, None]
         return torch.from_numpy(mask_BK).to(self._arena.device)[:, None, None]
+
+
+def _views(memory_HED: torch.Tensor, span: Span, num_blocks: int) -> tuple[torch.Tensor, ...]:
+    """The entries of a span's rows, ``(B, H, K, D)`` for every block, without a copy."""
+    heads, num_entries, dim = memory_HED.shape
+    shape = (span.stop - span.first, heads, span.high - span.low, dim)
+    if not span.run_step:  # All blocks lie alike.
+        strides = (span.place.run * dim, span.row_step * dim, num_entries * dim, dim, 1)
+        return memory_HED.as_strided((num_blocks, *shape), strides, span.offset(0) * dim).unbind()
+    return tuple(
+        memory_HED.as_strided(
+            shape, (span.stride(run) * dim, num_entries * dim, dim, 1), span.offset(run) * dim
+        )
+        for run in range(num_blocks)
+    )
