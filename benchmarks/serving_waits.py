@@ -3,7 +3,8 @@
 A service of the model runs on local nodes, once per chunk size and mode, and a client asks it over
 HTTP. Three waits are measured, each beside the same request alone: the first token of a short
 prompt that comes after three long ones; the time from a long prompt's first token to its second,
-which holds the handoff of its KV; and the gaps of a running stream while long prompts arrive.
+which holds the handoff of its KV; and the gaps of a running stream while long prompts arrive. The
+last is measured without HTTP too, by the engine's own clock: in chunks (unified), steps (decode).
 
     python benchmarks/serving_waits.py --model DIR --long-tokens 3500 --max-model-len 8192
 """
@@ -12,10 +13,10 @@ from __future__ import annotations
 
 import itertools
 import random
-import socket
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,10 +28,15 @@ from recorder.record import Record
 from recorder.run import Recorder, run
 from recorder.table import Table
 from serving.asker import Asker
+from serving.engine_gaps import decode_gaps, unified_gaps
+from serving.port import free_port
 
 from rayapp.distributed.cluster.local import local_cluster
 from rayapp.distributed.serve.deploy import running_service
+from rayapp.distributed.serve.replicas.stage import StageModel
 from rayapp.distributed.serve.settings import ServiceSettings
+from rayapp.models.loading import load_model
+from rayapp.plan import PruningPlan
 
 NUM_LONG = 3
 _HEAD_START_S = 0.3
@@ -59,8 +65,32 @@ def measure(recorder: Recorder) -> None:
             for chunk in arguments.chunk_tokens:
                 rows.append(measured(arguments, mode, chunk, cluster.address))
                 print({k: v for k, v in rows[-1].items() if not isinstance(v, list)}, flush=True)
-                recorder.write(results=rows)
+                recorder.write(results=rows, engine=[])
         ray.shutdown()
+    engine = engine_rows(arguments)
+    recorder.write(results=rows, engine=engine)
+
+
+def engine_rows(arguments: Namespace) -> list[dict[str, Any]]:
+    """Gaps by the engine's own clock, per mode and chunk size."""
+    loaded = load_model(arguments.model, dtype=arguments.dtype)
+    stage = StageModel(loaded, PruningPlan(), arguments.max_model_len)
+    gaps = {"disaggregated": decode_gaps, "unified": unified_gaps}
+    return [
+        {
+            "mode": mode,
+            "chunk_tokens": min(chunk, arguments.max_model_len),
+            **gaps[mode](
+                stage,
+                chunk_tokens=chunk,
+                long_tokens=arguments.long_tokens,
+                num_long=NUM_LONG * arguments.runs,
+                short_tokens=arguments.short_tokens,
+            ),
+        }
+        for mode in arguments.modes
+        for chunk in arguments.chunk_tokens
+    ]
 
 
 def measured(arguments: Namespace, mode: str, chunk: int, address: str) -> dict[str, Any]:
@@ -140,12 +170,6 @@ def longest_gap(times: list[float]) -> float:
     return max(later - earlier for earlier, later in itertools.pairwise(times[1:]))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def report(record: Record) -> list[Block]:
     asked = record["configuration"]
     columns = (
@@ -170,7 +194,30 @@ def report(record: Record) -> list[Block]:
         f"prompts of {asked['short_tokens']} tokens, long ones of {asked['long_tokens']}, medians "
         f"of {asked['runs']} runs; the latest second token is the maximum over all long prompts.",
         Table(columns, rows),
+        *engine_blocks(record.get("engine", ())),
     ]
+
+
+def engine_blocks(found: Sequence[dict[str, Any]]) -> list[Block]:
+    """The table by the engine's own clock; earlier records have none."""
+    columns = (
+        *("mode", "tokens a step", "steps", "step alone, s", "gap p50, s", "gap p99.9, s"),
+        *("longest chunk, or step alone, s", "p99.9 in these"),
+    )
+    rows = [
+        (
+            *(r["mode"], str(r["chunk_tokens"]), str(r["steps"])),
+            *(f"{r[k]:.4f}" for k in ("step_alone_s", "gap_p50_s", "gap_p999_s", "unit_s")),
+            f"{r['gap_in_units']:.2f}",
+        )
+        for r in found
+    ]
+    text = (
+        "Gaps of a running stream by the engine's own clock, without HTTP and Ray: while long "
+        "prompts are prefilled in the same replica (unified), and while their KV arrives "
+        "(disaggregated)."
+    )
+    return [text, Table(columns, rows)] if rows else []
 
 
 if __name__ == "__main__":

@@ -64,6 +64,10 @@ class UnavailableError(RayappError):
     status = 503
 
 
+class PreemptedError(UnavailableError):
+    """An answer gave its place to others; it goes on later with the tokens that it has."""
+
+
 class TransferError(RayappError):
     """KV could not be delivered."""
 

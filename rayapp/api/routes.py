@@ -144,8 +144,8 @@ class AnswerRoutes:
         *,
         default: int,
         rule: VisualTokens | None = None,
-    ) -> list[GenerationRequest]:
-        """One request per answer, prompt by prompt; all are checked before any begins.
+    ) -> list[list[GenerationRequest]]:
+        """The requests of every prompt, one per answer; all are checked before any begins.
 
         Args:
             body: The request's parameters.
@@ -161,8 +161,8 @@ class AnswerRoutes:
                     f"the prompt has {prompt.num_tokens} tokens, but this model serves at most "
                     f"{limit} tokens of prompt and answer together; shorten the prompt"
                 )
-            for sampling in body.sampling(body.answer_limit or min(default, room)):
-                request = GenerationRequest(
+            answers = [
+                GenerationRequest(
                     uuid.uuid4().hex,
                     prompt.token_ids,
                     sampling,
@@ -170,31 +170,38 @@ class AnswerRoutes:
                     text_token_ids=prompt.text_token_ids,
                     visual_tokens=rule,
                 )
-                self._served.check(request)
-                requests.append(request)
+                for sampling in body.sampling(body.answer_limit or min(default, room))
+            ]
+            self._served.check(answers[0])  # The answers differ in their seeds only.
+            requests.append(answers)
         return requests
 
     async def _answer(
         self,
         body: AnswerRequest,
         request: Request,
-        requests: list[GenerationRequest],
+        requests: list[list[GenerationRequest]],
         form: ReplyFormat,
         *,
         prefix: str,
     ) -> Response:
         """Run all requests; the status waits for the first token, which may be an error."""
-        num_prompt_tokens = sum(r.num_prompt_tokens for r in requests[:: body.n])
+        num_prompt_tokens = sum(answers[0].num_prompt_tokens for answers in requests)
         reply = Reply(prefix + uuid.uuid4().hex, self._served.model_name, form, num_prompt_tokens)
         deltas = merged(
             [
-                answer_deltas(self._service, item, index, self._metrics.answer_observer())
-                for index, item in enumerate(requests)
+                answer_deltas(
+                    self._service,
+                    answers,
+                    number * body.n,
+                    [self._metrics.answer_observer() for _ in answers],
+                )
+                for number, answers in enumerate(requests)
             ]
         )
         self._metrics.count_prompt(num_prompt_tokens)
         if not body.stream:
-            work = collected(deltas, len(requests))
+            work = collected(deltas, len(requests) * body.n)
             return JSONResponse(reply.whole(await unless_disconnected(request.receive, work)))
         first = await unless_disconnected(request.receive, _first(deltas))
         events = reply.events(first, deltas, with_usage=body.includes_usage)

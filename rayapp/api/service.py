@@ -7,7 +7,7 @@ one process, lives with the tests. Both must pass the same contract test.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -26,6 +26,7 @@ class ReplicaHealth(BaseModel):
     """A replica's description of itself.
 
     ``dtype`` is the element type that it computes in; ``image_cache`` is set if it prefills images.
+    ``kv_bytes`` are the bytes of its pages of KV, which hold ``kv_tokens`` tokens.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -34,7 +35,8 @@ class ReplicaHealth(BaseModel):
     replica_id: str
     node: str
     parameter_bytes: int
-    slab_bytes: int = 0
+    kv_bytes: int = 0
+    kv_tokens: int = 0
     plan_fingerprint: str
     weights_fingerprint: str
     dtype: str
@@ -105,21 +107,23 @@ class Service(Protocol):
         ...
 
     def generate(
-        self, request: GenerationRequest, timeline: Timeline | None = None
+        self, requests: Sequence[GenerationRequest], timelines: Sequence[Timeline] = ()
     ) -> AsyncGenerator[TokenBatch, None]:
-        """Generate the answer's tokens as they appear, without gaps and without repetitions.
+        """Generate the tokens of all answers to one prompt as they appear; it is prefilled once.
 
-        Nothing starts before the first item is awaited. Only the last batch of an answer carries a
-        ``finish_reason``. Closing or cancelling the generator cancels the request in whatever phase
-        it is and frees its resources.
+        The batches of an answer come without gaps and without repetitions, and only the last one
+        carries a ``finish_reason``; those of different answers come in any order. Nothing starts
+        before the first item is awaited. Closing or cancelling the generator cancels all answers in
+        whatever phase they are and frees their resources.
 
         Args:
-            request: The prompt's tokens and the sampling parameters; the limits are checked here.
-            timeline: Marks on this process's clock, filled as phases begin and end; the caller
-                reads it afterwards. ``first_token_s`` and ``finished_s`` are the caller's.
+            requests: One request per answer, all of the same prompt; the limits are checked here.
+            timelines: Marks on this process's clock for every answer, filled as phases begin and
+                end; the caller reads them afterwards. ``first_token_s`` and ``finished_s`` are the
+                caller's.
 
         Raises:
-            RequestError: If the request lies outside the limits (before the first item).
+            RequestError: If a request lies outside the limits (before the first item).
             OverloadedError: If every waiting place is taken (before the first item).
             DeadlineError: If a phase outlived its deadline.
             UnavailableError: If no replica of a stage answers.

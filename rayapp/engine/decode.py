@@ -1,40 +1,44 @@
-"""The decode engine: slots, continuous batching, one token per active sequence and step.
+"""The decode engine: slots, pages, continuous batching, one token per running sequence and step.
 
 Sequences join (:meth:`DecodeEngine.admit`) and leave between steps; nothing is padded, and no
-sequence waits for the longest. An engine is not thread-safe: one thread (or one lock) owns it.
-Shapes: B = active sequences, V = vocabulary.
+sequence waits for the longest. Where pages run out, the youngest sequence is set aside in host
+memory; it comes back before new ones are admitted, and a sequence alone always fits.
+
+An engine is not thread-safe: one thread (or one lock) owns it. Only
+:meth:`~rayapp.engine.sequences.running.Reservation.load` may run beside it.
+Shapes: B = running sequences, V = vocabulary.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from rayapp.engine.answer import Answer
 from rayapp.engine.request import FinishReason, GenerationRequest, TokenBatch, TokenLogprobs
 from rayapp.engine.sampling import choose_tokens, token_logprobs
-from rayapp.engine.slab import Slab
-from rayapp.errors import IntegrityError, OverloadedError, RequestError, TransferError, WireError
+from rayapp.engine.sequences.memory import KVMemory
+from rayapp.engine.sequences.paged_kv import PagedKV
+from rayapp.engine.sequences.running import (
+    AnswerStart,
+    AsideSequence,
+    Reservation,
+    RunningSequence,
+    begun,
+    check_segment,
+    youngest,
+)
+from rayapp.errors import IntegrityError, OverloadedError, TransferError
 from rayapp.kv.segment import KVSegment
-from rayapp.kv.select import num_prefilled
 from rayapp.models.single_token import SingleTokenStack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 
-
-@dataclass
-class _Sequence:
-    """A sequence in its slot: ``pending`` tokens are still to be fed, the first at ``position``."""
-
-    request: GenerationRequest
-    answer: Answer
-    pending: deque[int]
-    position: int
+_SPARE = 16
+"""One part in this many of all pages stays free when a sequence comes back, so that it is not set
+aside again at once (project default)."""
 
 
 class DecodeEngine:
@@ -44,9 +48,13 @@ class DecodeEngine:
         stack: The blocks of the decode stage.
         plan: The plan, which says how KV was cut and which stage samples the first token.
         max_num_seqs: Number of slots.
-        max_model_len: KV entries per slot and block.
+        max_model_len: Most KV entries of a sequence in one block.
         eos_token_ids: Tokens that end an answer.
         tokenizer: The model's tokenizer, needed for requests with stop strings.
+        memory: The memory for KV, and how it is divided.
+
+    Raises:
+        InputError: The memory does not hold one sequence of ``max_model_len`` entries.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class DecodeEngine:
         max_model_len: int,
         eos_token_ids: Iterable[int] = (),
         tokenizer: PreTrainedTokenizerBase | None = None,
+        memory: KVMemory = KVMemory(),  # noqa: B008 - frozen
     ) -> None:
         self.stack = stack
         self.plan = plan
@@ -66,31 +75,61 @@ class DecodeEngine:
         self._blocks = SingleTokenStack(stack)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._tokenizer = tokenizer
-        self._slab = Slab(stack, plan, num_slots=max_num_seqs, capacity=max_model_len)
-        self._sequences: list[_Sequence] = []  # The index of a sequence is its slot.
-        self._slots: dict[str, int] = {}
+        self.pages = PagedKV(
+            stack,
+            plan,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            memory=memory,
+        )
+        most = memory.aside_bytes
+        self._aside_bytes = self.pages.nbytes // 2 if most is None else most
+        self._sequences: list[RunningSequence] = []
+        self._reserved: list[Reservation] = []
+        self._aside: list[AsideSequence] = []
+        self._preempted: list[GenerationRequest] = []
+        self._num_admitted = 0
 
     @property
     def num_running(self) -> int:
-        """Number of active sequences."""
-        return len(self._sequences)
+        """Number of sequences that were admitted and have not ended, some perhaps set aside."""
+        return len(self._sequences) + len(self._aside)
+
+    @property
+    def running(self) -> tuple[RunningSequence, ...]:
+        """The sequences that take part in the next step."""
+        return tuple(self._sequences)
+
+    @property
+    def num_aside(self) -> int:
+        """Number of sequences whose KV is in host memory until there is room."""
+        return len(self._aside)
 
     @property
     def num_free(self) -> int:
-        """Number of free slots."""
-        return self.max_num_seqs - len(self._sequences)
+        """Number of slots that nobody has, is promised or will come back to."""
+        return self.max_num_seqs - self.num_running - self._num_reserved
 
     @property
-    def slab_bytes(self) -> int:
-        """Number of bytes set aside for KV, fixed by ``max_num_seqs x max_model_len``."""
-        return self._slab.nbytes
+    def _num_reserved(self) -> int:
+        return sum(len(reservation.sequences) for reservation in self._reserved)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Number of bytes set aside for KV."""
+        return self.pages.nbytes
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Number of tokens whose KV finds room."""
+        return self.pages.num_tokens
 
     @property
     def usage(self) -> float:
-        """Share of the slab's entries in use, 0 to 1; if no block attends, the share of slots."""
-        if not self._slab.num_entries:
+        """Share of the pages that hold an entry, 0 to 1; of the slots if no block attends."""
+        if not self.pages.num_pages:
             return self.num_running / self.max_num_seqs
-        return self._slab.num_used / self._slab.num_entries
+        return self.pages.num_filled / self.pages.num_pages
 
     def admit(
         self,
@@ -98,116 +137,186 @@ class DecodeEngine:
         segment: KVSegment,
         first: TokenBatch | None = None,
         replay: Sequence[int] = (),
-    ) -> int:
-        """Copy a segment into a free slot; the sequence takes part from the next step on.
+    ) -> None:
+        """Take a segment over; its sequence takes part from the next step on.
 
-        An older attempt of the same request loses its slot first.
+        See :meth:`admit_answers`, and :class:`AnswerStart` for ``first`` and ``replay``.
+        """
+        self.admit_answers([AnswerStart(request, first, tuple(replay))], segment)
+
+    def admit_answers(self, answers: Sequence[AnswerStart], segment: KVSegment) -> None:
+        """Take a prompt's KV over for one or more answers, which share it; all or none.
+
+        An older attempt of the same request loses its place first.
 
         Args:
-            request: The request that is answered.
-            segment: The KV of its prompt, which may be released when this returns.
-            first: The first answer token if prefill sampled it; it is not reported again.
-            replay: Answer tokens that the client already has, from index 0. They are fed one by one
-                and neither sampled nor reported again, and replace ``first``.
-
-        Returns:
-            The slot's number, which may change when other sequences leave.
+            answers: The answers that are to be decoded.
+            segment: The KV of their prompt, which may be released when this returns.
 
         Raises:
-            OverloadedError: No slot is free.
-            RequestError: The answer would not fit into a slot.
+            OverloadedError: Slots or pages do not suffice at the moment.
+            RequestError: An answer would not fit into ``max_model_len``.
             WireError: The segment is not one of this plan and prompt.
             TransferError: The same or a later attempt is already running.
-            IntegrityError: ``first`` and ``replay`` contradict the plan, or end the answer.
+            IntegrityError: What is known of an answer contradicts the plan, or ends the answer.
         """
-        self._check_segment(request, segment)
-        sent = tuple(replay) or (first.token_ids if first else ())
-        sequence = self._sequence(request, segment.next_position, sent)
-        self._supersede(request)
-        if not self.num_free:
+        reservation = self.reserve(answers, segment)
+        reservation.load(segment)
+        self.commit(reservation)
+
+    def reserve(self, answers: Sequence[AnswerStart], segment: KVSegment) -> Reservation:
+        """Check a segment and take slots and pages for it; :meth:`admit_answers` tells the errors.
+
+        After :meth:`Reservation.load`, it ends with :meth:`commit`, or at any time with
+        :meth:`release`.
+        """
+        sequences = []
+        self.pages.check(segment)
+        for start in answers:
+            check_segment(start.request, segment, self.plan, self.max_model_len)
+            answer = Answer(start.request, self._eos_token_ids, self._tokenizer)
+            sequences.append(begun(start, self.plan, segment, answer))
+        for start in answers:
+            self._supersede(start.request)
+        if len(answers) > self.num_free:
             raise OverloadedError(
-                f"all {self.max_num_seqs} decode slots are taken; "
-                "try again later or raise max_num_seqs"
+                f"{len(answers)} decode slots are needed, {self.num_free} of {self.max_num_seqs} "
+                "are free; try again later or raise max_num_seqs"
             )
-        slot = len(self._sequences)
-        self._slab.load(slot, segment)
-        self._sequences.append(sequence)
-        self._slots[request.request_id] = slot
-        return slot
+        limits = [start.request.sampling.max_tokens for start in answers]
+        held = None if self._aside else self.pages.take(segment, limits, self.num_free)
+        if held is None:
+            raise OverloadedError(
+                f"{self.pages.num_filled} of {self.pages.num_pages} pages of KV are filled and "
+                f"{len(self._aside)} sequences wait for room; try again later or raise kv_memory"
+            )
+        for sequence, kv in zip(sequences, held, strict=True):
+            sequence.kv, sequence.age = kv, self._num_admitted
+            self._num_admitted += 1
+        reservation = Reservation(sequences, self.pages)
+        self._reserved.append(reservation)
+        return reservation
 
-    def _check_segment(self, request: GenerationRequest, segment: KVSegment) -> None:
-        kept = request.num_prompt_tokens - segment.num_visual_tokens_removed
-        expected = num_prefilled(self.plan, kept)
-        lengths = (segment.num_prompt_tokens, segment.num_prefilled)
-        in_images = sum(image.num_tokens for image in request.images)
-        if lengths != (request.num_prompt_tokens, expected) or (
-            segment.num_visual_tokens_removed > in_images
-        ):
-            raise WireError(
-                f"the KV segment is of {lengths[0]} prompt tokens, {lengths[1]} of them prefilled; "
-                f"the request has {request.num_prompt_tokens}, {expected} to prefill: prefill again"
-            )
-        self._slab.check(segment)
-        entries = max((entry.num_entries for entry in segment.blocks), default=0)
-        if entries + request.sampling.max_tokens > self.max_model_len:
-            raise RequestError(
-                f"{entries} entries and max_tokens={request.sampling.max_tokens} exceed the "
-                f"{self.max_model_len} entries of a slot; lower max_tokens or raise max_model_len"
-            )
+    def commit(self, reservation: Reservation) -> None:
+        """Let the sequences of a reservation take part from the next step on.
 
-    def _sequence(
-        self, request: GenerationRequest, next_position: int, sent: tuple[int, ...]
-    ) -> _Sequence:
-        """Build a sequence; its first inputs are the last prompt token and tokens sent before."""
-        decodes_first = self.plan.first_token == "decode"
-        if not decodes_first and not sent:
-            raise IntegrityError(
-                f"request {request.request_id} came without its first token, which prefill samples "
-                "under this plan; pass it as `first`"
-            )
-        answer = Answer(request, self._eos_token_ids, self._tokenizer)
-        ended = [answer.take(token_id) for token_id in sent]
-        if any(ended):
-            raise IntegrityError(
-                f"request {request.request_id}: the answer ended ({ended[-1]}) within the "
-                f"{len(sent)} tokens already sent; there is nothing to decode"
-            )
-        pending = deque(sent)
-        if decodes_first:
-            pending.appendleft(request.prompt_token_ids[-1])
-        return _Sequence(request, answer, pending, next_position - decodes_first)
+        Raises:
+            TransferError: A later attempt has come meanwhile; the reservation was released.
+        """
+        self._close(reservation)
+        for sequence in reservation.sequences:
+            newest = self._find(sequence.request.request_id)
+            if newest is not None and newest.request.attempt >= sequence.request.attempt:
+                self._free_all(reservation.sequences)
+                raise _late(sequence.request, newest.request)
+        for sequence in reservation.sequences:
+            self._supersede(sequence.request)
+        self._sequences += reservation.sequences
+
+    def release(self, reservation: Reservation) -> None:
+        """Give a reservation's slots and pages back; a second call is harmless."""
+        if reservation.is_open:
+            self._close(reservation)
+            self._free_all(reservation.sequences)
+
+    def _close(self, reservation: Reservation) -> None:
+        if not reservation.is_open:
+            raise IntegrityError("a reservation was committed or released before")
+        reservation.is_open = False
+        self._reserved.remove(reservation)
+        self.pages.unpin([sequence.kv for sequence in reservation.sequences])
+
+    def _free_all(self, sequences: Iterable[RunningSequence]) -> None:
+        for sequence in sequences:
+            self.pages.free(sequence.kv)
+
+    def _find(self, request_id: str) -> RunningSequence | None:
+        """The admitted sequence of a request, running or set aside."""
+        everyone = (*self._sequences, *(aside.sequence for aside in self._aside))
+        return next((s for s in everyone if s.request.request_id == request_id), None)
 
     def _supersede(self, request: GenerationRequest) -> None:
-        slot = self._slots.get(request.request_id)
-        if slot is None:
+        running = self._find(request.request_id)
+        if running is None:
             return
-        running = self._sequences[slot].request.attempt
-        if running >= request.attempt:
-            raise TransferError(
-                f"request {request.request_id}: attempt {running} is running, attempt "
-                f"{request.attempt} came late and was dropped"
-            )
-        self._free(slot)
+        if running.request.attempt >= request.attempt:
+            raise _late(request, running.request)
+        self.cancel(request.request_id)
 
     def step(self) -> list[TokenBatch]:
-        """Run one token of every active sequence; return the new answer tokens in slot order.
+        """Run one token of every running sequence; return the new answer tokens.
 
-        Sequences that still replay report nothing. Finished sequences have left when this returns.
+        Sequences that still replay, or are set aside, report nothing. Finished sequences have left
+        when this returns.
         """
-        return self.settle(self.advance()) if self._sequences else []
+        self.make_room()
+        return self.settle(self._feed()) if self._sequences else []
+
+    def make_room(self) -> None:
+        """Let sequences that were set aside come back, and give every running one its next place.
+
+        Where there is no place, the youngest is set aside, and so on until the others have room.
+        """
+        self._bring_back()
+        for sequence in sorted(self._sequences, key=lambda sequence: sequence.age):
+            while sequence in self._sequences:
+                is_alone = len(self._sequences) == 1
+                if self.pages.make_room(sequence.kv, sequence.position, is_alone=is_alone):
+                    break
+                self._set_aside(youngest(self._sequences))
+
+    def take_preempted(self) -> list[GenerationRequest]:
+        """Return the requests without room even in host memory, and forget them.
+
+        They have left the engine; what was sent of their answers is to be replayed elsewhere.
+        """
+        preempted, self._preempted = self._preempted, []
+        return preempted
+
+    def _bring_back(self) -> None:
+        """Let sequences that were set aside come back, the oldest first, while there is room."""
+        while self._aside and len(self._sequences) + self._num_reserved < self.max_num_seqs:
+            oldest = min(self._aside, key=lambda aside: aside.sequence.age)
+            pages = self.pages
+            need = pages.num_filled + pages.pages_of(oldest.kv) + pages.num_pages // _SPARE
+            if self._sequences and need > pages.num_pages:
+                return
+            kv = pages.bring_back(oldest.kv, len(self._aside) + self.num_free)
+            if kv is None:
+                return
+            oldest.sequence.kv = kv
+            self._aside.remove(oldest)
+            self._sequences.append(oldest.sequence)
 
     @torch.inference_mode()
+    def _set_aside(self, sequence: RunningSequence) -> None:
+        """Move a sequence to host memory, or out of the engine if that is full."""
+        self._sequences.remove(sequence)
+        aside = AsideSequence(sequence, self.pages.put_aside(sequence.kv))
+        sequence.kv = ()
+        if sum(each.nbytes for each in self._aside) + aside.nbytes <= self._aside_bytes:
+            self._aside.append(aside)
+        else:
+            self._preempted.append(sequence.request)
+
     def advance(self) -> torch.Tensor:
-        """Feed the next token of every active sequence; return the logits ``(B, V)`` after it."""
+        """Feed the next token of every running sequence; return the logits ``(B, V)`` after it."""
+        self.make_room()
+        return self._feed()
+
+    @torch.inference_mode()
+    def _feed(self) -> torch.Tensor:
+        # Rows in the order in which they lie in memory need no reordering to be read together.
+        self._sequences.sort(key=lambda sequence: self.pages.place(sequence.kv))
         sequences = self._sequences
         tokens_B1 = torch.tensor([[sequence.pending.popleft()] for sequence in sequences])
-        positions_B = np.array([sequence.position for sequence in sequences])
+        positions = [sequence.position for sequence in sequences]
+        self.pages.begin_step([sequence.kv for sequence in sequences], positions)
         for sequence in sequences:
             sequence.position += 1
-        masks = self._slab.begin_step(positions_B)
-        positions_B1 = torch.from_numpy(positions_B)[:, None]
-        stack = self.stack
-        hidden_B1E = self._blocks.run(stack.embed(tokens_B1), positions_B1, self._slab, masks)
+        positions_B1 = torch.tensor(positions)[:, None]
+        stack, masks = self.stack, {} if self._blocks.is_plain else self.pages.masks()
+        hidden_B1E = self._blocks.run(stack.embed(tokens_B1), positions_B1, self.pages, masks)
         return stack.logits(hidden_B1E)[:, 0]
 
     @torch.inference_mode()
@@ -225,53 +334,48 @@ class DecodeEngine:
             _batch(sequence, token_id, logprob)
             for sequence, token_id, logprob in zip(sequences, tokens, logprobs, strict=True)
         ]
-        finished = [slot for slot, batch in zip(due, batches, strict=True) if batch.finish_reason]
-        for slot in reversed(finished):  # From the end, because the last active slot fills a hole.
-            self._free(slot)
+        for sequence, batch in zip(sequences, batches, strict=True):
+            if batch.finish_reason:
+                self._leave(sequence)
         return batches
 
     def cancel(self, request_id: str) -> bool:
-        """Free a request's slot at once; return whether the request had one."""
-        slot = self._slots.get(request_id)
-        if slot is None:
+        """End a request's sequence at once; return whether it had one."""
+        for aside in self._aside:
+            if aside.sequence.request.request_id == request_id:
+                self._aside.remove(aside)
+                return True
+        sequence = self._find(request_id)
+        if sequence is None:
             return False
-        self._free(slot)
+        self._leave(sequence)
         return True
 
-    @torch.inference_mode()
-    def _free(self, slot: int) -> None:
-        last = len(self._sequences) - 1
-        del self._slots[self._sequences[slot].request.request_id]
-        moved = self._sequences.pop()
-        if slot != last:
-            self._slab.clear(slot)
-            self._slab.move(last, slot)
-            self._sequences[slot] = moved
-            self._slots[moved.request.request_id] = slot
-        self._slab.clear(last)
+    def _leave(self, sequence: RunningSequence) -> None:
+        self._sequences.remove(sequence)
+        self.pages.free(sequence.kv)
 
     def check_integrity(self) -> None:
-        """Raise :class:`IntegrityError` with the numbers if slots and entries disagree."""
-        active, free = len(self._sequences), self.max_num_seqs - len(self._sequences)
-        names = {s.request.request_id: slot for slot, s in enumerate(self._sequences)}
-        if free < 0 or names != self._slots:
+        """Raise :class:`IntegrityError` with the numbers if slots and page tables disagree."""
+        admitted = [*self._sequences, *(aside.sequence for aside in self._aside)]
+        names = {sequence.request.request_id for sequence in admitted}
+        if self.num_free < 0 or len(names) < len(admitted):
             raise IntegrityError(
-                f"{active} active of {self.max_num_seqs} slots, by name {self._slots}, "
-                f"by slot {names}"
+                f"{len(self._sequences)} running, {len(self._aside)} set aside and "
+                f"{self._num_reserved} reserved of {self.max_num_seqs} slots, {len(names)} names"
             )
-        for group in self._slab.groups:
-            used = group.used_S.tolist()
-            leftover = [slot for slot in range(active, self.max_num_seqs) if used[slot]]
-            if leftover or max(used) > self.max_model_len or (group.low_S > group.used_S).any():
-                raise IntegrityError(
-                    f"blocks {list(group.blocks)}: {active} active slots, entries per slot {used} "
-                    f"of {self.max_model_len}, first visible {group.low_S.tolist()}"
-                )
-        if not active and self._slab.num_used:
-            raise IntegrityError(f"idle, but {self._slab.num_used} entries are in use")
+        reserved = [s for reservation in self._reserved for s in reservation.sequences]
+        self.pages.check_integrity([s.kv for s in (*self._sequences, *reserved)])
 
 
-def _batch(sequence: _Sequence, token_id: int, logprob: TokenLogprobs | None) -> TokenBatch:
+def _late(request: GenerationRequest, running: GenerationRequest) -> TransferError:
+    return TransferError(
+        f"request {request.request_id}: attempt {running.attempt} is running, attempt "
+        f"{request.attempt} came late and was dropped"
+    )
+
+
+def _batch(sequence: RunningSequence, token_id: int, logprob: TokenLogprobs | None) -> TokenBatch:
     """Add a sampled token to its answer; return the batch to report."""
     request, index = sequence.request, sequence.answer.num_tokens
     reason: FinishReason | None = sequence.answer.take(token_id)

@@ -1,4 +1,4 @@
-"""The prefill engine runs prompts and gives a first token and a KV segment per prompt.
+"""The prefill engine runs prompts; every one gives a KV segment, and a first token per answer.
 
 Prompts enter as embeddings of their words and of the image tokens that are kept. A pass runs the
 next tokens of any prompts, whole ones or chunks, and segments may share its memory; nothing is ever
@@ -32,31 +32,36 @@ from rayapp.vision.reader import CacheCounts, ImageReader
 
 @dataclass(frozen=True)
 class PrefillOutput:
-    """The result of one prefill: the first token and the KV to send.
+    """The result of one prefill: the first token of every answer, and the KV to send.
 
-    ``first`` is None if decode samples the first token (``first_token: decode``). ``segment`` is
-    None if the answer ended with its first token (``first.finish_reason`` is set): then no KV
+    ``firsts`` is empty if decode samples the first tokens (``first_token: decode``). ``segment`` is
+    None if every answer ended with its first token (their ``finish_reason`` is set): then no KV
     travels.
     """
 
-    first: TokenBatch | None
+    firsts: tuple[TokenBatch, ...]
     segment: KVSegment | None
     num_prompt_tokens: int
     prefill_s: float
 
     @property
+    def first(self) -> TokenBatch | None:
+        """The first token of the first answer; None if decode samples it."""
+        return self.firsts[0] if self.firsts else None
+
+    @property
     def finished(self) -> bool:
-        """True if the answer is complete."""
-        return self.first is not None and self.first.finish_reason is not None
+        """True if all answers are complete."""
+        return _all_end(self.firsts)
 
 
 @dataclass
 class PrefillRun:
-    """A prompt on its way through prefill: its embeddings, its answer, and its KV so far."""
+    """A prompt on its way through prefill: its embeddings, its answers, and its KV so far."""
 
-    request: GenerationRequest
+    requests: tuple[GenerationRequest, ...]
     prompt: PromptEmbeddings
-    answer: Answer
+    answers: tuple[Answer, ...]
     kv: PromptKV
     begun_s: float
 
@@ -133,11 +138,18 @@ class PrefillEngine:
         (output,) = self.advance([(run, run.num_left)])
         return output
 
-    def begin(self, request: GenerationRequest) -> PrefillRun:
-        """Embed a prompt, to be prefilled by calls of :meth:`advance`; raises as :meth:`run`."""
+    def begin(self, request: GenerationRequest, *others: GenerationRequest) -> PrefillRun:
+        """Embed a prompt, to be prefilled by calls of :meth:`advance`; raises as :meth:`run`.
+
+        Args:
+            request: The request to prefill.
+            others: Requests for other answers to the same prompt, which get first tokens of their
+                own from the same logits.
+        """
         begun_s = time.monotonic()
-        self._check(request)
-        return self._begin(request, self.embed(request), begun_s)
+        for each in (request, *others):
+            self._check(each)
+        return self._begin((request, *others), self.embed(request), begun_s)
 
     def run_embedded(
         self, requests: Sequence[GenerationRequest], prompts: Sequence[PromptEmbeddings]
@@ -157,16 +169,19 @@ class PrefillEngine:
         begun_s = time.monotonic()
         for request in requests:
             self._check(request)
-        runs = [self._begin(*pair, begun_s) for pair in zip(requests, prompts, strict=True)]
+        runs = [
+            self._begin((request,), prompt, begun_s)
+            for request, prompt in zip(requests, prompts, strict=True)
+        ]
         return self.advance([(run, run.num_left) for run in runs])
 
     def _begin(
-        self, request: GenerationRequest, prompt: PromptEmbeddings, begun_s: float
+        self, requests: tuple[GenerationRequest, ...], prompt: PromptEmbeddings, begun_s: float
     ) -> PrefillRun:
         num_run = num_prefilled(self.plan, prompt.num_tokens)
-        answer = Answer(request, self._eos_token_ids, self._tokenizer)
+        answers = tuple(Answer(r, self._eos_token_ids, self._tokenizer) for r in requests)
         kv = PromptKV(self.stack, prompt.positions_T[:num_run])
-        return PrefillRun(request, prompt, answer, kv, begun_s)
+        return PrefillRun(requests, prompt, answers, kv, begun_s)
 
     def advance(self, chunks: Sequence[tuple[PrefillRun, int]]) -> list[PrefillOutput]:
         """Run the next tokens of several prompts in one pass.
@@ -179,18 +194,18 @@ class PrefillEngine:
         """
         logits_BV = self._advance(chunks)
         ended = [run for run, _ in chunks if not run.num_left]
-        firsts: Sequence[TokenBatch | None] = [None] * len(ended)
+        firsts: Sequence[tuple[TokenBatch, ...]] = [()] * len(ended)
         if logits_BV is not None and self.plan.first_token == "prefill":
             firsts = _sample(ended, logits_BV)
         ended_s = time.monotonic()
         return [
             PrefillOutput(
-                first=first,
-                segment=None if first is not None and first.finish_reason else self._segment(run),
-                num_prompt_tokens=run.request.num_prompt_tokens,
+                firsts=of_run,
+                segment=None if _all_end(of_run) else self._segment(run),
+                num_prompt_tokens=run.requests[0].num_prompt_tokens,
                 prefill_s=ended_s - run.begun_s,
             )
-            for run, first in zip(ended, firsts, strict=True)
+            for run, of_run in zip(ended, firsts, strict=True)
         ]
 
     @torch.inference_mode()
@@ -252,19 +267,31 @@ class PrefillEngine:
         return None if logits_BV is None else logits_BV[0], self._segment(run)
 
 
-def _sample(runs: Sequence[PrefillRun], logits_BV: torch.Tensor) -> list[TokenBatch]:
-    """Sample the first token of every answer."""
-    params = [run.request.sampling for run in runs]
-    tokens = choose_tokens(logits_BV, params, [0] * len(runs))
+def _all_end(firsts: Sequence[TokenBatch]) -> bool:
+    """True if the prompt's answers all end with their first token."""
+    return bool(firsts) and all(first.finish_reason for first in firsts)
+
+
+def _sample(runs: Sequence[PrefillRun], logits_BV: torch.Tensor) -> list[tuple[TokenBatch, ...]]:
+    """Sample the first token of every answer, those of one prompt from the same logits."""
+    rows = [row for row, run in enumerate(runs) for _ in run.requests]
+    requests = [request for run in runs for request in run.requests]
+    answers = [answer for run in runs for answer in run.answers]
+    params = [request.sampling for request in requests]
+    if len(rows) > len(runs):
+        logits_BV = logits_BV[rows]
+    tokens = choose_tokens(logits_BV, params, [0] * len(rows))
     logprobs = token_logprobs(logits_BV, tokens, params)
-    return [
+    firsts = [
         TokenBatch(
-            request_id=run.request.request_id,
-            attempt=run.request.attempt,
+            request_id=request.request_id,
+            attempt=request.attempt,
             first_index=0,
             token_ids=(token,),
-            finish_reason=run.answer.take(token),
+            finish_reason=answer.take(token),
             logprobs=() if logprob is None else (logprob,),
         )
-        for run, token, logprob in zip(runs, tokens, logprobs, strict=True)
+        for request, answer, token, logprob in zip(requests, answers, tokens, logprobs, strict=True)
     ]
+    ordered = iter(firsts)
+    return [tuple(next(ordered) for _ in run.requests) for run in runs]

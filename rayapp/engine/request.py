@@ -1,13 +1,14 @@
-"""Plain data of one request: its prompt, the batches of its answer, and its timeline."""
+"""Plain data of requests: their prompt, the batches of their answers, and their timelines."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rayapp.engine.sampling_params import SamplingParams
-from rayapp.errors import RequestError
+from rayapp.errors import IntegrityError, RequestError
 from rayapp.plan import VisualTokens
 from rayapp.vision.inputs import ImageInput
 from rayapp.vision.prompt import check_places
@@ -81,6 +82,55 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True)
+class PromptRequests:
+    """The requests for all answers to one prompt, which is prefilled, sent and accounted once.
+
+    ``name`` is made by the server. It stays the same over all attempts, while answers that have
+    ended take no part in later ones.
+    """
+
+    name: str
+    requests: tuple[GenerationRequest, ...]
+
+    @classmethod
+    def of(cls, requests: Sequence[GenerationRequest]) -> PromptRequests:
+        """Join requests, named after the first; :class:`IntegrityError` if their prompts differ."""
+        prompts = {(request.prompt_token_ids, request.visual_tokens) for request in requests}
+        names = {request.request_id for request in requests}
+        if len(prompts) != 1 or len(names) != len(requests):
+            raise IntegrityError(
+                f"{len(requests)} requests of {len(names)} names have {len(prompts)} prompts; "
+                "answers share a prefill only if they share their prompt"
+            )
+        return cls(requests[0].request_id, tuple(requests))
+
+    @property
+    def prompt(self) -> GenerationRequest:
+        """One of the requests, for what all have in common."""
+        return self.requests[0]
+
+    @property
+    def attempt(self) -> int:
+        """Number of the attempt, counted from 0."""
+        return self.prompt.attempt
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Name and attempt, which no other work has."""
+        return self.name, self.attempt
+
+    @property
+    def without_image_data(self) -> PromptRequests:
+        """The same requests for the decode stage, which never looks at an image."""
+        return replace(self, requests=tuple(r.without_image_data for r in self.requests))
+
+    def on_attempt(self, attempt: int, ended: Collection[str] = ()) -> PromptRequests:
+        """The requests whose answers have not ``ended`` (by request id), on another attempt."""
+        going_on = [r for r in self.requests if r.request_id not in ended]
+        return replace(self, requests=tuple(replace(r, attempt=attempt) for r in going_on))
+
+
+@dataclass(frozen=True)
 class TokenLogprobs:
     """Natural-log probability of an answer token, and the best ``(token id, logprob)`` pairs."""
 
@@ -132,7 +182,15 @@ class Timeline:
         }
 
 
-def merged(batches: list[TokenBatch]) -> TokenBatch:
+def merged_by_answer(batches: Sequence[TokenBatch]) -> list[TokenBatch]:
+    """Merge the batches of every answer; within an answer they are consecutive."""
+    answers: dict[str, list[TokenBatch]] = {}
+    for batch in batches:
+        answers.setdefault(batch.request_id, []).append(batch)
+    return [merged(of_one) for of_one in answers.values()]
+
+
+def merged(batches: Sequence[TokenBatch]) -> TokenBatch:
     """Merge consecutive batches of one attempt into one."""
     first, last = batches[0], batches[-1]
     return TokenBatch(

@@ -1,7 +1,9 @@
-"""The scheduler decides which prompts an engine's next step computes, and how much of each.
+"""The scheduler decides what a replica's next step computes: who, and how many tokens of each.
 
-It is plain logic over names and numbers of tokens. A step has a budget of tokens, so a long prompt
-is computed in chunks, and between two chunks shorter prompts take their turn. The prompt with the
+It is plain logic over names and numbers of tokens. A step has a budget of tokens. Every running
+sequence takes one of them first, so no stream of an answer stands still for more than the chunks of
+one step; prompts get the rest. A long prompt is computed in chunks, and between two chunks shorter
+prompts take their turn. The prompt with the
 fewest tokens left goes first: that order has the least mean waiting time. Without more it would let
 a long prompt starve, so waiting counts: every token that the engine computes for others makes a
 prompt ``_AGEING`` tokens shorter in the order (project default). A prompt with N tokens left
@@ -27,6 +29,18 @@ class Chunk:
     is_last: bool
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step: a token of each of ``num_running`` sequences, then the chunks of prompts."""
+
+    num_running: int
+    chunks: tuple[Chunk, ...]
+
+    def __bool__(self) -> bool:
+        """True if the step computes anything."""
+        return bool(self.num_running or self.chunks)
+
+
 @dataclass
 class _Prompt:
     num_left: int
@@ -36,10 +50,11 @@ class _Prompt:
 
 
 class Scheduler:
-    """The order of the prompts of one engine.
+    """The order of the work of one replica.
 
     Args:
-        max_num_batched_tokens: Tokens that one step may compute.
+        max_num_batched_tokens: Tokens that one step may compute. However many sequences run, a
+            prompt gets at least one of them, so that it never starves.
     """
 
     def __init__(self, max_num_batched_tokens: int) -> None:
@@ -81,13 +96,16 @@ class Scheduler:
         """Forget a prompt; return whether it was known."""
         return self._prompts.pop(name, None) is not None
 
-    def next_step(self) -> list[Chunk]:
-        """Return the chunks of the next step and count them as computed; empty if idle.
+    def next_step(self, num_running: int = 0) -> Step:
+        """Return the next step and count its chunks as computed; it is false if there is no work.
 
         Prompts whose last chunk this is are forgotten.
+
+        Args:
+            num_running: Sequences that run, each of which computes one token.
         """
         chunks: list[Chunk] = []
-        num_left = self._max_tokens
+        budget = num_left = max(1, self._max_tokens - num_running)
         for name in sorted(self._prompts, key=self._rank):
             if not num_left:
                 break
@@ -100,8 +118,8 @@ class Scheduler:
         for chunk in chunks:
             if chunk.is_last:
                 del self._prompts[chunk.name]
-        self._num_computed += self._max_tokens - num_left
-        return chunks
+        self._num_computed += budget - num_left
+        return Step(num_running, tuple(chunks))
 
     def _rank(self, name: str) -> tuple[float, int]:
         prompt = self._prompts[name]

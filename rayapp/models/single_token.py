@@ -4,11 +4,13 @@ Decoding small batches is bound by Python: a call of a module costs more than th
 Here a block is a few functions over the same parameters, with the same operations in the same
 order, so results are those of :class:`rayapp.models.stack.BlockStack`. A block that is not plain
 (hooks, replaced layers, a mode that only writes KV) runs as the module that it is.
-Shapes: B = sequences, E = hidden size, Q = query heads, H = KV heads, D = head dimension.
+Shapes: B = sequences, E = hidden size, Q = query heads, H = KV heads, G = query
+heads per KV head, D = head dimension.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +21,22 @@ from torch.nn import functional
 from rayapp.models.blocks import PartialBlock
 from rayapp.models.healed import BRIDGE
 from rayapp.models.stack import BlockCache, BlockStack
+
+
+class AttendingCache(ABC, BlockCache):
+    """A cache that attends by itself, because it knows how its entries lie."""
+
+    @abstractmethod
+    def attend(
+        self,
+        query_BHGD: torch.Tensor,
+        keys_BH1D: torch.Tensor,
+        values_BH1D: torch.Tensor,
+        block: int,
+        scale: float,
+    ) -> torch.Tensor:
+        """Take the new entries of ``block``; return attention outputs ``(B, H, G, D)``."""
+
 
 Masks = Mapping[int, torch.Tensor | None]
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -131,18 +149,32 @@ def _attention(number: int, norm_module: Any, attention: Any) -> Block:
             query_BQD, key_BHD = norms[0](query_BQD), norms[1](key_BHD)
         # Queries and keys are rotated together: one set of small operations instead of two.
         rotated_BRD = _rotate(torch.cat((query_BQD, key_BHD), dim=1), rotary)
-        keys_BHKD, values_BHKD = cache.update(
-            rotated_BRD[:, num_queries:, None],
-            linear(normed_B1E, *value).view(batch, -1, 1, dim),
-            number,
-        )
-        grouped_BHGD = rotated_BRD[:, :num_queries].reshape(batch, keys_BHKD.shape[1], -1, dim)
-        attended_BHGD = functional.scaled_dot_product_attention(
-            grouped_BHGD, keys_BHKD, values_BHKD, attn_mask=mask, scale=scale
+        grouped_BHGD = rotated_BRD[:, :num_queries].reshape(batch, key_BHD.shape[1], -1, dim)
+        new_keys_BH1D = rotated_BRD[:, num_queries:, None]
+        new_values_BH1D = linear(normed_B1E, *value).view(batch, -1, 1, dim)
+        attended_BHGD = _attended(
+            cache, grouped_BHGD, new_keys_BH1D, new_values_BH1D, number, mask, scale
         )
         return linear(attended_BHGD.reshape(batch, 1, -1), *output)
 
     return run
+
+
+def _attended(
+    cache: BlockCache,
+    query_BHGD: torch.Tensor,
+    keys_BH1D: torch.Tensor,
+    values_BH1D: torch.Tensor,
+    block: int,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    if isinstance(cache, AttendingCache):
+        return cache.attend(query_BHGD, keys_BH1D, values_BH1D, block, scale)
+    keys_BHKD, values_BHKD = cache.update(keys_BH1D, values_BH1D, block)
+    return functional.scaled_dot_product_attention(
+        query_BHGD, keys_BHKD, values_BHKD, attn_mask=mask, scale=scale
+    )
 
 
 def _rotate(x_BRD: torch.Tensor, rotary: Rotary) -> torch.Tensor:

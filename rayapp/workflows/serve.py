@@ -117,12 +117,12 @@ def _introduction(service: RunningService) -> Iterator[str]:
     settings = service.settings
     for pool, replicas in service.health.get("pools", {}).items():
         for replica in replicas:
-            slab = f", KV slab {_mb(replica['slab_bytes'])}" if replica["slab_bytes"] else ""
+            pages = f", KV pages {_mb(replica['kv_bytes'])}" if replica["kv_bytes"] else ""
             parameters = _mb(replica["parameter_bytes"])
-            yield f"{pool} on node {replica['node'][:12]}: parameters {parameters}{slab}"
+            yield f"{pool} on node {replica['node'][:12]}: parameters {parameters}{pages}"
     yield (
-        f"KV slab: --max-num-seqs {settings.max_num_seqs} sequences per decode replica, "
-        f"{service.slab_bytes:,} bytes each replica"
+        f"KV pages: up to --max-num-seqs {settings.max_num_seqs} sequences per decode replica, "
+        f"{service.kv_bytes:,} bytes each replica, which hold {service.kv_tokens:,} tokens"
     )
     yield f"ready: {settings.model_name} at {service.url}/v1"
 

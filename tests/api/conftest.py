@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -50,23 +51,29 @@ class ScriptedService:
         )
 
     async def generate(
-        self, request: GenerationRequest, timeline: Timeline | None = None
+        self, requests: Sequence[GenerationRequest], timelines: Sequence[Timeline] = ()
     ) -> AsyncGenerator[TokenBatch, None]:
-        self.requests.append(request)
-        self.active += 1
+        """Token batches of all answers, which take turns."""
+        self.requests.extend(requests)
+        self.active += len(requests)
         self.most_active = max(self.most_active, self.active)
-        finished = False
+        unfinished = {request.request_id: request for request in requests}
+        growing = [self._batches(request) for request in requests]
         try:
-            for batch in self._batches(request):
+            for batch in itertools.chain.from_iterable(itertools.zip_longest(*growing)):
+                if batch is None:
+                    continue
                 await asyncio.sleep(self.gap_s)
+                request = unfinished[batch.request_id]
                 if batch.first_index in self.errors and self.fails(request):
                     raise self.errors[batch.first_index]
-                finished = batch.finish_reason is not None
+                if batch.finish_reason is not None:
+                    del unfinished[batch.request_id]
                 self.num_sent += 1
                 yield batch
         finally:
-            self.active -= 1
-            self.cancelled += not finished
+            self.active -= len(requests)
+            self.cancelled += len(unfinished)
 
     def _batches(self, request: GenerationRequest) -> Iterator[TokenBatch]:
         answer = Answer(request, frozenset({EOS}), self.description.tokenizer)
@@ -93,7 +100,7 @@ class ScriptedService:
             replica_id="d0",
             node="node-1",
             parameter_bytes=1234,
-            slab_bytes=5678,
+            kv_bytes=5678,
             plan_fingerprint="p",
             weights_fingerprint="w",
             dtype="float32",

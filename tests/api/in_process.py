@@ -10,7 +10,7 @@ import asyncio
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,7 @@ class InProcessService:
         self._ledger = Ledger()
         self._tickets: dict[str, _Ticket] = {}
         self._waiting: deque[_Ticket] = deque()
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="rayapp-engines", daemon=True)
         self._thread.start()
@@ -102,10 +102,11 @@ class InProcessService:
         return self._description
 
     async def generate(
-        self, request: GenerationRequest, timeline: Timeline | None = None
+        self, requests: Sequence[GenerationRequest], timelines: Sequence[Timeline] = ()
     ) -> AsyncGenerator[TokenBatch, None]:
-        """Token batches of one answer; see :class:`rayapp.api.service.Service`."""
-        self._description.check(request)
+        """Token batches of all answers; see ``rayapp.api.service.Service``."""
+        for request in requests:
+            self._description.check(request)
         self._check_open()
         inbox: asyncio.Queue[TokenBatch | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -114,16 +115,17 @@ class InProcessService:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(inbox.put_nowait, item)
 
-        ticket = _Ticket(request, timeline or Timeline(), deliver)
-        self._commands.put(lambda: self._enqueue(ticket))
+        marks = timelines or [Timeline() for _ in requests]
+        tickets = [_Ticket(*pair, deliver) for pair in zip(requests, marks, strict=True)]
+        self._commands.put(lambda: self._enqueue(tickets))
+        num_left = len(tickets)
         try:
-            while True:
-                batch = await self._next(inbox, request)
+            while num_left:
+                batch = await self._next(inbox, requests[0])
+                num_left -= batch.finish_reason is not None
                 yield batch
-                if batch.finish_reason:
-                    return
         finally:
-            self._commands.put(lambda: self._drop(ticket))
+            self._commands.put(lambda: [self._drop(ticket) for ticket in tickets])
 
     async def health(self) -> HealthReport:
         """One replica of each stage."""
@@ -175,7 +177,7 @@ class InProcessService:
             replica_id=f"{NODE}-{pool}",
             node=NODE,
             parameter_bytes=self._parameter_bytes,
-            slab_bytes=self._decode.slab_bytes if decoding else 0,
+            kv_bytes=self._decode.kv_bytes if decoding else 0,
             plan_fingerprint=self._description.plan.fingerprint,
             weights_fingerprint=self._stages.signature.weights_fingerprint,
             dtype=str(self._decode.stack.dtype).removeprefix("torch."),
@@ -221,17 +223,18 @@ class InProcessService:
         except queue.Empty:
             return
 
-    def _enqueue(self, ticket: _Ticket) -> None:
-        if len(self._waiting) >= self._patience.max_waiting + self._decode.num_free:
-            ticket.deliver(
+    def _enqueue(self, tickets: Sequence[_Ticket]) -> None:
+        places = self._patience.max_waiting + self._decode.num_free
+        if len(self._waiting) + len(tickets) > places:
+            tickets[0].deliver(
                 OverloadedError(
                     f"{len(self._waiting)} requests are waiting, which is the limit; "
                     "try again later"
                 )
             )
             return
-        self._tickets[ticket.request.request_id] = ticket
-        self._waiting.append(ticket)
+        self._tickets.update({ticket.request.request_id: ticket for ticket in tickets})
+        self._waiting.extend(tickets)
 
     def _drop(self, ticket: _Ticket) -> None:
         """Free the request's remaining resources; none are left if it has ended."""

@@ -112,7 +112,7 @@ def test_cancelling_the_handler_itself_frees_everything(service):
         await asyncio.sleep(60)
 
     async def scenario():
-        deltas = merged([answer_deltas(service, request, 0, lambda *_: None)])
+        deltas = merged([answer_deltas(service, [request], 0, [lambda *_: None])])
 
         async def first():
             return await anext(deltas)

@@ -108,7 +108,7 @@ def stuck(model, byte_tokenizer, monkeypatch):
 
 async def answer(service, name, **sampling):
     request = GenerationRequest(name, (1, 2), SamplingParams(ignore_eos=True, **sampling))
-    async with aclosing(service.generate(request)) as batches:
+    async with aclosing(service.generate([request])) as batches:
         return [token async for batch in batches for token in batch.token_ids]
 
 

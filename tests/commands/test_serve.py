@@ -123,8 +123,8 @@ def test_from_ready_line_to_interrupt(testbed_path, served, mode, number):
     config = loaded.model.config
     # 2 slots x 96 entries x (key + value) x KV heads x dimensions x 4 bytes x blocks
     entry_bytes = 2 * config.num_key_value_heads * config.head_dim * 4
-    slab_bytes = 2 * 96 * entry_bytes * config.num_hidden_layers
-    assert f"{slab_bytes:,} bytes" in "".join(service.lines)
+    kv_bytes = 2 * 96 * entry_bytes * config.num_hidden_layers
+    assert f"{kv_bytes:,} bytes" in "".join(service.lines)
 
     client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none")
     assert [m.id for m in client.models.list()] == ["shipped"]

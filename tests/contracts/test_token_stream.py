@@ -104,7 +104,7 @@ def request_of(name, prompt, **sampling):
 
 
 async def batches_of(service, request, timeline=None):
-    async with aclosing(service.generate(request, timeline)) as batches:
+    async with aclosing(service.generate([request], [timeline] if timeline else [])) as batches:
         return [batch async for batch in batches]
 
 
@@ -171,7 +171,7 @@ def test_limits_are_checked_before_anything_starts(stream, prompt):
 def test_closing_the_stream_frees_what_it_held(stream, num_batches):
     async def leave(name):
         request = request_of(name, PROMPTS[3], max_tokens=60, ignore_eos=True)
-        async with aclosing(stream.service.generate(request)) as batches:
+        async with aclosing(stream.service.generate([request])) as batches:
             for _ in range(num_batches):
                 await anext(batches, None)  # a busy machine may send all in fewer
 
@@ -229,6 +229,27 @@ def test_stop_strings_end_an_answer(stream):
     assert batches[-1].finish_reason == "stop"
 
 
+def test_answers_to_one_prompt_equal_separate_ones(stream):
+    """More of them than there are slots; every one has its own seed and its own stream."""
+    sampling = [SamplingParams(max_tokens=9, temperature=0.9, seed=seed) for seed in range(7)]
+    requests = [
+        GenerationRequest(f"of-one-{params.seed}", PROMPTS[2], params) for params in sampling
+    ]
+    timelines = [Timeline() for _ in requests]
+
+    async def all_of_them():
+        async with aclosing(stream.service.generate(requests, timelines)) as batches:
+            return [batch async for batch in batches]
+
+    batches = stream.run(all_of_them())
+    expected = stream.reference.generate([PROMPTS[2]] * len(sampling), sampling)
+    for request, timeline, answer in zip(requests, timelines, expected, strict=True):
+        mine = [batch for batch in batches if batch.request_id == request.request_id]
+        assert sum((batch.token_ids for batch in mine), ()) == answer.token_ids
+        assert [bool(batch.finish_reason) for batch in mine] == [False] * (len(mine) - 1) + [True]
+        assert timeline.admitted_s is not None
+
+
 def test_health_names_a_replica_of_every_stage(stream):
     report = stream.run(stream.service.health())
     assert report.ready
@@ -238,7 +259,7 @@ def test_health_names_a_replica_of_every_stage(stream):
         assert replica.parameter_bytes > 0
         assert replica.plan_fingerprint == stream.service.description.plan.fingerprint
     holders = pools.get("decode") or pools["unified"]
-    assert all(replica.slab_bytes > 0 for replica in holders)
+    assert all(replica.kv_bytes > 0 for replica in holders)
 
 
 def test_the_ledger_grows_by_what_travelled(stream):

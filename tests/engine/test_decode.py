@@ -100,7 +100,7 @@ def test_what_a_request_left_behind_reaches_nobody(tiny_model, engines):
 def test_full_slots_refuse_and_free_ones_accept_again(tiny_model, engines):
     both = engines(tiny_model("llama"), max_num_seqs=1)
     both.start(request("a", 5, 3))
-    with pytest.raises(OverloadedError, match="all 1 decode slots"):
+    with pytest.raises(OverloadedError, match="0 of 1 are free"):
         both.start(request("b", 5, 3))
     both.drain()
     both.start(request("c", 5, 3))
@@ -122,17 +122,18 @@ def test_an_answer_that_does_not_fit_is_refused(tiny_model, engines):
     assert both.decode.num_running == 0
 
 
-def test_slab_bytes_follow_from_the_limits(tiny_model, engines, make_plan):
+def test_kv_bytes_follow_from_the_limits(tiny_model, engines, make_plan):
     model = tiny_model("llama")
     both = engines(model, max_num_seqs=3, max_model_len=40)
-    assert both.decode.slab_bytes == 5 * 2 * 3 * 2 * 40 * 16 * 4
+    assert both.decode.kv_bytes == 5 * 2 * 3 * 2 * 48 * 16 * 4  # 40 entries are 3 pages of 16
     plan = make_plan(model, decode={1: "removed", 3: "mlp_only"})
     pruned = engines(model, plan, max_num_seqs=3, max_model_len=40)
-    assert pruned.decode.slab_bytes == 3 * 2 * 3 * 2 * 40 * 16 * 4
-    pruned.start(request("a", 10, 5))
-    assert pruned.decode.usage == pytest.approx(10 / 120)
-    pruned.step()
-    assert pruned.decode.usage == pytest.approx(11 / 120)
+    assert pruned.decode.kv_bytes == 3 * 2 * 3 * 2 * 48 * 16 * 4
+    pruned.start(request("a", 15, 5))
+    assert pruned.decode.usage == pytest.approx(1 / 9)
+    for _ in range(2):
+        pruned.step()
+    assert pruned.decode.usage == pytest.approx(2 / 9)
 
 
 def test_segments_that_do_not_belong_are_refused(tiny_model, engines, make_plan):
@@ -275,10 +276,16 @@ def test_logprobs_are_those_of_the_unmodified_logits(tiny_model, engines):
         assert [token for token, _ in entry.top] == row.topk(3).indices.tolist()
 
 
-def test_integrity_names_the_numbers_that_disagree(tiny_model, engines):
+def test_integrity_finds_a_page_table_that_disagrees_with_its_pool(tiny_model, engines):
     both = engines(tiny_model("llama"))
-    both.decode._slab.groups[0].used_S[2] = 5
-    with pytest.raises(IntegrityError, match=r"0 active slots, entries per slot \[0, 0, 5, 0\]"):
+    both.start(request("a", 10, 5))
+    (held,) = both.decode.running[0].kv
+    held.sheet.used = 97
+    with pytest.raises(IntegrityError, match="runs of 96 entries, 97 of them used"):
+        both.decode.check_integrity()
+    held.sheet.used = 10
+    both.decode.pages.arenas[0].pool.share(held.sheet)
+    with pytest.raises(IntegrityError, match="1 sheets with 2 references, page tables hold 1 with"):
         both.decode.check_integrity()
 
 
@@ -290,7 +297,7 @@ def test_a_stage_that_attends_nowhere_still_decodes(tiny_model, engines, make_pl
     model = tiny_model("llama")
     plan = make_plan(model, decode=dict.fromkeys(range(5), "mlp_only"))
     both = engines(model, plan, max_num_seqs=2)
-    assert both.decode.slab_bytes == 0
+    assert both.decode.kv_bytes == 0
     asked = request("a", 6, 5, ignore_eos=True)
     both.start(asked)
     assert both.decode.usage == 0.5

@@ -110,7 +110,7 @@ def request_of(name):
 def test_damaged_kv_is_never_used(service, expected):
     stage, channel = opened(service)
     channel.num_damaged = 1
-    assert run(answered(stage.generate(request_of("flipped")))) == expected
+    assert run(answered(stage.generate([request_of("flipped")]))) == expected
     assert [record.attempt for record in stage.ledger.recent] == [1]
 
 
@@ -118,7 +118,7 @@ def test_kv_that_is_always_damaged_ends_in_a_clear_error(service):
     stage, channel = opened(service)
     channel.num_damaged = 99
     with pytest.raises(UnavailableError, match=r"3 attempts were lost.*checksum"):
-        run(answered(stage.generate(request_of("hopeless"))))
+        run(answered(stage.generate([request_of("hopeless")])))
     assert not any(stage.counts().values())
 
 
@@ -139,7 +139,7 @@ def test_a_frozen_pool_ends_in_a_deadline_that_frees_everything(
             service.stopped(*service.replicas(frozen).values()),
             pytest.raises(DeadlineError, match=message),
         ):
-            await answered(stage.generate(request_of(f"late-{frozen}")))
+            await answered(stage.generate([request_of(f"late-{frozen}")]))
 
     run(scenario())
     assert not any(stage.counts().values())
@@ -155,7 +155,7 @@ def test_a_frozen_answer_ends_in_a_deadline_that_frees_everything(service):
 
     async def scenario():
         with frozen, pytest.raises(DeadlineError, match=r"decode did not end within 1\.0 s"):
-            await answered(stage.generate(request_of("late")), freeze)
+            await answered(stage.generate([request_of("late")]), freeze)
 
     run(scenario())
     assert not any(stage.counts().values())
@@ -171,7 +171,7 @@ def test_kv_under_way_is_bounded(service, expected):
 
     async def scenario():
         requests = [request_of(f"bounded-{n}") for n in range(4)]
-        return await asyncio.gather(*(answered(stage.generate(r), watch) for r in requests))
+        return await asyncio.gather(*(answered(stage.generate([r]), watch) for r in requests))
 
     assert run(scenario()) == [expected] * 4
     assert 0 < max(seen) <= 300_000
@@ -185,7 +185,7 @@ def test_prefill_killed_after_it_answered_loses_nothing(service, expected):
 
     async def scenario():
         with service.stopped(*decode):
-            answer = asyncio.ensure_future(answered(stage.generate(request_of("after"))))
+            answer = asyncio.ensure_future(answered(stage.generate([request_of("after")])))
             await until(lambda: channel.num_received)
             assert channel.pinned_bytes > 100_000
             for pid in prefill:
@@ -211,7 +211,7 @@ def test_prefill_killed_before_it_answered_is_prefilled_again(service):
     async def scenario():
         sampling = SamplingParams(max_tokens=3, ignore_eos=True)
         requests = [GenerationRequest(f"lost-{n}", PROMPT, sampling) for n in range(20)]
-        return await asyncio.gather(*(answered(stage.generate(r), kill) for r in requests))
+        return await asyncio.gather(*(answered(stage.generate([r]), kill) for r in requests))
 
     answers = run(scenario())
     assert killed
@@ -232,7 +232,7 @@ def test_decode_killed_in_the_middle_of_an_answer(service, expected):
             killed.append(service.replicas("decode")[busy.pop()])
             os.kill(killed[0], signal.SIGKILL)
 
-    assert run(answered(stage.generate(request_of("middle")), kill)) == expected
+    assert run(answered(stage.generate([request_of("middle")]), kill)) == expected
     assert killed
     assert [record.attempt for record in stage.ledger.recent] == [0, 1]
 
@@ -245,7 +245,7 @@ def test_decode_killed_before_it_admitted_hands_the_same_kv_to_another(service, 
     async def scenario():
         lost, other = service.replicas("decode").values()
         with service.stopped(lost, other):
-            requests = [stage.generate(request_of(name)) for name in names]
+            requests = [stage.generate([request_of(name)]) for name in names]
             answers = asyncio.gather(*map(answered, requests))
             await until(lambda: channel.num_received == len(names))
             os.kill(lost, signal.SIGKILL)

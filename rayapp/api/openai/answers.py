@@ -51,28 +51,51 @@ class AnswerText:
 BatchObserver = Callable[[Timeline, TokenBatch], None]
 
 
+class _Growing:
+    """An answer as it grows: its place in the reply, its timeline, and its text."""
+
+    def __init__(
+        self, request: GenerationRequest, index: int, service: Service, observe: BatchObserver
+    ) -> None:
+        tokenizer: PreTrainedTokenizerBase = service.description.tokenizer
+        self.timeline = Timeline()
+        self._index = index
+        self._observe = observe
+        stop = request.sampling.stop
+        self._text = TextStream(tokenizer, stop, context=request.prompt_token_ids)
+
+    def delta(self, batch: TokenBatch) -> Delta:
+        """Observe a batch and turn it into text."""
+        self._observe(self.timeline, batch)
+        released = self._text.push(batch.token_ids)
+        if batch.finish_reason:
+            released += self._text.flush()
+        return Delta(self._index, released, batch.token_ids, batch.logprobs, batch.finish_reason)
+
+
 async def answer_deltas(
-    service: Service, request: GenerationRequest, index: int, observe: BatchObserver
+    service: Service,
+    requests: Sequence[GenerationRequest],
+    first_index: int,
+    observers: Sequence[BatchObserver],
 ) -> AsyncGenerator[Delta, None]:
-    """Generate the deltas of one answer; closing this generator cancels the request.
+    """Generate the deltas of all answers to one prompt; closing this generator cancels them.
 
     Args:
         service: The source of tokens.
-        request: Tokens and sampling.
-        index: Number of the answer within its reply.
-        observe: Called with the timeline and every batch, before the batch goes out.
+        requests: Tokens and sampling, one request per answer.
+        first_index: Number of the first of these answers within its reply.
+        observers: One per answer, called with its timeline and every batch before the batch goes
+            out.
     """
-    timeline = Timeline()
-    tokenizer: PreTrainedTokenizerBase = service.description.tokenizer
-    stop = request.sampling.stop
-    text = TextStream(tokenizer, stop, context=request.prompt_token_ids)
-    async with aclosing(service.generate(request, timeline)) as batches:
+    answers = {
+        request.request_id: _Growing(request, first_index + number, service, observe)
+        for number, (request, observe) in enumerate(zip(requests, observers, strict=True))
+    }
+    timelines = [answer.timeline for answer in answers.values()]
+    async with aclosing(service.generate(requests, timelines)) as batches:
         async for batch in batches:
-            observe(timeline, batch)
-            released = text.push(batch.token_ids)
-            if batch.finish_reason:
-                released += text.flush()
-            yield Delta(index, released, batch.token_ids, batch.logprobs, batch.finish_reason)
+            yield answers[batch.request_id].delta(batch)
 
 
 async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:

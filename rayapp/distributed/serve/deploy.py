@@ -63,12 +63,18 @@ class RunningService:
         return self.settings.url
 
     @property
-    def slab_bytes(self) -> int:
+    def kv_bytes(self) -> int:
         """Number of bytes that a decode replica sets aside for KV."""
+        return self._most("kv_bytes")
+
+    @property
+    def kv_tokens(self) -> int:
+        """Number of tokens whose KV they hold."""
+        return self._most("kv_tokens")
+
+    def _most(self, name: str) -> int:
         pools = self.health.get("pools", {})
-        return max(
-            (r.get("slab_bytes", 0) for replicas in pools.values() for r in replicas), default=0
-        )
+        return max((r.get(name, 0) for replicas in pools.values() for r in replicas), default=0)
 
 
 def resolved(settings: ServiceSettings) -> ServiceSettings:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from rayapp.engine.request import GenerationRequest, TokenBatch
+from rayapp.engine.request import PromptRequests, TokenBatch
 from rayapp.errors import UnavailableError
 from rayapp.kv.wire import Envelope, MessageSizes
 from rayapp.plan import ModelSignature, PruningPlan
@@ -67,7 +68,8 @@ class PrefillAnswer:
 
     Args:
         place: The replica that prefilled.
-        first: The first answer token if prefill samples it.
+        firsts: The first token of every answer, in the order of the requests, if prefill samples
+            them.
         kv_bytes: Bytes of the segment in the model's own type.
         queue_s: Seconds that the request waited for its turn.
         prefill_s: Seconds that the prefill took.
@@ -75,7 +77,7 @@ class PrefillAnswer:
     """
 
     place: Place
-    first: TokenBatch | None
+    firsts: tuple[TokenBatch, ...]
     kv_bytes: int | None
     queue_s: float
     prefill_s: float
@@ -84,7 +86,7 @@ class PrefillAnswer:
 
 @dataclass(frozen=True)
 class Admission:
-    """The answer of a decode replica that has copied a segment into a slot.
+    """The answer of a decode replica that has taken over a segment, and computes an answer to it.
 
     Args:
         place: The replica that decodes, from which the token stream is read.
@@ -140,15 +142,42 @@ class Handover:
     """The data that decode needs beside the KV itself.
 
     Args:
-        request: The request that is answered, with its attempt.
+        prompt: The requests for the answers that go on, with their attempt.
         versions: The plan, weights and type that prefill and decode must have.
-        first: The first answer token if prefill sampled it.
-        replay: Answer tokens that the client already has.
+        known: The tokens with which every answer begins, in the order of the requests: those that
+            the client has, or else the one that prefill sampled.
         wait_s: Longest wait for a slot, seconds.
     """
 
-    request: GenerationRequest
+    prompt: PromptRequests
     versions: Versions
-    first: TokenBatch | None
-    replay: tuple[int, ...]
+    known: tuple[tuple[int, ...], ...]
     wait_s: float
+
+    @classmethod
+    def after(
+        cls,
+        prompt: PromptRequests,
+        versions: Versions,
+        firsts: Sequence[TokenBatch],
+        sent: Mapping[str, Sequence[int]],
+        wait_s: float,
+    ) -> Handover:
+        """The handover that follows a prefill.
+
+        Args:
+            prompt: The requests that were prefilled.
+            versions: The plan, weights and type that prefill and decode must have.
+            firsts: First tokens, as in :class:`PrefillAnswer`; answers that end with theirs are
+                left out.
+            sent: Tokens that the client has already, by request id.
+            wait_s: Longest wait for a slot, seconds.
+        """
+        sampled = {first.request_id: first for first in firsts}
+        ended = [name for name, first in sampled.items() if first.finish_reason]
+        going_on = prompt.on_attempt(prompt.attempt, ended).without_image_data
+        known = [
+            tuple(sent.get(name, ())) or (sampled[name].token_ids if name in sampled else ())
+            for name in (request.request_id for request in going_on.requests)
+        ]
+        return cls(going_on, versions, tuple(known), wait_s)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -18,6 +19,7 @@ from pydantic import (
 )
 
 from rayapp.api.keys import digest_of
+from rayapp.engine.sequences.memory import BLOCK_SIZE
 from rayapp.errors import InputError
 from rayapp.settings import DTypeName, ModelName, Revision, Strict
 from rayapp.vision.limits import IMAGE_CACHE_BYTES, ImageLimits
@@ -84,7 +86,7 @@ class Deadlines(Strict):
     """Seconds that each phase of a request may last; after them it is freed and answered with 504.
 
     ``lease_s`` is the time that decode keeps a slot for an admitted request whose tokens nobody
-    reads.
+    reads. A replica with an engine that computes one step for longer than ``step_s`` is replaced.
     """
 
     queue_s: float = Field(default=120.0, gt=0.0)
@@ -92,6 +94,7 @@ class Deadlines(Strict):
     transfer_s: float = Field(default=120.0, gt=0.0)
     decode_s: float = Field(default=1200.0, gt=0.0)
     lease_s: float = Field(default=15.0, gt=0.0)
+    step_s: float = Field(default=120.0, gt=0.0)
 
 
 class ScalingSettings(Strict):
@@ -141,6 +144,16 @@ class ServiceSettings(Strict):
     )
     max_num_seqs: int = Field(
         default=8, ge=1, description="Sequences that one decode replica runs at once."
+    )
+    kv_memory: ByteSize | None = Field(
+        default=None,
+        ge=1,
+        description="Most memory of each decode replica for KV, such as 2GiB; without it, a share "
+        "of what is free, and never more than its sequences can fill.",
+        json_schema_extra={"as_text": True},
+    )
+    block_size: int = Field(
+        default=BLOCK_SIZE, ge=1, description="Tokens of one page of KV in a decode replica."
     )
     max_num_batched_tokens: int = Field(
         default=512,

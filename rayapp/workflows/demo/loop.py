@@ -151,10 +151,10 @@ def _serve(
 
 
 def _show_pools(service: RunningService, console: Console) -> None:
-    table = Table("pool", "node", "parameters", "KV slab")
+    table = Table("pool", "node", "parameters", "KV pages")
     for pool, replicas in service.health["pools"].items():
         for replica in replicas:
-            sizes = (f"{replica[name] / 1e6:.2f} MB" for name in ("parameter_bytes", "slab_bytes"))
+            sizes = (f"{replica[name] / 1e6:.2f} MB" for name in ("parameter_bytes", "kv_bytes"))
             table.add_row(pool, replica["node"][:12], *sizes)
     console.print(f"ready at {service.url}", table, sep="\n", highlight=False)
 

@@ -21,8 +21,9 @@ from ray.serve.handle import DeploymentHandle
 from rayapp.api.routes import build_app
 from rayapp.api.service import ServiceDescription
 from rayapp.distributed.serve.channel import ObjectStoreChannel
-from rayapp.distributed.serve.ingress.attempts import DisaggregatedAttempts, UnifiedAttempts
+from rayapp.distributed.serve.ingress.disaggregated import DisaggregatedAttempts
 from rayapp.distributed.serve.ingress.ray_service import Limits, RayService
+from rayapp.distributed.serve.ingress.unified import UnifiedAttempts
 from rayapp.distributed.serve.messages import (
     Address,
     Admission,
@@ -41,7 +42,7 @@ from rayapp.plan import PruningPlan
 PROMPT, VERSIONS, PLACE = (1, 2), Versions("p", "w", "float32"), Place("replica", "node")
 SHAPE = KVShape(num_blocks=1, num_kv_heads=1, head_dim=1, element_bytes=4, windows=(None,))
 NUM_BYTES = SHAPE.dense_bytes(len(PROMPT))
-PREFILLED = PrefillAnswer(PLACE, None, NUM_BYTES, queue_s=0.0, prefill_s=0.0)
+PREFILLED = PrefillAnswer(PLACE, (), NUM_BYTES, queue_s=0.0, prefill_s=0.0)
 ADMITTED = Admission(PLACE, MessageSizes(NUM_BYTES, 0), wait_s=0.0, fetch_s=0.0)
 EVERYBODY = Address("every replica")
 SHORT = Deadlines(queue_s=0.1, prefill_s=0.1, transfer_s=0.2, decode_s=0.2)
@@ -106,11 +107,11 @@ class Router:
     def __init__(self):
         kv = b"the message"
         self.scripts = {
-            "prefill": lambda request, *_: [PREFILLED, kv],
+            "prefill": lambda *_: [PREFILLED, kv],
             "admit": lambda *_: [ADMITTED],
-            "tokens": lambda request_id, _: [last_batch(request_id)],
+            "tokens": lambda name, _: [[last_batch(name)]],
             "cancel": lambda *_: [None],
-            "generate": lambda request, *_: [PREFILLED, ADMITTED, last_batch(request.request_id)],
+            "generate": lambda prompt, *_: [PREFILLED, ADMITTED, [last_batch(prompt.name)]],
         }
         self.calls = []
         self.answers = asyncio.Event()  # whether anybody answers what all are asked
@@ -167,10 +168,16 @@ def service_over(router, tokenizer, *, mode="disaggregated", deadlines=SHORT):
     )
 
 
-async def tokens_of(service, name="r"):
-    request = GenerationRequest(name, PROMPT, SamplingParams(max_tokens=1))
-    async with aclosing(service.generate(request)) as batches:
-        return [token async for batch in batches for token in batch.token_ids]
+async def tokens_of(service, name="r", max_tokens=1, num_batches=None):
+    """The tokens of an answer; with ``num_batches``, of its first batches, and then it waits."""
+    request = GenerationRequest(name, PROMPT, SamplingParams(max_tokens=max_tokens))
+    tokens = []
+    async with aclosing(service.generate([request])) as batches:
+        async for batch in batches:
+            tokens.extend(batch.token_ids)
+            if num_batches is not None and len(tokens) == num_batches:
+                await asyncio.sleep(60)
+    return tokens
 
 
 def test_every_call_of_one_http_request_has_an_id_of_its_own(byte_tokenizer):
@@ -255,7 +262,7 @@ def test_a_client_is_told_that_nothing_was_routed(byte_tokenizer):
                 reply = await client.post("/v1/completions", json=body)
                 assert reply.status_code == 504
                 assert "prefill did not end within" in reply.json()["error"]["message"]
-        assert len(router.calls) == 8
+        assert len(router.calls) == 2 * len(body["prompt"])
         assert all(call.found.cancelled() for call in router.calls)
         assert not any(service.counts().values())
 
@@ -302,16 +309,16 @@ def test_leaving_ends_what_decode_has_admitted(byte_tokenizer, left):
     async def scenario():
         router = Router()
         first = TokenBatch("r", 0, 0, (7,))
-        router.scripts["prefill"] = lambda *_: [replace(PREFILLED, first=first), b"the message"]
+        router.scripts["prefill"] = lambda *_: [replace(PREFILLED, firsts=(first,)), b"the message"]
         if left == "while_it_is_admitted":
             router.scripts["admit"] = lambda *_: Admitting()
         if left == "while_it_is_read":
-            router.scripts["tokens"] = lambda *_: [TokenBatch("r", 0, 1, (8,))]
+            router.scripts["tokens"] = lambda *_: [[TokenBatch("r", 0, 1, (8,))]]
         service = service_over(router, byte_tokenizer)
         request = GenerationRequest("r", PROMPT, SamplingParams(max_tokens=4))
 
         async def leave(num_batches):
-            batches = service.generate(request)
+            batches = service.generate([request])
             async with aclosing(batches):
                 for _ in range(num_batches):
                     await anext(batches)
@@ -326,6 +333,39 @@ def test_leaving_ends_what_decode_has_admitted(byte_tokenizer, left):
         assert (last.arguments, last.address) == (("r", 0), place)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("left", ["while_it_is_prefilled", "while_it_is_read"])
+def test_leaving_tells_a_unified_replica(byte_tokenizer, left):
+    async def scenario():
+        router = Router()
+        first = TokenBatch("r", 0, 0, (7,))
+        router.scripts["generate"] = lambda *_: (
+            Prefilling()
+            if left == "while_it_is_prefilled"
+            else [replace(PREFILLED, firsts=(first,)), ADMITTED, [TokenBatch("r", 0, 1, (8,))]]
+        )
+        service = service_over(router, byte_tokenizer, mode="unified")
+        answer = asyncio.ensure_future(tokens_of(service, max_tokens=4, num_batches=2))
+        await asyncio.sleep(0.05)
+        answer.cancel()
+        await asyncio.gather(answer, return_exceptions=True)
+        assert not any(service.counts().values())
+        assert [call.name for call in router.calls] == ["generate", "cancel"]
+        place = EVERYBODY if left == "while_it_is_prefilled" else Address(PLACE.replica_id)
+        assert (router.calls[-1].arguments, router.calls[-1].address) == (("r", 0), place)
+
+    asyncio.run(scenario())
+
+
+class Prefilling(Routed):
+    """A prefill that goes on for long."""
+
+    def __init__(self):
+        super().__init__([])
+
+    async def __anext__(self):
+        await asyncio.sleep(60)
 
 
 def test_a_second_cancellation_does_not_stop_the_word_to_decode(byte_tokenizer):

@@ -16,7 +16,9 @@ from rayapp.engine.request import GenerationRequest, TokenBatch
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import (
     DeadlineError,
+    IntegrityError,
     OverloadedError,
+    PreemptedError,
     RequestError,
     UnavailableError,
     WireError,
@@ -40,12 +42,12 @@ class Script:
         self.hold.set()
 
     async def run(self, answering):
-        self.seen.append((answering.request.attempt, tuple(answering.sent)))
+        request = answering.prompt.prompt
+        self.seen.append((request.attempt, tuple(answering.sent.get(request.request_id, ()))))
         num_tokens, error = self.entries.pop(0)
         await self.hold.wait()
         for index in range(num_tokens):
             reason = "length" if index + 1 == len(ANSWER) else None
-            request = answering.request
             yield TokenBatch(request.request_id, request.attempt, index, (ANSWER[index],), reason)
         if error is not None:
             raise error
@@ -67,7 +69,7 @@ def service_of(script, tokenizer, max_waiting=2):
 async def tokens_of(service, name="r"):
     request = GenerationRequest(name, (1, 2), SamplingParams(max_tokens=4))
     tokens = []
-    async with aclosing(service.generate(request)) as batches:
+    async with aclosing(service.generate([request])) as batches:
         async for batch in batches:
             assert batch.first_index == len(tokens)
             tokens.extend(batch.token_ids)
@@ -84,6 +86,19 @@ def test_lost_work_is_done_again_and_no_token_comes_twice(byte_tokenizer, error)
         assert await tokens_of(service) == ANSWER
         assert script.seen == [(0, ()), (1, (5, 6)), (2, (5, 6))]
         assert not any(service.counts().values())
+
+    asyncio.run(scenario())
+
+
+def test_an_attempt_that_was_preempted_is_not_counted(byte_tokenizer, monkeypatch):
+    monkeypatch.setattr("rayapp.distributed.serve.ingress.ray_service._RETRY_PAUSE_S", 0.001)
+
+    async def scenario():
+        preempted = task_error(PreemptedError("others came first"))
+        entries = [(number % 4, preempted) for number in range(7)]
+        script = Script(*entries, (0, ActorDiedError()), (4, None))
+        assert await tokens_of(service_of(script, byte_tokenizer)) == ANSWER
+        assert [attempt for attempt, _ in script.seen] == list(range(9))
 
     asyncio.run(scenario())
 
@@ -124,12 +139,69 @@ def test_waiting_places_are_exact(byte_tokenizer):
         script.hold.clear()
         waiting = [asyncio.ensure_future(tokens_of(service, f"r{n}")) for n in range(2)]
         await asyncio.sleep(0)
-        with pytest.raises(OverloadedError, match="2 requests are waiting"):
+        with pytest.raises(OverloadedError, match="2 requests are waiting, and at most 2"):
             await tokens_of(service, "late")
         waiting[0].cancel()
         await asyncio.gather(waiting[0], return_exceptions=True)
         script.hold.set()
         assert await tokens_of(service, "next") == await waiting[1] == ANSWER
+        assert not any(service.counts().values())
+
+    asyncio.run(scenario())
+
+
+class Several:
+    """Attempts at several answers: per attempt, the tokens of every answer that come."""
+
+    def __init__(self, *entries):
+        self.entries = list(entries)
+        self.seen = []
+
+    async def run(self, answering):
+        self.seen.append(
+            {
+                r.request_id: tuple(answering.sent.get(r.request_id, ()))
+                for r in answering.prompt.requests
+            }
+        )
+        assert {r.attempt for r in answering.prompt.requests} == {len(self.seen) - 1}
+        for name, num_tokens in self.entries.pop(0).items():
+            for index in range(num_tokens):
+                reason = "length" if index + 1 == len(ANSWER) else None
+                yield TokenBatch(name, answering.prompt.attempt, index, (ANSWER[index],), reason)
+        raise ActorDiedError()
+
+
+def test_answers_that_have_ended_take_no_part_in_a_later_attempt(byte_tokenizer):
+    async def scenario():
+        script = Several({"a": 4, "b": 2, "c": 0}, {"b": 4, "c": 1}, {"c": 4})
+        service = service_of(script, byte_tokenizer, max_waiting=3)
+        requests = [GenerationRequest(n, (1, 2), SamplingParams(max_tokens=4)) for n in "abc"]
+        tokens = {name: [] for name in "abc"}
+        async with aclosing(service.generate(requests)) as batches:
+            async for batch in batches:
+                assert batch.first_index == len(tokens[batch.request_id])
+                tokens[batch.request_id].extend(batch.token_ids)
+        assert tokens == {name: list(ANSWER) for name in "abc"}
+        assert script.seen == [
+            {"a": (), "b": (), "c": ()},
+            {"b": (5, 6), "c": ()},
+            {"c": (5,)},
+        ]
+        assert not any(service.counts().values())
+
+    asyncio.run(scenario())
+
+
+def test_answers_of_one_prompt_wait_together_or_not_at_all(byte_tokenizer):
+    async def scenario():
+        service = service_of(Script(), byte_tokenizer, max_waiting=2)
+        requests = [GenerationRequest(n, (1, 2), SamplingParams(max_tokens=4)) for n in "abc"]
+        with pytest.raises(OverloadedError, match="fewer answers"):
+            await anext(service.generate(requests))
+        other = GenerationRequest("other", (3,))
+        with pytest.raises(IntegrityError, match="share their prompt"):
+            await anext(service.generate([requests[0], other]))
         assert not any(service.counts().values())
 
     asyncio.run(scenario())

@@ -82,8 +82,8 @@ def test_each_pool_is_on_its_own_node(service, cluster):
     pools = service.client.get("/health").json()["pools"]
     nodes = {name: {replica["node"] for replica in found} for name, found in pools.items()}
     assert nodes == {"prefill": {cluster.nodes[1].node_id}, "decode": {cluster.nodes[2].node_id}}
-    slab_bytes = 5 * 2 * 2 * 16 * 4 * service.settings.max_num_seqs * 512
-    assert [decode["slab_bytes"] for decode in pools["decode"]] == [slab_bytes] * 2
+    kv_bytes = 5 * 2 * 2 * 16 * 4 * service.settings.max_num_seqs * 512
+    assert [decode["kv_bytes"] for decode in pools["decode"]] == [kv_bytes] * 2
 
 
 def test_the_ledger_counts_every_transfer(service, cluster):

@@ -95,3 +95,12 @@ def test_calls_go_where_they_are_addressed():
     assert ranks(Address(avoid=frozenset("ab")), pool) == [[3], [1, 2, 3]]
     assert ranks(Address(avoid=frozenset("abc")), pool) == [[1, 2, 3]]
     assert ranks(Address(), {}) == []
+
+
+def test_kv_memory_is_read_with_its_unit():
+    raw = {"model": "m", "kv_memory": "2GiB", "block_size": 32}
+    settings = ServiceSettings.parse(raw)
+    assert (settings.kv_memory, settings.block_size) == (2 << 30, 32)
+    assert ServiceSettings.parse(settings.model_dump(mode="json")) == settings
+    with pytest.raises(InputError, match="kv_memory: could not"):
+        ServiceSettings.parse({"model": "m", "kv_memory": "much"})

@@ -10,12 +10,10 @@ from ray import serve
 from rayapp.api.routes import build_app
 from rayapp.api.service import ServiceDescription
 from rayapp.distributed.serve.channel import ObjectStoreChannel
-from rayapp.distributed.serve.ingress.attempts import (
-    Attempts,
-    DisaggregatedAttempts,
-    UnifiedAttempts,
-)
+from rayapp.distributed.serve.ingress.answering import Attempts
+from rayapp.distributed.serve.ingress.disaggregated import DisaggregatedAttempts
 from rayapp.distributed.serve.ingress.ray_service import Limits, RayService
+from rayapp.distributed.serve.ingress.unified import UnifiedAttempts
 from rayapp.distributed.serve.messages import Versions
 from rayapp.distributed.serve.settings import (
     APP_NAME,

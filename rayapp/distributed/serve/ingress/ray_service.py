@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rayapp.api.service import HealthReport, ReplicaHealth, ServiceDescription
-from rayapp.distributed.serve.ingress.attempts import Answering, Attempts
+from rayapp.distributed.serve.ingress.answering import Answering, Attempts
 from rayapp.distributed.serve.ingress.calls import ask_all
 from rayapp.distributed.serve.ingress.losses import explained, is_lost
 from rayapp.distributed.serve.messages import Versions
 from rayapp.engine.channel import KVChannel
-from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch, after
-from rayapp.errors import IntegrityError, OverloadedError, RayappError, UnavailableError
+from rayapp.engine.request import GenerationRequest, PromptRequests, Timeline, TokenBatch
+from rayapp.errors import (
+    IntegrityError,
+    OverloadedError,
+    PreemptedError,
+    RayappError,
+    UnavailableError,
+)
 from rayapp.kv.ledger import Ledger
 
 logger = logging.getLogger(__name__)
-_RETRY_PAUSE_S = 0.1
+_RETRY_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 
 
 @dataclass(frozen=True)
@@ -47,18 +54,18 @@ class WaitingRoom:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def enter(self, request_id: str) -> None:
-        """Take a place, or raise :class:`OverloadedError` if there is none."""
-        if len(self._waiting) >= self._max_waiting:
+    def enter(self, request_ids: Collection[str]) -> None:
+        """Take a place for each; if they are too many, take none and raise."""
+        if len(self._waiting) + len(request_ids) > self._max_waiting:
             raise OverloadedError(
-                f"{len(self._waiting)} requests are waiting and no more may; try again later, or "
-                "ask for fewer answers at once"
+                f"{len(self._waiting)} requests are waiting, and at most {self._max_waiting} may; "
+                "try again later, or ask for fewer answers at once"
             )
-        self._waiting.add(request_id)
+        self._waiting.update(request_ids)
 
-    def leave(self, request_id: str) -> None:
-        """Give the place back; a second call is harmless."""
-        self._waiting.discard(request_id)
+    def leave(self, request_ids: Collection[str]) -> None:
+        """Give the places back; a second call is harmless."""
+        self._waiting.difference_update(request_ids)
 
 
 class RayService:
@@ -105,52 +112,60 @@ class RayService:
         return self._description
 
     async def generate(
-        self, request: GenerationRequest, timeline: Timeline | None = None
+        self, requests: Sequence[GenerationRequest], timelines: Sequence[Timeline] = ()
     ) -> AsyncGenerator[TokenBatch, None]:
-        """Generate the token batches of one answer; see :class:`rayapp.api.service.Service`."""
-        name = request.request_id
-        self._description.check(request)
-        self._waiting.enter(name)
-        self._num_answering += 1
+        """Generate the token batches of all answers; see :class:`rayapp.api.service.Service`."""
+        prompt = PromptRequests.of(requests)
+        names = [request.request_id for request in requests]
+        for request in requests:
+            self._description.check(request)
+        self._waiting.enter(names)
+        self._num_answering += len(names)
         try:
+            marks = timelines or [Timeline() for _ in names]
             answering = Answering(
-                request, timeline or Timeline(), [], lambda: self._waiting.leave(name)
+                prompt, dict(zip(names, marks, strict=True)), lambda: self._waiting.leave(names)
             )
             async with aclosing(self._answer(answering)) as batches:
                 async for batch in batches:
                     yield batch
         finally:
-            self._num_answering -= 1
-            self._waiting.leave(name)
+            self._num_answering -= len(names)
+            self._waiting.leave(names)
 
     async def _answer(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
-        """Make attempts until the answer is complete; no token leaves twice."""
-        for attempt in range(self._max_attempts):
-            answering.request = replace(answering.request, attempt=attempt)
+        """Make attempts until all answers are complete; no token leaves twice.
+
+        An attempt that was preempted lost nothing and is not counted.
+        """
+        num_lost = 0
+        for attempt in itertools.count():
+            answering.begin(attempt)
             try:
                 async with aclosing(self._attempts.run(answering)) as batches:
                     async for batch in batches:
-                        new = after(batch, len(answering.sent))
+                        new = answering.take(batch)
                         if new is not None:
-                            answering.sent.extend(new.token_ids)
                             yield new
-                            if new.finish_reason:
-                                return
-                raise UnavailableError("an answer ended without its last token; ask again")
+                if not answering.is_complete:
+                    raise UnavailableError("an answer ended without its last token; ask again")
+                return
             except Exception as error:
+                if answering.is_complete:
+                    return
                 failure = explained(error)
                 if failure is None:
                     raise
-                self._check_retry(answering, attempt, failure)
-            await asyncio.sleep(_RETRY_PAUSE_S * 2**attempt)
+                num_lost += not isinstance(failure, PreemptedError)
+                self._check_retry(answering, num_lost, failure)
+            await asyncio.sleep(min(_RETRY_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S))
 
-    def _check_retry(self, answering: Answering, attempt: int, failure: RayappError) -> None:
+    def _check_retry(self, answering: Answering, num_lost: int, failure: RayappError) -> None:
         """Return if another attempt may help and is allowed, else raise the error of this one."""
-        name = answering.request.request_id
         if not is_lost(failure):
             raise failure from None
-        logger.warning("request %s, attempt %d: %s", name, attempt, failure)
-        if attempt + 1 >= self._max_attempts:
+        logger.warning("request %s, attempt %d: %s", *answering.prompt.key, failure)
+        if num_lost >= self._max_attempts:
             raise UnavailableError(
                 f"{self._max_attempts} attempts were lost, the last one because: {failure}"
             ) from None

@@ -1,8 +1,12 @@
 """A decode replica copies KV into slots and streams the tokens of all of them.
 
-``admit`` is unary and ends once the KV is in the slab, because a reference passed to a streaming
-call stays pinned until that stream ends. ``tokens`` never carries a reference. Between the two
-calls a lease reserves the slot.
+``admit`` is unary and ends once the message is no longer needed, because a reference passed to a
+streaming call stays pinned until that stream ends. ``tokens`` never carries a reference. Between
+the two calls a lease reserves the slots.
+
+A prompt with several answers is admitted as soon as one of them has a slot and pages. The others
+take what is free, and wait here for more, with a copy of the KV in host memory: more answers than
+there is room for run in turns, and nobody waits for room that it holds itself.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+
+import numpy as np
 
 from rayapp.api.service import Pool, ReplicaHealth
 from rayapp.distributed.serve.messages import (
@@ -23,14 +29,28 @@ from rayapp.distributed.serve.messages import (
     check_address,
     version_conflict,
 )
+from rayapp.distributed.serve.replicas.engine_loop import (
+    EngineLoop,
+    failure_of,
+    is_out_of_memory,
+)
 from rayapp.distributed.serve.replicas.leases import Lease, Leases
-from rayapp.distributed.serve.replicas.stage import SerialThread, StageModel
+from rayapp.distributed.serve.replicas.placing import Known, Placing
+from rayapp.distributed.serve.replicas.serial_thread import SerialThread
+from rayapp.distributed.serve.replicas.slots import Slots
+from rayapp.distributed.serve.replicas.stage import StageModel
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.decode import DecodeEngine
-from rayapp.engine.request import GenerationRequest, TokenBatch
-from rayapp.errors import DeadlineError, IntegrityError, RayappError, UnavailableError
+from rayapp.engine.request import GenerationRequest, PromptRequests, TokenBatch
+from rayapp.engine.sequences.memory import KVMemory
+from rayapp.errors import (
+    DeadlineError,
+    IntegrityError,
+    PreemptedError,
+    UnavailableError,
+)
 from rayapp.kv.segment import KVSegment
-from rayapp.kv.wire import Message, MessageSizes, message_sizes, unpack
+from rayapp.kv.wire import Envelope, Message, MessageSizes, message_sizes, unpack
 from rayapp.models.stack import BlockStack
 
 logger = logging.getLogger(__name__)
@@ -42,36 +62,36 @@ class DecodeServer:
     Args:
         stage: The decode stage.
         place: The replica and the node of this server.
+        loop: The loop that steps the engine, shared if both stages live in one replica.
         fetch: The function that gets a message from its handle.
         max_num_seqs: Number of slots.
-        deadlines: The deadlines of leases and answers.
-        thread: The engine thread, shared if both stages live in one replica.
+        deadlines: The deadlines of leases, answers and steps.
+        memory: The memory for KV.
     """
 
     def __init__(
         self,
         stage: StageModel,
         place: Place,
+        loop: EngineLoop,
         *,
         fetch: Callable[..., Awaitable[Message]],
         max_num_seqs: int,
         deadlines: Deadlines,
-        thread: SerialThread | None = None,
+        memory: KVMemory = KVMemory(),  # noqa: B008 - frozen
     ) -> None:
         self._stage = stage
         self._place = place
         self._fetch = fetch
         self._deadlines = deadlines
         self._versions = stage.versions
-        self._thread = thread or SerialThread("engine")
+        self._loop = loop
+        self._thread = loop.thread
         self._unpacking = SerialThread("unpacking")
-        self._max_num_seqs = max_num_seqs
-        self._slots = asyncio.Semaphore(max_num_seqs)
-        self._num_waiting = 0
-        self._num_slots_held = 0
-        self._leases = Leases(self._let_go)
-        self._attempts: dict[str, int] = {}
-        self._stepping: asyncio.Task[None] | None = None
+        self._slots = Slots(max_num_seqs)
+        self._num_applying = 0
+        self._leases = Leases(self._let_all_go)
+        self._seating: set[asyncio.Task[None]] = set()
         self._engine = DecodeEngine(
             BlockStack(stage.loaded.model, stage.plan, "decode"),
             stage.plan,
@@ -79,24 +99,30 @@ class DecodeServer:
             max_model_len=stage.max_model_len,
             eos_token_ids=stage.loaded.eos_token_ids,
             tokenizer=stage.loaded.tokenizer,
+            memory=memory,
         )
-        logger.info("slab: %d bytes for %d sequences", self._engine.slab_bytes, max_num_seqs)
+        self._placing = Placing(self._engine, loop, self._unpacking, self._slots)
+        loop.attach(sequences=self)
+        logger.info(
+            "pages: %d bytes hold %d tokens of %d sequences",
+            *(self._engine.kv_bytes, self._engine.num_kv_tokens, max_num_seqs),
+        )
 
     async def admit(
         self, handover: Handover, handles: Sequence[object], address: Address = ANY
     ) -> Admission | Refusal:
-        """Copy KV into a slot; return once the message is no longer needed.
+        """Copy KV into slots; return once the message is no longer needed.
 
         A replica of another version does nothing and answers with a :class:`Refusal`.
 
         Args:
-            handover: The request and the known part of its answer.
+            handover: The requests and the known parts of their answers.
             handles: The message's handle, in a list so that Ray does not resolve it.
             address: The address of the replica that the call is for.
 
         Raises:
             DeadlineError: No slot was free in time.
-            WireError: The message is not this request's KV, or is damaged.
+            WireError: The message is not this prompt's KV, or is damaged.
             TransferError: The message is lost.
             UnavailableError: The attempt was cancelled, or replaced by a later one.
         """
@@ -113,13 +139,14 @@ class DecodeServer:
             self._leases.end(lease)
             raise
         self._leases.expect_reader(lease, self._deadlines.lease_s)
-        self._start_stepping()
         return Admission(place=self._place, sizes=sizes, wait_s=wait_s, fetch_s=fetch_s)
 
     async def tokens(
-        self, request_id: str, attempt: int, address: Address = ANY
-    ) -> AsyncGenerator[TokenBatch, None]:
-        """Generate the answer's tokens in batches; the lease ends with the stream.
+        self, name: str, attempt: int, address: Address = ANY
+    ) -> AsyncGenerator[list[TokenBatch], None]:
+        """Generate the tokens of all answers; every item has at most one batch per answer.
+
+        The lease ends with the stream.
 
         Raises:
             MisdirectedError: The call was for a replica that has gone.
@@ -127,119 +154,179 @@ class DecodeServer:
             DeadlineError: The lease ended.
         """
         check_address(self._place, address)
-        lease = self._leases.find(request_id, attempt)
+        lease = self._leases.find(name, attempt)
         self._leases.read(lease)
         try:
-            while True:
-                batch = await lease.take()
-                yield batch
-                if batch.finish_reason:
-                    return
+            while not lease.is_read:
+                yield await lease.take()
         finally:
             self._leases.end(lease)
 
-    async def cancel(self, request_id: str, attempt: int, address: Address = ANY) -> None:
+    async def cancel(self, name: str, attempt: int, address: Address = ANY) -> None:
         """End a lease, in whatever phase the attempt is, even before it has come here."""
-        self._leases.cancel(request_id, attempt)
+        self._leases.cancel(name, attempt)
+
+    def check_not_cancelled(self, prompt: PromptRequests) -> None:
+        """Raise :class:`UnavailableError` if this attempt has been cancelled."""
+        self._leases.check_not_cancelled(prompt)
 
     async def _take_lease(self, handover: Handover) -> Lease:
-        """Wait for a slot; an older attempt of the request loses its slot first."""
-        self._leases.check_not_cancelled(handover.request)
-        older = self._leases.newest(handover.request.request_id)
-        if older is not None and older.request.attempt < handover.request.attempt:
+        """Wait for a slot; an older attempt of the prompt loses its slots first."""
+        prompt = handover.prompt
+        self._leases.check_not_cancelled(prompt)
+        older = self._leases.newest(prompt.name)
+        if older is not None and older.prompt.attempt < prompt.attempt:
             older.fail(UnavailableError(f"{older.key} was replaced by a later attempt"))
             self._leases.end(older)
-        self._num_waiting += 1
+        self._num_applying += len(prompt.requests)
         try:
             async with asyncio.timeout(handover.wait_s):
-                await self._slots.acquire()
+                await self._slots.take()
         except TimeoutError:
             raise DeadlineError(
                 f"no decode slot within {handover.wait_s:.1f} s; try again later, raise "
                 "max_num_seqs or add replicas"
             ) from None
         finally:
-            self._num_waiting -= 1
-        self._num_slots_held += 1
+            self._num_applying -= len(prompt.requests)
         try:
-            return self._leases.grant(handover.request, total_s=self._deadlines.decode_s)
+            lease = self._leases.grant(prompt, total_s=self._deadlines.decode_s)
         except BaseException:
-            self._give_slot()
+            self._slots.give()
             raise
+        lease.seat()
+        return lease
 
-    def _give_slot(self) -> None:
-        self._num_slots_held -= 1
-        self._slots.release()
+    @property
+    def num_waiting(self) -> int:
+        """Number of answers that wait for a slot, of admitted prompts and of others."""
+        return self._num_applying + sum(len(lease.waiting) for lease in self._leases.all())
 
     async def _load(
         self, handover: Handover, handle: object, lease: Lease
     ) -> tuple[MessageSizes, float]:
         """Fetch, check and copy a message; no part of it is referenced when this returns.
 
-        A lease that ends before the copy begins prevents it. A lease that ends later frees the slot
-        on the engine's thread, and so after the copy.
+        A lease that ends before the copy begins prevents it. A lease that ends later frees its
+        slots on the engine's thread, and so after the copy.
         """
         began_s = time.monotonic()
         message = await self._fetch(handle)
         fetch_s = time.monotonic() - began_s
         lease.check()
-        request = handover.request
-        envelope = self._versions.envelope(request.request_id, request.attempt)
+        envelope = self._versions.envelope(*handover.prompt.key)
+        names = (request.request_id for request in handover.prompt.requests)
+        known = dict(zip(names, handover.known, strict=True))
+        seated = [handover.prompt.requests[0]]
+        while lease.waiting and self._slots.is_any_free:
+            await self._slots.take()  # It is free, so this does not wait.
+            seated.append(lease.seat())
         segment = await self._unpacking.finish(unpack, message, envelope)
         lease.check()
-        await self._thread.finish(self._copy_in, handover, segment)
+        try:
+            async with asyncio.timeout(handover.wait_s):
+                left = await self._placing.place(segment, seated, known, lease.check)
+        except TimeoutError:
+            raise DeadlineError(
+                f"no room for the prompt's KV within {handover.wait_s:.1f} s; try again later, "
+                "raise kv_memory or add replicas"
+            ) from None
         lease.check()
+        if left or lease.waiting:
+            segment = await self._unpacking.finish(_own_segment, message, envelope)
+            lease.check()
+            self._go_on_seating(lease, left, segment, known)
         return message_sizes(message), fetch_s
 
-    def _copy_in(self, handover: Handover, segment: KVSegment) -> None:
-        """Copy the KV into a slot, on the engine thread."""
-        request = handover.request
-        self._engine.admit(request, segment, handover.first, handover.replay)
-        self._attempts[request.request_id] = request.attempt
+    def _go_on_seating(
+        self, lease: Lease, left: Sequence[GenerationRequest], segment: KVSegment, known: Known
+    ) -> None:
+        """Place the answers that found no room, then those without slots, as room is made."""
+        task = asyncio.get_running_loop().create_task(self._seat_rest(lease, left, segment, known))
+        self._seating.add(task)
+        task.add_done_callback(self._seating.discard)
+        lease.seating = task
 
-    def _copy_out(self, request: GenerationRequest) -> None:
-        """Free the slot of this attempt, not of a later one, on the engine thread."""
-        if self._attempts.get(request.request_id) == request.attempt:
-            del self._attempts[request.request_id]
-            self._engine.cancel(request.request_id)
+    async def _seat_rest(
+        self, lease: Lease, left: Sequence[GenerationRequest], segment: KVSegment, known: Known
+    ) -> None:
+        try:
+            while left or lease.waiting:
+                if not left:
+                    await self._slots.take()
+                    left = (lease.seat(),)
+                left = await self._placing.place(segment, left, known, lease.check)
+        except Exception as error:
+            logger.exception("an answer that waited for room could not begin")
+            lease.fail(failure_of(error, "decode"))
+            self._leases.end(lease)
 
-    def _start_stepping(self) -> None:
-        if self._stepping is None or self._stepping.done():
-            self._stepping = asyncio.get_running_loop().create_task(self._step_while_busy())
+    @property
+    def num_running(self) -> int:
+        """Number of sequences that compute a token in the next step."""
+        return self._engine.num_running
 
-    async def _step_while_busy(self) -> None:
-        """Run engine steps one after the other while any sequence runs."""
-        while self._engine.num_running:
-            try:
-                batches = await self._thread.run(self._engine.step)
-            except Exception as error:
-                logger.exception("a decode step failed")
-                self._fail_all(error)
-                return
-            for batch in batches:
-                self._deliver(batch)
+    async def run_tokens(self) -> None:
+        """Compute a token of every running sequence and deliver it; an error ends them all."""
+        num_aside = self._engine.num_aside
+        try:
+            batches = await self._loop.run(self._engine.step)
+        except Exception as error:
+            logger.exception("a decode step failed")
+            if is_out_of_memory(error):
+                self._slots.keep_to(self._engine.num_running - 1)
+            await self._fail_all(UnavailableError(str(failure_of(error, "decode"))))
+            return
+        for batch in batches:
+            self._deliver(batch)
+        for request in self._engine.take_preempted():
+            self._hand_back(request)
+        if self._engine.num_aside < num_aside:
+            self._slots.tell()
+
+    def _hand_back(self, request: GenerationRequest) -> None:
+        """Tell the reader of an answer that it found no room in pages or in host memory.
+
+        The lease ends when that is read, or when nobody reads it; its slots are free at once.
+        """
+        lease = self._leases.of_answer(request.request_id, request.attempt)
+        if lease is not None:
+            lease.fail(
+                PreemptedError(
+                    f"request {request.request_id} gave its pages of KV to older requests; it goes "
+                    "on elsewhere, or raise kv_memory"
+                )
+            )
+            self._let_all_go(lease)
 
     def _deliver(self, batch: TokenBatch) -> None:
-        lease = self._leases.get(batch.request_id, batch.attempt)
+        lease = self._leases.of_answer(batch.request_id, batch.attempt)
         if lease is None:
             return  # It was cancelled during the step.
         lease.put(batch)
         if batch.finish_reason:
-            self._let_go(lease)
+            self._let_go(lease, batch.request_id)
 
-    def _fail_all(self, error: Exception) -> None:
-        reason = error if isinstance(error, RayappError) else UnavailableError(str(error))
+    async def _fail_all(self, error: Exception) -> None:
+        """End all leases, and return when the engine has freed what they held."""
         for lease in self._leases.all():
-            lease.fail(reason)
+            lease.fail(error)
             self._leases.end(lease)
+        await self._thread.run(lambda: None)
 
-    def _let_go(self, lease: Lease) -> None:
-        """Free a lease's slot, in the engine first; a second call is harmless."""
-        if lease.holds_slot:
-            lease.holds_slot = False
-            self._thread.submit(self._copy_out, lease.request).add_done_callback(
-                lambda _: self._give_slot()
-            )
+    def _let_all_go(self, lease: Lease) -> None:
+        """Free all slots of a lease that ends, and wait for no more."""
+        if lease.seating is not None:
+            lease.seating.cancel()
+        for request_id in tuple(lease.seated):
+            self._let_go(lease, request_id)
+
+    def _let_go(self, lease: Lease, request_id: str) -> None:
+        """Free an answer's slot, in the engine first; a second call is harmless."""
+        if request_id in lease.seated:
+            lease.seated.discard(request_id)
+            freeing = self._placing.free(request_id, lease.prompt.attempt)
+            freeing.add_done_callback(lambda _: self._slots.give())
 
     async def describe(self) -> ReplicaHealth:
         """Describe this replica for ``/health``."""
@@ -250,30 +337,41 @@ class DecodeServer:
         return self._stage.health(
             pool,
             self._place,
-            slab_bytes=self._engine.slab_bytes,
-            num_running=self._num_slots_held,
-            num_waiting=self._num_waiting,
+            kv_bytes=self._engine.kv_bytes,
+            kv_tokens=self._engine.num_kv_tokens,
+            num_running=self._slots.num_held,
+            num_waiting=self.num_waiting,
             kv_usage=self._engine.usage,
         )
 
     @property
     def usage(self) -> float:
         """The larger of the shares of slots and of entries in use."""
-        return max(self._num_slots_held / self._max_num_seqs, self._engine.usage)
+        return max(self._slots.num_held / self._slots.num_slots, self._engine.usage)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Metrics by which :class:`rayapp.distributed.serve.autoscaling.DecodePolicy` decides."""
-        return {"usage": self.usage, "waiting": self._num_waiting / self._max_num_seqs}
+        return {"usage": self.usage, "waiting": self.num_waiting / self._slots.num_slots}
+
+    async def check_health(self) -> None:
+        """Raise :class:`UnavailableError` if a call hangs; Serve asks this every few seconds."""
+        self._loop.check_alive(self._deadlines.step_s)
+        self._unpacking.check_alive(self._deadlines.step_s)
 
     async def check_integrity(self) -> dict[str, int]:
         """Return the numbers of resources in use, all zero when idle; raise if they disagree."""
         await self._thread.run(self._engine.check_integrity)
         counts = {
             "leases": len(self._leases),
-            "slots": self._num_slots_held,
-            "waiting": self._num_waiting,
+            "slots": self._slots.num_held,
+            "waiting": self.num_waiting,
             "running": self._engine.num_running,
         }
-        if min(counts.values()) < 0 or self._num_slots_held > self._max_num_seqs:
-            raise IntegrityError(f"decode holds {counts} with {self._max_num_seqs} slots")
+        if min(counts.values()) < 0 or self._slots.num_held > self._slots.num_slots:
+            raise IntegrityError(f"decode holds {counts} with {self._slots.num_slots} slots")
         return counts
+
+
+def _own_segment(message: Message, envelope: Envelope) -> KVSegment:
+    """The segment of a message, with memory of its own."""
+    return unpack(np.array(message), envelope)

@@ -1,12 +1,21 @@
-"""Leases on decode slots: their owners, the tokens that wait to be read, and their end."""
+"""Leases on decode slots: their owners, the tokens that wait to be read, and their end.
+
+A lease belongs to one attempt at all answers of a prompt; each answer has a slot of its own.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from rayapp.engine.request import GenerationRequest, TokenBatch, merged
+from rayapp.engine.request import (
+    GenerationRequest,
+    PromptRequests,
+    TokenBatch,
+    merged_by_answer,
+)
 from rayapp.errors import DeadlineError, TransferError, UnavailableError
 
 # Cancelled requests that are remembered, the latest ones: far more than can be on their way here.
@@ -15,27 +24,50 @@ _MAX_CANCELLED = 4096
 
 @dataclass(eq=False)
 class Lease:
-    """The lease of one admitted attempt, whose slot is in use until the answer or the lease ends.
+    """The lease of one admitted attempt; it lasts until all its answers or the lease end.
 
-    ``unread`` are batches that nobody has taken yet; ``error`` is the reason why no more will come.
+    ``waiting`` are requests that have no slot yet, ``seated`` the names of those that hold one, and
+    ``unfinished`` of those whose answer goes on; ``seating`` is the task that gives slots to the
+    waiting ones. ``unread`` are batches that nobody has taken yet;
+    ``error`` is the reason why no more will come.
     """
 
-    request: GenerationRequest
+    prompt: PromptRequests
+    waiting: deque[GenerationRequest] = field(init=False)
+    unfinished: set[str] = field(init=False)
+    seated: set[str] = field(default_factory=set)
     unread: list[TokenBatch] = field(default_factory=list)
     error: Exception | None = None
     has_reader: bool = False
-    holds_slot: bool = True
+    seating: asyncio.Task[None] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.waiting = deque(self.prompt.requests)
+        self.unfinished = {request.request_id for request in self.prompt.requests}
+
     @property
     def key(self) -> tuple[str, int]:
-        """The lease's key: request and attempt."""
-        return self.request.request_id, self.request.attempt
+        """The lease's key: name of the prompt's requests, and attempt."""
+        return self.prompt.key
+
+    @property
+    def is_read(self) -> bool:
+        """True if every answer has ended and all tokens were taken."""
+        return not self.unfinished and not self.unread
+
+    def seat(self) -> GenerationRequest:
+        """Give a slot to the first request that has none."""
+        request = self.waiting.popleft()
+        self.seated.add(request.request_id)
+        return request
 
     def put(self, batch: TokenBatch) -> None:
         """Add a batch for the reader."""
         self.unread.append(batch)
+        if batch.finish_reason:
+            self.unfinished.discard(batch.request_id)
         self.changed.set()
 
     def fail(self, error: Exception) -> None:
@@ -48,87 +80,89 @@ class Lease:
         if self.error is not None:
             raise self.error
 
-    async def take(self) -> TokenBatch:
-        """Return all tokens since the last call as one batch."""
+    async def take(self) -> list[TokenBatch]:
+        """Return all tokens since the last call, as one batch per answer."""
         while not self.unread:
             self.check()
             self.changed.clear()
             await self.changed.wait()
         batches, self.unread = self.unread, []
-        return merged(batches)
+        return merged_by_answer(batches)
 
 
 class Leases:
     """The leases of one replica.
 
     Args:
-        on_end: Called with a lease that ends for whatever reason, to free its slot.
+        on_end: Called with a lease that ends for whatever reason, to free its slots.
     """
 
     def __init__(self, on_end: Callable[[Lease], None]) -> None:
         self._leases: dict[tuple[str, int], Lease] = {}
+        self._of_answers: dict[tuple[str, int], Lease] = {}
         self._cancelled: dict[str, int] = {}
         self._on_end = on_end
 
     def __len__(self) -> int:
         return len(self._leases)
 
-    def grant(self, request: GenerationRequest, *, total_s: float) -> Lease:
+    def grant(self, prompt: PromptRequests, *, total_s: float) -> Lease:
         """Grant a new lease, which ends by itself after ``total_s``.
 
         Raises:
             TransferError: The attempt has a lease already.
             UnavailableError: The attempt was cancelled before it came.
         """
-        self.check_not_cancelled(request)
-        lease = Lease(request)
+        self.check_not_cancelled(prompt)
+        lease = Lease(prompt)
         if lease.key in self._leases:
             raise TransferError(f"{lease.key} holds a slot here already; prefill it again")
         self._leases[lease.key] = lease
+        self._of_answers.update(dict.fromkeys(_answers(lease), lease))
         self._limit(lease, "it did not finish", total_s)
         return lease
 
-    def cancel(self, request_id: str, attempt: int) -> None:
+    def cancel(self, name: str, attempt: int) -> None:
         """End the lease of this attempt or an earlier one; an attempt that comes later gets none.
 
         Nothing orders a call and its cancellation on their way here: the cancellation may come
         first, and without a memory of it the lease would last until its time is up.
         """
-        self._cancelled[request_id] = max(attempt, self._cancelled.pop(request_id, attempt))
+        self._cancelled[name] = max(attempt, self._cancelled.pop(name, attempt))
         if len(self._cancelled) > _MAX_CANCELLED:
             del self._cancelled[next(iter(self._cancelled))]
-        lease = self.newest(request_id)
-        if lease is not None and lease.request.attempt <= attempt:
-            lease.fail(UnavailableError(f"request {request_id} was cancelled"))
+        lease = self.newest(name)
+        if lease is not None and lease.prompt.attempt <= attempt:
+            lease.fail(UnavailableError(f"request {name} was cancelled"))
             self.end(lease)
 
-    def check_not_cancelled(self, request: GenerationRequest) -> None:
+    def check_not_cancelled(self, prompt: PromptRequests) -> None:
         """Raise :class:`UnavailableError` if this attempt has been cancelled."""
-        if request.attempt <= self._cancelled.get(request.request_id, -1):
-            raise UnavailableError(f"request {request.request_id} was cancelled before it came")
+        if prompt.attempt <= self._cancelled.get(prompt.name, -1):
+            raise UnavailableError(f"request {prompt.name} was cancelled before it came")
 
     def expect_reader(self, lease: Lease, within_s: float) -> None:
         """End the lease if nobody reads it within ``within_s``."""
         if not lease.has_reader:
             self._limit(lease, "nobody read its tokens", within_s)
 
-    def get(self, request_id: str, attempt: int) -> Lease | None:
-        """Return the lease of an attempt, None if there is none."""
-        return self._leases.get((request_id, attempt))
+    def of_answer(self, request_id: str, attempt: int) -> Lease | None:
+        """Return the lease that an answer belongs to, None if it has ended."""
+        return self._of_answers.get((request_id, attempt))
 
-    def find(self, request_id: str, attempt: int) -> Lease:
+    def find(self, name: str, attempt: int) -> Lease:
         """Return the lease of an attempt, or raise :class:`UnavailableError` if there is none."""
-        lease = self.get(request_id, attempt)
+        lease = self._leases.get((name, attempt))
         if lease is None:
             raise UnavailableError(
-                f"request {request_id}, attempt {attempt} holds no slot here; prefill it again"
+                f"request {name}, attempt {attempt} holds no slot here; prefill it again"
             )
         return lease
 
-    def newest(self, request_id: str) -> Lease | None:
-        """Return the lease of a request's latest attempt, None if it has none."""
-        mine = [lease for (name, _), lease in self._leases.items() if name == request_id]
-        return max(mine, key=lambda lease: lease.request.attempt, default=None)
+    def newest(self, name: str) -> Lease | None:
+        """Return the lease of a prompt's latest attempt, None if it has none."""
+        mine = [lease for (owner, _), lease in self._leases.items() if owner == name]
+        return max(mine, key=lambda lease: lease.prompt.attempt, default=None)
 
     def read(self, lease: Lease) -> None:
         """Note that a reader has come, so that the lease no longer ends for want of one."""
@@ -139,6 +173,8 @@ class Leases:
     def end(self, lease: Lease) -> None:
         """End a lease; a second call is harmless."""
         if self._leases.pop(lease.key, None) is not None:
+            for answer in _answers(lease):
+                self._of_answers.pop(answer, None)
             for timer in lease.timers:
                 timer.cancel()
             self._on_end(lease)
@@ -154,8 +190,13 @@ class Leases:
     def _expire(self, lease: Lease, reason: str, seconds: float) -> None:
         lease.fail(
             DeadlineError(
-                f"request {lease.request.request_id}: {reason} within {seconds:.1f} s; "
-                "its slot was freed"
+                f"request {lease.prompt.name}: {reason} within {seconds:.1f} s; "
+                "its slots were freed"
             )
         )
         self.end(lease)
+
+
+def _answers(lease: Lease) -> list[tuple[str, int]]:
+    """Names and attempts of the answers of a lease."""
+    return [(request.request_id, request.attempt) for request in lease.prompt.requests]

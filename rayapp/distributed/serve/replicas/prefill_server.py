@@ -20,10 +20,12 @@ from rayapp.distributed.serve.messages import (
     check_address,
     version_conflict,
 )
+from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
 from rayapp.distributed.serve.replicas.prompt_queue import PromptQueue
-from rayapp.distributed.serve.replicas.stage import SerialThread, StageModel
+from rayapp.distributed.serve.replicas.serial_thread import SerialThread
+from rayapp.distributed.serve.replicas.stage import StageModel
 from rayapp.engine.prefill import PrefillEngine
-from rayapp.engine.request import GenerationRequest
+from rayapp.engine.request import PromptRequests
 from rayapp.kv.wire import Message, pack
 from rayapp.models.stack import BlockStack
 from rayapp.vision.reader import ImageReader
@@ -35,22 +37,24 @@ class PrefillServer:
     Args:
         stage: The prefill stage.
         place: The replica and the node of this server.
+        loop: The loop that steps the engine, shared if both stages live in one replica.
         max_waiting: Prompts that may wait; further ones are refused.
-        max_num_batched_tokens: Prompt tokens that one step may compute.
-        thread: The engine thread, shared if both stages live in one replica.
+        step_s: Seconds that a call of the engine or a packing may take.
     """
 
     def __init__(
         self,
         stage: StageModel,
         place: Place,
+        loop: EngineLoop,
         *,
         max_waiting: int,
-        max_num_batched_tokens: int,
-        thread: SerialThread | None = None,
+        step_s: float,
     ) -> None:
         self._stage = stage
         self._place = place
+        self._loop = loop
+        self._step_s = step_s
         self._packing = SerialThread("packing")
         self._versions = stage.versions
         stack = BlockStack(stage.loaded.model, stage.plan, "prefill")
@@ -62,16 +66,11 @@ class PrefillServer:
             tokenizer=stage.loaded.tokenizer,
             images=ImageReader(stage.loaded.model, stack, stage.images) if stage.images else None,
         )
-        self._queue = PromptQueue(
-            self._engine,
-            thread or SerialThread("engine"),
-            max_waiting=max_waiting,
-            max_num_batched_tokens=max_num_batched_tokens,
-        )
+        self._queue = PromptQueue(self._engine, loop, max_waiting=max_waiting)
 
     async def prefill(
         self,
-        request: GenerationRequest,
+        prompt: PromptRequests,
         versions: Versions,
         queue_s: float,
         address: Address = ANY,
@@ -81,7 +80,8 @@ class PrefillServer:
         A replica of another version yields only a :class:`Refusal`.
 
         Args:
-            request: The request to prefill; its attempt goes into the KV's envelope.
+            prompt: The prompt to prefill, with the requests for all its answers; its name and
+                attempt go into the KV's envelope.
             versions: The plan, weights and type that the caller wants.
             queue_s: Longest wait for a turn, seconds.
             address: The address of the replica that the call is for.
@@ -97,19 +97,23 @@ class PrefillServer:
             yield refusal
             return
         began_s = time.monotonic()
-        output = await self._queue.prefilled(request, queue_s)
+        output = await self._queue.prefilled(prompt, queue_s)
         segment = output.segment
         yield PrefillAnswer(
             place=self._place,
-            first=output.first,
+            firsts=output.firsts,
             kv_bytes=None if segment is None else segment.nbytes,
             queue_s=time.monotonic() - began_s - output.prefill_s,
             prefill_s=output.prefill_s,
             num_visual_tokens_removed=0 if segment is None else segment.num_visual_tokens_removed,
         )
         if segment is not None:
-            envelope = versions.envelope(request.request_id, request.attempt)
+            envelope = versions.envelope(*prompt.key)
             yield await self._packing.run(pack, segment, envelope)
+
+    async def cancel(self, name: str, attempt: int, address: Address = ANY) -> None:
+        """End the prefill of this attempt, if it is here."""
+        self._queue.cancel(name, attempt)
 
     async def describe(self) -> ReplicaHealth:
         """Describe this replica for ``/health``."""
@@ -133,6 +137,11 @@ class PrefillServer:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Metrics by which :class:`rayapp.distributed.serve.autoscaling.PrefillPolicy` decides."""
         return {"queued_tokens": float(self.queued_tokens)}
+
+    async def check_health(self) -> None:
+        """Raise :class:`UnavailableError` if a call hangs; Serve asks this every few seconds."""
+        self._loop.check_alive(self._step_s)
+        self._packing.check_alive(self._step_s)
 
     async def check_integrity(self) -> dict[str, int]:
         """Return the numbers of resources in use, all zero when idle."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rayapp.distributed.serve.replicas.stage import SerialThread
+from rayapp.distributed.serve.replicas.engine_loop import EngineLoop, failure_of
 from rayapp.engine.prefill import PrefillEngine, PrefillOutput, PrefillRun
-from rayapp.engine.request import GenerationRequest
-from rayapp.engine.scheduler import Chunk, Scheduler
-from rayapp.errors import DeadlineError, IntegrityError, OverloadedError
+from rayapp.engine.request import PromptRequests
+from rayapp.engine.scheduler import Chunk
+from rayapp.errors import DeadlineError, IntegrityError, OverloadedError, UnavailableError
 from rayapp.kv.select import num_prefilled
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 class _Ticket:
     """One prompt in the queue; ``run`` is set by its first step."""
 
-    request: GenerationRequest
+    prompt: PromptRequests
     done: asyncio.Future[PrefillOutput]
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     run: PrefillRun | None = None
@@ -45,27 +45,18 @@ class PromptQueue:
     """Runs prompts through a prefill engine, shortest first, in steps of bounded size.
 
     Args:
-        engine: The prefill engine; only ``thread`` touches it.
-        thread: The engine's thread, shared with decode if both stages live in one replica.
+        engine: The prefill engine; only the loop's thread touches it.
+        loop: The loop whose steps run the prompts.
         max_waiting: Prompts that may wait for their first step; further ones are refused.
-        max_num_batched_tokens: Tokens that one step may compute.
     """
 
-    def __init__(
-        self,
-        engine: PrefillEngine,
-        thread: SerialThread,
-        *,
-        max_waiting: int,
-        max_num_batched_tokens: int,
-    ) -> None:
+    def __init__(self, engine: PrefillEngine, loop: EngineLoop, *, max_waiting: int) -> None:
         self._engine = engine
-        self._thread = thread
+        self._loop = loop
         self._max_waiting = max_waiting
-        self._scheduler = Scheduler(max_num_batched_tokens)
         self._tickets: dict[str, _Ticket] = {}
         self._names = map(str, itertools.count())
-        self._working: asyncio.Task[None] | None = None
+        loop.attach(run_chunks=self._run_chunks)
 
     @property
     def num_waiting(self) -> int:
@@ -80,19 +71,20 @@ class PromptQueue:
     @property
     def num_tokens(self) -> int:
         """Number of tokens that no step has taken yet."""
-        return self._scheduler.num_tokens
+        return self._loop.scheduler.num_tokens
 
-    async def prefilled(self, request: GenerationRequest, queue_s: float) -> PrefillOutput:
+    async def prefilled(self, prompt: PromptRequests, queue_s: float) -> PrefillOutput:
         """Return the prefilled prompt; a caller that is cancelled takes its prompt out.
 
         Args:
-            request: The request to prefill.
+            prompt: The prompt to prefill, with the requests for all its answers.
             queue_s: Longest wait for the first step, seconds.
 
         Raises:
             OverloadedError: Every waiting place is taken.
             DeadlineError: The first step did not begin within ``queue_s``.
-            RequestError: The request lies outside the limits.
+            RequestError: A request lies outside the limits.
+            UnavailableError: The prompt was cancelled by its key, or its step failed.
         """
         if self.num_waiting >= self._max_waiting:
             raise OverloadedError(
@@ -100,19 +92,30 @@ class PromptQueue:
                 "try again later"
             )
         name = next(self._names)
-        ticket = _Ticket(request, asyncio.get_running_loop().create_future())
+        ticket = _Ticket(prompt, asyncio.get_running_loop().create_future())
         self._tickets[name] = ticket
-        self._scheduler.add(
-            name, max(1, num_prefilled(self._engine.plan, request.num_prompt_tokens))
-        )
-        self._start_working()
+        num_tokens = num_prefilled(self._engine.plan, prompt.prompt.num_prompt_tokens)
+        self._loop.scheduler.add(name, max(1, num_tokens))
+        self._loop.wake()
         try:
             await self._first_step(ticket, queue_s)
             return await ticket.done
         finally:
             del self._tickets[name]
-            self._scheduler.remove(name)
+            self._loop.scheduler.remove(name)
             ticket.done.cancel()
+
+    def cancel(self, name: str, attempt: int) -> None:
+        """End the prefill of this attempt or an earlier one; its caller gets an error."""
+        for ticket in self._tickets.values():
+            if ticket.prompt.name == name and ticket.prompt.attempt <= attempt:
+                self._fail(ticket, UnavailableError(f"request {name} was cancelled"))
+
+    @staticmethod
+    def _fail(ticket: _Ticket, error: Exception) -> None:
+        if not ticket.done.done():
+            ticket.done.set_exception(error)
+        ticket.begun.set()
 
     async def _first_step(self, ticket: _Ticket, queue_s: float) -> None:
         try:
@@ -123,30 +126,27 @@ class PromptQueue:
                 f"no turn for prefill within {queue_s:.1f} s; try again later or add replicas"
             ) from None
 
-    def _start_working(self) -> None:
-        if self._working is None or self._working.done():
-            self._working = asyncio.get_running_loop().create_task(self._work())
+    async def _run_chunks(self, chunks: Sequence[Chunk]) -> None:
+        """Run the chunks of one step, but for prompts that have left since it was planned."""
+        planned = {chunk: self._tickets.get(chunk.name) for chunk in chunks}
+        tickets = {chunk: ticket for chunk, ticket in planned.items() if ticket is not None}
+        for ticket in tickets.values():
+            ticket.begun.set()
+        try:
+            results = await self._loop.run(self._step, tickets)
+        except Exception as error:
+            logger.exception("a prefill step failed")
+            failure = failure_of(error, "prefill")
+            results = _Results(errors={chunk.name: failure for chunk in tickets})
+        self._deliver(results)
 
-    async def _work(self) -> None:
-        """Run steps one after the other while there are prompts."""
-        while chunks := self._scheduler.next_step():
-            tickets = [self._tickets[chunk.name] for chunk in chunks]
-            for ticket in tickets:
-                ticket.begun.set()
-            try:
-                results = await self._thread.run(self._step, chunks, tickets)
-            except Exception as error:
-                logger.exception("a prefill step failed")
-                results = _Results(errors={chunk.name: error for chunk in chunks})
-            self._deliver(results)
-
-    def _step(self, chunks: Sequence[Chunk], tickets: Sequence[_Ticket]) -> _Results:
+    def _step(self, tickets: Mapping[Chunk, _Ticket]) -> _Results:
         """Run one step on the engine's thread; a prompt that cannot begin fails alone."""
         results = _Results()
         parts: list[tuple[str, PrefillRun, int]] = []
-        for chunk, ticket in zip(chunks, tickets, strict=True):
+        for chunk, ticket in tickets.items():
             try:
-                ticket.run = ticket.run or self._engine.begin(ticket.request)
+                ticket.run = ticket.run or self._engine.begin(*ticket.prompt.requests)
             except Exception as error:  # noqa: BLE001 - raised to the one that waits for this prompt
                 results.errors[chunk.name] = error
                 continue
@@ -173,15 +173,14 @@ class PromptQueue:
 
     def _leave(self, name: str) -> _Ticket | None:
         """Take a prompt off the schedule; None if nobody waits for it any more."""
-        self._scheduler.remove(name)
+        self._loop.scheduler.remove(name)
         ticket = self._tickets.get(name)
         return None if ticket is None or ticket.done.done() else ticket
 
     def check_integrity(self) -> dict[str, int]:
         """Return the numbers of resources in use, all zero when idle; raise if they disagree."""
         counts = {"queued": self.num_waiting, "running": self.num_running}
-        if len(self._scheduler) > len(self._tickets) or (self._scheduler and not self._tickets):
-            raise IntegrityError(
-                f"prefill has {counts} prompts and {len(self._scheduler)} on its schedule"
-            )
+        num_scheduled = len(self._loop.scheduler)
+        if num_scheduled > len(self._tickets):
+            raise IntegrityError(f"prefill has {counts} prompts and {num_scheduled} scheduled")
         return {**counts, "queued_tokens": self.num_tokens}

@@ -1,20 +1,11 @@
-"""The parts of every replica: its identity, its stage of the model, and its threads.
-
-Engines are not thread-safe and torch computes for long, so each replica runs everything that
-touches an engine on one thread, in the order submitted, while its event loop stays live for
-cancellations, health checks and metrics. What needs no engine (packing, checking and decoding KV)
-runs beside it on a second thread, so that nobody's KV waits for somebody else's step.
-"""
+"""What every replica is: its identity, and its stage of the model."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import ray
 import torch
@@ -31,7 +22,6 @@ from rayapp.vision.llava import image_processor_of
 from rayapp.vision.reader import ImageSupport
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -102,46 +92,3 @@ def this_place() -> Place:
     """Return the replica and the node of this process."""
     context = ray.get_runtime_context()
     return Place(serve.get_replica_context().replica_id.unique_id, context.get_node_id())
-
-
-class SerialThread:
-    """Runs calls one at a time in the order submitted; a call can be cancelled until it begins.
-
-    Args:
-        name: The thread's name, for stack dumps and profilers.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._executor = ThreadPoolExecutor(
-            1,
-            thread_name_prefix=name,
-            initializer=torch.set_num_threads,
-            initargs=(torch.get_num_threads(),),
-        )
-
-    def submit(self, call: Callable[..., Result], *arguments: Any) -> asyncio.Future[Result]:
-        """Queue a call at once, without waiting for it."""
-        return asyncio.wrap_future(self._executor.submit(call, *arguments))
-
-    async def run(self, call: Callable[..., Result], *arguments: Any) -> Result:
-        """Return the call's result; cancelling this cancels a call that has not begun.
-
-        A call that has begun ends by itself, and its result is dropped.
-        """
-        return await self.submit(call, *arguments)
-
-    async def finish(self, call: Callable[..., Result], *arguments: Any) -> Result:
-        """Return the call's result as :meth:`run` does, but wait for it even when cancelled."""
-        running = self.submit(call, *arguments)
-        cancelled: asyncio.CancelledError | None = None
-        while not running.done():
-            try:
-                await asyncio.shield(running)
-            except asyncio.CancelledError as error:
-                cancelled = error
-            except Exception:  # noqa: BLE001 - raised to the waiter below
-                break
-        if cancelled is not None:
-            running.exception()
-            raise cancelled
-        return running.result()

@@ -6,7 +6,7 @@ tokens; the KV never leaves the process and no transfer is recorded.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 from rayapp.api.service import ReplicaHealth
@@ -21,25 +21,28 @@ from rayapp.distributed.serve.messages import (
     Versions,
 )
 from rayapp.distributed.serve.replicas.decode_server import DecodeServer
+from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
 from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
-from rayapp.distributed.serve.replicas.stage import SerialThread, StageModel
+from rayapp.distributed.serve.replicas.stage import StageModel
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.channel import KVChannel, LocalChannel, LocalStream
-from rayapp.engine.request import GenerationRequest, TokenBatch
+from rayapp.engine.request import PromptRequests, TokenBatch
+from rayapp.engine.sequences.memory import KVMemory
 
-UnifiedItem = PrefillAnswer | Refusal | Admission | TokenBatch
+UnifiedItem = PrefillAnswer | Refusal | Admission | list[TokenBatch]
 
 
 class UnifiedServer:
-    """A prefill and a decode server on one engine thread.
+    """A prefill and a decode server on one loop, whose steps run tokens first, then chunks.
 
     Args:
         stage: The union of both stages.
         place: The replica and the node of this server.
         max_num_seqs: Number of slots.
         max_waiting: Prompts that may wait; further ones are refused.
-        max_num_batched_tokens: Prompt tokens that one step may compute between two decode steps.
-        deadlines: The deadlines of leases and answers.
+        max_num_batched_tokens: Tokens that one step may compute.
+        deadlines: The deadlines of leases, answers and steps.
+        memory: The memory for KV.
     """
 
     def __init__(
@@ -51,46 +54,48 @@ class UnifiedServer:
         max_waiting: int,
         max_num_batched_tokens: int,
         deadlines: Deadlines,
+        memory: KVMemory = KVMemory(),  # noqa: B008 - frozen
     ) -> None:
-        thread = SerialThread("engine")
+        loop = EngineLoop(max_num_batched_tokens)
         self._deadlines = deadlines
         self._channel: KVChannel = LocalChannel()
         self._prefill = PrefillServer(
-            stage,
-            place,
-            max_waiting=max_waiting,
-            max_num_batched_tokens=max_num_batched_tokens,
-            thread=thread,
+            stage, place, loop, max_waiting=max_waiting, step_s=deadlines.step_s
         )
         self._decode = DecodeServer(
             stage,
             place,
+            loop,
             fetch=self._channel.fetch,
             max_num_seqs=max_num_seqs,
             deadlines=deadlines,
-            thread=thread,
+            memory=memory,
         )
 
     async def generate(
         self,
-        request: GenerationRequest,
+        prompt: PromptRequests,
         versions: Versions,
-        replay: tuple[int, ...] = (),
+        sent: Mapping[str, Sequence[int]],
         address: Address = ANY,
     ) -> AsyncGenerator[UnifiedItem, None]:
-        """Yield a :class:`PrefillAnswer`, an :class:`Admission`, then all tokens but the first."""
-        items = self._prefill.prefill(request, versions, self._deadlines.queue_s, address)
+        """Yield a :class:`PrefillAnswer`, an :class:`Admission`, then all tokens but the first.
+
+        Args:
+            prompt: The requests for all answers to a prompt.
+            versions: The plan, weights and type that the caller wants.
+            sent: Tokens that the client has already, by request id.
+            address: The address of the replica that the call is for.
+        """
+        self._decode.check_not_cancelled(prompt)
+        items = self._prefill.prefill(prompt, versions, self._deadlines.queue_s, address)
         async with aclosing(LocalStream(items)) as stream:
             answer: PrefillAnswer | Refusal = await stream.first()
             yield answer
             if isinstance(answer, Refusal) or answer.kv_bytes is None:
                 return
-            handover = Handover(
-                request.without_image_data,
-                versions,
-                answer.first,
-                replay,
-                self._deadlines.transfer_s,
+            handover = Handover.after(
+                prompt, versions, answer.firsts, sent, self._deadlines.transfer_s
             )
             async with (
                 self._channel.reserved(answer.kv_bytes),
@@ -99,13 +104,16 @@ class UnifiedServer:
                 admission = await self._decode.admit(handover, [handle])
         try:
             yield admission
-            async with aclosing(
-                self._decode.tokens(request.request_id, request.attempt)
-            ) as batches:
-                async for batch in batches:
-                    yield batch
+            async with aclosing(self._decode.tokens(*prompt.key)) as items_of_tokens:
+                async for batches in items_of_tokens:
+                    yield batches
         finally:
-            await self._decode.cancel(request.request_id, request.attempt)
+            await self._decode.cancel(*prompt.key)
+
+    async def cancel(self, name: str, attempt: int, address: Address = ANY) -> None:
+        """End this attempt, in whatever phase it is, even before it has come here."""
+        await self._prefill.cancel(name, attempt)
+        await self._decode.cancel(name, attempt)
 
     async def describe(self) -> ReplicaHealth:
         """Describe this replica for ``/health``."""
@@ -121,6 +129,11 @@ class UnifiedServer:
             **self._prefill.record_autoscaling_stats(),
             **self._decode.record_autoscaling_stats(),
         }
+
+    async def check_health(self) -> None:
+        """Raise :class:`UnavailableError` if a call hangs; Serve asks this every few seconds."""
+        await self._prefill.check_health()
+        await self._decode.check_health()
 
     async def check_integrity(self) -> dict[str, int]:
         """Return the numbers of resources in use, all zero when idle."""

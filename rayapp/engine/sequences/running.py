@@ -1,0 +1,143 @@
+"""A sequence that decodes: its request, its answer, and the KV that it holds."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rayapp.engine.answer import Answer
+from rayapp.engine.request import GenerationRequest, TokenBatch
+from rayapp.engine.sequences.paged_kv import PagedKV, SequenceKV, StoredKV
+from rayapp.errors import IntegrityError, RequestError, WireError
+from rayapp.kv.segment import KVSegment
+from rayapp.kv.select import num_prefilled
+from rayapp.plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class AnswerStart:
+    """One answer to a prompt, and what of it is known.
+
+    Args:
+        request: The request that is answered; every answer has one of its own.
+        first: The first answer token if prefill sampled it; it is not reported again.
+        replay: Answer tokens that the client already has, from index 0. They are fed one by one and
+            neither sampled nor reported again, and replace ``first``.
+    """
+
+    request: GenerationRequest
+    first: TokenBatch | None = None
+    replay: tuple[int, ...] = ()
+
+    @property
+    def sent(self) -> tuple[int, ...]:
+        """The answer tokens that are known."""
+        return self.replay or (self.first.token_ids if self.first else ())
+
+
+@dataclass(eq=False)
+class RunningSequence:
+    """A sequence: ``pending`` tokens are still to be fed, the first at ``position``.
+
+    ``age`` is lower for a sequence that came earlier.
+    """
+
+    request: GenerationRequest
+    answer: Answer
+    pending: deque[int]
+    position: int
+    kv: SequenceKV = ()
+    age: int = 0
+
+
+@dataclass(eq=False)
+class AsideSequence:
+    """A sequence that has no slot and no pages for the moment; its KV is in host memory."""
+
+    sequence: RunningSequence
+    kv: StoredKV
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of host memory."""
+        return sum(stored.nbytes for stored in self.kv)
+
+
+@dataclass(eq=False)
+class Reservation:
+    """Slots and pages for the answers to one prompt, before its KV is copied.
+
+    Nobody reads or moves the pages until they are committed, so :meth:`load` may run beside a step.
+    """
+
+    sequences: list[RunningSequence]
+    pages: PagedKV
+    is_open: bool = True
+
+    def load(self, segment: KVSegment) -> None:
+        """Copy the prompt's KV into the pages, on any thread; the segment may be released then."""
+        self.pages.load([sequence.kv for sequence in self.sequences], segment)
+
+
+def check_segment(
+    request: GenerationRequest, segment: KVSegment, plan: PruningPlan, max_model_len: int
+) -> None:
+    """Raise an error if a segment is not the KV of a request's prompt, or leaves too little room.
+
+    Raises:
+        WireError: Its lengths are not those of the prompt under this plan.
+        RequestError: Prompt and answer exceed ``max_model_len`` entries.
+    """
+    kept = request.num_prompt_tokens - segment.num_visual_tokens_removed
+    expected = num_prefilled(plan, kept)
+    lengths = (segment.num_prompt_tokens, segment.num_prefilled)
+    in_images = sum(image.num_tokens for image in request.images)
+    if lengths != (request.num_prompt_tokens, expected) or (
+        segment.num_visual_tokens_removed > in_images
+    ):
+        raise WireError(
+            f"the KV segment is of {lengths[0]} prompt tokens, {lengths[1]} of them prefilled; "
+            f"the request has {request.num_prompt_tokens}, {expected} to prefill: prefill again"
+        )
+    entries = max((entry.num_entries for entry in segment.blocks), default=0)
+    if entries + request.sampling.max_tokens > max_model_len:
+        raise RequestError(
+            f"{entries} entries and max_tokens={request.sampling.max_tokens} exceed the "
+            f"{max_model_len} entries of a sequence; lower max_tokens or raise max_model_len"
+        )
+
+
+def begun(
+    start: AnswerStart,
+    plan: PruningPlan,
+    segment: KVSegment,
+    answer: Answer,
+) -> RunningSequence:
+    """Build a sequence; its first inputs are the last prompt token and tokens sent before.
+
+    Raises:
+        IntegrityError: What is known contradicts the plan, or ends the answer.
+    """
+    request, sent = start.request, start.sent
+    decodes_first = plan.first_token == "decode"
+    if not decodes_first and not sent:
+        raise IntegrityError(
+            f"request {request.request_id} came without its first token, which prefill samples "
+            "under this plan; pass it as `first`"
+        )
+    ended = [answer.take(token_id) for token_id in sent]
+    if any(ended):
+        raise IntegrityError(
+            f"request {request.request_id}: the answer ended ({ended[-1]}) within the "
+            f"{len(sent)} tokens already sent; there is nothing to decode"
+        )
+    pending = deque(sent)
+    if decodes_first:
+        pending.appendleft(request.prompt_token_ids[-1])
+    return RunningSequence(request, answer, pending, segment.next_position - decodes_first)
+
+
+def youngest(sequences: Sequence[RunningSequence]) -> RunningSequence:
+    """The sequence that came last."""
+    return max(sequences, key=lambda sequence: sequence.age)

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import json
+
+
+def test_pages_beside_slots(run_script):
+    out = run_script(
+        "paged_decode", "--shape", "tiny", "--rows", 1, 3, "--tokens", 24, "--long", 90,
+        "--short-rows", 3, "--slots", 2, "--max-model-len", 256, "--steps", 2, "--runs", 2,
+        "--churn-steps", 8,
+    )  # fmt: skip
+    record = json.loads((out / "paged_decode-tiny-float32.json").read_text())
+    assert [row["rows"] for row in record["equal"]] == [1, 3]
+    assert record["mixed"]["ratio"] > 0
+    # 2 x 256 tokens are 32 pages of a block, and 24 tokens take 2 of them.
+    assert record["full"]["sequences"] == 16
+    assert 0.5 < record["full"]["churn_usage"] <= 1
+    page = (out / "paged_decode-tiny-float32.md").read_text()
+    assert "In the memory of 2 slots of 256 tokens, 16 sequences of 24 tokens run." in page

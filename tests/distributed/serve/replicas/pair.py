@@ -1,0 +1,103 @@
+"""A prefill and a decode server as plain objects, with a channel between them; no cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing, asynccontextmanager
+
+from rayapp.distributed.serve.messages import Handover, Place
+from rayapp.distributed.serve.replicas.decode_server import DecodeServer
+from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
+from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
+from rayapp.distributed.serve.settings import Deadlines
+from rayapp.engine.channel import LocalChannel, LocalStream
+from rayapp.engine.local import LocalPipeline
+from rayapp.engine.request import GenerationRequest, PromptRequests
+from rayapp.engine.sampling_params import SamplingParams
+from rayapp.engine.sequences.memory import KVMemory
+
+PROMPT = tuple(range(3, 40))
+HERE = Place("here", "node")
+
+
+def request_of(name, max_tokens=12, **sampling):
+    return GenerationRequest(name, PROMPT, SamplingParams(max_tokens=max_tokens, **sampling))
+
+
+def prompt_of(*requests):
+    return PromptRequests.of(requests)
+
+
+class Pair:
+    """A prefill and a decode server with a channel between them."""
+
+    def __init__(
+        self,
+        stage,
+        *,
+        max_num_seqs=2,
+        max_waiting=8,
+        max_num_batched_tokens=16,
+        memory=None,
+        **deadlines,
+    ):
+        self.versions = stage.versions
+        self.channel = LocalChannel()
+        limits = Deadlines(**deadlines)
+        self.prefill = PrefillServer(
+            stage,
+            HERE,
+            EngineLoop(max_num_batched_tokens),
+            max_waiting=max_waiting,
+            step_s=limits.step_s,
+        )
+        self.decode = DecodeServer(
+            stage,
+            HERE,
+            EngineLoop(max_num_batched_tokens),
+            fetch=self.channel.fetch,
+            max_num_seqs=max_num_seqs,
+            deadlines=limits,
+            memory=memory or KVMemory(),
+        )
+
+    @asynccontextmanager
+    async def prefilled(self, *requests):
+        items = self.prefill.prefill(prompt_of(*requests), self.versions, 5.0)
+        async with aclosing(LocalStream(items)) as stream:
+            answer = await stream.first()
+            async with self.channel.received(stream) as handle:
+                yield answer, handle
+
+    async def admitted(self, *requests, wait_s=5.0, sent=None):
+        async with self.prefilled(*requests) as (answer, handle):
+            handover = Handover.after(
+                prompt_of(*requests), self.versions, answer.firsts, sent or {}, wait_s
+            )
+            return answer, await self.decode.admit(handover, [handle])
+
+    async def rest(self, *requests):
+        """The tokens of the first request, or those of several by name."""
+        tokens = {request.request_id: [] for request in requests}
+        async with aclosing(self.decode.tokens(*prompt_of(*requests).key)) as items:
+            async for batches in items:
+                for batch in batches:
+                    tokens[batch.request_id].extend(batch.token_ids)
+        return tokens if len(requests) > 1 else tokens[requests[0].request_id]
+
+    async def check_idle(self):
+        for _ in range(200):
+            counts = {**await self.prefill.check_integrity(), **await self.decode.check_integrity()}
+            if not any(counts.values()):
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError(counts)
+
+
+def run(scenario):
+    return asyncio.run(asyncio.wait_for(scenario, 60))
+
+
+def expected_tokens(stage, request):
+    pipeline = LocalPipeline(stage.loaded.model, stage.loaded.tokenizer, stage.plan)
+    return list(pipeline.generate([request.prompt_token_ids], request.sampling)[0].token_ids)

@@ -1,0 +1,126 @@
+"""A unified server: both stages on one loop, whose steps run tokens first and then chunks."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import replace
+
+import pytest
+
+from rayapp.distributed.serve.messages import Admission, PrefillAnswer
+from rayapp.distributed.serve.replicas.unified_server import UnifiedServer
+from rayapp.distributed.serve.settings import Deadlines
+from rayapp.errors import UnavailableError
+from tests.distributed.serve.replicas.pair import (
+    HERE,
+    PROMPT,
+    expected_tokens,
+    prompt_of,
+    request_of,
+    run,
+)
+
+
+def server_of(stage, *, max_num_seqs=2, max_num_batched_tokens=16):
+    return UnifiedServer(
+        stage,
+        HERE,
+        max_num_seqs=max_num_seqs,
+        max_waiting=8,
+        max_num_batched_tokens=max_num_batched_tokens,
+        deadlines=Deadlines(),
+    )
+
+
+async def answers_of(server, stage, *requests):
+    """The tokens of all answers to one prompt, by name."""
+    tokens = {request.request_id: [] for request in requests}
+    async with aclosing(server.generate(prompt_of(*requests), stage.versions, {})) as items:
+        async for item in items:
+            if isinstance(item, Admission):
+                continue
+            for batch in item.firsts if isinstance(item, PrefillAnswer) else item:
+                tokens[batch.request_id].extend(batch.token_ids)
+    return tokens
+
+
+async def check_idle(server):
+    for _ in range(200):
+        counts = await server.check_integrity()
+        if not any(counts.values()):
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(counts)
+
+
+def test_it_equals_the_reference(stage):
+    requests = [request_of(f"u{n}", max_tokens=9, temperature=0.8, seed=n) for n in range(4)]
+
+    async def scenario():
+        server = server_of(stage)
+        answers = await asyncio.gather(*(answers_of(server, stage, r) for r in requests))
+        await check_idle(server)
+        return [answer[r.request_id] for answer, r in zip(answers, requests, strict=True)]
+
+    assert run(scenario()) == [expected_tokens(stage, request) for request in requests]
+
+
+def test_a_running_stream_waits_for_no_more_than_one_step_of_chunks(stage):
+    """Between two tokens of a stream, at most one step's budget of prompt tokens is computed."""
+    log = []
+
+    async def scenario():
+        server = server_of(stage, max_num_seqs=4)
+        step, advance = server._decode._engine.step, server._prefill._engine.advance
+
+        def counted(chunks):
+            log.append(sum(count for _, count in chunks))
+            return advance(chunks)
+
+        server._decode._engine.step = lambda: (log.append("token"), step())[1]
+        server._prefill._engine.advance = counted
+        stream = request_of("stream", max_tokens=60, ignore_eos=True)
+        long = [replace(request_of(f"long{n}", 2), prompt_token_ids=PROMPT * 5) for n in range(3)]
+        running = asyncio.ensure_future(answers_of(server, stage, stream))
+        while "token" not in log:
+            await asyncio.sleep(0)
+        log.clear()
+        await asyncio.gather(*(answers_of(server, stage, request) for request in long))
+        seen = list(log)
+        assert (await running)["stream"] == expected_tokens(stage, stream)
+        await check_idle(server)
+        return seen
+
+    seen = run(scenario())
+    between, longest = 0, 0
+    for entry in seen:
+        between = 0 if entry == "token" else between + entry
+        longest = max(longest, between)
+    assert sum(entry for entry in seen if entry != "token") == 3 * 5 * len(PROMPT)
+    assert longest <= 16
+
+
+@pytest.mark.parametrize("phase", ["before", "prefill", "decode"])
+def test_cancelling_ends_an_attempt_in_every_phase(stage, phase, held):
+    request = request_of("left", max_tokens=100, ignore_eos=True)
+
+    async def scenario():
+        server = server_of(stage)
+        release = held(server._prefill._loop.thread) if phase == "prefill" else None
+        if phase == "before":
+            await server.cancel("left", 0)
+        answer = asyncio.ensure_future(answers_of(server, stage, request))
+        while phase == "decode" and not server._decode.num_running:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+        await server.cancel("left", 0)
+        with pytest.raises(UnavailableError, match="cancelled"):
+            await answer
+        if release is not None:
+            release.set()
+        await check_idle(server)
+        again = replace(request_of("left"), attempt=1)
+        assert (await answers_of(server, stage, again))["left"] == expected_tokens(stage, again)
+
+    run(scenario())
