@@ -36,10 +36,6 @@ from rayapp.models.single_token import SingleTokenStack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 
-_SPARE = 16
-"""One part in this many of all pages stays free when a sequence comes back, so that it is not set
-aside again at once (project default)."""
-
 
 class DecodeEngine:
     """Runs the decode stage for up to ``max_num_seqs`` sequences at once.
@@ -184,7 +180,9 @@ class DecodeEngine:
                 "are free; try again later or raise max_num_seqs"
             )
         limits = [start.request.sampling.max_tokens for start in answers]
-        held = None if self._aside else self.pages.take(segment, limits, self.num_free)
+        is_alone, held = not (self.num_running or self._reserved), None
+        if not self._aside:
+            held = self.pages.take(segment, limits, self.num_free, is_alone=is_alone)
         if held is None:
             raise OverloadedError(
                 f"{self.pages.num_filled} of {self.pages.num_pages} pages of KV are filled and "
@@ -277,11 +275,9 @@ class DecodeEngine:
         """Let sequences that were set aside come back, the oldest first, while there is room."""
         while self._aside and len(self._sequences) + self._num_reserved < self.max_num_seqs:
             oldest = min(self._aside, key=lambda aside: aside.sequence.age)
-            pages = self.pages
-            need = pages.num_filled + pages.pages_of(oldest.kv) + pages.num_pages // _SPARE
-            if self._sequences and need > pages.num_pages:
-                return
-            kv = pages.bring_back(oldest.kv, len(self._aside) + self.num_free)
+            is_alone = not (self._sequences or self._reserved)
+            num_free = len(self._aside) + self.num_free
+            kv = self.pages.bring_back(oldest.kv, num_free, is_alone=is_alone)
             if kv is None:
                 return
             oldest.sequence.kv = kv

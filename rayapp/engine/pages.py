@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,11 @@ class PagePool:
         self._sheets: list[Sheet] = []  # By first page.
 
     @property
+    def sheets(self) -> Sequence[Sheet]:
+        """The sheets, by first page."""
+        return self._sheets
+
+    @property
     def num_taken(self) -> int:
         """Number of pages that sheets hold, filled or not."""
         return sum(sheet.size for sheet in self._sheets)
@@ -108,25 +113,21 @@ class PagePool:
         end = self._sheets[place].first if place < len(self._sheets) else self.num_pages
         return end - sheet.stop
 
-    def compact(self, need: int, lean: Callable[[Sheet], int], move: Move) -> bool:
-        """Trim sheets and move them down until one hole has ``need`` pages; return whether it has.
+    def compact(self, lean: Callable[[Sheet], int], move: Move) -> None:
+        """Trim all sheets and move them down, so that free pages are one hole behind them.
 
         Args:
-            need: Pages that a hole must have.
             lean: The pages per run that a sheet is to keep at least.
             move: Called with a sheet that is not pinned, its new first page and its new number of
                 pages per run; it copies the sheet and sets its fields.
         """
         begin = 0
         for sheet in self._sheets:
-            if sheet.first - begin >= need:
-                return True
             if not sheet.is_pinned:
                 pages = min(sheet.pages, lean(sheet))
                 if (sheet.first, sheet.pages) != (begin, pages):
                     move(sheet, begin, pages)
             begin = sheet.stop
-        return self.num_pages - begin >= need
 
     def open_behind(self, sheet: Sheet, need: int, move: Move) -> bool:
         """Move sheets up until ``need`` pages behind ``sheet`` are free; return whether they are.

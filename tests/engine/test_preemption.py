@@ -121,7 +121,7 @@ def test_sequences_that_outgrow_the_pages_take_turns(tiny_model, plans, family, 
 def test_without_host_memory_the_youngest_leaves_and_goes_on_elsewhere(tiny_model):
     model = tiny_model("llama")
     paged = Paged(model, num_bytes=Paged(model).longest_bytes, aside_bytes=0)
-    asked = [request(f"r{i}", 10, 30) for i in range(3)]
+    asked = [request(f"r{i}", 7, 30) for i in range(3)]
     for each in asked:
         paged.start(each)
     preempted = []
@@ -140,7 +140,7 @@ def test_new_ones_are_refused_while_somebody_waits_for_room(tiny_model):
     model = tiny_model("llama")
     paged = Paged(model, num_bytes=Paged(model).longest_bytes, aside_bytes=1 << 30)
     for i in range(3):
-        paged.start(request(f"r{i}", 10, 38))
+        paged.start(request(f"r{i}", 7, 38))
     while not paged.decode.num_aside:
         paged.step()
     with pytest.raises(OverloadedError, match="wait for room"):

@@ -26,6 +26,10 @@ from rayapp.engine.sequences.rows import StepRows
 from rayapp.errors import IntegrityError
 from rayapp.kv.segment import BlockKV
 
+_SPARE = 16
+"""One part in this many of all pages stays free when a sequence comes, so that others can grow
+without all of them being moved; half of it is enough for moving to pay (project default)."""
+
 SHARED_BYTES = 256 << 10
 """Bytes of KV per block from which on answers share their prompt's pages instead of copying them:
 merging two results costs a few small operations per block (project default)."""
@@ -73,38 +77,59 @@ class PagedGroup:
     def _pages(self, num_entries: int) -> int:
         return -(-num_entries // self.arena.block_size)
 
-    def take(self, used: int, limit: int, share: float) -> Entries | None:
-        """Take pages for a sequence with ``used`` entries at first and ``limit`` at most.
+    def take(self, used: int, limit: int, share: float, *, is_alone: bool) -> Entries | None:
+        """Take pages for a sequence that comes, or comes back; None if there is too little room.
 
         Args:
             used: Entries that will be loaded.
             limit: Entries that the sequence may come to.
             share: The share of free pages, of those of all groups, that this sequence may have.
+            is_alone: True if there is no other sequence, for which pages must stay free.
         """
         limit = min(limit, self.max_entries)
-        most, lean = self._pages(limit), self._ahead(used, limit, 8)
-        generous = _rounded(most, self._pages(self.max_entries))
+        lean = self._ahead(used, limit, 8)
+        if not (is_alone or self.is_ample) and not self._leaves_spare(lean, _SPARE):
+            return None
+        generous = _rounded(self._pages(limit), self._pages(self.max_entries))
         if self.is_ample:
             generous = self._pages(self.max_entries)
         elif generous * len(self.blocks) > share * self.arena.pool.num_free:
             generous = lean
-        for pages in dict.fromkeys((generous, most if self.is_ample else lean, lean)):
-            sheet = self.arena.pool.take(len(self.blocks), pages)
-            if sheet is not None:
-                break
-        else:
-            sheet = self._compacted(lean)
+        sheet = self._taken((generous, lean))
         if sheet is None:
             return None
         sheet.used = sheet.clean = used
         return Entries(sheet, limit)
+
+    def _taken(self, choices: Sequence[int]) -> Sheet | None:
+        """Take a sheet of the first of some numbers of pages per run; move others if need be."""
+        pool, num_runs = self.arena.pool, len(self.blocks)
+        for pages in choices:
+            sheet = pool.take(num_runs, pages)
+            if sheet is not None:
+                return sheet
+        if self._leaves_spare(choices[-1], None):
+            pool.compact(self._lean, self.arena.move)
+        return pool.take(num_runs, choices[-1])
+
+    def _leaves_spare(self, pages: int, part: int | None) -> bool:
+        """Whether runs of ``pages`` find room, and one part of all pages stays free besides.
+
+        Pages beyond what sheets keep when room is short count as free.
+        """
+        pool = self.arena.pool
+        kept = sum(sheet.num_runs * self._lean(sheet) for sheet in pool.sheets)
+        spare = pool.num_pages // part if part else 0
+        return kept + len(self.blocks) * pages + spare <= pool.num_pages
 
     def _ahead(self, used: int, limit: int, part: int) -> int:
         """Pages of a run that reaches ahead by one part of its entries, a page at least."""
         ahead = used + max(self.arena.block_size, used // part)
         return self._pages(max(1, min(ahead, limit)))
 
-    def take_answers(self, used: int, max_tokens: Sequence[int], share: float) -> list[Entries]:
+    def take_answers(
+        self, used: int, max_tokens: Sequence[int], share: float, *, is_alone: bool
+    ) -> list[Entries]:
         """Take pinned pages for answers to one prompt, fewer where there is no room for all.
 
         Several answers share the pages of a prompt that is long enough.
@@ -116,11 +141,8 @@ class PagedGroup:
                 return []
         answers = []
         for limit in max_tokens:
-            held = (
-                self.take(used, used + limit, share)
-                if prompt is None
-                else self.take(0, limit, share)
-            )
+            own = used if prompt is None else 0
+            held = self.take(own, own + limit, share, is_alone=is_alone)
             if held is None:
                 break
             if prompt is not None:
@@ -134,23 +156,15 @@ class PagedGroup:
 
     def _take_prompt(self, used: int) -> Sheet | None:
         """Take pages for a prompt that several answers share."""
-        pages = self._pages(used)
-        sheet = self.arena.pool.take(len(self.blocks), pages) or self._compacted(pages)
+        sheet = self._taken((self._pages(used),))
         if sheet is not None:
             sheet.used, sheet.is_pinned = used, True
         return sheet
 
-    def _compacted(self, pages: int) -> Sheet | None:
-        """Take a sheet after making room for it by moving others."""
-        pool, need = self.arena.pool, len(self.blocks) * pages
-        if need > pool.num_pages - pool.num_filled(self.arena.block_size):
-            return None
-        pool.compact(need, self._lean, self.arena.move)
-        return pool.take(len(self.blocks), pages)
-
     def _lean(self, sheet: Sheet) -> int:
-        """Pages that a sheet of any group keeps when room is short."""
-        return self._ahead(sheet.used, sheet.pages * self.arena.block_size, 8)
+        """Pages of a run that a sheet of any group keeps when room is short."""
+        size = sheet.pages * self.arena.block_size
+        return sheet.pages if sheet.is_pinned else self._ahead(sheet.used, size, 8)
 
     def load_answers(self, answers: Sequence[Entries], entries: Sequence[BlockKV]) -> None:
         """Copy the group's part of a segment into pages from :meth:`take_answers`."""
@@ -210,9 +224,9 @@ class PagedGroup:
         for pages in (ahead, least):
             if self._resize(held, pages):
                 return True
-        need = least * sheet.num_runs
-        if need <= pool.num_pages - pool.num_filled(self.arena.block_size) or is_alone:
-            pool.compact(need, self._lean, self.arena.move)
+        # Moving all sheets pays only if it makes room for many to grow, not for this one alone.
+        if is_alone or self._leaves_spare(least, 2 * _SPARE):
+            pool.compact(self._lean, self.arena.move)
             if self._resize(held, least):
                 return True
         grown = sheet.num_runs * (least - sheet.pages)
@@ -251,14 +265,10 @@ class PagedGroup:
         positions = held.positions[held.low :]
         return StoredEntries(keys_HNLD, values_HNLD, positions, held.limit + before)
 
-    def pages_of(self, stored: StoredEntries) -> int:
-        """Number of pages that entries fill when they come back."""
-        return len(self.blocks) * self._pages(stored.keys_HNLD.shape[2])
-
-    def bring_back(self, stored: StoredEntries, share: float) -> Entries | None:
+    def bring_back(self, stored: StoredEntries, share: float, *, is_alone: bool) -> Entries | None:
         """Copy entries back into pages; None if there is no room."""
         count = stored.keys_HNLD.shape[2]
-        held = self.take(count, stored.limit, share)
+        held = self.take(count, stored.limit, share, is_alone=is_alone)
         if held is None:
             return None
         keys_HNLD, values_HNLD = self.arena.runs(held.sheet, 0, count)

@@ -141,7 +141,12 @@ class PagedKV(AttendingCache):
                     )
 
     def take(
-        self, segment: KVSegment, max_tokens: Sequence[int], num_free: int
+        self,
+        segment: KVSegment,
+        max_tokens: Sequence[int],
+        num_free: int,
+        *,
+        is_alone: bool,
     ) -> list[SequenceKV] | None:
         """Take pinned pages for answers to one prompt, all or none; None if there is no room.
 
@@ -149,13 +154,14 @@ class PagedKV(AttendingCache):
             segment: The checked segment that will be loaded.
             max_tokens: Most tokens of every answer.
             num_free: Free slots, which share the free pages.
+            is_alone: True if there is no other sequence.
         """
         by_block = {entry.block: entry for entry in segment.blocks}
         share = self._share(num_free)
         taken: list[list[Entries]] = [[] for _ in max_tokens]
         for group in self.groups:
             count = by_block[group.blocks[0]].num_entries
-            held = group.take_answers(count, max_tokens, share)
+            held = group.take_answers(count, max_tokens, share, is_alone=is_alone)
             for mine, entries in zip(taken, held, strict=False):
                 mine.append(entries)
             if len(held) < len(taken):
@@ -198,17 +204,11 @@ class PagedKV(AttendingCache):
             group.put_aside(entries) for group, entries in zip(self.groups, held, strict=True)
         )
 
-    def pages_of(self, stored: StoredKV) -> int:
-        """Number of pages that a sequence's entries fill when they come back."""
-        return sum(
-            group.pages_of(entries) for group, entries in zip(self.groups, stored, strict=True)
-        )
-
-    def bring_back(self, stored: StoredKV, num_free: int) -> SequenceKV | None:
+    def bring_back(self, stored: StoredKV, num_free: int, *, is_alone: bool) -> SequenceKV | None:
         """Copy a sequence's entries back into pages; None if there is no room."""
         back: list[Entries] = []
         for group, entries in zip(self.groups, stored, strict=True):
-            held = group.bring_back(entries, self._share(num_free))
+            held = group.bring_back(entries, self._share(num_free), is_alone=is_alone)
             if held is None:
                 self.free(back)
                 return None
