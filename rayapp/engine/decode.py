@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rayapp.engine.answer import Answer
 from rayapp.engine.request import FinishReason, GenerationRequest, TokenBatch, TokenLogprobs
-from rayapp.engine.sampling import choose_tokens, token_logprobs
+from rayapp.engine.sampling import sample
 from rayapp.engine.slab import Slab
 from rayapp.errors import IntegrityError, OverloadedError, RequestError, TransferError, WireError
 from rayapp.kv.segment import KVSegment
@@ -219,8 +219,7 @@ class DecodeEngine:
         sequences = [self._sequences[slot] for slot in due]
         params = [sequence.request.sampling for sequence in sequences]
         indices = [sequence.answer.num_tokens for sequence in sequences]
-        tokens = choose_tokens(logits_BV, params, indices) if due else []
-        logprobs = token_logprobs(logits_BV, tokens, params)
+        tokens, logprobs = sample(logits_BV, params, indices) if due else ([], [])
         batches = [
             _batch(sequence, token_id, logprob)
             for sequence, token_id, logprob in zip(sequences, tokens, logprobs, strict=True)

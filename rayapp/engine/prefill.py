@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rayapp.engine.answer import Answer
 from rayapp.engine.request import GenerationRequest, TokenBatch
-from rayapp.engine.sampling import choose_tokens, token_logprobs
+from rayapp.engine.sampling import sample
 from rayapp.errors import PlanError, RequestError
 from rayapp.kv.growing import Pass, PromptKV
 from rayapp.kv.segment import KVSegment
@@ -257,8 +257,7 @@ class PrefillEngine:
 def _sample(runs: Sequence[PrefillRun], logits_BV: torch.Tensor) -> list[TokenBatch]:
     """Sample the first token of every answer."""
     params = [run.request.sampling for run in runs]
-    tokens = choose_tokens(logits_BV, params, [0] * len(runs))
-    logprobs = token_logprobs(logits_BV, tokens, params)
+    tokens, logprobs = sample(logits_BV, params, [0] * len(runs))
     return [
         TokenBatch(
             request_id=run.request.request_id,
