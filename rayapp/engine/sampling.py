@@ -1,9 +1,9 @@
 """Sampling: the next token of many sequences at once, every one with its own parameters.
 
-Everything is computed where the logits lie and comes over in one transfer: tokens, whether they are
-certain, and the log-probabilities that were asked for. If all rows are greedy and none asks for
-log-probabilities, one argmax is all. The vocabulary is never sorted, unless the likeliest tokens of a
-row cannot decide it; such rows are done again.
+Everything is computed where the logits lie and comes over in one transfer: tokens, whether they
+are certain, and the log-probabilities that were asked for. If all rows are greedy and none asks for
+log-probabilities, one argmax is all. The vocabulary is never sorted, unless the likeliest tokens of
+a row cannot decide it; such rows are done again.
 
 The noise of an answer token is one number that depends only on ``(seed, index of the token)``. So a
 token never depends on its neighbours in the batch, and a replayed request continues as it would
@@ -167,9 +167,7 @@ def _draw(
     return order_BC.gather(1, place_B1)[:, 0], is_known_B1[:, 0]
 
 
-def _best(
-    logits_BV: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _best(logits_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The ``count`` largest logits of every row, their ids, and which of these are not certain.
 
     Equal ones come by rising id. Those equal to the least are not certain if there are more of

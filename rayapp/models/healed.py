@@ -142,12 +142,11 @@ def attach(model: PreTrainedModel, healed: HealedWeights) -> None:
             known[stage] = {n: _parameter(n, t, parameters) for n, t in tensors.items()}
 
 
-def healed_parameters(
-    model: PreTrainedModel, plan: PruningPlan, stage: Stage
-) -> Tensors:
+def healed_parameters(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> Tensors:
     """Healed tensors of one stage of a plan, by the canonical name of those that they replace.
 
-    They are parameters, or weights that :func:`keep_packed` packed. Tensors that were not attached are read from the directory of the plan.
+    They are parameters, or weights that :func:`keep_packed` packed. Tensors that were not attached
+    are read from the directory of the plan.
 
     Raises:
         PlanError: The healed tensors are missing, or do not fit the plan or the model.

@@ -11,7 +11,8 @@ H = KV heads, D = head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,9 +28,6 @@ from rayapp.models.stack import BlockCache, BlockStack, Masks
 
 TOKENS_AT_ONCE = 256
 """Tokens of a share on a CPU (project default, see ``benchmarks/prefill_engine.py``)."""
-
-Attend = Callable[[torch.Tensor, Any, Any], torch.Tensor]
-"""Takes queries ``(1, Q, T, D)`` and all keys and values; returns ``(1, T, Q, D)``."""
 
 
 class ManyTokensStack:
@@ -158,4 +156,4 @@ def _shares(hidden_TE: torch.Tensor) -> Iterator[slice]:
     num_tokens = len(hidden_TE)
     num_shares = -(-num_tokens // TOKENS_AT_ONCE) if hidden_TE.device.type == "cpu" else 1
     bounds = [num_tokens * share // num_shares for share in range(num_shares + 1)]
-    return (slice(*pair) for pair in zip(bounds, bounds[1:], strict=False))
+    return (slice(*pair) for pair in pairwise(bounds))

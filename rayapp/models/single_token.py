@@ -3,8 +3,8 @@
 Decoding small batches is bound by Python: a call of a module costs more than the product inside it.
 Here a block is a few functions over the same parameters, with the same operations in the same
 order, so results are those of :class:`rayapp.models.stack.BlockStack` where weights are plain;
-joined and packed products (:mod:`rayapp.models.products`) round otherwise. A block that is not plain
-(hooks, replaced layers, a mode that only writes KV) runs as the module that it is.
+joined and packed products (:mod:`rayapp.models.products`) round otherwise. A block that is not
+plain (hooks, replaced layers, a mode that only writes KV) runs as the module that it is.
 Shapes: B = sequences, E = hidden size, Q = query heads, H = KV heads, D = head dimension.
 """
 

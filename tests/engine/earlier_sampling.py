@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 
 from rayapp.engine.request import TokenLogprobs
-from rayapp.engine.sampling_params import SamplingParams
 from rayapp.engine.sampling import noise
+from rayapp.engine.sampling_params import SamplingParams
 from rayapp.models.likelihood import log_softmax64
 
 # Tokens that are sorted before all others: enough for most draws, and cheap.

@@ -179,7 +179,9 @@ def test_one_transfer_brings_everything_over(monkeypatch):
     logits, transfers = random_logits(6, vocab=600), []
     real = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: transfers.append(len(x)) or real(x))
-    mixed = [SamplingParams(temperature=row % 2, top_k=9, logprobs=row, seed=row) for row in range(6)]
+    mixed = [
+        SamplingParams(temperature=row % 2, top_k=9, logprobs=row, seed=row) for row in range(6)
+    ]
     for params in ([GREEDY] * 6, mixed):
         sample(logits, params, [0] * 6)
     assert transfers == [6, 2 * 6 + 6 * (2 + 2 * 5)]

@@ -56,7 +56,9 @@ def test_chunks_that_see_a_prefix_run_in_blocks_of_queries_too(window, monkeypat
         monkeypatch.setattr(attention, "_HAS_AMX", has_amx)
         assert attention._pays_in_blocks(query, mask) is not has_amx
         found.append(
-            packed_sdpa(module, query, [keys], [values], [mask], scaling=0.3, real_tokens=batches)[0]
+            packed_sdpa(module, query, [keys], [values], [mask], scaling=0.3, real_tokens=batches)[
+                0
+            ]
         )
     torch.testing.assert_close(*found, rtol=0, atol=0.03)
 

@@ -1,4 +1,4 @@
-"""Products with weights, as a stage that is served multiplies: packed, and joined where they can be.
+"""Products with weights as served stages multiply: packed, and joined where they can be.
 
 A weight has one form at a time: a plain tensor, or packed for oneDNN (:mod:`.packed`). Layers that
 read the same input may share one weight (:mod:`.joined`). :mod:`.stages` brings the weights of the

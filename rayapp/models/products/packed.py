@@ -2,15 +2,15 @@
 
 ``linear`` arranges a weight anew in every call, and a weight that is packed once saves that. How
 much depends on the machine: ``benchmarks/decode_engine.py`` measures steps of the engines, and
-``benchmarks/search_speed.py`` whole searches. A layer holds its packed weight in place of the plain
-one, never beside it. The plain weight is unpacked bit for bit where it is asked for: where gradients
-are needed, where healed tensors replace it, and where a state is saved. Layers on other devices or
-in other element types than float32 and bf16 stay as they are.
+``benchmarks/search_speed.py`` whole searches. A layer holds its packed weight in place of the
+plain one, never beside it. The plain weight is unpacked bit for bit where it is asked for: where
+gradients are needed, where healed tensors replace it, and where a state is saved. Layers on other
+devices or in other element types than float32 and bf16 stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
