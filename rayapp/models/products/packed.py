@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from rayapp.errors import IntegrityError
 
-_PACKED_TYPES = (torch.float32, torch.bfloat16)
+PACKED_TYPES = (torch.float32, torch.bfloat16)
+"""Element types in which oneDNN multiplies by packed weights."""
 _ROWS = 8
 """Number of rows for which weights are laid out. oneDNN's layout for 8 rows was the fastest, or
 within a tenth of it, at 1 to 1,024 rows (tried on a CPU with AMX; project default)."""
@@ -136,4 +137,4 @@ def can_pack_weight(weight: torch.Tensor) -> bool:
     supported = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
         torch.ops.mkldnn, "_linear_pointwise"
     )
-    return weight.dtype in _PACKED_TYPES and supported
+    return weight.dtype in PACKED_TYPES and supported
