@@ -10,6 +10,7 @@ M = width of the MLP, V = vocabulary, L = limit of prompt and answer tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -92,6 +93,7 @@ def footprint(
         PlanError: The plan is one of a model of another shape.
     """
     check_supported(config)
+    config = copy.deepcopy(config)  # Building a model writes its element type into it.
     element = compute_dtype(config, dtype)
     kv_by_part = {
         stage: _sequence_bytes(config, plan, stage, limits.max_model_len, element)

@@ -26,9 +26,7 @@ def examine_sizes(
     model: str, plan: Path | None, sizes: SizeSettings, *, revision: str | None = None
 ) -> Iterator[Finding]:
     """Compare what each kind of replica holds with its device; ``config.json`` suffices."""
-    yield from guarded(
-        "sizes", lambda: _replicas(locate(model, revision).directory, plan, sizes)
-    )
+    yield from guarded("sizes", lambda: _replicas(locate(model, revision).directory, plan, sizes))
 
 
 def _replicas(directory: Path, plan: Path | None, sizes: SizeSettings) -> Iterator[Finding]:

@@ -46,7 +46,7 @@ def test_llama_8b_weighs_what_is_known_of_it():
 
 def test_a_plan_makes_stages_smaller_and_float32_twice_as_large():
     config = LlamaConfig(**LLAMA_8B)
-    removed = {"decode": {"blocks": {n: "removed" for n in range(8, 16)}}}
+    removed = {"decode": {"blocks": dict.fromkeys(range(8, 16), "removed")}}
     shape = signature(config, "v2:" + "0" * 21)
     plan = PruningPlan.model_validate({"model": shape.model_dump(), **removed})
     dense, pruned = (footprint(config, p, "decode", LIMITS) for p in (PruningPlan(), plan))
