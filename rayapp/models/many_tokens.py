@@ -1,9 +1,9 @@
 """The blocks of a stage for prompts, without the machinery of modules.
 
 All parts but attention treat tokens one by one, so they run over a thousand tokens at a time: the
-memory of what lies between two products is bounded, and that of one share serves the next. Results are those of :class:`rayapp.models.stack.BlockStack`, up to the rounding of
-products of other sizes. A block that is not plain (hooks, replaced layers) runs as the module that
-it is.
+memory of what lies between two products is bounded, and that of one share serves the next. Results
+are those of :class:`rayapp.models.stack.BlockStack`, up to the rounding of products of other sizes.
+A block that is not plain (hooks, replaced layers) runs as the module that it is.
 Shapes: T = tokens of a pass, N = tokens of a share, E = hidden size, R = heads, Q = query heads,
 H = KV heads, D = head dimension.
 """
