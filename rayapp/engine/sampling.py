@@ -81,8 +81,12 @@ def _sample(
         logprobs[row] = _entry(fields[1:], most, min(params[row].logprobs or 0, most))
     open_rows = [row for row in range(size) if not sure[row]]
     if open_rows:
-        subset = ([whole[row] for row in open_rows] for whole in (params, uniforms))
-        again = _sample(logits_BV[open_rows], *subset, logits_BV.shape[1])
+        again = _sample(
+            logits_BV[open_rows],
+            [params[row] for row in open_rows],
+            [uniforms[row] for row in open_rows],
+            logits_BV.shape[1],
+        )
         for row, token, entry in zip(open_rows, *again, strict=True):
             tokens[row], logprobs[row] = token, entry
     return tokens, logprobs
