@@ -41,8 +41,11 @@ from rayapp.engine.prefill import PrefillEngine
 from rayapp.engine.request import GenerationRequest
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.models.loading import DTYPES, load_model
+from rayapp.models.products.joined import named_weights
+from rayapp.models.products.packed import weight_of
+from rayapp.models.products.stages import pack_stages
 from rayapp.models.stack import BlockStack
-from rayapp.plan import PruningPlan
+from rayapp.plan import STAGES, PruningPlan
 
 Prompts = list[tuple[int, ...]]
 Timed = tuple[Moment, list[list[int]]]
@@ -64,20 +67,28 @@ def parser() -> ArgumentParser:
 
 def measure(recorder: Recorder) -> None:
     arguments = recorder.arguments
-    if arguments.shape:
-        model = random_llama(arguments.shape, DTYPES[arguments.dtype], arguments.device)
-    else:
-        loaded = load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
-        model = loaded.model
+    model, own = model_of(arguments), model_of(arguments)
+    pack_stages(own, PruningPlan(), STAGES)
     bound = copy_bytes_per_s(model.device) / 1e9
     rows = []
     for batch in arguments.batch:
-        rows.append(measured_batch(model, batch, arguments))
+        rows.append(measured_batch(model, own, batch, arguments))
         print(f"batch {batch}: {rows[-1]['equal_answers']} of {batch} answers equal", flush=True)
         recorder.write(copy_gb_per_s=bound, results=rows)
 
 
-def measured_batch(model: PreTrainedModel, batch: int, arguments: Namespace) -> dict[str, Any]:
+def model_of(arguments: Namespace) -> PreTrainedModel:
+    """The model of the arguments, in memory of its own."""
+    if arguments.shape:
+        torch.manual_seed(0)
+        return random_llama(arguments.shape, DTYPES[arguments.dtype], arguments.device)
+    return load_model(arguments.model, dtype=arguments.dtype, device=arguments.device).model
+
+
+def measured_batch(
+    model: PreTrainedModel, own: PreTrainedModel, batch: int, arguments: Namespace
+) -> dict[str, Any]:
+    """Time one batch: the engine on ``own``, whose products it has packed, and ``generate``."""
     num_new, length = arguments.answer_tokens, arguments.prompt_tokens
     generator = torch.Generator().manual_seed(batch)
     vocab = min(250, model.config.vocab_size)
@@ -86,7 +97,7 @@ def measured_batch(model: PreTrainedModel, batch: int, arguments: Namespace) -> 
         for _ in range(batch)
     ]
     plan = PruningPlan()
-    stacks = BlockStack(model, plan, "prefill"), BlockStack(model, plan, "decode")
+    stacks = BlockStack(own, plan, "prefill"), BlockStack(own, plan, "decode")
     sides: dict[str, Callable[[], Timed]] = {
         "engine": lambda: run_engine(stacks, prompts, num_new),
         "generate": lambda: run_generate(model, prompts, num_new),
@@ -179,12 +190,10 @@ def rates(num_tokens: int, spans: dict[str, list[Moment]]) -> dict[str, Any]:
 
 def step_bytes(stack: BlockStack, batch: int, num_entries: float) -> int:
     """Bytes that one step must read: every weight once (only rows of the embedding), and all KV."""
-    weights = {p.data_ptr(): p.nbytes for p in stack.model.parameters()}
-    embedding = stack.model.get_input_embeddings().weight
-    if stack.model.get_output_embeddings().weight.data_ptr() != embedding.data_ptr():
-        del weights[embedding.data_ptr()]
+    blocks = sum(weight.nbytes for block in stack.blocks for _, weight in named_weights(block))
+    head = weight_of(stack.model.get_output_embeddings())
     entry_bytes = 2 * stack.num_kv_heads * stack.head_dim * stack.dtype.itemsize
-    return sum(weights.values()) + int(batch * num_entries * stack.num_blocks * entry_bytes)
+    return blocks + head.nbytes + int(batch * num_entries * stack.num_blocks * entry_bytes)
 
 
 def report(record: Record) -> list[Block]:

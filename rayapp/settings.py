@@ -29,6 +29,28 @@ REVISION_HELP = "Branch, tag or commit of a Hub id; its main branch without."
 Revision = Annotated[str | None, Field(description=REVISION_HELP)]
 DTYPE_HELP = "Element type that the model computes in; auto keeps its own."
 DTypeName = Annotated[DType, Field(description=DTYPE_HELP)]
+Mode = Annotated[
+    Literal["disaggregated", "unified"],
+    Field(
+        description="Stages on replicas of their own (disaggregated), or both in each (unified)."
+    ),
+]
+MaxModelLen = Annotated[
+    int | None,
+    Field(
+        ge=1,
+        description="Most tokens of a prompt and its answer together; the model's limit without.",
+    ),
+]
+MaxNumSeqs = Annotated[
+    int, Field(ge=1, description="Sequences that one decode replica runs at once.")
+]
+MaxNumBatchedTokens = Annotated[
+    int,
+    Field(
+        ge=1, description="Prompt tokens that one step may compute; longer prompts run in chunks."
+    ),
+]
 Device = Annotated[
     str, Field(description="Device that computes: cpu, cuda, or auto for all GPUs that are there.")
 ]

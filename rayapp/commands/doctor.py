@@ -7,11 +7,15 @@ from typing import Annotated
 
 import typer
 
+from rayapp.commands.options import command
+from rayapp.distributed.serve.settings import SizeSettings
 from rayapp.errors import RequestError
 from rayapp.settings import REVISION_HELP
 
 
+@command()
 def doctor(
+    sizes: SizeSettings,
     model: Annotated[
         str | None, typer.Option(help="Model directory or Hub id that is to be looked at, too.")
     ] = None,
@@ -24,10 +28,16 @@ def doctor(
         typer.Option(help="Ray cluster that is checked; without it, a local one is started."),
     ] = None,
 ) -> None:
-    """Check whether this machine, or a cluster, can do what the other commands need."""
+    """Check whether this machine, or a cluster, can do what the other commands need.
+
+    With --model, also whether its replicas fit their devices, from the configuration alone.
+    """
+    from itertools import chain
+
     from rich.console import Console
 
     from rayapp.workflows.doctor import examine
+    from rayapp.workflows.sizes import examine_sizes
     from rayapp.workflows.tables import finding_line
 
     if plan is not None and model is None:
@@ -37,7 +47,10 @@ def doctor(
             "--revision was given without --model: it names one of a model's; give both"
         )
     console, failed = Console(), False
-    for finding in examine(model, plan, address, revision=revision):
+    found = examine(model, plan, address, revision=revision)
+    if model is not None:
+        found = chain(examine_sizes(model, plan, sizes, revision=revision), found)
+    for finding in found:
         console.print(finding_line(finding), highlight=False, soft_wrap=True)
         failed |= finding.status == "failed"
     if failed:

@@ -37,7 +37,14 @@ def generate(
 
     where = locate(model.model, model.revision).directory
     chosen = PruningPlan.load(plan) if plan else PruningPlan()
-    loaded = load_model(where, plan=chosen, stage="unified", dtype=model.dtype, device=model.device)
+    loaded = load_model(
+        where,
+        plan=chosen,
+        stage="unified",
+        dtype=model.dtype,
+        device=model.device,
+        packed=True,
+    )
     processor = image_processor_of(where, loaded.model.config)
     pipeline = LocalPipeline(loaded.model, loaded.tokenizer, chosen, image_processor=processor)
     prompts = [with_images(text, image, pipeline) for text in prompt] if image else list(prompt)

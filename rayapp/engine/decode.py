@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rayapp.engine.answer import Answer
 from rayapp.engine.request import FinishReason, GenerationRequest, TokenBatch, TokenLogprobs
-from rayapp.engine.sampling import choose_tokens, token_logprobs
+from rayapp.engine.sampling import sample
 from rayapp.engine.sequences.memory import KVMemory
 from rayapp.engine.sequences.paged_kv import PagedKV
 from rayapp.engine.sequences.running import (
@@ -324,8 +324,7 @@ class DecodeEngine:
         sequences = [self._sequences[slot] for slot in due]
         params = [sequence.request.sampling for sequence in sequences]
         indices = [sequence.answer.num_tokens for sequence in sequences]
-        tokens = choose_tokens(logits_BV, params, indices) if due else []
-        logprobs = token_logprobs(logits_BV, tokens, params)
+        tokens, logprobs = sample(logits_BV, params, indices) if due else ([], [])
         batches = [
             _batch(sequence, token_id, logprob)
             for sequence, token_id, logprob in zip(sequences, tokens, logprobs, strict=True)

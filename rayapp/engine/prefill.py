@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rayapp.engine.answer import Answer
 from rayapp.engine.request import GenerationRequest, TokenBatch
-from rayapp.engine.sampling import choose_tokens, token_logprobs
+from rayapp.engine.sampling import sample
 from rayapp.errors import PlanError, RequestError
 from rayapp.kv.growing import Pass, PromptKV
 from rayapp.kv.segment import KVSegment
 from rayapp.kv.select import num_prefilled, select_segment
+from rayapp.models.many_tokens import ManyTokensStack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 from rayapp.vision.prompt import PromptEmbeddings, text_prompt
@@ -110,6 +111,7 @@ class PrefillEngine:
         images: ImageReader | None = None,
     ) -> None:
         self.stack = stack
+        self._blocks = ManyTokensStack(stack)
         self.plan = plan
         self.max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -217,7 +219,7 @@ class PrefillEngine:
         runs, counts = [run for run, _ in chunks], [count for _, count in chunks]
         row = Pass([run.kv for run in runs], counts, self.stack)
         hidden_1TE = torch.cat([run.hidden_CE(count) for run, count in chunks])[None]
-        hidden_1TE = self.stack.run(
+        hidden_1TE = self._blocks.run(
             hidden_1TE, row.positions_1T, row, row.masks, real_tokens=row.real_tokens
         )
         row.finish()
@@ -280,8 +282,7 @@ def _sample(runs: Sequence[PrefillRun], logits_BV: torch.Tensor) -> list[tuple[T
     params = [request.sampling for request in requests]
     if len(rows) > len(runs):
         logits_BV = logits_BV[rows]
-    tokens = choose_tokens(logits_BV, params, [0] * len(rows))
-    logprobs = token_logprobs(logits_BV, tokens, params)
+    tokens, logprobs = sample(logits_BV, params, [0] * len(rows))
     firsts = [
         TokenBatch(
             request_id=request.request_id,

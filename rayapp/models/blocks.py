@@ -18,7 +18,8 @@ from rayapp.errors import ModelError, PlanError
 from rayapp.models.fingerprints.fingerprint import canonical_name, model_fingerprint, weights_digest
 from rayapp.models.fingerprints.kv_settings import kv_settings
 from rayapp.models.healed import BRIDGE, Bridge, healed_parameters
-from rayapp.models.products import unpack
+from rayapp.models.products.joined import put, unpack
+from rayapp.models.products.packed import PackedLinear
 from rayapp.plan import Mode, ModelSignature, PruningPlan, Stage
 
 SUPPORTED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -160,18 +161,21 @@ def apply_stage(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreT
     replaced = {name.rpartition(".")[0] for name in healed}
     unpack(staged, [n for n, _ in staged.named_modules() if canonical_name(n) in replaced])
     owners = {
-        canonical_name(f"{prefix}.{name}"): (module, name)
+        canonical_name(f"{prefix}.{name}"): (prefix, module, name)
         for prefix, module in staged.named_modules()
         for name in module._parameters
     }
-    for name, parameter in healed.items():
+    # Packed tensors come last: they take the place of layers that have their healed bias by then.
+    for name, tensor in sorted(healed.items(), key=lambda item: item[1].is_mkldnn):
         if name not in owners:
             raise PlanError(
                 f"healed tensor {name!r} is of a part that {stage} does not run under this plan; "
                 "use the weights that were written with it"
             )
-        module, attribute = owners[name]
-        module._parameters[attribute] = parameter
+        path, module, attribute = owners[name]
+        module._parameters[attribute] = tensor
+        if tensor.is_mkldnn:
+            put(staged, path, PackedLinear(module))
     return staged
 
 

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from rayapp.errors import PlanError
 from rayapp.models.fingerprints.fingerprint import canonical_name
-from rayapp.models.products import named_weights
+from rayapp.models.products.joined import named_weights
+from rayapp.models.products.packed import can_pack_weight, packed_weight
 from rayapp.plan import HEALED_FILE, STAGES, PruningPlan, Stage
 
 Tensors = Mapping[str, torch.Tensor]
@@ -141,12 +142,11 @@ def attach(model: PreTrainedModel, healed: HealedWeights) -> None:
             known[stage] = {n: _parameter(n, t, parameters) for n, t in tensors.items()}
 
 
-def healed_parameters(
-    model: PreTrainedModel, plan: PruningPlan, stage: Stage
-) -> Mapping[str, nn.Parameter]:
-    """Healed parameters of one stage of a plan, by the canonical name of those that they replace.
+def healed_parameters(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> Tensors:
+    """Healed tensors of one stage of a plan, by the canonical name of those that they replace.
 
-    Tensors that were not attached are read from the directory of the plan.
+    They are parameters, or weights that :func:`keep_packed` packed. Tensors that were not attached
+    are read from the directory of the plan.
 
     Raises:
         PlanError: The healed tensors are missing, or do not fit the plan or the model.
@@ -158,17 +158,27 @@ def healed_parameters(
     return _attached(model)[plan.healed][stage]
 
 
+def keep_packed(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> None:
+    """Pack the healed weights of layers that a model keeps for one stage, in their place."""
+    if plan.healed is None:
+        return
+    tensors = _attached(model)[plan.healed][stage]
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight") and can_pack_weight(tensor):
+            tensors[name] = packed_weight(tensor)
+
+
 def attached_bytes(model: PreTrainedModel) -> int:
     """Number of bytes of all healed tensors that the model keeps."""
     kept = (p for stages in _attached(model).values() for s in stages.values() for p in s.values())
     return sum(parameter.nbytes for parameter in kept)
 
 
-def _attached(model: Any) -> dict[str, dict[Stage, dict[str, nn.Parameter]]]:
-    """Healed parameters on the model, by digest and stage; copies of its modules share them."""
+def _attached(model: Any) -> dict[str, dict[Stage, dict[str, torch.Tensor]]]:
+    """Healed tensors on the model, by digest and stage; copies of its modules share them."""
     if not hasattr(model, "rayapp_healed"):
         model.rayapp_healed = {}
-    tensors: dict[str, dict[Stage, dict[str, nn.Parameter]]] = model.rayapp_healed
+    tensors: dict[str, dict[Stage, dict[str, torch.Tensor]]] = model.rayapp_healed
     return tensors
 
 

@@ -2,8 +2,9 @@
 
 Decoding small batches is bound by Python: a call of a module costs more than the product inside it.
 Here a block is a few functions over the same parameters, with the same operations in the same
-order, so results are those of :class:`rayapp.models.stack.BlockStack`. A block that is not plain
-(hooks, replaced layers, a mode that only writes KV) runs as the module that it is.
+order, so results are those of :class:`rayapp.models.stack.BlockStack` where weights are plain;
+joined and packed products (:mod:`rayapp.models.products`) round otherwise. A block that is not
+plain (hooks, replaced layers, a mode that only writes KV) runs as the module that it is.
 Shapes: B = sequences, E = hidden size, Q = query heads, H = KV heads, G = query
 heads per KV head, D = head dimension.
 """
@@ -20,6 +21,8 @@ from torch.nn import functional
 
 from rayapp.models.blocks import PartialBlock
 from rayapp.models.healed import BRIDGE
+from rayapp.models.parts import Rotary, is_plain, mlp_of, norm_of, rotate, signed
+from rayapp.models.products.joined import Products, product_of
 from rayapp.models.stack import BlockCache, BlockStack
 
 
@@ -39,7 +42,6 @@ class AttendingCache(ABC, BlockCache):
 
 
 Masks = Mapping[int, torch.Tensor | None]
-Rotary = tuple[torch.Tensor, torch.Tensor]
 Block = Callable[[torch.Tensor, Rotary, torch.Tensor | None, BlockCache], torch.Tensor]
 
 
@@ -68,7 +70,8 @@ class SingleTokenStack:
         """Hidden states ``(B, 1, E)`` after all blocks; the arguments of ``BlockStack.run``."""
         if self._blocks is None:
             return self._stack.run(hidden_B1E, positions_B1, cache, masks)
-        rotary = self._rotary(hidden_B1E, positions_B1)
+        rotary = signed(self._rotary(hidden_B1E, positions_B1))
+        hidden_B1E = hidden_B1E.clone()  # Blocks add to it in place.
         for number, block in enumerate(self._blocks):
             hidden_B1E = block(hidden_B1E, rotary, masks.get(number), cache)
         return hidden_B1E
@@ -76,17 +79,12 @@ class SingleTokenStack:
 
 def _plain_block(number: int, block: nn.Module) -> Block | None:
     """Return ``block`` as a function, None if it must be called as a module."""
-    if any(_is_hooked(module) for module in block.modules()):
-        return None
-    linears = [module for name, module in block.named_modules() if name.endswith("_proj")]
-    if any(type(linear) is not nn.Linear for linear in linears):
-        return None
     mode = block.mode if isinstance(block, PartialBlock) else None
-    if mode is not None and mode.writes_kv and not mode.attends:
+    if not is_plain(block) or (mode is not None and mode.writes_kv and not mode.attends):
         return None
     attends, has_mlp = mode is None or mode.attends, mode is None or mode.has_mlp
     attention = _attention(number, block.input_layernorm, block.self_attn) if attends else None
-    mlp = _mlp(block.post_attention_layernorm, block.mlp) if has_mlp else None
+    mlp = mlp_of(block.post_attention_layernorm, block.mlp) if has_mlp else None
     bridge = block._modules.get(BRIDGE)
     if bridge is not None:
         return lambda hidden_B1E, *_: bridge.forward(hidden_B1E)
@@ -95,67 +93,43 @@ def _plain_block(number: int, block: nn.Module) -> Block | None:
         hidden_B1E: torch.Tensor, rotary: Rotary, mask: torch.Tensor | None, cache: BlockCache
     ) -> torch.Tensor:
         if attention is not None:
-            hidden_B1E = hidden_B1E + attention(hidden_B1E, rotary, mask, cache)
-        return hidden_B1E if mlp is None else hidden_B1E + mlp(hidden_B1E)
-
-    return run
-
-
-def _is_hooked(module: Any) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
-
-
-def _norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the RMS norm of a module as a function, which all supported families share."""
-    weight_E, epsilon = module.weight, module.variance_epsilon
-
-    def norm(x: torch.Tensor) -> torch.Tensor:
-        wide = x.to(torch.float32)
-        variance = wide.pow(2).mean(-1, keepdim=True)
-        return weight_E * (wide * torch.rsqrt(variance + epsilon)).to(x.dtype)
-
-    return norm
-
-
-def _mlp(norm_module: Any, mlp: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    norm, act, linear = _norm(norm_module), mlp.act_fn, functional.linear
-    gate, up, down = (_parameters(m) for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-
-    def run(hidden_B1E: torch.Tensor) -> torch.Tensor:
-        normed_B1E = norm(hidden_B1E)
-        return linear(act(linear(normed_B1E, *gate)) * linear(normed_B1E, *up), *down)
+            hidden_B1E.add_(attention(hidden_B1E, rotary, mask, cache))
+        return hidden_B1E if mlp is None else hidden_B1E.add_(mlp(hidden_B1E))
 
     return run
 
 
 def _attention(number: int, norm_module: Any, attention: Any) -> Block:
-    norm, linear, dim = _norm(norm_module), functional.linear, attention.head_dim
-    query, key, value, output = (
-        _parameters(getattr(attention, f"{name}_proj")) for name in ("q", "k", "v", "o")
-    )
+    norm, dim = norm_of(norm_module), attention.head_dim
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    products, output = Products(layers), product_of(attention.o_proj)
     norms = (
-        (_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else None
+        (norm_of(attention.q_norm), norm_of(attention.k_norm))
+        if hasattr(attention, "q_norm")
+        else None
     )
-    num_queries, scale = query[0].shape[0] // dim, attention.scaling
+    num_queries, scale = attention.q_proj.out_features // dim, attention.scaling
+    num_heads = attention.k_proj.out_features // dim
+    num_rotated = num_queries + num_heads
 
     def run(
         hidden_B1E: torch.Tensor, rotary: Rotary, mask: torch.Tensor | None, cache: BlockCache
     ) -> torch.Tensor:
         batch = hidden_B1E.shape[0]
-        normed_B1E = norm(hidden_B1E)
-        query_BQD = linear(normed_B1E, *query).view(batch, num_queries, dim)
-        key_BHD = linear(normed_B1E, *key).view(batch, -1, dim)
+        joined_BRD = products.side_by_side(norm(hidden_B1E)).view(batch, -1, dim)
+        rotated_BRD = joined_BRD[:, :num_rotated]
         if norms is not None:
-            query_BQD, key_BHD = norms[0](query_BQD), norms[1](key_BHD)
+            query_BQD, key_BHD = rotated_BRD[:, :num_queries], rotated_BRD[:, num_queries:]
+            rotated_BRD = torch.cat((norms[0](query_BQD), norms[1](key_BHD)), dim=1)
         # Queries and keys are rotated together: one set of small operations instead of two.
-        rotated_BRD = _rotate(torch.cat((query_BQD, key_BHD), dim=1), rotary)
-        grouped_BHGD = rotated_BRD[:, :num_queries].reshape(batch, key_BHD.shape[1], -1, dim)
+        rotated_BRD = rotate(rotated_BRD, rotary)
+        grouped_BHGD = rotated_BRD[:, :num_queries].reshape(batch, num_heads, -1, dim)
         new_keys_BH1D = rotated_BRD[:, num_queries:, None]
-        new_values_BH1D = linear(normed_B1E, *value).view(batch, -1, 1, dim)
+        new_values_BH1D = joined_BRD[:, num_rotated:, None]
         attended_BHGD = _attended(
             cache, grouped_BHGD, new_keys_BH1D, new_values_BH1D, number, mask, scale
         )
-        return linear(attended_BHGD.reshape(batch, 1, -1), *output)
+        return output(attended_BHGD.reshape(batch, 1, -1))
 
     return run
 
@@ -175,14 +149,3 @@ def _attended(
     return functional.scaled_dot_product_attention(
         query_BHGD, keys_BHKD, values_BHKD, attn_mask=mask, scale=scale
     )
-
-
-def _rotate(x_BRD: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Apply rotary positions as all supported families do; cosine and sine ``(B or 1, 1, D)``."""
-    cos_B1D, sin_B1D = rotary
-    one_BRD, two_BRD = x_BRD.chunk(2, dim=-1)
-    return x_BRD * cos_B1D + torch.cat((-two_BRD, one_BRD), dim=-1) * sin_B1D
-
-
-def _parameters(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return linear.weight, linear.bias

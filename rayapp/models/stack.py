@@ -23,7 +23,7 @@ from rayapp.models.blocks import (
     sliding_windows,
     text_config,
 )
-from rayapp.models.products import weight_of
+from rayapp.models.products.packed import weight_of
 from rayapp.models.real_tokens import RealTokens
 from rayapp.plan import PruningPlan, Stage
 

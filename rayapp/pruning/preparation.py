@@ -18,7 +18,7 @@ from rayapp.models.blocks import MULTIMODAL_TYPES, decoder_blocks, text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.hub import locate
 from rayapp.models.loading import load_model, load_tokenizer
-from rayapp.models.products import pack_products
+from rayapp.models.products.packed import pack_products
 from rayapp.plan import ModelSignature
 from rayapp.pruning.evaluator.calibration import Calibration, load_calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator

@@ -28,7 +28,7 @@ from rayapp.distributed.cluster.local import STAGE_NODES, local_cluster
 from rayapp.distributed.cluster.nodes import free_nodes
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.sampling_params import SamplingParams
-from rayapp.models.checkpoint import Checkpoint
+from rayapp.models.checkpoint import CONFIG_FILE, Checkpoint, read_config
 from rayapp.models.hub import locate
 from rayapp.models.loading import load_model
 from rayapp.plan import PruningPlan
@@ -69,17 +69,17 @@ def examine(
         address: A Ray cluster to check; None starts a local one of three nodes for a moment.
         revision: The revision of a Hub id.
     """
-    yield from _guarded("packages", _packages)
-    yield from _guarded("torch", _device)
-    yield from _guarded("memory", _memory)
-    yield from _guarded("disk", _disk)
-    yield from _guarded("shipped model", _shipped_model)
+    yield from guarded("packages", _packages)
+    yield from guarded("torch", _device)
+    yield from guarded("memory", _memory)
+    yield from guarded("disk", _disk)
+    yield from guarded("shipped model", _shipped_model)
     if model is not None:
-        yield from _guarded("model", lambda: _model(locate(str(model), revision).directory, plan))
-    yield from _guarded("ray", lambda: _cluster(address))
+        yield from guarded("model", lambda: _model(locate(str(model), revision).directory, plan))
+    yield from guarded("ray", lambda: _cluster(address))
 
 
-def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     """Turn the exception of a check into a finding, so that the other checks still run."""
     try:
         yield from check()
@@ -171,6 +171,11 @@ def _shipped_model() -> Iterator[Finding]:
 
 
 def _model(path: Path, plan: Path | None) -> Iterator[Finding]:
+    if not list(path.glob("*.safetensors")) and (path / CONFIG_FILE).is_file():
+        read_config(path)
+        remedy = "fetch the *.safetensors files too; sizes are told by the configuration alone"
+        yield Finding("model", "warning", "a configuration without weights", remedy)
+        return
     signature = Checkpoint(path).signature()
     found = f"{signature.model_type} of {signature.num_blocks} blocks"
     if plan is not None:

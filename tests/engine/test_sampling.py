@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from rayapp.engine.sampling import choose_tokens, noise, token_logprobs
+from rayapp.engine.sampling import noise, sample
 from rayapp.engine.sampling_params import SamplingParams
+from tests.engine import earlier_sampling
 
 GREEDY = SamplingParams()
+
+
+def choose_tokens(logits, params, indices) -> list[int]:
+    return sample(logits, params, indices)[0]
 
 
 def plain_draw(logits: np.ndarray, params: SamplingParams, index: int) -> int:
@@ -131,9 +136,9 @@ def test_temperature_does_not_touch_the_logprobs():
         GREEDY,
         SamplingParams(temperature=0.1, logprobs=4),
     ]
-    entries = token_logprobs(logits, [4, 5, int(logits[2].argmax())], params)
+    tokens, entries = sample(logits, params, [0, 0, 0])
     expected = logits.double().log_softmax(-1)
-    assert entries[0].logprob == pytest.approx(expected[0, 4].item(), abs=1e-12)
+    assert entries[0].logprob == pytest.approx(expected[0, tokens[0]].item(), abs=1e-12)
     assert entries[0].top == ()
     assert entries[1] is None
     assert [token for token, _ in entries[2].top] == expected[2].topk(4).indices.tolist()
@@ -141,6 +146,42 @@ def test_temperature_does_not_touch_the_logprobs():
 
 def test_the_best_alternative_is_the_same_float():
     logits = random_logits(1).bfloat16()
-    best = choose_tokens(logits, [GREEDY], [0])
-    (entry,) = token_logprobs(logits, best, [SamplingParams(logprobs=1)])
-    assert entry.top == ((best[0], entry.logprob),)
+    (best,), (entry,) = sample(logits, [SamplingParams(logprobs=1)], [0])
+    assert entry.top == ((best, entry.logprob),)
+
+
+@pytest.mark.parametrize("sorted_first", [2, 25, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_and_logprobs_are_those_of_the_earlier_sampling(dtype, sorted_first, monkeypatch):
+    """Greedy and drawn rows side by side, ties, every limit, and more alternatives than tokens."""
+    monkeypatch.setattr("rayapp.engine.sampling._SORTED_FIRST", sorted_first)
+    logits = random_logits(240, vocab=18 if sorted_first == 2 else 300, seed=7).to(dtype)
+    logits[::4] = logits[::4].round()
+    logits[5] = 1.0
+    params = [
+        SamplingParams(
+            temperature=(0.0, 0.4, 1.0, 5.0)[row % 4],
+            top_k=(0, 1, 5, 25, 290)[row % 5],
+            top_p=(1.0, 0.9, 0.3)[row % 3],
+            logprobs=(None, 0, 3, 20)[row // 2 % 4],
+            seed=row,
+        )
+        for row in range(240)
+    ]
+    indices = list(range(240))
+    expected = earlier_sampling.choose_tokens(logits, params, indices)
+    tokens, entries = sample(logits, params, indices)
+    assert tokens == expected
+    assert entries == earlier_sampling.token_logprobs(logits, tokens, params)
+
+
+def test_one_transfer_brings_everything_over(monkeypatch):
+    logits, transfers = random_logits(6, vocab=600), []
+    real = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: transfers.append(len(x)) or real(x))
+    mixed = [
+        SamplingParams(temperature=row % 2, top_k=9, logprobs=row, seed=row) for row in range(6)
+    ]
+    for params in ([GREEDY] * 6, mixed):
+        sample(logits, params, [0] * 6)
+    assert transfers == [6, 2 * 6 + 6 * (2 + 2 * 5)]

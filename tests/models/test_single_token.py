@@ -51,6 +51,7 @@ def inputs(batch: int):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("modes", [None, MODES])
 @pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
 def test_numbers_are_those_of_the_modules(tiny_model, family, modes, dtype):
     stack = stack_of(tiny_model(family).to(dtype), modes=modes)
     single = SingleTokenStack(stack)

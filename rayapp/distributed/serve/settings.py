@@ -21,11 +21,47 @@ from pydantic import (
 from rayapp.api.keys import digest_of
 from rayapp.engine.sequences.memory import BLOCK_SIZE
 from rayapp.errors import InputError
-from rayapp.settings import DTypeName, ModelName, Revision, Strict
+from rayapp.settings import (
+    DTypeName,
+    MaxModelLen,
+    MaxNumBatchedTokens,
+    MaxNumSeqs,
+    Mode,
+    ModelName,
+    Revision,
+    Settings,
+    Strict,
+)
 from rayapp.vision.limits import IMAGE_CACHE_BYTES, ImageLimits
 
 APP_NAME = "rayapp"
 INGRESS, PREFILL, DECODE, UNIFIED = "ingress", "prefill", "decode", "unified"
+
+
+MAX_NUM_SEQS = 8
+MAX_NUM_BATCHED_TOKENS = 512
+
+
+class SizeSettings(Settings):
+    """What decides the memory of a replica, beside the model and the plan."""
+
+    model_config = ConfigDict(title="What replicas are to hold")
+
+    memory: ByteSize | None = Field(
+        default=None,
+        ge=1,
+        description="Memory that each replica has on its device, such as 16GiB; what is free here "
+        "without.",
+        json_schema_extra={"as_text": True},
+    )
+    device: Literal["cpu", "cuda"] = Field(
+        default="cpu", description="Kind of device that replicas compute on."
+    )
+    mode: Mode = "disaggregated"
+    dtype: DTypeName = "auto"
+    max_model_len: MaxModelLen = None
+    max_num_seqs: MaxNumSeqs = MAX_NUM_SEQS
+    max_num_batched_tokens: MaxNumBatchedTokens = MAX_NUM_BATCHED_TOKENS
 
 
 class ReplicaRange(Strict):
@@ -132,19 +168,10 @@ class ServiceSettings(Strict):
         min_length=1,
         description="Name that requests give as model; the last part of --model without it.",
     )
-    mode: Literal["disaggregated", "unified"] = Field(
-        default="disaggregated",
-        description="Stages on replicas of their own (disaggregated), or both in each (unified).",
-    )
+    mode: Mode = "disaggregated"
     dtype: DTypeName = "auto"
-    max_model_len: int | None = Field(
-        default=None,
-        ge=1,
-        description="Most tokens of a prompt and its answer together; the model's limit without.",
-    )
-    max_num_seqs: int = Field(
-        default=8, ge=1, description="Sequences that one decode replica runs at once."
-    )
+    max_model_len: MaxModelLen = None
+    max_num_seqs: MaxNumSeqs = MAX_NUM_SEQS
     kv_memory: ByteSize | None = Field(
         default=None,
         ge=1,
@@ -155,11 +182,7 @@ class ServiceSettings(Strict):
     block_size: int = Field(
         default=BLOCK_SIZE, ge=1, description="Tokens of one page of KV in a decode replica."
     )
-    max_num_batched_tokens: int = Field(
-        default=512,
-        ge=1,
-        description="Prompt tokens that one step may compute; longer prompts run in chunks.",
-    )
+    max_num_batched_tokens: MaxNumBatchedTokens = MAX_NUM_BATCHED_TOKENS
     max_waiting: int = Field(
         default=256,
         ge=1,

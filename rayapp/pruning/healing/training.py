@@ -25,7 +25,7 @@ from rayapp.data.lines import TokenizedLine
 from rayapp.errors import DataError, SearchError
 from rayapp.models.blocks import text_config
 from rayapp.models.fingerprints.fingerprint import canonical_name
-from rayapp.models.products import unpack
+from rayapp.models.products.joined import unpack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan, Stage
 from rayapp.pruning.candidates.healing import HealedUnit, Pair, Unit

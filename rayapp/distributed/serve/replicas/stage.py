@@ -69,7 +69,9 @@ def load_stage(
     plan = PruningPlan.load(settings.plan) if settings.plan else PruningPlan()
     device = settings.pools[stage].device
     path = locate(settings.model, settings.revision).directory
-    loaded = load_model(path, plan=plan, stage=stage, dtype=settings.dtype, device=device)
+    loaded = load_model(
+        path, plan=plan, stage=stage, dtype=settings.dtype, device=device, packed=True
+    )
     limit = settings.max_model_len or text_config(loaded.model.config).max_position_embeddings
     logger.info("%s: %d parameter bytes of %s", stage, loaded.parameter_bytes, settings.model)
     images = None if stage == "decode" else image_support(settings, path, loaded.model.config)

@@ -7,7 +7,8 @@ from torch import nn
 from rayapp.errors import IntegrityError
 from rayapp.models.blocks import decoder_blocks, signature_of
 from rayapp.models.healed import HealedWeights, attach
-from rayapp.models.products import PackedLinear, named_weights, pack_products, unpack, weight_of
+from rayapp.models.products.joined import named_weights, unpack
+from rayapp.models.products.packed import PackedLinear, pack_products, weight_of
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 

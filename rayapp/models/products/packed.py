@@ -1,16 +1,16 @@
 """Linear layers whose weights lie in the order in which oneDNN multiplies, on a CPU.
 
 ``linear`` arranges a weight anew in every call, and a weight that is packed once saves that. How
-much depends on the machine; ``benchmarks/search_speed.py`` measures whole searches, not single
-products. A layer holds its packed weight in place of the plain one, never beside it. The plain
-weight is unpacked bit for bit where it is asked for: where gradients are needed, where healed
-tensors replace it, and where a state is saved. Layers on other devices or in other element types
-than float32 and bf16 stay as they are.
+much depends on the machine: ``benchmarks/decode_engine.py`` measures steps of the engines, and
+``benchmarks/search_speed.py`` whole searches. A layer holds its packed weight in place of the
+plain one, never beside it. The plain weight is unpacked bit for bit where it is asked for: where
+gradients are needed, where healed tensors replace it, and where a state is saved. Layers on other
+devices or in other element types than float32 and bf16 stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,16 +20,37 @@ from transformers import PreTrainedModel
 
 from rayapp.errors import IntegrityError
 
-_PACKED_TYPES = (torch.float32, torch.bfloat16)
+PACKED_TYPES = (torch.float32, torch.bfloat16)
+"""Element types in which oneDNN multiplies by packed weights."""
+_ROWS = 8
+"""Number of rows for which weights are laid out. oneDNN's layout for 8 rows was the fastest, or
+within a tenth of it, at 1 to 1,024 rows (tried on a CPU with AMX; project default)."""
+
+
+def packed_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as oneDNN multiplies by it; ``to_dense`` gives the plain one back, bit for bit."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+
+
+def multiplied(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``linear`` with a packed weight; the last dimension of ``x`` is that of the weight."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 class PackedLinear(nn.Module):
-    """A linear layer that holds its weight packed; results differ from ``linear`` by rounding."""
+    """A linear layer that holds its weight packed; results differ from ``linear`` by rounding.
+
+    Args:
+        linear: The layer; its weight is plain, or packed already.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        weight = linear.weight
+        self.packed = weight if weight.is_mkldnn else packed_weight(weight)
         self.bias = linear.bias
 
     @property
@@ -41,15 +62,11 @@ class PackedLinear(nn.Module):
         """Multiply; gradients flow through the plain weight."""
         if (x.requires_grad and torch.is_grad_enabled()) or not x.numel():
             return functional.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return multiplied(x, self.packed, self.bias)
 
     def plain(self) -> nn.Linear:
         """The same layer with a plain weight."""
-        with torch.device("meta"):
-            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        linear.weight = nn.Parameter(self.weight, requires_grad=False)
-        linear.bias = self.bias
-        return linear
+        return plain_linear(self.weight, self.bias)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
@@ -72,8 +89,13 @@ def pack_products(model: PreTrainedModel, blocks: Iterable[nn.Module]) -> int:
         raise IntegrityError("products are packed after the fingerprint is taken; load the model")
     for block in blocks:
         _replace(block)
+    return pack_head(model)
+
+
+def pack_head(model: PreTrainedModel) -> int:
+    """Pack the head; return the bytes of a copy of the embeddings, 0 without one."""
     head: Any = model.get_output_embeddings()
-    if not _can_pack(head):
+    if not can_pack(head):
         return 0
     table: Any = model.get_input_embeddings()
     is_tied = head.weight is table.weight
@@ -81,18 +103,14 @@ def pack_products(model: PreTrainedModel, blocks: Iterable[nn.Module]) -> int:
     return head.weight.nbytes if is_tied else 0
 
 
-def unpack(module: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Put plain layers in place of the packed ones below ``module``.
-
-    Args:
-        module: A tree of modules, which is changed; those that share its weights are not.
-        names: Names of the layers to unpack, as ``named_modules`` gives them; None unpacks all.
-    """
-    wanted = None if names is None else set(names)
-    for path, layer in list(module.named_modules()):
-        if isinstance(layer, PackedLinear) and (wanted is None or path in wanted):
-            parent, _, name = path.rpartition(".")
-            setattr(module.get_submodule(parent), name, layer.plain())
+def plain_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A linear layer with these tensors, which need no gradient."""
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
 
 
 def weight_of(layer: Any) -> torch.Tensor:
@@ -100,26 +118,24 @@ def weight_of(layer: Any) -> torch.Tensor:
     return layer.packed if isinstance(layer, PackedLinear) else layer.weight
 
 
-def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """All parameters by name, packed weights among them: shape, type and device can be read."""
-    yield from model.named_parameters()
-    for path, layer in model.named_modules():
-        if isinstance(layer, PackedLinear):
-            yield f"{path}.weight", layer.packed
-
-
 def _replace(module: nn.Module) -> None:
     for name, child in module.named_children():
-        if _can_pack(child):
+        if can_pack(child):
             setattr(module, name, PackedLinear(child))  # type: ignore[arg-type]
         else:
             _replace(child)
 
 
-def _can_pack(layer: nn.Module) -> bool:
-    if type(layer) is not nn.Linear or layer.weight.device.type != "cpu":
+def can_pack(layer: nn.Module) -> bool:
+    """Whether a layer is a linear one on a CPU, of an element type that oneDNN multiplies fast."""
+    return type(layer) is nn.Linear and can_pack_weight(layer.weight)
+
+
+def can_pack_weight(weight: torch.Tensor) -> bool:
+    """Whether a plain weight lies on a CPU that has the operations, in a type that they take."""
+    if weight.device.type != "cpu" or weight.is_mkldnn:
         return False
     supported = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
         torch.ops.mkldnn, "_linear_pointwise"
     )
-    return layer.weight.dtype in _PACKED_TYPES and supported
+    return weight.dtype in PACKED_TYPES and supported
