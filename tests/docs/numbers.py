@@ -144,6 +144,7 @@ DERIVED = {
     "2.4": "ablation: the same, the most of three models",
     "0.85": "visual_quality-testbed-vision: dense less TrimTokenator at 64 tokens",
     "4.3": "visual_quality-testbed-vision-no-words: dense less TrimTokenator at 64 tokens",
+    "0.15": "tests/models/products/test_stages.py: tolerance of bf16 logits",
     "20.56": "PDTrim's abstract, in per cent",
     "1.2056": "PDTrim's abstract",
     "4.95": "PDTrim's abstract",
