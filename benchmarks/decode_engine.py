@@ -40,6 +40,7 @@ from rayapp.engine.decode import DecodeEngine
 from rayapp.engine.prefill import PrefillEngine
 from rayapp.engine.request import GenerationRequest
 from rayapp.engine.sampling_params import SamplingParams
+from rayapp.models.blocks import find_decoder
 from rayapp.models.loading import DTYPES, load_model
 from rayapp.models.products.joined import named_weights
 from rayapp.models.products.packed import weight_of
@@ -192,8 +193,14 @@ def step_bytes(stack: BlockStack, batch: int, num_entries: float) -> int:
     """Bytes that one step must read: every weight once (only rows of the embedding), and all KV."""
     blocks = sum(weight.nbytes for block in stack.blocks for _, weight in named_weights(block))
     head = weight_of(stack.model.get_output_embeddings())
+    norm = find_decoder(stack.model).norm.weight
     entry_bytes = 2 * stack.num_kv_heads * stack.head_dim * stack.dtype.itemsize
-    return blocks + head.nbytes + int(batch * num_entries * stack.num_blocks * entry_bytes)
+    return (
+        blocks
+        + norm.nbytes
+        + head.nbytes
+        + int(batch * num_entries * stack.num_blocks * entry_bytes)
+    )
 
 
 def report(record: Record) -> list[Block]:
