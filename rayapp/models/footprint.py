@@ -1,8 +1,8 @@
 """What one replica of a stage will hold in memory, from a configuration alone.
 
 The model is built on the meta device, so neither weights nor memory are needed. Weights are exact:
-the parameters that the stage runs, counted once, and the packed copy of tied embeddings. KV is exact
-per token, before anything is cut by ``kv_transfer``. The memory of a step is an estimate from
+the parameters that the stage runs, tied ones once, and the packed copy of tied embeddings. KV is
+exact per token, before anything is cut by ``kv_transfer``. The memory of a step is an estimate from
 above: the tensors that exist together, as :mod:`rayapp.models.many_tokens` makes them.
 Symbols: N = tokens of a step, E = hidden size, Q = query heads, H = KV heads, D = head dimension,
 M = width of the MLP, V = vocabulary, L = limit of prompt and answer tokens.
