@@ -2,7 +2,7 @@
 
 Their weights lie one below the other in one tensor. Plain weights stay ordinary parameters, which
 are views of it: modules, hooks and healing see nothing of it. Packed weights cannot be viewed in
-part, so each layer becomes a :class:`JoinedPart`, which knows its rows of the joined product. The
+part, so every layer becomes a :class:`JoinedPart`, which knows its rows of the joined product. The
 engines run the product once (:class:`Products`); a part that is called as a module computes the
 same from its own rows, unpacked anew in every call, which is right and slow.
 """

@@ -2,7 +2,7 @@
 
 Queries, keys and values of a block become one product, and so do gate and up; on a CPU all products
 are packed. This is done once, at load, to a model that nobody else holds: no second copy stays,
-except of a head that is tied to the embeddings. Healed tensors are packed too, each by itself.
+except of a head that is tied to the embeddings. Healed tensors are packed too, one by one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ALONE = ("self_attn.o_proj", "mlp.down_proj")
 def pack_stages(model: PreTrainedModel, plan: PruningPlan, stages: Sequence[Stage]) -> int:
     """Join and pack the products that stages of a plan run, in a model that nobody else holds.
 
-    Layers that one stage runs without the others, or that are healed, are packed each by itself.
+    Layers that one stage runs without the others, or that are healed, are packed one by one.
     Layers that were not loaded stay as they are.
 
     Returns:
