@@ -3,11 +3,13 @@
 It is plain logic over names and numbers of tokens. A step has a budget of tokens. Every running
 sequence takes one of them first, so no stream of an answer stands still for more than the chunks of
 one step; prompts get the rest. A long prompt is computed in chunks, and between two chunks shorter
-prompts take their turn. The prompt with the
-fewest tokens left goes first: that order has the least mean waiting time. Without more it would let
-a long prompt starve, so waiting counts: every token that the engine computes for others makes a
-prompt ``_AGEING`` tokens shorter in the order (project default). A prompt with N tokens left
-therefore waits for at most ``N / _AGEING`` tokens of prompts that came after it.
+prompts take their turn.
+
+The prompt with the fewest tokens left goes first: that order has the least mean waiting time.
+Without more it would let a long prompt starve, so waiting counts: every token that the engine
+computes for others makes a prompt ``_AGEING`` tokens shorter in the order (project default). A
+prompt with N tokens left therefore waits for at most ``N / _AGEING`` tokens of prompts that came
+after it.
 """
 
 from __future__ import annotations
