@@ -7,7 +7,7 @@ import pytest
 
 
 def test_studies_are_measured_once(run_script, save_tiny, tmp_path, capsys):
-    model = save_tiny(tmp_path, "llama", num_hidden_layers=4)
+    model = save_tiny(tmp_path, "llama", num_hidden_layers=3)
     arguments = (
         "ablation", "--model", model, "--studies", "spaces", "methods", "memory",
         "--calibration-per-task", 1, "--heal-per-task", 1, "--fresh-per-task", 2, "--runs", 1,
