@@ -107,11 +107,16 @@ def report(record: Record) -> list[Block]:
     asked, rows = record["configuration"], record["rows"]
     picture = quality_speed(rows)
     model = asked["caption"] or asked["model"]
+    timed = (
+        f"time to the first token of {asked['prompt_tokens']:,} tokens, batch 1, median of "
+        f"{asked['runs']} interleaved runs; "
+    )
+    legend = " A mark's label says how many blocks prefill (p) and decode (d) miss; up is better."
     caption = (
-        f"{model}, {type_words(asked['dtype'])}, {threads(asked['threads'])}; time to the first "
-        f"token of {asked['prompt_tokens']:,} tokens, batch 1, median of {asked['runs']} "
-        f"interleaved runs; calibrated on {asked['calibration_per_task']} lines of every task. A "
-        "mark's label says how many blocks prefill (p) and decode (d) miss; up is better."
+        f"{model}, {type_words(asked['dtype'])}, {threads(asked['threads'])}; "
+        f"{timed if picture.marks else 'no speed was measured; '}"
+        f"calibrated on {asked['calibration_per_task']} lines of every task."
+        f"{legend if picture.marks else ''}"
     )
     drawn: list[Block] = [picture] if picture.marks else []
     notes = [f"- {note}" for note in record["notes"]]
