@@ -15,7 +15,14 @@ import shutil
 from argparse import ArgumentParser
 from pathlib import Path
 
-from recorder.options import add_dtype, add_model, add_seed, benchmark_parser, model_name
+from recorder.options import (
+    NamedPath,
+    add_dtype,
+    add_model,
+    add_seed,
+    benchmark_parser,
+    model_name,
+)
 from recorder.origin import threads, type_words
 from recorder.page import Block
 from recorder.record import Record
@@ -39,7 +46,9 @@ def parser() -> ArgumentParser:
     add_model(options)
     add_dtype(options, "auto", auto=True)
     add_seed(options, "draws, searches and resampling")
-    options.add_argument("--data", nargs="+", default=[], help="published sets, or NAME=FILE")
+    options.add_argument(
+        "--data", type=NamedPath.parse, nargs="+", default=[], help="published sets, or NAME=FILE"
+    )
     options.add_argument("--methods", help="rows or methods, with commas; default: all")
     options.add_argument("--maps", type=int, default=3, help="calibration sets of the block map")
     options.add_argument("--calibration-per-task", type=int, default=32)
@@ -66,7 +75,7 @@ def measure(recorder: Recorder) -> None:
     settings = ReproduceSettings.checked(
         preset="paper",
         model=str(arguments.model),
-        data=arguments.data,
+        data=[str(each) for each in arguments.data],
         out=str(out),
         rows=arguments.methods,
         maps=arguments.maps,

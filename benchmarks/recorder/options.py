@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,24 @@ from rayapp.testbed import text_model_path, vision_model_path
 RESULTS = Path(__file__).parents[1] / "results"
 _UNRECORDED = ("out", "name", "render", "work", "beside")
 """Options that say where files go, and change no number."""
+
+
+@dataclass(frozen=True)
+class NamedPath:
+    """A path with a name, ``NAME=PATH`` on the command line; a path alone has an empty name."""
+
+    name: str
+    path: Path
+
+    @classmethod
+    def parse(cls, text: str) -> NamedPath:
+        """Read the text of an option."""
+        name, equals, path = text.rpartition("=")
+        return cls(name, Path(path)) if equals else cls("", Path(text))
+
+    def __str__(self) -> str:
+        """The text of the option."""
+        return f"{self.name}={self.path}" if self.name else str(self.path)
 
 
 def benchmark_parser(doc: str | None) -> ArgumentParser:
@@ -96,6 +115,8 @@ def configuration_of(arguments: Namespace) -> dict[str, Any]:
 def _named(value: Any) -> Any:
     if isinstance(value, Path):
         return model_name(value)
+    if isinstance(value, NamedPath):
+        return str(NamedPath(value.name, Path(value.path.name)))
     if isinstance(value, (list, tuple)):
         return [_named(each) for each in value]
     return value

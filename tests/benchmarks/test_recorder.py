@@ -8,7 +8,7 @@ import pytest
 from recorder.chart import Chart, Line
 from recorder.dots import Dots, Marks, Panel
 from recorder.files import write_text
-from recorder.options import configuration_of, model_name
+from recorder.options import NamedPath, configuration_of, model_name
 from recorder.origin import Start, measured_on
 from recorder.record import read_record
 from recorder.rows import Rows
@@ -100,6 +100,9 @@ def test_names_of_models_and_paths(tmp_path):
     assert model_name(tmp_path / "mine") == "mine"
     given = Namespace(model=[tmp_path / "mine", text_model_path()], out=tmp_path, work=tmp_path)
     assert configuration_of(given) == {"model": ["mine", "testbed-text"]}
+    data = [NamedPath.parse(text) for text in (f"ARC-e={tmp_path}/sets", f"{tmp_path}/sets")]
+    assert [str(each) for each in data] == [f"ARC-e={tmp_path}/sets", f"{tmp_path}/sets"]
+    assert configuration_of(Namespace(data=data)) == {"data": ["ARC-e=sets", "sets"]}
 
 
 def test_what_a_page_says_of_the_machine():

@@ -35,6 +35,13 @@ def test_pages_are_made_from_their_records(run_script, script):
             assert _words(out / drawing.name) == _words(drawing)
 
 
+@pytest.mark.parametrize(
+    "file", [*RECORDS, *(BENCHMARKS / "plans").glob("*.json")], ids=lambda file: file.stem
+)
+def test_no_folder_of_a_machine_is_named(file):
+    assert re.findall(r'"(?:[^"=]*=)?/[^"]*"', file.read_text()) == []
+
+
 def _words(drawing: Path) -> list[str]:
     """The words in a drawing, without the glyphs' places, which the drawing library chooses."""
     return re.findall(r"<!-- (.*?) -->", drawing.read_text())
