@@ -31,6 +31,7 @@ from recorder.table import Table
 
 from rayapp.evaluation.paper.marks import quality_speed
 from rayapp.evaluation.paper.numbers import ANSWER, MARGIN, PERPLEXITY, TPOT, TTFT
+from rayapp.evaluation.paper.outcome import ROW_FILE
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.progress import shown_progress
 from rayapp.plan import PLAN_FILE, PruningPlan
@@ -101,6 +102,7 @@ def measure(recorder: Recorder) -> None:
     if arguments.count:
         print(count_work(settings, watch).table().markdown())
         return
+    there = {file.parent.name for file in (out / ROWS_DIRECTORY).glob(f"*/{ROW_FILE}")}
     paper = reproduce(settings, watch)
     arguments.plans.mkdir(parents=True, exist_ok=True)
     for row in paper.rows[1:]:
@@ -109,7 +111,9 @@ def measure(recorder: Recorder) -> None:
         if kept.is_file() and not PruningPlan.load(kept).healed:
             shutil.copyfile(kept, arguments.plans / f"{recorder.stem}-{row.name}.json")
     told = paper.record()
-    recorder.write(**{name: told[name] for name in ("rows", "left_out", "notes", "caveats")})
+    kept = [row.name for row in paper.rows if row.name in there]
+    written = {name: told[name] for name in ("rows", "left_out", "notes", "caveats")}
+    recorder.write(**written, kept=kept)
 
 
 def report(record: Record) -> list[Block]:
@@ -129,6 +133,12 @@ def report(record: Record) -> list[Block]:
     )
     drawn: list[Block] = [picture] if picture.marks else []
     notes = [f"- {note}" for note in record["notes"]]
+    if record["kept"]:
+        # A row does not know its commit; the recorder's last line must not speak for it.
+        notes.append(
+            f"- {len(record['kept'])} of {len(rows)} rows were measured by earlier runs, at commits "
+            "and loads of their own; the line below is of the run that put them together"
+        )
     notes += [f"- not for quotation: {caveat}" for caveat in record["caveats"]]
     return [*drawn, caption, _table(rows), "\n".join(notes)]
 

@@ -27,3 +27,7 @@ def test_rows_are_counted_measured_and_their_plans_kept(
     assert page.startswith("![What every plan keeps")
     assert "Tiny, by chance, float32" in page
     assert "| POP's rule | 1 and 0 |" in page
+    assert "earlier runs" not in page
+    run_script(*arguments)
+    page = (out / f"{stem}.md").read_text()
+    assert "- 2 of 2 rows were measured by earlier runs" in page
