@@ -136,8 +136,8 @@ def report(record: Record) -> list[Block]:
     if record["kept"]:
         # A row does not know its commit; the recorder's last line must not speak for it.
         notes.append(
-            f"- {len(record['kept'])} of {len(rows)} rows were measured by earlier runs, at commits "
-            "and loads of their own; the line below is of the run that put them together"
+            f"- {len(record['kept'])} of {len(rows)} rows were measured by earlier runs, at "
+            "commits and loads of their own; the line below is of the run that put them together"
         )
     notes += [f"- not for quotation: {caveat}" for caveat in record["caveats"]]
     return [*drawn, caption, _table(rows), "\n".join(notes)]
