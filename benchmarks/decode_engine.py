@@ -33,7 +33,8 @@ from recorder.page import Block
 from recorder.record import Record
 from recorder.run import Recorder, run
 from recorder.table import Table, interval
-from shapes.llama import SHAPES, random_llama
+from shapes.chosen import model_of
+from shapes.llama import SHAPES
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from rayapp.engine.decode import DecodeEngine
@@ -41,7 +42,6 @@ from rayapp.engine.prefill import PrefillEngine
 from rayapp.engine.request import GenerationRequest
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.models.blocks import find_decoder
-from rayapp.models.loading import DTYPES, load_model
 from rayapp.models.products.joined import named_weights
 from rayapp.models.products.packed import weight_of
 from rayapp.models.products.stages import pack_stages
@@ -76,14 +76,6 @@ def measure(recorder: Recorder) -> None:
         rows.append(measured_batch(model, own, batch, arguments))
         print(f"batch {batch}: {rows[-1]['equal_answers']} of {batch} answers equal", flush=True)
         recorder.write(copy_gb_per_s=bound, results=rows)
-
-
-def model_of(arguments: Namespace) -> PreTrainedModel:
-    """The model of the arguments, in memory of its own."""
-    if arguments.shape:
-        torch.manual_seed(0)
-        return random_llama(arguments.shape, DTYPES[arguments.dtype], arguments.device)
-    return load_model(arguments.model, dtype=arguments.dtype, device=arguments.device).model
 
 
 def measured_batch(

@@ -34,7 +34,8 @@ from recorder.page import Block
 from recorder.record import Record
 from recorder.run import Recorder, run
 from recorder.table import Table, interval
-from shapes.llama import SHAPES, random_llama
+from shapes.chosen import model_of
+from shapes.llama import SHAPES
 from speed.slots import SlotKV
 from transformers import PreTrainedModel
 
@@ -44,7 +45,6 @@ from rayapp.engine.sampling_params import SamplingParams
 from rayapp.engine.sequences.memory import BLOCK_SIZE, KVMemory
 from rayapp.errors import OverloadedError
 from rayapp.kv.segment import BlockKV, KVSegment
-from rayapp.models.loading import DTYPES, load_model
 from rayapp.models.single_token import SingleTokenStack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
@@ -72,11 +72,7 @@ def parser() -> ArgumentParser:
 
 def measure(recorder: Recorder) -> None:
     asked = recorder.arguments
-    if asked.shape:
-        model = random_llama(asked.shape, DTYPES[asked.dtype], "cpu")
-    else:
-        model = load_model(asked.model, dtype=asked.dtype).model
-    bench = Bench(model, asked.block_size, asked.steps, asked.runs)
+    bench = Bench(model_of(asked), asked.block_size, asked.steps, asked.runs)
     found: dict[str, Any] = {"equal": []}
     for rows in asked.rows:
         found["equal"].append(bench.equal_rows(rows, asked.tokens))

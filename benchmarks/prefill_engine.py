@@ -13,7 +13,7 @@ because they hold on a machine that others use too.
 from __future__ import annotations
 
 import statistics
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,13 +32,13 @@ from recorder.page import Block
 from recorder.record import Record
 from recorder.run import Recorder, run
 from recorder.table import Table
-from shapes.llama import SHAPES, random_llama
+from shapes.chosen import model_of
+from shapes.llama import SHAPES
 from transformers import PreTrainedModel
 
 from rayapp.engine.prefill import PrefillEngine
 from rayapp.engine.request import GenerationRequest
 from rayapp.engine.sampling_params import SamplingParams
-from rayapp.models.loading import DTYPES, load_model
 from rayapp.models.products.stages import pack_stages
 from rayapp.models.stack import BlockStack
 from rayapp.plan import STAGES, PruningPlan
@@ -89,14 +89,6 @@ def measure(recorder: Recorder) -> None:
     }
     rows += timed(sides, random_prompts(plain, count, length), asked.runs)
     recorder.write(results=rows)
-
-
-def model_of(asked: Namespace) -> PreTrainedModel:
-    """The model of the arguments, in memory of its own."""
-    if asked.shape:
-        torch.manual_seed(0)
-        return random_llama(asked.shape, DTYPES[asked.dtype], asked.device)
-    return load_model(asked.model, dtype=asked.dtype, device=asked.device).model
 
 
 def random_prompts(model: PreTrainedModel, count: int, length: int) -> Prompts:

@@ -51,21 +51,21 @@ class SlotKV(AttendingCache):
         scale: float,
     ) -> torch.Tensor:
         """Write the new entries and attend over the slots."""
-        for memory_BHLD, new in (
-            (self._keys_NBHLD[block], keys_BH1D),
-            (self._values_NBHLD[block], values_BH1D),
-        ):
-            memory_BHLD.flatten(0, 2).index_copy_(0, self._rows, new.flatten(0, 2))
+        keys_BHKD, values_BHKD = self.update(keys_BH1D, values_BH1D, block)
         return functional.scaled_dot_product_attention(
-            query_BHGD,
-            self._keys_NBHLD[block, :, :, : self._high],
-            self._values_NBHLD[block, :, :, : self._high],
-            attn_mask=self._mask,
-            scale=scale,
+            query_BHGD, keys_BHKD, values_BHKD, attn_mask=self._mask, scale=scale
         )
 
     def update(
         self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, block: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks that run as modules are not compared."""
-        raise NotImplementedError
+        """Write the new entries; return the KV ``(B, H, K, D)`` of all rows up to the longest."""
+        for memory_BHLD, new in (
+            (self._keys_NBHLD[block], keys_BHTD),
+            (self._values_NBHLD[block], values_BHTD),
+        ):
+            memory_BHLD.flatten(0, 2).index_copy_(0, self._rows, new.flatten(0, 2))
+        return (
+            self._keys_NBHLD[block, :, :, : self._high],
+            self._values_NBHLD[block, :, :, : self._high],
+        )

@@ -11,7 +11,7 @@ from rayapp.plan import PruningPlan
 from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.candidates.healing import Healing
 from rayapp.pruning.preparation import located, prepare_scoring
-from rayapp.pruning.search.run import write_plan
+from rayapp.pruning.search.written_plan import write_plan
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.pruning.settings.search import SearchSettings

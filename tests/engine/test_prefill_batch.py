@@ -22,6 +22,12 @@ from rayapp.vision.llava import LlavaAdapter
 
 PLACE = 290
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
+# Both stages miss parts, and blocks send their KV in three ways.
+CUT = {
+    "prefill": {1: "kv_only", 3: "removed"},
+    "decode": {3: "mlp_only"},
+    "kv_transfer": {0: {"first": 2, "last": 9}, 2: {"encoding": "int8"}},
+}
 
 Make = Callable[..., Any]
 
@@ -64,11 +70,7 @@ def test_texts_together_are_texts_alone(
     family: str, first_token: str, tiny_model: Make, engines: Make, make_plan: Make
 ) -> None:
     model = tiny_model(family)
-    plan = make_plan(
-        model, first_token=first_token, decode={3: "mlp_only"},
-        prefill={1: "kv_only", 3: "removed"},
-        kv_transfer={0: {"first": 2, "last": 9}, 2: {"encoding": "int8"}},
-    )  # fmt: skip
+    plan = make_plan(model, first_token=first_token, **CUT)
     prefill = engines(model, plan).prefill
     generator = torch.Generator().manual_seed(3)
     options = [{}, {"max_tokens": 1}, {"logprobs": 2}, {"temperature": 1.0, "seed": 5}]
@@ -97,11 +99,7 @@ def test_chunks_of_unequal_prompts_are_the_prompts_alone(
 ) -> None:
     """Chunks of one token up to whole prompts, several prompts a pass, windows that they cross."""
     model = tiny_model(family)
-    plan = make_plan(
-        model, first_token=first_token, decode={3: "mlp_only"},
-        prefill={1: "kv_only", 3: "removed"},
-        kv_transfer={0: {"first": 2, "last": 9}, 2: {"encoding": "int8"}},
-    )  # fmt: skip
+    plan = make_plan(model, first_token=first_token, **CUT)
     prefill = engines(model, plan).prefill
     rng = random.Random(11)
     lengths = [1, 2, 3, 17, 18, 33, 40]

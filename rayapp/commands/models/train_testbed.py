@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from rayapp.commands.models.training_options import Resume, ScoreOnly
 from rayapp.errors import InputError
 
 
@@ -30,12 +31,8 @@ def train_testbed(
         float | None, typer.Option(help="Minutes that the run may take; it decays early enough.")
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, max=2, help="Processes that train, 1 or 2.")] = 2,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")
-    ] = False,
-    score_only: Annotated[
-        bool, typer.Option("--score-only", help="Export and score the checkpoint, train nothing.")
-    ] = False,
+    resume: Resume = False,
+    score_only: ScoreOnly = False,
     export_to: Annotated[
         Path | None, typer.Option(help="Model directory to write; text/ in --out without.")
     ] = None,

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from rayapp.commands.models.training_options import Resume, ScoreOnly
+
 
 def train_vision_testbed(
     out: Annotated[
@@ -30,12 +32,8 @@ def train_vision_testbed(
     word_targets: Annotated[
         bool, typer.Option(help="Draw visual tokens to the language model's own words.")
     ] = True,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")
-    ] = False,
-    score_only: Annotated[
-        bool, typer.Option("--score-only", help="Export and score the checkpoint, train nothing.")
-    ] = False,
+    resume: Resume = False,
+    score_only: ScoreOnly = False,
     export_to: Annotated[
         Path | None, typer.Option(help="Model directory to write; model/ in --out without.")
     ] = None,

@@ -1,15 +1,7 @@
 """Scores candidates on one chunk, and reuses every state that an earlier candidate computed.
 
-A state is named by exactly what it depends on, and looked up before it is computed:
-
-- prefill's hidden state that enters block ``b``: the chunk and prefill's skips before ``b``; the
-  skips of a survivor also say that it is healed, and for which neighbour, and those of a span's
-  last block that it has a bridge;
-- the KV of block ``b``: the same names, whether its projections were refit, and the rule whose
-  encoding it went through, if any;
-- decode's hidden state that enters block ``b``: decode's skips before ``b``, and prefill's skips
-  before the last block under ``b`` where decode attended, with the transfer rules of the blocks
-  where it did.
+A state is named by exactly what it depends on (:mod:`rayapp.pruning.evaluator.candidate_pass`), and
+looked up before it is computed.
 
 So a candidate restarts at its first changed block, siblings share prefixes when they come in order,
 and a candidate that changes decode alone reuses the whole prefill. Results never depend on which
@@ -24,7 +16,7 @@ E = hidden size, V = vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -35,16 +27,14 @@ from rayapp.plan import SEND_ALL, KVTransfer, Stage
 from rayapp.pruning.candidates.candidate import (
     ATTENTION,
     DENSE,
-    SEND_ALL_RULE,
     Candidate,
-    KVRule,
     kv_rule,
     transfer_of,
 )
-from rayapp.pruning.candidates.fits import Fit, FitKind
 from rayapp.pruning.candidates.healing import NO_HEALING, PARTS, HealedUnit, Healing, Pair
 from rayapp.pruning.evaluator.block_runner import KV, BlockKVSlot, BlockRunner, with_room
 from rayapp.pruning.evaluator.calibration import Calibration
+from rayapp.pruning.evaluator.candidate_pass import CandidatePass, Key
 from rayapp.pruning.evaluator.handoff import Handoff, handoff
 from rayapp.pruning.evaluator.masks import Masks
 from rayapp.pruning.evaluator.objective import Reference, reference_of, token_values
@@ -53,37 +43,6 @@ from rayapp.pruning.settings.compute import CACHE_BYTES
 from rayapp.pruning.settings.objective import Objective
 
 LineSums = tuple[float, ...]
-_Key = tuple[object, ...]
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """One candidate on one chunk.
-
-    ``held`` keeps the states that the rest of the pass needs, whatever the bound of the cache.
-
-    ``rules`` are the transfer rules of all blocks; a block where decode does not attend has the
-    rule that sends all.
-
-    ``fits`` are the linear maps of a healed candidate, by stage, kind and block.
-    """
-
-    chunk: int
-    inputs: Handoff
-    prefill: tuple[int, ...]
-    decode: tuple[int, ...]
-    rules: tuple[KVRule, ...]
-    fits: Mapping[tuple[Stage, FitKind, int], Fit] = field(default_factory=dict)
-    held: dict[_Key, Tensors] = field(default_factory=dict)
-
-    @property
-    def is_dense(self) -> bool:
-        cut = any(rule[1:] != SEND_ALL_RULE for rule in self.rules)
-        return not any(self.prefill) and not any(self.decode) and not cut
-
-    def refit(self, block: int) -> Fit | None:
-        """The projections that write the block's KV in prefill, if they were refit."""
-        return self.fits.get(("prefill", "kv", block))
 
 
 class Evaluator:
@@ -220,7 +179,7 @@ class Evaluator:
         chunk: int,
         default_rules: Mapping[int, KVTransfer],
         healing: Healing = NO_HEALING,
-    ) -> _Pass:
+    ) -> CandidatePass:
         blocks = self.runner.num_blocks
         prefill = healing.skips(candidate, "prefill", blocks)
         decode = healing.skips(candidate, "decode", blocks)
@@ -230,7 +189,7 @@ class Evaluator:
             for b in range(blocks)
         )
         fits = {(fit.stage, fit.kind, fit.block): fit for fit in healing.fits(candidate)}
-        return _Pass(chunk, self.inputs(chunk), prefill, decode, rules, fits)
+        return CandidatePass(chunk, self.inputs(chunk), prefill, decode, rules, fits)
 
     def _slices(self, chunk: int) -> Iterator[tuple[slice, Reference | None]]:
         """Scored tokens that meet the head together, so that the memory of logits is bounded.
@@ -252,7 +211,7 @@ class Evaluator:
                 self._cache.put(key, reference, dense=True)
             yield rows, reference
 
-    def _predicting_states(self, run: _Pass) -> torch.Tensor:
+    def _predicting_states(self, run: CandidatePass) -> torch.Tensor:
         """The states ``(N, E)`` that predict every continuation token, line by line.
 
         If prefill runs to the end anyway, it goes first, so that all its KV is written before
@@ -265,7 +224,7 @@ class Evaluator:
         joined_NE = torch.cat([prompt_1NE[0], self._decode_state(run)[0].to(prompt_1NE.device)])
         return joined_NE[inputs.predicting_N.to(joined_NE.device)]
 
-    def _prefill_state(self, run: _Pass, block: int) -> torch.Tensor:
+    def _prefill_state(self, run: CandidatePass, block: int) -> torch.Tensor:
         """Prefill's hidden states that enter ``block``, ``(1, N, E)``."""
         start, hidden_1NE, inputs = block, None, run.inputs
         while start and hidden_1NE is None:
@@ -287,7 +246,7 @@ class Evaluator:
             self._keep(("prefill", run.chunk, run.prefill[: current + 1]), (hidden_1NE,), run)
         return hidden_1NE
 
-    def _kv(self, run: _Pass, block: int) -> KV:
+    def _kv(self, run: CandidatePass, block: int) -> KV:
         """The KV of ``block`` that decode reads: prefill's entries after the transfer.
 
         It has room for decode's own entries behind it, as all KV in this module has.
@@ -295,26 +254,26 @@ class Evaluator:
         rule = transfer_of(run.rules[block])
         if rule.encoding == "model":
             return self._written_kv(run, block)
-        key = (*_kv_key(run, block), run.rules[block])
+        key = (*run.kv_key(block), run.rules[block])
         kv = self._find(key, run)
         if kv is None:
             kv = self._encoded(self._written_kv(run, block), rule, run.inputs, block)
             self._keep(key, kv, run)
         return kv[0], kv[1]
 
-    def _written_kv(self, run: _Pass, block: int) -> KV:
+    def _written_kv(self, run: CandidatePass, block: int) -> KV:
         """The KV of ``block`` that prefill wrote."""
-        kv = self._find(_kv_key(run, block), run)
+        kv = self._find(run.kv_key(block), run)
         if kv is None and not run.prefill[block] & ATTENTION:
             self._prefill_state(run, block + 1)  # attention writes it, unless its state was kept
-            kv = self._find(_kv_key(run, block), run)
+            kv = self._find(run.kv_key(block), run)
         if kv is None:
             return self._write_kv(run, block, self._prefill_state(run, block))
         return kv[0], kv[1]
 
-    def _write_kv(self, run: _Pass, block: int, hidden_1NE: torch.Tensor) -> KV:
+    def _write_kv(self, run: CandidatePass, block: int, hidden_1NE: torch.Tensor) -> KV:
         """Write the KV of ``block`` from the states that enter it, without its attention."""
-        kv = self._find(_kv_key(run, block), run)
+        kv = self._find(run.kv_key(block), run)
         if kv is None:
             self.forwards += hidden_1NE.shape[1] / 2
             inputs = run.inputs
@@ -328,10 +287,10 @@ class Evaluator:
             return self._keep_kv(run, block, written)
         return kv[0], kv[1]
 
-    def _keep_kv(self, run: _Pass, block: int, written: KV) -> KV:
+    def _keep_kv(self, run: CandidatePass, block: int, written: KV) -> KV:
         """Keep prefill's entries of a block, in a copy with room for decode's own entries."""
         kv = with_room(written, run.inputs.decode_ids_BD.shape[1])
-        self._keep(_kv_key(run, block), kv, run)
+        self._keep(run.kv_key(block), kv, run)
         return kv
 
     def _encoded(self, kv: KV, rule: KVTransfer, inputs: Handoff, block: int) -> KV:
@@ -346,12 +305,12 @@ class Evaluator:
             values_BHPD[row, :, index_N] = values_HND
         return keys_BHPD, values_BHPD
 
-    def _decode_state(self, run: _Pass, stop: int | None = None) -> torch.Tensor:
+    def _decode_state(self, run: CandidatePass, stop: int | None = None) -> torch.Tensor:
         """Decode's hidden states ``(1, N, E)`` that enter block ``stop``; None is the end."""
         stop = self.runner.num_blocks if stop is None else stop
         start, hidden_1NE, inputs = stop, None, run.inputs
         while start and hidden_1NE is None:
-            state = self._find(_decode_key(run, start), run)
+            state = self._find(run.decode_key(start), run)
             hidden_1NE = state[0] if state else None
             start -= hidden_1NE is None
         if hidden_1NE is None:
@@ -364,12 +323,12 @@ class Evaluator:
             slot = _slot(run, self._kv(run, block)) if attends else BlockKVSlot()
             mask = self.masks.decode_bias(run.chunk, block, run.rules[block]) if attends else None
             hidden_1NE = self._run(run, "decode", block, hidden_1NE, positions_1N, mask, slot)
-            self._keep(_decode_key(run, block + 1), (hidden_1NE,), run)
+            self._keep(run.decode_key(block + 1), (hidden_1NE,), run)
         return hidden_1NE
 
     def _run(
         self,
-        run: _Pass,
+        run: CandidatePass,
         stage: Stage,
         block: int,
         hidden_1NE: torch.Tensor,
@@ -386,10 +345,10 @@ class Evaluator:
             return self.runner.run_healed(unit, hidden_1NE, positions_1N, mask, slot)
         return self.runner.run(block, skipped, hidden_1NE, positions_1N, mask, slot)
 
-    def _find(self, key: _Key, run: _Pass) -> Tensors | None:
+    def _find(self, key: Key, run: CandidatePass) -> Tensors | None:
         return run.held.get(key) or self._cache.get(key)
 
-    def _keep(self, key: _Key, tensors: Tensors, run: _Pass) -> None:
+    def _keep(self, key: Key, tensors: Tensors, run: CandidatePass) -> None:
         self._cache.put(key, tensors, dense=run.is_dense)
         if key[0] == "prefill":  # the rest of a pass needs only its newest prefill state
             for old in [k for k in run.held if k[0] == "prefill"]:
@@ -398,18 +357,7 @@ class Evaluator:
             run.held[key] = tensors
 
 
-def _slot(run: _Pass, kv: KV) -> BlockKVSlot:
+def _slot(run: CandidatePass, kv: KV) -> BlockKVSlot:
     """A slot in which decode's entries follow those of the prompt."""
     inputs = run.inputs
     return BlockKVSlot(prefix=kv, room=inputs.decode_ids_BD.shape[1], tokens=inputs.decode_tokens)
-
-
-def _kv_key(run: _Pass, block: int) -> _Key:
-    return ("kv", run.chunk, block, run.prefill[:block], run.refit(block))
-
-
-def _decode_key(run: _Pass, block: int) -> _Key:
-    attended = [b for b in range(block) if not run.decode[b] & ATTENTION]
-    prefill = run.prefill[: attended[-1]] if attended else ()
-    refits = tuple(filter(None, map(run.refit, attended)))
-    return ("decode", run.chunk, run.decode[:block], prefill, refits, run.rules[:block])

@@ -21,8 +21,9 @@ from rayapp.pruning.evaluator.objective import Score
 from rayapp.pruning.measures.costs import Costs
 from rayapp.pruning.progress import ProgressCallback
 from rayapp.pruning.scorer import Scorer
-from rayapp.pruning.search.run import SearchResult, run_search, seen_by, write_plan
+from rayapp.pruning.search.run import SearchResult, run_search
 from rayapp.pruning.search.sizes import kept_costs
+from rayapp.pruning.search.written_plan import seen_by, write_plan
 from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.pruning.settings.search import SearchSettings
 from rayapp.pruning.storage import Storage

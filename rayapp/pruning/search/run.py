@@ -6,17 +6,15 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 from rayapp import __version__
-from rayapp.data.seen import Seen
 from rayapp.errors import SearchError
 from rayapp.models.hub import from_directory
-from rayapp.plan import HEALED_FILE, PLAN_FILE, STAGES, ModelSignature, PruningPlan
+from rayapp.plan import PLAN_FILE, STAGES, ModelSignature, PruningPlan
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.candidates.healing import Healing
 from rayapp.pruning.candidates.space import Space
@@ -35,6 +33,7 @@ from rayapp.pruning.scorer import Scorer
 from rayapp.pruning.search.journal import JOURNAL_FILE, Journal, Trial, check_replayed
 from rayapp.pruning.search.racing import race
 from rayapp.pruning.search.trials import write_trials
+from rayapp.pruning.search.written_plan import seen_by, write_plan
 from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.pruning.settings.search import SearchSettings
 from rayapp.pruning.storage import Storage
@@ -356,27 +355,6 @@ class _Search:
             "evaluator_seconds": round(sum(score.seconds for score in self._told.values()), 3),
             "seconds": round(seconds, 3),
         }
-
-
-def seen_by(score: ScoreSettings, search: SearchSettings) -> dict[str, Any]:
-    """The files that a search chooses and trains on, as the plan's provenance names them."""
-    return Seen.of([score.calibration, search.heal_data]).model_dump(mode="json")
-
-
-def write_plan(
-    storage: Storage, plan: PruningPlan, candidate: Candidate, scorer: Scorer
-) -> PruningPlan:
-    """Write a candidate's plan, after the healed tensors that it was scored with, if any."""
-    units = scorer.units(candidate)
-    if units and scorer.healed is not None:
-        weights = scorer.healed.weights(units)
-        storage.write_bytes(HEALED_FILE, weights.dumps())
-        records = [dict(scorer.healed.record(unit)) for unit in units]
-        directory = None if "://" in storage.location else Path(storage.location).absolute()
-        plan = plan.model_copy(update={"provenance": {**plan.provenance, "healed": records}})
-        plan = plan.with_healed(weights.digest, directory)
-    storage.write_bytes(PLAN_FILE, plan.dumps().encode())
-    return plan
 
 
 def _check_method(settings: SearchSettings, space: Space) -> None:
