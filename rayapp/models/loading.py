@@ -175,7 +175,7 @@ def empty_model(config: PreTrainedConfig, dtype: DType = "auto") -> PreTrainedMo
     target = compute_dtype(config, dtype)
     multimodal = config.model_type in MULTIMODAL_TYPES
     auto_class = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-    # Parameters have no memory yet, and drawing initial values costs more than all the rest.
+    # Parameters have no memory yet, so initial values would be drawn for nothing.
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = auto_class.from_config(config, dtype=target, trust_remote_code=False)
     return model.eval()

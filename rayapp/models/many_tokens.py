@@ -26,8 +26,8 @@ from rayapp.models.real_tokens import RealTokens
 from rayapp.models.stack import BlockCache, BlockStack, Masks
 
 TOKENS_AT_ONCE = 1024
-"""Tokens of a share on a CPU. Weights are read once a share: shares of 256 took a quarter longer in
-bf16, on a machine whose memory others used too (a trial of 1,000 tokens; project default)."""
+"""Tokens of a share on a CPU, which reads weights once a share (project default; no benchmark of
+ours compares sizes)."""
 
 
 class ManyTokensStack:

@@ -2,8 +2,7 @@
 
 They compute what the modules of all supported families compute, operation by operation in the same
 order, and write into memory of their own where the modules make new tensors. Therefore one RMS norm
-holds on all paths: torch's ``rms_norm`` rounds otherwise in bf16, and a block gains less than a
-hundredth by it.
+holds on all paths: torch's ``rms_norm`` rounds otherwise in bf16.
 Shapes: N = tokens in any leading shape, E = hidden size, R = heads, D = head dimension.
 """
 

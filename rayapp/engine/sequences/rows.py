@@ -17,8 +17,8 @@ from rayapp.engine.pages import Arena, Sheet
 from rayapp.engine.sequences.entries import Entries
 
 CALL_BYTES = 160 << 10
-"""Bytes of KV that are read in the time that one more call of attention takes (measured on a CPU:
-40 microseconds at 4 GB/s; ``benchmarks/paged_decode.py`` measures whole steps)."""
+"""Bytes of KV that are taken to be read in the time of one more call of attention: 40
+microseconds at 4 GB/s (project default; ``benchmarks/paged_decode.py`` measures whole steps)."""
 
 
 class StepRows:
