@@ -61,7 +61,7 @@ def inputs(home, plan, tmp_path_factory):
     return checked_inputs(home, plan, [path], [], SETTINGS)
 
 
-@pytest.fixture(scope="module", params=["local", "ray"])
+@pytest.fixture(scope="module", params=["local", "cluster"])
 def compute(request, inputs, home) -> PieceCompute:
     subject: Subject = inputs[1]
     if request.param == "local":
