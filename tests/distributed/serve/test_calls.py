@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import time
 from contextlib import aclosing
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ NUM_BYTES = SHAPE.dense_bytes(len(PROMPT))
 PREFILLED = PrefillAnswer(PLACE, (), NUM_BYTES, queue_s=0.0, prefill_s=0.0)
 ADMITTED = Admission(PLACE, MessageSizes(NUM_BYTES, 0), wait_s=0.0, fetch_s=0.0)
 EVERYBODY = Address("every replica")
+# Ray keeps the task whose calls it cancels in such a variable, so a call outside has none.
+RAY_TASK: ContextVar[str | None] = ContextVar("RAY_TASK", default=None)
 SHORT = Deadlines(queue_s=0.1, prefill_s=0.1, transfer_s=0.2, decode_s=0.2)
 
 
@@ -89,12 +92,16 @@ class References:
 
 
 class Call(NamedTuple):
-    """One call as Serve's router gets it; ``found`` is its replica, once there is one."""
+    """One call as Serve's router gets it; ``found`` is its replica, once there is one.
+
+    ``ray_task`` is the task that it is a child of.
+    """
 
     metadata: Any
     arguments: tuple[Any, ...]
     address: Address
     found: concurrent.futures.Future[Any]
+    ray_task: str | None
 
     @property
     def name(self):
@@ -119,7 +126,7 @@ class Router:
 
     def assign_request(self, metadata, *arguments, address):
         found = concurrent.futures.Future()
-        self.calls.append(Call(metadata, arguments, address, found))
+        self.calls.append(Call(metadata, arguments, address, found, RAY_TASK.get()))
         script = self.scripts.get(metadata.call_method)
         if script is not None:
             result = script(*arguments)
@@ -130,7 +137,7 @@ class Router:
         await self.answers.wait()
         found = concurrent.futures.Future()
         found.set_result(None)
-        self.calls.append(Call(metadata, arguments, EVERYBODY, found))
+        self.calls.append(Call(metadata, arguments, EVERYBODY, found, RAY_TASK.get()))
         return []
 
     @property
@@ -306,7 +313,10 @@ class Admitting:
     "left", ["while_it_is_admitted", "once_it_is_admitted", "while_it_is_read"]
 )
 def test_leaving_ends_what_decode_has_admitted(byte_tokenizer, left):
+    """The word to decode is no call of the request's Ray task: Ray cancels such calls with it."""
+
     async def scenario():
+        RAY_TASK.set("request")
         router = Router()
         first = TokenBatch("r", 0, 0, (7,))
         router.scripts["prefill"] = lambda *_: [replace(PREFILLED, firsts=(first,)), b"the message"]
@@ -331,6 +341,7 @@ def test_leaving_ends_what_decode_has_admitted(byte_tokenizer, left):
         last = router.calls[-1]
         place = EVERYBODY if left == "while_it_is_admitted" else Address(PLACE.replica_id)
         assert (last.arguments, last.address) == (("r", 0), place)
+        assert [c.ray_task for c in router.calls] == [*["request"] * len(router.calls[:-1]), None]
 
     asyncio.run(scenario())
 
