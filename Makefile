@@ -16,21 +16,23 @@ demo: $(VENV)/.demo
 smollm2: $(VENV)/.gguf
 	$(BIN)/rayapp smollm2 --out out/models/smollm2-135m
 
-# Two processes side by side: one for the tests on clusters, which share one, and one for the others.
+# Two processes side by side: one for benchmarks and for tests on clusters, which share a cluster, and
+# one for the others. The first reads only files that have such tests: reading all takes 20 seconds.
+WITH_CLUSTERS = $(shell grep -rlE "mark\.ray" tests)
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory -j 2 test-on-clusters test-alone
 
 test-on-clusters:
-	$(BIN)/python -m pytest -m "ray and not slow"
+	$(BIN)/python -m pytest -m "(ray or script) and not slow" $(WITH_CLUSTERS) tests/benchmarks
 
 test-alone:
-	$(BIN)/python -m pytest -m "not ray and not slow"
+	$(BIN)/python -m pytest -m "not (ray or script or slow)"
 
 slow: $(VENV)/.test
 	$(MAKE) --no-print-directory -j 2 slow-on-clusters slow-alone
 
 slow-on-clusters:
-	$(BIN)/python -m pytest -m "ray and slow"
+	$(BIN)/python -m pytest -m "ray and slow" $(WITH_CLUSTERS)
 
 slow-alone:
 	$(BIN)/python -m pytest -m "not ray and slow"

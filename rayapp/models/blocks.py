@@ -208,21 +208,21 @@ def apply_modes(model: PreTrainedModel, plan: PruningPlan, stage: Stage) -> PreT
 def _share(module: Any, configs: dict[int, Any]) -> Any:
     """Copy a module tree; tensors are shared with the original, configurations are not."""
     clone = module.__class__.__new__(module.__class__)
-    clone.__dict__.update(module.__dict__)
-    # A hook on one copy must not run in another copy.
-    hooks = {n: v for n, v in module.__dict__.items() if "_hooks" in n and isinstance(v, dict)}
-    clone.__dict__.update({name: hook.copy() for name, hook in hooks.items()})
-    clone._parameters = dict(module._parameters)
-    clone._buffers = dict(module._buffers)
-    clone._modules = {
+    state = clone.__dict__
+    # A hook on one copy must not run in another copy. Module.__setattr__ would look at every value.
+    for name, value in module.__dict__.items():
+        state[name] = value.copy() if "_hooks" in name and isinstance(value, dict) else value
+    state["_parameters"] = dict(module._parameters)
+    state["_buffers"] = dict(module._buffers)
+    state["_modules"] = {
         name: None if child is None else _share(child, configs)
         for name, child in module._modules.items()
     }
-    config = module.__dict__.get("config")
+    config = state.get("config")
     if isinstance(config, PreTrainedConfig):
         if id(config) not in configs:
             configs[id(config)] = copy.deepcopy(config)
-        clone.config = configs[id(config)]
+        state["config"] = configs[id(config)]
     return clone
 
 
