@@ -22,6 +22,7 @@ from rayapp.api.openai.schema import (
     AnswerRequest,
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
     TokenizeRequest,
 )
 from rayapp.api.refusals import install_error_handlers
@@ -59,6 +60,7 @@ def build_app(
         "/v1/chat/completions", answers.chat_completions, methods=["POST"], response_model=None
     )
     app.add_api_route("/tokenize", answers.tokenize, methods=["POST"], response_model=None)
+    app.add_api_route("/detokenize", answers.detokenize, methods=["POST"], response_model=None)
     for path, view in (
         ("/v1/models", views.models),
         ("/v1/models/{name:path}", views.model),
@@ -130,6 +132,17 @@ class AnswerRoutes:
             )
         tokens, limit = self._prompts.expanded(prompt), self._served.max_model_len
         return {"count": len(tokens), "max_model_len": limit, "tokens": tokens}
+
+    async def detokenize(self, body: DetokenizeRequest) -> dict[str, str]:
+        """Return the text of token ids, special tokens included, so that it undoes tokenizing."""
+        self._check_model(body.model)
+        wrong = next((t for t in body.tokens if not 0 <= t < self._served.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(
+                f"token id {wrong} is not in the vocabulary; ids lie in "
+                f"0..{self._served.vocab_size - 1}"
+            )
+        return {"prompt": await self._prompts.text(body.tokens)}
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._served.model_name:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from rayapp.engine.adjustment import Adjustment
 from rayapp.engine.request import FinishReason, GenerationRequest
 from rayapp.engine.stopping import TextStream
 from rayapp.errors import RequestError
@@ -38,12 +39,17 @@ class Answer:
         self._text: TextStream | None = None
         if tokenizer is not None and sampling.stop:
             context = request.prompt_token_ids
-            self._text = TextStream(tokenizer, sampling.stop, context=context)
+            self._text = TextStream(
+                tokenizer, sampling.stop, context=context, min_tokens=sampling.min_tokens
+            )
+        self.adjustment = Adjustment.of(request, self._ends)
         self.num_tokens = 0
 
     def take(self, token_id: int) -> FinishReason | None:
         """Add a token; return why the answer ends with it, or None if it goes on."""
         self.num_tokens += 1
+        if self.adjustment is not None:
+            self.adjustment.take(token_id)
         if token_id in self._ends or self._completes_stop(token_id):
             return "stop"
         return "length" if self.num_tokens >= self._max_tokens else None

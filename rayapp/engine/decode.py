@@ -324,7 +324,8 @@ class DecodeEngine:
         sequences = [self._sequences[slot] for slot in due]
         params = [sequence.request.sampling for sequence in sequences]
         indices = [sequence.answer.num_tokens for sequence in sequences]
-        tokens, logprobs = sample(logits_BV, params, indices) if due else ([], [])
+        adjustments = [sequence.answer.adjustment for sequence in sequences]
+        tokens, logprobs = sample(logits_BV, params, indices, adjustments) if due else ([], [])
         batches = [
             _batch(sequence, token_id, logprob)
             for sequence, token_id, logprob in zip(sequences, tokens, logprobs, strict=True)

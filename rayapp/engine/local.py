@@ -252,7 +252,10 @@ class LocalPipeline:
         if self._tokenizer is not None:
             request = run.request
             stream = TextStream(
-                self._tokenizer, request.sampling.stop, context=request.prompt_token_ids
+                self._tokenizer,
+                request.sampling.stop,
+                context=request.prompt_token_ids,
+                min_tokens=request.sampling.min_tokens,
             )
             text = stream.push(run.token_ids) + stream.flush()
         return Completion(

@@ -282,7 +282,8 @@ def _sample(runs: Sequence[PrefillRun], logits_BV: torch.Tensor) -> list[tuple[T
     params = [request.sampling for request in requests]
     if len(rows) > len(runs):
         logits_BV = logits_BV[rows]
-    tokens, logprobs = sample(logits_BV, params, [0] * len(rows))
+    adjustments = [answer.adjustment for answer in answers]
+    tokens, logprobs = sample(logits_BV, params, [0] * len(rows), adjustments)
     firsts = [
         TokenBatch(
             request_id=request.request_id,

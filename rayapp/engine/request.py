@@ -65,12 +65,20 @@ class GenerationRequest:
                 f"{length} prompt tokens and max_tokens={limit} need {length + limit} places, but "
                 f"this model serves at most {max_model_len}; shorten the prompt or lower max_tokens"
             )
-        low, high = min(self.prompt_token_ids), max(self.prompt_token_ids)
-        if low < 0 or high >= vocab_size:
-            wrong = low if low < 0 else high
+        if self.sampling.min_tokens > limit:
             raise RequestError(
-                f"token id {wrong} is not in the vocabulary; ids lie in 0..{vocab_size - 1}"
+                f"min_tokens={self.sampling.min_tokens} is more than max_tokens={limit}; lower "
+                "min_tokens or raise max_tokens"
             )
+        for words, ids in (
+            ("token id", self.prompt_token_ids),
+            ("logit_bias: token id", self.sampling.logit_bias),
+        ):
+            wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+            if wrong is not None:
+                raise RequestError(
+                    f"{words} {wrong} is not in the vocabulary; ids lie in 0..{vocab_size - 1}"
+                )
 
     def _check_images(self, image_token_id: int | None) -> None:
         if image_token_id is not None:

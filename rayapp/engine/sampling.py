@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from rayapp.engine.adjustment import Adjustment, adjusted
 from rayapp.engine.request import TokenLogprobs
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.models.likelihood import log_softmax64
@@ -35,7 +36,10 @@ def noise(seed: int, index: int) -> float:
 
 
 def sample(
-    logits_BV: torch.Tensor, params: Sequence[SamplingParams], indices: Sequence[int]
+    logits_BV: torch.Tensor,
+    params: Sequence[SamplingParams],
+    indices: Sequence[int],
+    adjustments: Sequence[Adjustment | None] = (),
 ) -> Sampled:
     """Choose one token per row, and look up the log-probabilities that rows ask for.
 
@@ -48,16 +52,20 @@ def sample(
         logits_BV: Logits as the model computed them.
         params: Sampling parameters of every row.
         indices: Index of the token within its answer, for every row.
+        adjustments: What rows change in the logits before a token is chosen; none without.
     """
     uniforms = [
         noise(p.seed, index) if p.temperature > 0.0 else None
         for p, index in zip(params, indices, strict=True)
     ]
-    return _sample(logits_BV, params, uniforms, min(_SORTED_FIRST, logits_BV.shape[1]))
+    chosen_from_BV = adjusted(logits_BV, adjustments)
+    count = min(_SORTED_FIRST, logits_BV.shape[1])
+    return _sample(logits_BV, chosen_from_BV, params, uniforms, count)
 
 
 def _sample(
     logits_BV: torch.Tensor,
+    chosen_from_BV: torch.Tensor,
     params: Sequence[SamplingParams],
     uniforms: Sequence[float | None],
     count: int,
@@ -65,7 +73,7 @@ def _sample(
     """Sample from the ``count`` likeliest tokens, and rows that these cannot decide from all."""
     scored = [row for row, p in enumerate(params) if p.logprobs is not None]
     most = min(max((params[row].logprobs or 0 for row in scored), default=0), logits_BV.shape[1])
-    tokens_B, sure_B = _choose(logits_BV, params, uniforms, count)
+    tokens_B, sure_B = _choose(chosen_from_BV, params, uniforms, count)
     parts = [tokens_B] if sure_B is None else [tokens_B.double(), sure_B.double()]
     if scored:
         parts += [_log_probabilities(logits_BV[scored], tokens_B[scored], most, count).flatten()]
@@ -83,6 +91,7 @@ def _sample(
     if open_rows:
         again = _sample(
             logits_BV[open_rows],
+            chosen_from_BV[open_rows],
             [params[row] for row in open_rows],
             [uniforms[row] for row in open_rows],
             logits_BV.shape[1],

@@ -36,6 +36,33 @@ class SamplingParams(Strict):
     stop: tuple[str, ...] = Field(
         default=(), description="Text that ends an answer before it; may be given several times."
     )
+    min_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Tokens before which neither the model nor a stop text ends an answer.",
+    )
+    presence_penalty: float = Field(
+        default=0.0,
+        ge=-2.0,
+        le=2.0,
+        description="Taken from the logits of tokens that the answer has.",
+    )
+    frequency_penalty: float = Field(
+        default=0.0,
+        ge=-2.0,
+        le=2.0,
+        description="Taken from a token's logit for every time that the answer has it.",
+    )
+    repetition_penalty: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=10.0,
+        description="Divides the logits of tokens of prompt and answer, or multiplies negative "
+        "ones (CTRL, arXiv:1909.05858); 1 changes nothing.",
+    )
+    logit_bias: dict[int, float] = Field(
+        default_factory=dict, description="Added to the logits of tokens, by token id."
+    )
     ignore_eos: bool = Field(
         default=False, description="Go on where the model would end its answer."
     )
@@ -45,3 +72,9 @@ class SamplingParams(Strict):
         le=20,
         description="Best alternatives that are reported beside each token; none without.",
     )
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """True if tokens are chosen from other logits than the model's."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1.0)
+        return bool(self.min_tokens or self.logit_bias or any(penalties))

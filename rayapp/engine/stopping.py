@@ -29,6 +29,7 @@ class TextStream:
         stop: Strings before which the text ends; empty strings are ignored.
         context: The tokens before the answer (its prompt): some tokenizers spell the leading space
             of a word only if a token stands before it.
+        min_tokens: Tokens in which no stop string ends; one that ends later may begin there.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class TextStream:
         stop: Sequence[str] = (),
         *,
         context: Sequence[int] = (),
+        min_tokens: int = 0,
     ) -> None:
         self._pieces = _pieces_of(tokenizer, context)
+        self._num_unstoppable = min_tokens
         self._stop = tuple(s for s in stop if s)
         self._unreleased = ""
         self.stopped = False
@@ -49,24 +52,26 @@ class TextStream:
         for token_id in token_ids:
             if self.stopped:
                 break
-            released.append(self._take(self._pieces.push(token_id)))
+            may_stop = self._num_unstoppable <= 0
+            self._num_unstoppable -= 1
+            released.append(self._take(self._pieces.push(token_id), may_stop))
         return "".join(released)
 
     def flush(self) -> str:
         """Return the text not yet released at the end of an answer; empty after a stop string."""
         if self.stopped:
             return ""
-        released = self._take(self._pieces.flush())
+        released = self._take(self._pieces.flush(), self._num_unstoppable < 0)
         if not self.stopped:
             released, self._unreleased = released + self._unreleased, ""
         return released
 
-    def _take(self, piece: str) -> str:
+    def _take(self, piece: str, may_stop: bool) -> str:
         if not self._stop:
             return piece
         text = self._unreleased + piece
         matches = [at for at in map(text.find, self._stop) if at >= 0]
-        if matches:
+        if matches and may_stop:
             self.stopped, self._unreleased = True, ""
             return text[: min(matches)]
         keep = max(_overlap(text, stop) for stop in self._stop)

@@ -41,7 +41,9 @@ def test_without_the_key_every_path_is_closed(locked, path, value):
     assert reply.headers["www-authenticate"] == "Bearer"
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
+)
 def test_without_the_key_nothing_runs(locked, service, path):
     assert locked.post(path, json={"prompt": "a"}).status_code == 401
     assert not service.requests

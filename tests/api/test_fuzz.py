@@ -48,7 +48,7 @@ BODIES = VALUES | st.builds(
     st.fixed_dictionaries({}, optional={"prompt": st.text(max_size=5), "messages": TURNS}),
     st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4),
 )
-PATHS = st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize"])
+PATHS = st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
 
 
 @pytest.fixture

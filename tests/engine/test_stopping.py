@@ -122,3 +122,15 @@ def test_stop_strings_may_span_characters_of_many_bytes(byte_tokenizer):
 @pytest.mark.parametrize("stop", [(), ("zzz",)])
 def test_everything_else_passes_unchanged(byte_tokenizer, stop):
     assert "".join(streamed(byte_tokenizer, list(TEXT.encode()), stop)) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "text"), [(0, "a"), (2, "a"), (3, "aXXb"), (5, "aXXb"), (6, "aXXbXXc")]
+)
+def test_stop_strings_end_no_answer_within_its_least_length(byte_tokenizer, min_tokens, text):
+    """A stop string counts where it ends, token by token or all at once."""
+    token_ids = list(b"aXXbXXc")
+    pieces = streamed(byte_tokenizer, token_ids, ["XX"], min_tokens=min_tokens)
+    assert "".join(pieces) == text
+    at_once = TextStream(byte_tokenizer, ["XX"], min_tokens=min_tokens)
+    assert at_once.push(token_ids) + at_once.flush() == text

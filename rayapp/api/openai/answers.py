@@ -61,8 +61,13 @@ class _Growing:
         self.timeline = Timeline()
         self._index = index
         self._observe = observe
-        stop = request.sampling.stop
-        self._text = TextStream(tokenizer, stop, context=request.prompt_token_ids)
+        sampling = request.sampling
+        self._text = TextStream(
+            tokenizer,
+            sampling.stop,
+            context=request.prompt_token_ids,
+            min_tokens=sampling.min_tokens,
+        )
 
     def delta(self, batch: TokenBatch) -> Delta:
         """Observe a batch and turn it into text."""

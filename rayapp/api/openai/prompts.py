@@ -67,6 +67,10 @@ class PromptReader:
             ]
         )
 
+    async def text(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return await self._run(lambda: str(self._tokenizer.decode(token_ids)))
+
     async def chat(self, messages: Sequence[ChatMessage]) -> Prompt:
         """Tokenize a conversation, up to where the assistant's answer begins.
 

@@ -34,6 +34,8 @@ MAX_ANSWERS = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
+MAX_BIASED_TOKENS = 1024
+MAX_BIAS = 100.0
 MAX_MESSAGES = 1024
 MAX_PARTS = 256
 MAX_NAME_CHARS = 512
@@ -53,7 +55,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (None, False),
     "documents": _NOTHING,
     "echo": (None, False),
-    "frequency_penalty": (None, 0),
     "function_call": (None, "none", "auto"),
     "functions": _NOTHING,
     "guided_choice": _NOTHING,
@@ -62,14 +63,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_regex": _NOTHING,
     "include_stop_str_in_output": (None, False),
     "length_penalty": (None, 1),
-    "logit_bias": _NOTHING,
     "min_p": (None, 0),
-    "min_tokens": (None, 0),
     "modalities": (None, [], ["text"]),
-    "presence_penalty": (None, 0),
     "prompt_embeds": _NOTHING,
     "prompt_logprobs": (None, False),
-    "repetition_penalty": (None, 1),
     "response_format": (None, {}, {"type": "text"}),
     "skip_special_tokens": (None, True),
     "stop_token_ids": _NOTHING,
@@ -129,6 +126,8 @@ Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
 TokenIds = Annotated[list[StrictInt], Field(min_length=1)]
 TokenPrompts = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
 StopString = Annotated[Text, StringConstraints(max_length=MAX_STOP_CHARS)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
 Name = Annotated[Text, StringConstraints(max_length=MAX_NAME_CHARS)]
 
 
@@ -151,7 +150,10 @@ class AnswerRequest(_Request):
     """
 
     _nullable: ClassVar[frozenset[str]] = frozenset(
-        {"n", "temperature", "top_p", "top_k", "stream", "ignore_eos"}
+        {
+            *("n", "temperature", "top_p", "top_k", "stream", "ignore_eos", "min_tokens"),
+            *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
+        }
     )
 
     model: Name | None = None
@@ -165,6 +167,11 @@ class AnswerRequest(_Request):
     stop: Annotated[
         list[StopString], Field(max_length=MAX_STOP_STRINGS), BeforeValidator(_listed_stop)
     ] = []
+    min_tokens: int = Field(default=0, ge=0, lt=2**31)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    logit_bias: dict[TokenId, Bias] = Field(default_factory=dict, max_length=MAX_BIASED_TOKENS)
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -207,6 +214,11 @@ class AnswerRequest(_Request):
                 top_p=self.top_p,
                 seed=(seed + choice * _SEED_STRIDE) % _SEED_MODULUS,
                 stop=tuple(filter(None, self.stop)),
+                min_tokens=self.min_tokens,
+                presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty,
+                repetition_penalty=self.repetition_penalty,
+                logit_bias=self.logit_bias,
                 ignore_eos=self.ignore_eos,
                 logprobs=self.num_top_logprobs,
             )
@@ -381,3 +393,10 @@ class TokenizeRequest(_Request):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either `prompt` or `messages`")
         return self
+
+
+class DetokenizeRequest(_Request):
+    """Body of ``POST /detokenize``: token ids."""
+
+    model: Name | None = None
+    tokens: Annotated[list[StrictInt], Field(max_length=MAX_BODY_BYTES // 2)]

@@ -113,3 +113,11 @@ def test_tokenize(http):
     assert reply == {"count": 3, "max_model_len": 200, "tokens": [104, 195, 169]}
     assert http.post("/tokenize", json={"messages": HELLO}).json()["tokens"] == [104, 105]
     assert http.post("/tokenize", json={}).status_code == 400
+
+
+def test_penalties_and_bias_reach_the_service(client, service):
+    client.chat.completions.create(
+        model="tiny", messages=HELLO, presence_penalty=-0.5, logit_bias={"7": 1}
+    )
+    sampling = service.requests[0].sampling
+    assert (sampling.presence_penalty, sampling.logit_bias) == (-0.5, {7: 1.0})

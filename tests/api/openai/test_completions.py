@@ -206,3 +206,40 @@ def test_answers_run_concurrently(http, service):
 def test_the_stream_helper_and_the_service_agree_on_text(service, byte_tokenizer):
     stream = TextStream(byte_tokenizer, ())
     assert stream.push([*service.text.encode(), EOS]) + stream.flush() == service.text
+
+
+def test_penalties_and_bias_reach_the_service(client, service):
+    client.completions.create(
+        model="tiny",
+        prompt="a",
+        presence_penalty=0.5,
+        frequency_penalty=-1.5,
+        logit_bias={"65": -100, "66": 2.5},
+        extra_body={"repetition_penalty": 1.1, "min_tokens": 3},
+    )
+    sampling = service.requests[0].sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -1.5)
+    assert (sampling.repetition_penalty, sampling.min_tokens) == (1.1, 3)
+    assert sampling.logit_bias == {65: -100.0, 66: 2.5}
+
+
+def test_a_stop_text_within_the_least_length_is_part_of_the_answer(client, service):
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 40, "stop": ["na", " "]}
+    short = client.completions.create(**body).choices[0].text
+    long = client.completions.create(**body, extra_body={"min_tokens": 8}).choices[0].text
+    assert short == service.text.split(" ")[0]
+    assert long == service.text.split(" snow")[0]
+    streamed_text = streamed(
+        client, prompt="a", max_tokens=40, stop=["na", " "], extra_body={"min_tokens": 8}
+    )
+    assert streamed_text.texts == {0: long}
+
+
+def test_token_ids_become_text_again(http):
+    tokens = http.post("/tokenize", json={"prompt": "hi ☃"}).json()["tokens"]
+    reply = http.post("/detokenize", json={"model": "tiny", "tokens": tokens})
+    assert reply.json() == {"prompt": "hi ☃"}
+    assert http.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+    for wrong in ([300], [-1], ["a"], [1.5], None):
+        assert http.post("/detokenize", json={"tokens": wrong}).status_code == 400
+    assert http.post("/detokenize", json={"model": "x", "tokens": [1]}).status_code == 404

@@ -18,7 +18,10 @@ from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 
 PROMPTS = [[32 + (7 * n + 3 * i + i * i) % 90 for i in range(2 + (n * 29) % 90)] for n in range(12)]
-OPTIONS = {"max_tokens": 14, "temperature": 0.8, "seed": 11, "logprobs": 0}
+OPTIONS = {
+    **{"max_tokens": 14, "temperature": 0.8, "seed": 11, "logprobs": 0},
+    **{"min_tokens": 3, "frequency_penalty": 0.4, "logit_bias": {40: 1.5}},
+}
 
 
 @pytest.mark.ray
