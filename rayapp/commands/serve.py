@@ -40,13 +40,6 @@ def serve(
         int,
         typer.Option(min=1, help="Torch threads of each process that computes."),
     ] = 1,
-    allow_unauthenticated: Annotated[
-        bool,
-        typer.Option(
-            "--allow-unauthenticated",
-            help="Let strangers beyond this machine use the service without a key.",
-        ),
-    ] = False,
     address: Annotated[
         str | None,
         typer.Option(help="Ray cluster to serve on; without it, one is started here."),
@@ -69,9 +62,7 @@ def serve(
             "unified": pool(replicas),
         }
     )
-    serve_until_interrupted(
-        settings, address=address, allow_unauthenticated=allow_unauthenticated, say=typer.echo
-    )
+    serve_until_interrupted(settings, address=address, say=typer.echo)
 
 
 def _placed(device: str | None, gpus: float | None) -> dict[str, Any]:

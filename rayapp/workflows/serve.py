@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import signal
 import socket
 import threading
@@ -13,6 +12,7 @@ from typing import Any
 
 from rayapp.distributed.cluster.local import NodeSpec, local_cluster
 from rayapp.distributed.serve.deploy import RunningService, resolved, running_service
+from rayapp.distributed.serve.exposure import check_exposure
 from rayapp.distributed.serve.settings import PoolSettings, ServiceSettings
 from rayapp.errors import InputError
 
@@ -23,7 +23,6 @@ def serve_until_interrupted(
     settings: ServiceSettings,
     *,
     address: str | None = None,
-    allow_unauthenticated: bool = False,
     say: Callable[[str], None],
 ) -> None:
     """Serve until SIGINT or SIGTERM, then end everything that was started.
@@ -31,14 +30,13 @@ def serve_until_interrupted(
     Args:
         settings: The settings of the service.
         address: Cluster to serve on; None starts a local one with a node per pool.
-        allow_unauthenticated: Listen beyond this machine without a key.
         say: Function that shows a line to the person at the terminal, such as the ready line.
 
     Raises:
         InputError: Model, plan or address cannot be used.
         ClusterError: The cluster cannot hold the service.
     """
-    check_exposure(settings, allow_unauthenticated=allow_unauthenticated)
+    check_exposure(settings)
     if address is None:
         check_port(settings)
     settings = resolved(settings)  # Errors of model or plan are raised before anything starts.
@@ -72,16 +70,6 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def check_exposure(settings: ServiceSettings, *, allow_unauthenticated: bool) -> None:
-    """Raise :class:`InputError` if strangers could use the service and nobody has decided that."""
-    if settings.key_digest or allow_unauthenticated or _is_loopback(settings.host):
-        return
-    raise InputError(
-        f"host {settings.host!r} can be reached from other machines and no API key is set; give "
-        "--api-key, listen on 127.0.0.1, or say --allow-unauthenticated"
-    )
-
-
 def check_port(settings: ServiceSettings) -> None:
     """Raise :class:`InputError` if another program listens; Serve would try again for ever."""
     with socket.socket() as probe:
@@ -93,13 +81,6 @@ def check_port(settings: ServiceSettings) -> None:
                 f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose "
                 "another --port or --host"
             ) from None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _nodes(settings: ServiceSettings) -> list[NodeSpec]:

@@ -9,7 +9,9 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from rayapp.distributed.serve.deploy import IMPORT_PATH
+from rayapp.distributed.serve.exposure import check_exposure
 from rayapp.distributed.serve.settings import ServiceSettings
+from rayapp.errors import InputError
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 
@@ -31,6 +33,10 @@ def test_a_serve_configuration_holds_valid_settings(name):
     settings = ServiceSettings.parse(application.args)
     assert settings.prefill.labels == {"role": "prefill"}
     assert settings.decode.replicas.is_elastic
+    check_exposure(settings, config.http_options.host)
+    if not settings.api_key_digest:
+        with pytest.raises(InputError, match="no API key is set"):
+            check_exposure(settings, "0.0.0.0")
 
 
 def test_every_pool_has_nodes_with_its_label():

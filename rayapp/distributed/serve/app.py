@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
+from rayapp.distributed.serve.exposure import check_exposure, serving_host
 from rayapp.distributed.serve.ingress.ingress import Ingress
 from rayapp.distributed.serve.replicas.replicas import DecodeReplica, PrefillReplica, UnifiedReplica
 from rayapp.distributed.serve.settings import (
@@ -34,8 +35,12 @@ def build(args: dict[str, Any]) -> Application:
 
     Args:
         args: The fields of :class:`ServiceSettings` as plain data.
+
+    Raises:
+        InputError: The settings break a rule, or leave the service open to strangers.
     """
     settings = ServiceSettings.parse(args)
+    check_exposure(settings, serving_host())
     pools = {
         name: serve.deployment(
             _SERVERS[name], name=name, **deployment_options(settings, name, pool)

@@ -112,6 +112,23 @@ class PoolSettings(Strict):
     num_gpus: float = Field(default=0.0, ge=0.0)
     device: str = "cpu"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _on_its_gpus(cls, values: Any) -> Any:
+        """A pool that reserves GPUs computes on them unless it says otherwise."""
+        if isinstance(values, dict) and values.get("num_gpus") and "device" not in values:
+            return {**values, "device": "cuda"}
+        return values
+
+    @model_validator(mode="after")
+    def _uses_what_it_reserves(self) -> PoolSettings:
+        if bool(self.num_gpus) != self.device.startswith("cuda"):
+            raise ValueError(
+                f"device {self.device!r} with num_gpus {self.num_gpus:g}: replicas on a GPU "
+                "reserve GPUs, and others none; correct one of the two"
+            )
+        return self
+
     @property
     def threads(self) -> int:
         """Number of threads that a replica computes with."""
@@ -223,6 +240,10 @@ class ServiceSettings(Strict):
         default=None,
         pattern="^[0-9a-f]{64}$",
         description="SHA-256 of the key in hex, where the key itself must not be written.",
+    )
+    allow_unauthenticated: bool = Field(
+        default=False,
+        description="Let strangers beyond this machine use the service without a key.",
     )
 
     @property

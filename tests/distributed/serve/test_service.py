@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice, product
 
 import pytest
+import ray
 import torch
 from openai import OpenAI
 
+from rayapp.distributed.serve.exposure import serving_host
 from tests.services import KEY
 
 pytestmark = pytest.mark.ray
@@ -147,6 +149,10 @@ def test_a_bad_request_is_refused_and_the_service_goes_on(service):
         service.client.get("/v1/models", headers={"Authorization": "Bearer x"}).status_code == 401
     )
     assert service.complete("fine", max_tokens=2).status_code == 200
+
+
+def test_where_an_application_is_built_it_is_known_where_serve_listens(service):
+    assert ray.get(ray.remote(num_cpus=0)(serving_host).remote()) == service.settings.host
 
 
 def test_an_answer_of_one_token_sends_nothing(service):

@@ -6,7 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from rayapp.cli import app
+from rayapp.distributed.serve.app import build
 from rayapp.distributed.serve.deploy import configuration
+from rayapp.distributed.serve.exposure import check_exposure, serving_host
 from rayapp.distributed.serve.ingress.router import ranks
 from rayapp.distributed.serve.messages import Address
 from rayapp.distributed.serve.settings import ServiceSettings
@@ -41,6 +43,11 @@ def test_the_key_itself_is_never_deployed():
         ({"model": "/m", "decode": {"replicas": "3:1"}}, "decode.replicas: 3:1 has its maximum"),
         ({"model": "/m", "decode": {"replicas": "many"}}, "'many' is no number of replicas"),
         ({"model": "/m", "decode": {"replicas": 0}}, "decode.replicas.minimum: "),
+        (
+            {"model": "/m", "decode": {"num_gpus": 1, "device": "cpu"}},
+            "decode: device 'cpu' with num_gpus 1: replicas on a GPU reserve GPUs",
+        ),
+        ({"model": "/m", "prefill": {"device": "cuda"}}, "prefill: device 'cuda' with num_gpus 0"),
         ({"model": "/m", "deadlines": {"queue_s": 0}}, "deadlines.queue_s: "),
         ({"model": "/m", "images": {"max_images": -1}}, "images.max_images: "),
         ({"model": "/m", "images": {"max_image": 1}}, "images.max_image: "),
@@ -104,3 +111,48 @@ def test_kv_memory_is_read_with_its_unit():
     assert ServiceSettings.parse(settings.model_dump(mode="json")) == settings
     with pytest.raises(InputError, match="kv_memory: could not"):
         ServiceSettings.parse({"model": "m", "kv_memory": "much"})
+
+
+def test_a_pool_computes_on_the_gpus_that_it_reserves():
+    settings = ServiceSettings.parse({"model": "/m", "decode": {"num_gpus": 0.5}})
+    assert (settings.decode.device, settings.prefill.device) == ("cuda", "cpu")
+    assert ServiceSettings.parse(settings.model_dump(mode="json")) == settings
+
+
+@pytest.mark.parametrize(
+    ("host", "settings", "is_open"),
+    [
+        ("0.0.0.0", {}, True),
+        ("10.1.2.3", {}, True),
+        ("::", {}, True),
+        ("example.com", {}, True),
+        ("127.0.0.5", {}, False),
+        ("::1", {}, False),
+        ("localhost", {}, False),
+        ("0.0.0.0", {"api_key": "k"}, False),
+        ("0.0.0.0", {"api_key_digest": "0" * 64}, False),
+        ("0.0.0.0", {"allow_unauthenticated": True}, False),
+        (None, {"host": "0.0.0.0"}, True),
+        (None, {}, False),
+    ],
+)
+def test_strangers_are_let_in_only_by_decision(host, settings, is_open):
+    parsed = ServiceSettings.parse({"model": "/m", **settings})
+    if is_open:
+        with pytest.raises(InputError, match=f"host {host or '0.0.0.0'!r} can be reached"):
+            check_exposure(parsed, host)
+    else:
+        check_exposure(parsed, host)
+
+
+def test_where_serve_does_not_run_the_settings_say_where_it_listens():
+    assert serving_host() is None
+    with pytest.raises(InputError, match="no API key is set"):
+        build({"model": "/m", "host": "0.0.0.0"})
+
+
+def test_a_configuration_that_listens_everywhere_is_refused(monkeypatch):
+    """Serve's own options say so, whatever the settings say."""
+    monkeypatch.setattr("rayapp.distributed.serve.app.serving_host", lambda: "0.0.0.0")
+    with pytest.raises(InputError, match=r"'0\.0\.0\.0' can be reached"):
+        build({"model": "/m"})
