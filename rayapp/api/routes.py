@@ -15,7 +15,13 @@ from rayapp.api.disconnect import EventStream, unless_disconnected
 from rayapp.api.metrics import ApiMetrics, CountResponses
 from rayapp.api.openai.answers import Delta, answer_deltas, collected, merged
 from rayapp.api.openai.prompts import Prompt, PromptReader
-from rayapp.api.openai.replies import ChatFormat, CompletionFormat, Reply, ReplyFormat
+from rayapp.api.openai.replies import (
+    ChatFormat,
+    CompletionFormat,
+    EchoedPrompt,
+    Reply,
+    ReplyFormat,
+)
 from rayapp.api.openai.schema import (
     MAX_BODY_BYTES,
     MAX_BODY_BYTES_WITH_IMAGES,
@@ -107,8 +113,23 @@ class AnswerRoutes:
         )
         requests = self._requests(body, prompts, default=DEFAULT_COMPLETION_TOKENS)
         wants_logprobs = body.num_top_logprobs is not None
-        form = CompletionFormat(self._served.tokenizer, logprobs=wants_logprobs)
+        echoed = await self._echoed(body, prompts) if body.echo else ()
+        form = CompletionFormat(self._served.tokenizer, logprobs=wants_logprobs, echoed=echoed)
         return await self._answer(body, request, requests, form, prefix="cmpl-")
+
+    async def _echoed(
+        self, body: CompletionRequest, prompts: Sequence[Prompt]
+    ) -> list[EchoedPrompt]:
+        """The prompt of every choice, as the client wrote it."""
+        texts = [
+            given if isinstance(given, str) else await self._prompts.text(given)
+            for given in body.prompts
+        ]
+        return [
+            EchoedPrompt(text, prompt.token_ids)
+            for text, prompt in zip(texts, prompts, strict=True)
+            for _ in range(body.n)
+        ]
 
     async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""

@@ -12,7 +12,7 @@ from rayapp.engine.sampling_params import SamplingParams
 from rayapp.settings import ModelSettings
 
 
-@command(max_tokens=64, without=("logprobs",))
+@command(max_tokens=64, without=("logprobs", "prompt_logprobs"))
 def generate(
     model: ModelSettings,
     sampling: SamplingParams,

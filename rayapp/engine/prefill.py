@@ -12,14 +12,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from rayapp.engine.answer import Answer
-from rayapp.engine.request import GenerationRequest, TokenBatch
-from rayapp.engine.sampling import sample
+from rayapp.engine.request import (
+    GenerationRequest,
+    PromptLogprobs,
+    TokenBatch,
+    TokenLogprobs,
+)
+from rayapp.engine.sampling import prompt_logprobs, sample
 from rayapp.errors import PlanError, RequestError
 from rayapp.kv.growing import Pass, PromptKV
 from rayapp.kv.segment import KVSegment
@@ -30,6 +35,9 @@ from rayapp.plan import PruningPlan
 from rayapp.vision.prompt import PromptEmbeddings, text_prompt
 from rayapp.vision.reader import CacheCounts, ImageReader
 
+# Prompt tokens whose logits are in memory together, as many floats each as the vocabulary is large.
+_SCORED_AT_ONCE = 128
+
 
 @dataclass(frozen=True)
 class PrefillOutput:
@@ -37,13 +45,14 @@ class PrefillOutput:
 
     ``firsts`` is empty if decode samples the first tokens (``first_token: decode``). ``segment`` is
     None if every answer ended with its first token (their ``finish_reason`` is set): then no KV
-    travels.
+    travels. ``prompt_logprobs`` are those that the answers' requests ask for.
     """
 
     firsts: tuple[TokenBatch, ...]
     segment: KVSegment | None
     num_prompt_tokens: int
     prefill_s: float
+    prompt_logprobs: PromptLogprobs = ()
 
     @property
     def first(self) -> TokenBatch | None:
@@ -65,6 +74,12 @@ class PrefillRun:
     answers: tuple[Answer, ...]
     kv: PromptKV
     begun_s: float
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+
+    @property
+    def num_best(self) -> int | None:
+        """Alternatives to report beside every prompt token; None if nobody asks for them."""
+        return self.requests[0].sampling.prompt_logprobs
 
     @property
     def num_left(self) -> int:
@@ -183,7 +198,10 @@ class PrefillEngine:
         num_run = num_prefilled(self.plan, prompt.num_tokens)
         answers = tuple(Answer(r, self._eos_token_ids, self._tokenizer) for r in requests)
         kv = PromptKV(self.stack, prompt.positions_T[:num_run])
-        return PrefillRun(requests, prompt, answers, kv, begun_s)
+        run = PrefillRun(requests, prompt, answers, kv, begun_s)
+        if run.num_best is not None:
+            run.prompt_logprobs.append(None)  # Nothing predicts the first token.
+        return run
 
     def advance(self, chunks: Sequence[tuple[PrefillRun, int]]) -> list[PrefillOutput]:
         """Run the next tokens of several prompts in one pass.
@@ -206,6 +224,7 @@ class PrefillEngine:
                 segment=None if _all_end(of_run) else self._segment(run),
                 num_prompt_tokens=run.requests[0].num_prompt_tokens,
                 prefill_s=ended_s - run.begun_s,
+                prompt_logprobs=tuple(run.prompt_logprobs),
             )
             for run, of_run in zip(ended, firsts, strict=True)
         ]
@@ -223,11 +242,23 @@ class PrefillEngine:
             hidden_1TE, row.positions_1T, row, row.masks, real_tokens=row.real_tokens
         )
         row.finish()
+        for run, hidden_CE in zip(runs, hidden_1TE[0].split(counts), strict=True):
+            if run.num_best is not None:
+                self._score_prompt(run, hidden_CE, run.num_best)
         ends = torch.tensor(counts).cumsum(0) - 1
         last_B = ends[[not run.num_left for run in runs]].to(hidden_1TE.device)
         if self.plan.first_token == "decode" or not last_B.numel():
             return None
         return self.stack.logits(hidden_1TE[0, last_B][:, None])[:, 0]
+
+    def _score_prompt(self, run: PrefillRun, hidden_CE: torch.Tensor, num_best: int) -> None:
+        """Add the log-probabilities of the tokens that follow those of a chunk."""
+        token_ids = run.requests[0].prompt_token_ids
+        following = token_ids[len(run.prompt_logprobs) : len(run.prompt_logprobs) + len(hidden_CE)]
+        for start in range(0, len(following), _SCORED_AT_ONCE):
+            part = following[start : start + _SCORED_AT_ONCE]
+            logits_TV = self.stack.logits(hidden_CE[start : start + len(part), None])[:, 0]
+            run.prompt_logprobs += prompt_logprobs(logits_TV, part, num_best)
 
     @torch.inference_mode()
     def _segment(self, run: PrefillRun) -> KVSegment:

@@ -65,6 +65,8 @@ class GenerationRequest:
                 f"{length} prompt tokens and max_tokens={limit} need {length + limit} places, but "
                 f"this model serves at most {max_model_len}; shorten the prompt or lower max_tokens"
             )
+        if self.sampling.prompt_logprobs is not None and self.images:
+            raise RequestError("prompt tokens of images have no log-probabilities; ask for none")
         if self.sampling.min_tokens > limit:
             raise RequestError(
                 f"min_tokens={self.sampling.min_tokens} is more than max_tokens={limit}; lower "
@@ -146,12 +148,17 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+PromptLogprobs = tuple[TokenLogprobs | None, ...]
+"""An entry per prompt token, None for the first, which nothing predicts; empty if nobody asked."""
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """Consecutive answer tokens of one request, the first of them at ``first_index`` of the answer.
 
     The end-of-sequence token is included if it was generated. ``finish_reason`` is set on the last
-    batch. ``logprobs`` has one entry per token if the request wants log-probabilities, else none.
+    batch. ``logprobs`` has one entry per token if the request wants log-probabilities, else none;
+    ``prompt_logprobs`` comes with the first batch of a request that wants them.
     """
 
     request_id: str
@@ -160,6 +167,7 @@ class TokenBatch:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: PromptLogprobs = ()
 
 
 @dataclass
@@ -208,6 +216,7 @@ def merged(batches: Sequence[TokenBatch]) -> TokenBatch:
         token_ids=tuple(token for batch in batches for token in batch.token_ids),
         finish_reason=last.finish_reason,
         logprobs=tuple(entry for batch in batches for entry in batch.logprobs),
+        prompt_logprobs=first.prompt_logprobs,
     )
 
 

@@ -199,6 +199,29 @@ def _best(logits_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     return values_BC, ids_BC.gather(1, place_BC), is_open_BC
 
 
+def prompt_logprobs(
+    logits_TV: torch.Tensor, next_tokens: Sequence[int], num_best: int
+) -> list[TokenLogprobs]:
+    """Log-probabilities of given tokens, each of which follows the token of its row.
+
+    Args:
+        logits_TV: Logits after every token of a text.
+        next_tokens: The tokens that follow them.
+        num_best: Alternatives to report beside each.
+    """
+    tokens_T = torch.tensor(next_tokens, device=logits_TV.device)
+    vocab_size = logits_TV.shape[1]
+    most = min(num_best, vocab_size)
+    count = min(_SORTED_FIRST, vocab_size) if most else 1
+    rows = _log_probabilities(logits_TV, tokens_T, most, count).tolist()
+    unsure = [number for number, row in enumerate(rows) if not row[0]]
+    if unsure:
+        again = _log_probabilities(logits_TV[unsure], tokens_T[unsure], most, vocab_size).tolist()
+        for number, row in zip(unsure, again, strict=True):
+            rows[number] = row
+    return [_entry(row[1:], most, most) for row in rows]
+
+
 def _log_probabilities(
     logits_BV: torch.Tensor, tokens_B: torch.Tensor, most: int, count: int
 ) -> torch.Tensor:

@@ -72,6 +72,12 @@ class SamplingParams(Strict):
         le=20,
         description="Best alternatives that are reported beside each token; none without.",
     )
+    prompt_logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=20,
+        description="Best alternatives that are reported beside each prompt token; none without.",
+    )
 
     @property
     def adjusts_logits(self) -> bool:

@@ -18,7 +18,13 @@ import uvicorn
 from rayapp.api.routes import build_app
 from rayapp.api.service import HealthReport, ReplicaHealth, ServiceDescription
 from rayapp.engine.answer import Answer
-from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch, TokenLogprobs
+from rayapp.engine.request import (
+    GenerationRequest,
+    PromptLogprobs,
+    Timeline,
+    TokenBatch,
+    TokenLogprobs,
+)
 
 EOS = 256
 ANSWER = "The naïve snowman ☃ says: stop, \U0001f600 done."
@@ -92,7 +98,15 @@ class ScriptedService:
         top = request.sampling.logprobs
         entries = [TokenLogprobs(-0.5, ((t, -0.5), (33, -2.0), (200, -3.0))[:top]) for t in tokens]
         logprobs = () if top is None else tuple(entries)
-        return TokenBatch(request.request_id, 0, index, tuple(tokens), reason, logprobs)
+        of_prompt = () if index else self._prompt_logprobs(request)
+        return TokenBatch(request.request_id, 0, index, tuple(tokens), reason, logprobs, of_prompt)
+
+    def _prompt_logprobs(self, request: GenerationRequest) -> PromptLogprobs:
+        top = request.sampling.prompt_logprobs
+        if top is None:
+            return ()
+        ids = request.prompt_token_ids
+        return (None, *(TokenLogprobs(-t / 8, ((t, -t / 8), (34, -40.0))[:top]) for t in ids[1:]))
 
     async def health(self) -> HealthReport:
         replica = ReplicaHealth(

@@ -34,7 +34,6 @@ def refused(reply, status=400):
         ("tools", [{"type": "function"}], []),
         ("tool_choice", "required", "none"),
         ("response_format", {"type": "json_object"}, {"type": "text"}),
-        ("echo", True, False),
         ("best_of", 3, 1),
         ("suffix", "x", None),
         ("chat_template", "{{ 1 }}", None),
@@ -260,3 +259,9 @@ def test_one_failing_answer_ends_its_siblings(http, service, stream):
         refused(reply, 503)
     service.wait_idle()
     assert service.cancelled == 4
+
+
+def test_a_conversation_is_not_echoed(http):
+    assert (
+        "`echo`" in refused(http.post(CHAT, json={"messages": MESSAGES, "echo": True}))["message"]
+    )

@@ -13,6 +13,7 @@ from rayapp.api.service import Service
 from rayapp.engine.request import (
     FinishReason,
     GenerationRequest,
+    PromptLogprobs,
     Timeline,
     TokenBatch,
     TokenLogprobs,
@@ -29,6 +30,7 @@ class Delta:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
+    prompt_logprobs: PromptLogprobs = ()
 
 
 @dataclass
@@ -39,6 +41,7 @@ class AnswerText:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    prompt_logprobs: PromptLogprobs = ()
 
     def add(self, delta: Delta) -> None:
         """Append a delta."""
@@ -46,6 +49,7 @@ class AnswerText:
         self.token_ids.extend(delta.token_ids)
         self.logprobs.extend(delta.logprobs)
         self.finish_reason = delta.finish_reason or self.finish_reason
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
 
 
 BatchObserver = Callable[[Timeline, TokenBatch], None]
@@ -75,7 +79,14 @@ class _Growing:
         released = self._text.push(batch.token_ids)
         if batch.finish_reason:
             released += self._text.flush()
-        return Delta(self._index, released, batch.token_ids, batch.logprobs, batch.finish_reason)
+        return Delta(
+            self._index,
+            released,
+            batch.token_ids,
+            batch.logprobs,
+            batch.finish_reason,
+            batch.prompt_logprobs,
+        )
 
 
 async def answer_deltas(

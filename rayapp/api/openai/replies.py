@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pydantic_core import to_json
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rayapp.api.openai.answers import AnswerText, Delta
 from rayapp.api.openai.token_text import best_alternatives, finite, token_text
 from rayapp.api.refusals import error_body_of
-from rayapp.engine.request import TokenLogprobs
+from rayapp.engine.request import PromptLogprobs, TokenLogprobs
 
 Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
@@ -42,36 +43,76 @@ class ReplyFormat(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class EchoedPrompt:
+    """A prompt that is repeated before its answers, as text and as tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
 class CompletionFormat:
-    """Writes the choices of one ``/v1/completions`` reply; keeps the text offsets of its stream."""
+    """Writes the choices of one ``/v1/completions`` reply; keeps the text offsets of its stream.
+
+    Args:
+        tokenizer: The served model's tokenizer.
+        logprobs: Whether log-probabilities are wanted.
+        echoed: The prompt of every choice, if prompts are wanted before their answers.
+    """
 
     whole = chunk = "text_completion"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, logprobs: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        logprobs: bool,
+        echoed: Sequence[EchoedPrompt] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._logprobs = logprobs
+        self._echoed = dict(enumerate(echoed))
         self._offsets: dict[int, int] = {}
 
     def choice(self, index: int, answer: AnswerText) -> Json:
         """Return one complete choice."""
-        logprobs = self._write_logprobs(index, answer.token_ids, answer.logprobs)
-        return self._write(index, answer.text, logprobs, answer.finish_reason)
+        (choice,) = self.pieces(
+            Delta(
+                index,
+                answer.text,
+                tuple(answer.token_ids),
+                tuple(answer.logprobs),
+                answer.finish_reason,
+                answer.prompt_logprobs,
+            )
+        )
+        return choice
 
     def pieces(self, delta: Delta) -> list[Json]:
-        """Return at most one choice per delta."""
-        if not (delta.text or delta.finish_reason or self._logprobs):
+        """Return at most one choice per delta; the first of an answer begins with its prompt."""
+        prompt = self._echoed.pop(delta.index, EchoedPrompt("", ()))
+        text = prompt.text + delta.text
+        if not (text or delta.finish_reason or self._logprobs):
             return []
-        logprobs = self._write_logprobs(delta.index, delta.token_ids, delta.logprobs)
-        return [self._write(delta.index, delta.text, logprobs, delta.finish_reason)]
-
-    def _write(self, index: int, text: str, logprobs: Json | None, reason: str | None) -> Json:
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        logprobs = None
+        if self._logprobs:
+            of_prompt = delta.prompt_logprobs if prompt.token_ids else ()
+            logprobs = self._write_logprobs(
+                delta.index, prompt.token_ids + delta.token_ids, of_prompt + delta.logprobs
+            )
+        return [
+            {
+                "index": delta.index,
+                "text": text,
+                "logprobs": logprobs,
+                "finish_reason": delta.finish_reason,
+            }
+        ]
 
     def _write_logprobs(
-        self, index: int, token_ids: Sequence[int], entries: Sequence[TokenLogprobs]
-    ) -> Json | None:
-        if not self._logprobs:
-            return None
+        self, index: int, token_ids: Sequence[int], entries: PromptLogprobs
+    ) -> Json:
+        """Write tokens with their log-probabilities; those of a first prompt token are null."""
         tokens = [token_text(self._tokenizer, token_id).text for token_id in token_ids]
         offsets, offset = [], self._offsets.get(index, 0)
         for token in tokens:
@@ -80,9 +121,9 @@ class CompletionFormat:
         self._offsets[index] = offset
         return {
             "tokens": tokens,
-            "token_logprobs": [finite(entry.logprob) for entry in entries],
+            "token_logprobs": [entry and finite(entry.logprob) for entry in entries],
             "top_logprobs": [
-                best_alternatives(self._tokenizer, token_id, entry)
+                entry and best_alternatives(self._tokenizer, token_id, entry)
                 for token_id, entry in zip(token_ids, entries, strict=True)
             ],
             "text_offset": offsets,

@@ -80,10 +80,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _refuse_unsupported(values: Any) -> Any:
+def _refuse_unsupported(values: Any, honoured: frozenset[str]) -> Any:
     if not isinstance(values, dict):
         return values
-    for name in values.keys() & NEUTRAL.keys():
+    for name in (values.keys() & NEUTRAL.keys()) - honoured:
         if not any(values[name] == neutral for neutral in NEUTRAL[name]):
             raise ValueError(f"`{name}` is not supported by this server; leave it out")
     count, best_of = values.get("n") or 1, values.get("best_of")
@@ -156,6 +156,8 @@ class AnswerRequest(_Request):
         }
     )
 
+    _honoured: ClassVar[frozenset[str]] = frozenset()
+
     model: Name | None = None
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
@@ -179,7 +181,7 @@ class AnswerRequest(_Request):
     @model_validator(mode="before")
     @classmethod
     def _supported(cls, values: Any) -> Any:
-        values = _refuse_unsupported(values)
+        values = _refuse_unsupported(values, cls._honoured)
         if isinstance(values, dict):
             return {k: v for k, v in values.items() if v is not None or k not in cls._nullable}
         return values
@@ -193,6 +195,11 @@ class AnswerRequest(_Request):
     @property
     def num_top_logprobs(self) -> int | None:
         """Alternatives to report beside every token; None if no log-probabilities are wanted."""
+        return None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Alternatives to report beside every prompt token; None if none are wanted."""
         return None
 
     @property
@@ -221,6 +228,7 @@ class AnswerRequest(_Request):
                 logit_bias=self.logit_bias,
                 ignore_eos=self.ignore_eos,
                 logprobs=self.num_top_logprobs,
+                prompt_logprobs=self.num_prompt_logprobs,
             )
             for choice in range(self.n)
         ]
@@ -235,6 +243,10 @@ class CompletionRequest(AnswerRequest):
         AfterValidator(_encodable),
     ]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = Field(default=False, description="repeat the prompt before its answer")
+
+    _nullable: ClassVar[frozenset[str]] = AnswerRequest._nullable | {"echo"}
+    _honoured: ClassVar[frozenset[str]] = frozenset({"echo"})
 
     @model_validator(mode="after")
     def _bounded(self) -> CompletionRequest:
@@ -259,6 +271,11 @@ class CompletionRequest(AnswerRequest):
     def num_top_logprobs(self) -> int | None:
         """Alternatives to report beside every token; None if no log-probabilities are wanted."""
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Alternatives to report beside every prompt token; None if none are wanted."""
+        return self.logprobs if self.echo else None
 
 
 class ImageUrl(_Request):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rayapp.engine.request import PromptRequests, TokenBatch
+from rayapp.engine.request import PromptLogprobs, PromptRequests, TokenBatch
 from rayapp.errors import UnavailableError
 from rayapp.kv.wire import Envelope, MessageSizes
 from rayapp.plan import ModelSignature, PruningPlan
@@ -74,6 +74,7 @@ class PrefillAnswer:
         queue_s: Seconds that the request waited for its turn.
         prefill_s: Seconds that the prefill took.
         num_visual_tokens_removed: Number of image tokens that were not run.
+        prompt_logprobs: Log-probabilities of the prompt's tokens, if the requests ask for them.
     """
 
     place: Place
@@ -82,6 +83,7 @@ class PrefillAnswer:
     queue_s: float
     prefill_s: float
     num_visual_tokens_removed: int = 0
+    prompt_logprobs: PromptLogprobs = ()
 
 
 @dataclass(frozen=True)

@@ -243,3 +243,40 @@ def test_token_ids_become_text_again(http):
     for wrong in ([300], [-1], ["a"], [1.5], None):
         assert http.post("/detokenize", json={"tokens": wrong}).status_code == 400
     assert http.post("/detokenize", json={"model": "x", "tokens": [1]}).status_code == 404
+
+
+def test_an_echoed_prompt_comes_before_its_answer(client, service, byte_tokenizer):
+    """As lm-evaluation-harness asks: one entry per token of both, the first of them null."""
+    body = {"prompt": ["hi ☃", "b"], "max_tokens": 2, "n": 2}
+    reply = client.completions.create(model="tiny", echo=True, logprobs=1, **body)
+    texts = [choice.text for choice in reply.choices]
+    assert texts == ["hi ☃Th", "hi ☃Th", "bTh", "bTh"]
+    logprobs = reply.choices[0].logprobs
+    ids = "hi ☃".encode()
+    assert logprobs.token_logprobs == [None, *(-t / 8 for t in ids[1:]), -0.5, -0.5]
+    assert logprobs.top_logprobs[0] is None
+    assert logprobs.top_logprobs[1] == {"i": -ids[1] / 8}
+    assert logprobs.tokens[:2] == ["h", "i"]
+    assert [len(v) for v in (logprobs.tokens, logprobs.top_logprobs, logprobs.text_offset)] == [
+        8
+    ] * 3
+    assert reply.choices[2].logprobs.token_logprobs == [None, -0.5, -0.5]
+    assert reply.usage.completion_tokens == 8
+    sums = streamed(client, echo=True, logprobs=1, **body)
+    assert sums.texts == dict(enumerate(texts))
+    entries = [
+        entry
+        for chunk in sums.chunks
+        for choice in chunk.choices
+        if choice.index == 0
+        for entry in choice.logprobs.token_logprobs
+    ]
+    assert entries == logprobs.token_logprobs
+
+
+def test_an_echo_needs_no_log_probabilities(client, service):
+    reply = client.completions.create(model="tiny", prompt=[104, 105], echo=True, max_tokens=1)
+    assert reply.choices[0].text == "hiT"
+    assert reply.choices[0].logprobs is None
+    assert service.requests[0].sampling.prompt_logprobs is None
+    assert streamed(client, prompt="hi", echo=True, max_tokens=1).texts == {0: "hiT"}

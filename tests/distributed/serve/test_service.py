@@ -151,6 +151,26 @@ def test_a_bad_request_is_refused_and_the_service_goes_on(service):
     assert service.complete("fine", max_tokens=2).status_code == 200
 
 
+def test_echoed_prompts_have_the_models_log_probabilities(service, model):
+    """What lm-evaluation-harness reads, on prompts in several chunks too."""
+    asked = [prompt for prompt in prompts(9) if len(prompt) > 1]
+    body = {"max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+    reply = service.complete(asked, **body).json()
+    for prompt, choice in zip(asked, reply["choices"], strict=True):
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([prompt])).logits[0]
+        logprobs_TV = logits_TV.double().log_softmax(-1)
+        first, *others = choice["logprobs"]["token_logprobs"]
+        assert first is None
+        following = [*prompt[1:], int(logprobs_TV[-1].argmax())]
+        want = [row[token].item() for row, token in zip(logprobs_TV, following, strict=True)]
+        assert others == pytest.approx(want, abs=1e-4)
+        for row, token, own, best in zip(
+            logprobs_TV, following, others, choice["logprobs"]["top_logprobs"][1:], strict=True
+        ):
+            assert (max(best.values()) == own) == (int(row.argmax()) == token)
+
+
 def test_where_an_application_is_built_it_is_known_where_serve_listens(service):
     assert ray.get(ray.remote(num_cpus=0)(serving_host).remote()) == service.settings.host
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from rayapp.distributed.serve.messages import PrefillAnswer
-from rayapp.engine.request import PromptRequests, Timeline, TokenBatch, after
+from rayapp.engine.request import PromptLogprobs, PromptRequests, Timeline, TokenBatch, after
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Answering:
         admitted: Called once decode has taken the prompt over.
         sent: The tokens of every answer that the client has, by request id.
         ended: Request ids of complete answers.
+        prompt_logprobs: Those of the prompt, which go out with the first batch of every answer.
     """
 
     prompt: PromptRequests
@@ -28,6 +29,7 @@ class Answering:
     admitted: Callable[[], None]
     sent: dict[str, list[int]] = field(default_factory=dict)
     ended: set[str] = field(default_factory=set)
+    prompt_logprobs: PromptLogprobs = ()
 
     @property
     def is_complete(self) -> bool:
@@ -43,13 +45,16 @@ class Answering:
         sent = self.sent.setdefault(batch.request_id, [])
         new = after(batch, len(sent))
         if new is not None:
+            if not sent:
+                new = replace(new, prompt_logprobs=self.prompt_logprobs)
             sent.extend(new.token_ids)
             if new.finish_reason:
                 self.ended.add(batch.request_id)
         return new
 
     def mark_prefill(self, answer: PrefillAnswer) -> None:
-        """Mark the first prefill's begin and end on this process's clock."""
+        """Mark the first prefill's begin and end on this process's clock; keep what it found."""
+        self.prompt_logprobs = answer.prompt_logprobs
         now_s = time.monotonic()
         for timeline in self.timelines.values():
             if timeline.prefill_finished_s is None:

@@ -106,6 +106,7 @@ class PrefillServer:
             queue_s=time.monotonic() - began_s - output.prefill_s,
             prefill_s=output.prefill_s,
             num_visual_tokens_removed=0 if segment is None else segment.num_visual_tokens_removed,
+            prompt_logprobs=output.prompt_logprobs,
         )
         if segment is not None:
             envelope = versions.envelope(*prompt.key)
