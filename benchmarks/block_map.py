@@ -25,7 +25,7 @@ from rayapp.data.published_sets import write_files
 from rayapp.errors import InputError
 from rayapp.evaluation.paper.pictures import BlockMap
 from rayapp.evaluation.progress import shown_progress
-from rayapp.models.loading import load_tokenizer
+from rayapp.models.tokenizer import load_tokenizer
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.workflows.sensitivity import map_blocks

@@ -42,8 +42,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from rayapp.data.lines import TokenizedLine
+from rayapp.models.architecture import DTYPES
 from rayapp.models.blocks import decoder_blocks
-from rayapp.models.loading import DTYPES
 from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.candidates.space import Space
 from rayapp.pruning.evaluator.calibration import Calibration, cut

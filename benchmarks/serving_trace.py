@@ -42,7 +42,7 @@ from rayapp.distributed.cluster.local import local_cluster
 from rayapp.distributed.serve.deploy import running_service
 from rayapp.distributed.serve.settings import ServiceSettings
 from rayapp.errors import InputError
-from rayapp.models.loading import load_tokenizer
+from rayapp.models.tokenizer import load_tokenizer
 
 _MODES = ("unified", "disaggregated")
 Load = Callable[[Client], Coroutine[Any, Any, list[Reply]]]

@@ -35,7 +35,7 @@ from visual.speed import report
 from visual.summary import summarise
 
 from rayapp.errors import InputError
-from rayapp.models.loading import DTYPES
+from rayapp.models.architecture import DTYPES
 from rayapp.plan import VisualTokens
 
 ENOUGH_RUNS = 30

@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from rayapp import __version__
 from rayapp.errors import InputError, ModelError, PlanError
-from rayapp.models.blocks import MULTIMODAL_TYPES, text_config
+from rayapp.models.architecture import MULTIMODAL_TYPES, text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.fingerprints.fingerprint import canonical_name
 from rayapp.models.formats.origin import read_origin

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayapp.models.loading import DTYPES
+from rayapp.models.architecture import DTYPES
 from rayapp.testbed import text_model_path, vision_model_path
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -7,7 +7,8 @@ from argparse import Namespace
 import torch
 from transformers import PreTrainedModel
 
-from rayapp.models.loading import DTYPES, load_model
+from rayapp.models.architecture import DTYPES
+from rayapp.models.loading import load_model
 from shapes.llama import random_llama
 
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch
 from rayapp.plan import PruningPlan
+from rayapp.vision.cache import CacheCounts
 from rayapp.vision.inputs import ImageIntake
-from rayapp.vision.reader import CacheCounts
 
 Pool = Literal["prefill", "decode", "unified"]
 

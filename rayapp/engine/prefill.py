@@ -32,8 +32,9 @@ from rayapp.kv.select import num_prefilled, select_segment
 from rayapp.models.many_tokens import ManyTokensStack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
+from rayapp.vision.cache import CacheCounts
 from rayapp.vision.prompt import PromptEmbeddings, text_prompt
-from rayapp.vision.reader import CacheCounts, ImageReader
+from rayapp.vision.reader import ImageReader
 
 # Prompt tokens whose logits are in memory together, as many floats each as the vocabulary is large.
 _SCORED_AT_ONCE = 128

@@ -18,7 +18,8 @@ from rayapp.engine.request import GenerationRequest, Timeline, TokenBatch
 from rayapp.kv.ledger import KVShape, Route, TransferRecord, TransferTimes, account
 from rayapp.kv.segment import KVSegment
 from rayapp.kv.wire import Envelope, message_sizes, pack, unpack
-from rayapp.models.blocks import signature_of, text_config
+from rayapp.models.architecture import text_config
+from rayapp.models.blocks import signature_of
 from rayapp.models.loading import eos_token_ids
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan

@@ -35,10 +35,10 @@ from rayapp.evaluation.result import (
 )
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.evaluation.sides import Sides
-from rayapp.models.blocks import text_config
+from rayapp.models.architecture import text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.hub import from_directory
-from rayapp.models.loading import load_tokenizer
+from rayapp.models.tokenizer import load_tokenizer
 from rayapp.plan import PruningPlan
 from rayapp.vision.inputs import ImageIntake
 

@@ -23,7 +23,7 @@ from rayapp.errors import IntegrityError
 from rayapp.kv.cache import StackShape, held_entries
 from rayapp.kv.quantize import buffer_sizes
 from rayapp.kv.wire import MessageSizes
-from rayapp.models.blocks import head_dim, sliding_windows, text_config
+from rayapp.models.architecture import head_dim, sliding_windows, text_config
 from rayapp.plan import PruningPlan
 
 RECENT_RECORDS = 1000

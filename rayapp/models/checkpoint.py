@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from rayapp.errors import ModelError
-from rayapp.models.blocks import check_supported, fingerprint_names, signature_from
+from rayapp.models.architecture import check_supported, fingerprint_names, signature_from
 from rayapp.models.fingerprints.digest_cache import MIN_BYTES, WeightFiles
 from rayapp.models.fingerprints.fingerprint import weights_digest
 from rayapp.models.formats.origin import GGUF_REMEDY

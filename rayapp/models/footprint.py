@@ -18,8 +18,14 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedConfig
 
-from rayapp.models.blocks import check_supported, head_dim, sliding_windows, text_config
-from rayapp.models.loading import Part, compute_dtype, empty_model, needed_names, stages_of
+from rayapp.models.architecture import (
+    check_supported,
+    compute_dtype,
+    head_dim,
+    sliding_windows,
+    text_config,
+)
+from rayapp.models.loading import Part, empty_model, needed_names, stages_of
 from rayapp.models.many_tokens import TOKENS_AT_ONCE
 from rayapp.models.products.packed import PACKED_TYPES
 from rayapp.plan import PruningPlan, Stage

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from accelerate.utils import get_balanced_memory, set_module_tensor_to_device
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,23 +20,20 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from rayapp.errors import ModelError
-from rayapp.models.blocks import MULTIMODAL_TYPES, apply_modes, find_decoder, text_config
-from rayapp.models.checkpoint import CONFIG_FILE, Checkpoint, read_config
+from rayapp.models.architecture import DTYPES, MULTIMODAL_TYPES, compute_dtype
+from rayapp.models.blocks import apply_modes, find_decoder
+from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.fingerprints.fingerprint import canonical_name
 from rayapp.models.formats.quantised import check_plain
 from rayapp.models.healed import HealedWeights, attach, attached_bytes
 from rayapp.models.products.stages import pack_stages
+from rayapp.models.tokenizer import load_tokenizer
 from rayapp.plan import STAGES, ModelSignature, PruningPlan, Stage
 from rayapp.settings import DType
 
 logger = logging.getLogger(__name__)
 
 Part = Literal["prefill", "decode", "unified"]
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 @dataclass(frozen=True)
@@ -112,60 +107,9 @@ def load_model(
     return LoadedModel(model, tokenizer, signature, Path(path), loaded)
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model directory.
-
-    It also gets the chat template that some models keep beside it for their processor.
-
-    Raises:
-        ModelError: There is no tokenizer, or it has ids for which the model has no embedding.
-    """
-    tokenizer = _read_tokenizer(path)
-    if (Path(path) / CONFIG_FILE).is_file():
-        _check_vocabulary(path, text_config(read_config(Path(path))).vocab_size, tokenizer)
-    return tokenizer
-
-
-def _check_vocabulary(
-    path: str | Path, num_embeddings: int, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Refuse a tokenizer with ids beyond the embeddings; spare embeddings do no harm."""
-    vocabulary = tokenizer.get_vocab()
-    beyond = [token for token, number in vocabulary.items() if number >= num_embeddings]
-    if beyond:
-        first = min(beyond, key=vocabulary.__getitem__)
-        raise ModelError(
-            f"{path}: the tokenizer has ids up to {max(vocabulary.values())}, and the model only "
-            f"{num_embeddings} embeddings (first without: {first!r}, id {vocabulary[first]}); give "
-            "the tokenizer that the model was trained with, or resize_token_embeddings"
-        )
-
-
-def _read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-        beside = Path(path) / "chat_template.json"
-        if not tokenizer.chat_template and beside.is_file():
-            tokenizer.chat_template = json.loads(beside.read_text("utf-8"))["chat_template"]
-        return tokenizer
-    except Exception as error:  # noqa: BLE001 - whatever a foreign parser raises is the user's file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"{path}: no usable tokenizer ({reason}); save one beside the model"
-        ) from None
-
-
 def read_signature(path: str | Path) -> ModelSignature:
     """Read the signature of a checkpoint, see :meth:`Checkpoint.signature`."""
     return Checkpoint(path).signature()
-
-
-def compute_dtype(config: PreTrainedConfig, dtype: str = "auto") -> torch.dtype:
-    """Element type in which a model is loaded; ``auto`` takes the checkpoint's own."""
-    own = config.dtype or torch.float32
-    return DTYPES.get(dtype) or (DTYPES[own] if isinstance(own, str) else own)
 
 
 def empty_model(config: PreTrainedConfig, dtype: DType = "auto") -> PreTrainedModel:

@@ -15,14 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rayapp.errors import ModelError
+from rayapp.models.architecture import head_dim, sliding_windows, text_config
 from rayapp.models.attention import PACKED_SDPA
-from rayapp.models.blocks import (
-    apply_stage,
-    find_decoder,
-    head_dim,
-    sliding_windows,
-    text_config,
-)
+from rayapp.models.blocks import apply_stage, find_decoder
 from rayapp.models.products.packed import weight_of
 from rayapp.models.real_tokens import RealTokens
 from rayapp.plan import PruningPlan, Stage

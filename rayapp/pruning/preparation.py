@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from rayapp.data.lines import ImageLine, read_lines
 from rayapp.errors import DataError, InputError
-from rayapp.models.blocks import MULTIMODAL_TYPES, decoder_blocks, text_config
+from rayapp.models.architecture import MULTIMODAL_TYPES, text_config
+from rayapp.models.blocks import decoder_blocks
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.hub import locate
-from rayapp.models.loading import load_model, load_tokenizer
+from rayapp.models.loading import load_model
 from rayapp.models.products.packed import pack_products
+from rayapp.models.tokenizer import load_tokenizer
 from rayapp.plan import ModelSignature
 from rayapp.pruning.evaluator.calibration import Calibration, load_calibration
 from rayapp.pruning.evaluator.evaluator import Evaluator

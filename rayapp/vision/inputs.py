@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import PreTrainedConfig
 
 from rayapp.errors import RequestError
-from rayapp.models.blocks import MULTIMODAL_TYPES
+from rayapp.models.architecture import MULTIMODAL_TYPES
 from rayapp.vision.images import DecodedImage, check_number, decode_image
 from rayapp.vision.layout import image_layout
 from rayapp.vision.limits import ImageLimits

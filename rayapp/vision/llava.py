@@ -18,7 +18,7 @@ import torch
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from rayapp.errors import ModelError, PlanError
-from rayapp.models.blocks import MULTIMODAL_TYPES
+from rayapp.models.architecture import MULTIMODAL_TYPES
 from rayapp.models.stack import BlockStack
 from rayapp.plan import VisualTokens
 from rayapp.vision.attention import captured_cls_attention, last_token_attention

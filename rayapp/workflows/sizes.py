@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rayapp.distributed.serve.settings import SizeSettings
-from rayapp.models.blocks import text_config
+from rayapp.models.architecture import text_config
 from rayapp.models.checkpoint import read_config
 from rayapp.models.footprint import Footprint, Limits, footprint, parts_of
 from rayapp.models.hub import locate

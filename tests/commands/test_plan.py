@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from rayapp.cli import app
 from rayapp.errors import InputError, PlanError, RayappError
 from rayapp.evaluation.report.findings import gather
-from rayapp.models.blocks import signature
+from rayapp.models.architecture import signature
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.fingerprints.sampled_fingerprint import sampled_fingerprint
 from rayapp.models.loading import load_model, read_signature

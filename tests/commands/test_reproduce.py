@@ -16,7 +16,7 @@ from rayapp.evaluation.paper.presets import OURS, TABLES
 from rayapp.evaluation.paper.rows import row_sizes, search_settings
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.progress import shown_progress
-from rayapp.models.blocks import signature
+from rayapp.models.architecture import signature
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.fingerprints.sampled_fingerprint import sampled_fingerprint
 from rayapp.plan import PruningPlan

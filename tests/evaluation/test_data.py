@@ -12,7 +12,8 @@ from rayapp.evaluation.data import EvaluationData, read_data
 from rayapp.evaluation.evaluate import evaluate
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.evaluation.table import markdown
-from rayapp.models.loading import load_tokenizer, read_signature
+from rayapp.models.loading import read_signature
+from rayapp.models.tokenizer import load_tokenizer
 from rayapp.plan import Mode, PruningPlan, StagePlan
 
 SETTINGS = EvaluationSettings(num_runs=0, num_resamples=100, max_rollout_tokens=5)

@@ -24,7 +24,8 @@ from rayapp.evaluation.pieces import compute
 from rayapp.evaluation.result import EvaluationResult
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.evaluation.table import markdown
-from rayapp.models.loading import load_model, load_tokenizer, read_signature
+from rayapp.models.loading import load_model, read_signature
+from rayapp.models.tokenizer import load_tokenizer
 from rayapp.plan import KVTransfer, PruningPlan, VisualTokens
 from rayapp.vision.inputs import ImageIntake
 from rayapp.vision.llava import load_image_processor

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayapp.export import export_stage
 from rayapp.models import shards
-from rayapp.models.blocks import sliding_windows
+from rayapp.models.architecture import sliding_windows
 from rayapp.models.formats.origin import Origin, read_origin
 from rayapp.models.hub import from_directory
 from rayapp.models.loading import read_signature

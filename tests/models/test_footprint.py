@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaConfig
 
 from rayapp.errors import PlanError
-from rayapp.models.blocks import signature, signature_of
+from rayapp.models.architecture import signature
+from rayapp.models.blocks import signature_of
 from rayapp.models.footprint import Limits, footprint, parts_of
 from rayapp.models.loading import load_model
 from rayapp.plan import PruningPlan

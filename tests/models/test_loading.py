@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 from rayapp.errors import ModelError, PlanError
 from rayapp.models import checkpoint as checkpoint_module
 from rayapp.models.blocks import signature_of
-from rayapp.models.loading import load_model, load_tokenizer, read_signature
+from rayapp.models.loading import load_model, read_signature
 from rayapp.models.stack import BlockStack
+from rayapp.models.tokenizer import load_tokenizer
 from rayapp.plan import PruningPlan
 
 

@@ -32,7 +32,7 @@ from rayapp.errors import ClusterError
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.healed import HealedWeights
 from rayapp.models.hub import locate
-from rayapp.models.loading import load_tokenizer
+from rayapp.models.tokenizer import load_tokenizer
 from rayapp.plan import PruningPlan
 from rayapp.vision.selection import check_rule
 

@@ -19,11 +19,11 @@ from rayapp.data.image_lines import TokenizedImageLine
 from rayapp.models.stack import BlockStack
 from rayapp.plan import VisualTokens
 from rayapp.vision.attention import last_token_attention
+from rayapp.vision.cache import ImageCache
 from rayapp.vision.images import decode_file
 from rayapp.vision.limits import ImageLimits
 from rayapp.vision.llava import LlavaAdapter
 from rayapp.vision.prompt import PromptEmbeddings, assemble
-from rayapp.vision.reader import ImageCache
 from rayapp.vision.selection import EncodedImage, keep_places
 
 WORDLESS = frozenset({"diversity", "random", "grid", "downsampling", "divprune", "cls_attention"})

@@ -30,10 +30,11 @@ from rayapp.evaluation.visual.result import (
     VisualSample,
     exact_match,
 )
-from rayapp.models.blocks import text_config
+from rayapp.models.architecture import text_config
 from rayapp.models.checkpoint import Checkpoint
-from rayapp.models.loading import load_model, load_tokenizer
+from rayapp.models.loading import load_model
 from rayapp.models.stack import BlockStack
+from rayapp.models.tokenizer import load_tokenizer
 from rayapp.plan import PruningPlan, VisualTokens
 from rayapp.settings import DType, Settings
 from rayapp.vision.images import decode_file

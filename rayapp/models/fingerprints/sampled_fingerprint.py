@@ -10,7 +10,7 @@ import hashlib
 
 import torch
 
-from rayapp.models.blocks import MULTIMODAL_TYPES, text_config
+from rayapp.models.architecture import MULTIMODAL_TYPES, text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.fingerprints.fingerprint import canonical_name
 

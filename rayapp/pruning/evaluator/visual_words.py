@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rayapp.data.image_lines import ImageLineReader, TokenizedImageLine
 from rayapp.data.lines import ImageLine, TokenizedLine
 from rayapp.errors import DataError, IntegrityError, PlanError, RequestError
-from rayapp.models.blocks import find_decoder, sliding_windows, text_config
+from rayapp.models.architecture import sliding_windows, text_config
+from rayapp.models.blocks import find_decoder
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.loading import load_model
 from rayapp.models.stack import BlockStack

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from rayapp.data.lines import TokenizedLine
 from rayapp.errors import DataError, SearchError
-from rayapp.models.blocks import text_config
+from rayapp.models.architecture import text_config
 from rayapp.models.fingerprints.fingerprint import canonical_name
 from rayapp.models.products.joined import unpack
 from rayapp.models.stack import BlockStack

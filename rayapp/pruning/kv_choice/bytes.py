@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from rayapp.kv.forecast import RunPrompt, forecast_envelope, forecast_sizes
 from rayapp.kv.ledger import KVShape
-from rayapp.models.loading import compute_dtype
+from rayapp.models.architecture import compute_dtype
 from rayapp.plan import KVTransfer, PruningPlan
 
 

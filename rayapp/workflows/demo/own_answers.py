@@ -24,7 +24,7 @@ from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import InputError
 from rayapp.evaluation.evaluate import num_threads
 from rayapp.evaluation.progress import shown_progress
-from rayapp.models.blocks import text_config
+from rayapp.models.architecture import text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.hub import locate
 from rayapp.models.loading import LoadedModel, load_model

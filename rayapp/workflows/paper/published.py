@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rayapp.data.published_sets import write_files
 from rayapp.evaluation.paper.settings import PUBLISHED, ReproduceSettings
-from rayapp.models.loading import load_tokenizer
+from rayapp.models.tokenizer import load_tokenizer
 
 DATA_DIRECTORY = "data"
 

@@ -42,10 +42,10 @@ from rayapp.evaluation.pieces.measurer import Measurer
 from rayapp.evaluation.progress import ProgressCallback as EvaluationProgress
 from rayapp.evaluation.result import LatencyResult
 from rayapp.evaluation.sides import Sides
-from rayapp.models.blocks import text_config
+from rayapp.models.architecture import text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.hub import from_directory, locate
-from rayapp.models.loading import load_tokenizer
+from rayapp.models.tokenizer import load_tokenizer
 from rayapp.plan import PruningPlan, is_outdated, renewal_hint
 from rayapp.pruning.progress import ProgressCallback as SearchProgress
 from rayapp.pruning.search.sensitivity import Sensitivity

@@ -13,7 +13,7 @@ from rayapp.errors import DataError
 from rayapp.evaluation.evaluate import evaluate
 from rayapp.evaluation.measures.answers import judge_answers
 from rayapp.evaluation.settings import EvaluationSettings
-from rayapp.models.loading import load_tokenizer
+from rayapp.models.tokenizer import load_tokenizer
 
 SETTINGS = EvaluationSettings(num_runs=0, num_resamples=100)
 

@@ -11,14 +11,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from rayapp.export import export_stage
-from rayapp.models.blocks import MULTIMODAL_TYPES, SUPPORTED_TYPES, signature_of, sliding_windows
-from rayapp.models.blocks import text_config as text_config_of
+from rayapp.models.architecture import (
+    MULTIMODAL_TYPES,
+    SUPPORTED_TYPES,
+    compute_dtype,
+    sliding_windows,
+)
+from rayapp.models.architecture import text_config as text_config_of
+from rayapp.models.blocks import signature_of
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.fingerprints import fingerprint as fingerprint_module
 from rayapp.models.fingerprints.fingerprint import weights_digest
 from rayapp.models.fingerprints.kv_settings import kv_settings
 from rayapp.models.fingerprints.sampled_fingerprint import sampled_fingerprint
-from rayapp.models.loading import compute_dtype, load_model, read_signature
+from rayapp.models.loading import load_model, read_signature
 from rayapp.plan import PruningPlan
 from rayapp.testbed import text_model_path, vision_model_path
 

@@ -19,7 +19,8 @@ from transformers import (
 from rayapp.errors import ModelError
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.hub import locate
-from rayapp.models.loading import load_model, load_tokenizer
+from rayapp.models.loading import load_model
+from rayapp.models.tokenizer import load_tokenizer
 
 SMALL = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

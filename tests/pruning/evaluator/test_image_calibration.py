@@ -18,7 +18,8 @@ from rayapp.engine.local import ImagePrompt, LocalPipeline
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import DataError, InputError, IntegrityError, PlanError
 from rayapp.models.likelihood import kl
-from rayapp.models.loading import LoadedModel, load_model, load_tokenizer
+from rayapp.models.loading import LoadedModel, load_model
+from rayapp.models.tokenizer import load_tokenizer
 from rayapp.plan import KVTransfer, PruningPlan, VisualTokens
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.evaluator.calibration import Calibration, cut, load_calibration

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rayapp.data.lines import TokenizedLine
-from rayapp.models.blocks import sliding_windows
+from rayapp.models.architecture import sliding_windows
 from rayapp.plan import KVTransfer
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.evaluator.calibration import cut

@@ -24,10 +24,10 @@ from rayapp.distributed.serve.settings import (
     ServiceSettings,
 )
 from rayapp.kv.ledger import KVShape, Ledger
-from rayapp.models.blocks import text_config
+from rayapp.models.architecture import compute_dtype, text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.hub import locate
-from rayapp.models.loading import compute_dtype, load_tokenizer
+from rayapp.models.tokenizer import load_tokenizer
 from rayapp.plan import PruningPlan
 from rayapp.vision.inputs import ImageIntake
 

@@ -14,7 +14,7 @@ from ray import serve
 from rayapp.api.service import Pool, ReplicaHealth
 from rayapp.distributed.serve.messages import Place, Versions
 from rayapp.distributed.serve.settings import ServiceSettings
-from rayapp.models.blocks import text_config
+from rayapp.models.architecture import text_config
 from rayapp.models.hub import locate
 from rayapp.models.loading import LoadedModel, load_model
 from rayapp.plan import PruningPlan
