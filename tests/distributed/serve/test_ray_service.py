@@ -8,7 +8,7 @@ from contextlib import aclosing
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from rayapp.api.service import ServiceDescription
+from rayapp.api.service import ReplicaHealth, ServiceDescription
 from rayapp.distributed.serve.ingress.ray_service import Limits, RayService
 from rayapp.distributed.serve.messages import Versions
 from rayapp.engine.channel import LocalChannel
@@ -26,6 +26,15 @@ from rayapp.errors import (
 from rayapp.kv.ledger import Ledger
 
 ANSWER = (5, 6, 7, 8)
+REPLICA = ReplicaHealth(
+    pool="decode",
+    replica_id="d",
+    node="n",
+    parameter_bytes=1,
+    plan_fingerprint="p",
+    weights_fingerprint="w",
+    dtype="float32",
+)
 
 
 def task_error(cause):
@@ -53,10 +62,10 @@ class Script:
             raise error
 
 
-def service_of(script, tokenizer, max_waiting=2):
+def service_of(script, tokenizer, max_waiting=2, pools=None):
     return RayService(
         ServiceDescription("m", 64, 300, tokenizer),
-        pools={},
+        pools=pools or {},
         siblings=None,
         attempts=script,
         channel=LocalChannel(),
@@ -203,5 +212,39 @@ def test_answers_of_one_prompt_wait_together_or_not_at_all(byte_tokenizer):
         with pytest.raises(IntegrityError, match="share their prompt"):
             await anext(service.generate([requests[0], other]))
         assert not any(service.counts().values())
+
+    asyncio.run(scenario())
+
+
+class Asked:
+    """A pool that notes how often its replicas are asked, and answers on cue."""
+
+    def __init__(self):
+        self.num_calls, self.answer = 0, asyncio.Event()
+
+    def broadcast(self, method):
+        assert method == "describe"
+        self.num_calls += 1
+        return self
+
+    async def results_async(self, **_):
+        await self.answer.wait()
+        return [REPLICA.model_copy(update={"num_running": self.num_calls})]
+
+
+def test_replicas_are_asked_once_for_all_who_want_to_know_their_health(byte_tokenizer):
+    """The first who asks leaves; the others get the report all the same, and later ones a new one."""
+
+    async def scenario():
+        pool = Asked()
+        service = service_of(Script(), byte_tokenizer, pools={"decode": pool})
+        asking = [asyncio.ensure_future(service.health()) for _ in range(20)]
+        await asyncio.sleep(0.01)
+        asking[0].cancel()
+        pool.answer.set()
+        reports = await asyncio.gather(*asking[1:])
+        assert pool.num_calls == 1
+        assert {report.replicas[0].num_running for report in reports} == {1}
+        assert (await service.health()).replicas[0].num_running == 2
 
     asyncio.run(scenario())

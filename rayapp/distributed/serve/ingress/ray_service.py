@@ -8,6 +8,7 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,7 @@ class RayService:
         self._waiting = WaitingRoom(limits.max_waiting)
         self._max_attempts = limits.max_attempts
         self._num_answering = 0
+        self._health: asyncio.Task[HealthReport] | None = None
         self.name = uuid.uuid4().hex
         self.ledger = ledger
 
@@ -171,7 +173,19 @@ class RayService:
             ) from None
 
     async def health(self) -> HealthReport:
-        """Call every replica of every pool, and report which of them answer."""
+        """Report which replicas of every pool answer.
+
+        Everybody may ask for it without a key, so whoever comes while replicas are asked gets the
+        same report: strangers make no more than one call at a time.
+        """
+        if self._health is None or self._health.done():
+            # Others wait for it too, so it must not end with the request that came first.
+            asking = self._ask_all()
+            self._health = asyncio.get_running_loop().create_task(asking, context=Context())
+        return await asyncio.shield(self._health)
+
+    async def _ask_all(self) -> HealthReport:
+        """Call every replica of every pool."""
         pools = dict(zip(self._pools, await self._describe_all(), strict=True))
         replicas = tuple(replica for members in pools.values() for replica in members)
         missing = [name for name, members in pools.items() if not any(map(self._fits, members))]
