@@ -233,7 +233,7 @@ class Asked:
 
 
 def test_replicas_are_asked_once_for_all_who_want_to_know_their_health(byte_tokenizer):
-    """The first who asks leaves; the others get the report all the same, and later ones a new one."""
+    """The first who asks leaves; the others get the report all the same, later ones a new one."""
 
     async def scenario():
         pool = Asked()
