@@ -128,11 +128,12 @@ def _numbers() -> Iterator[Number]:
     per_task = "test/all-1-4-kv8-int4/examples_per_task"
     for page, line in ((FRONT, "Points are"), (RESULTS, "sends its KV in part")):
         yield Number(page, line, "{:,.0f} ", HEADLINE, per_task)
-    engine = "decode_engine-testbed-text-float32"
-    for batch in (1, 8, 32):
-        for key, (form, scale) in ENGINE_FORMS.items():
-            path = f"results/batch={batch}/{key}"
-            yield Number(SERVING, f"| {batch} |", form, engine, path, scale)
+    for word, dtype in (("float32", "float32"), ("bf16", "bfloat16")):
+        engine = f"decode_engine-smollm2-135m-{dtype}"
+        for batch in (1, 8, 32):
+            for key, (form, scale) in ENGINE_FORMS.items():
+                path = f"results/batch={batch}/{key}"
+                yield Number(SERVING, f"| {word}, {batch} |", form, engine, path, scale)
 
 
 NUMBERS = tuple(_numbers())

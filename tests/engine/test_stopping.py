@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from rayapp.engine.stopping import TextStream
@@ -47,6 +48,15 @@ def test_characters_appear_when_their_last_byte_does(byte_tokenizer):
 def test_what_is_cut_off_becomes_a_replacement_character(byte_tokenizer):
     token_ids = list("a世".encode())[:-1]
     assert streamed(byte_tokenizer, token_ids) == ["a", "", "", "\ufffd"]
+
+
+def test_a_stream_of_tokenizers_would_lose_what_is_cut_off(byte_tokenizer):
+    """The reason for streams of our own."""
+    stream = DecodeStream(skip_special_tokens=True)
+    backend = byte_tokenizer.backend_tokenizer
+    pieces = [stream.step(backend, token_id) for token_id in list("a世".encode())[:-1]]
+    assert pieces == ["a", None, None]
+    assert not hasattr(stream, "flush")
 
 
 @settings(max_examples=200, deadline=None)
