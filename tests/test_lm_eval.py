@@ -1,4 +1,4 @@
-"""lm-evaluation-harness, offline, on an exported checkpoint: its numbers are ours."""
+"""lm-evaluation-harness, offline: its numbers are ours, on a checkpoint and over HTTP."""
 
 from __future__ import annotations
 
@@ -17,20 +17,35 @@ from rayapp.export import export_stage
 from rayapp.models.likelihood import nll
 from rayapp.models.loading import load_model, read_signature
 from rayapp.plan import PruningPlan
+from tests.services import KEY
 
 TASKS = Path(__file__).parent.parent / "benchmarks" / "lm_eval_tasks"
 REMOVED = {2: "removed", 5: "removed", 8: "removed"}
 
 
-def lm_eval(model, data, scratch):
+@pytest.fixture
+def data(tmp_path):
+    """Questions for the harness, which is installed."""
+    pytest.importorskip(
+        "lm_eval", reason="lm-evaluation-harness is not installed: pip install 'rayapp[lmeval]'"
+    )
+    arguments = ["--out", str(tmp_path / "data"), "--count", "8", "--length", "short"]
+    subprocess.run([sys.executable, str(TASKS / "write_data.py"), *arguments], check=True)
+    return tmp_path / "data"
+
+
+def lm_eval(kind, model, data, scratch):
     """Run the harness as a user does, in the directory of the data; samples by task."""
     command = [
-        "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32",
+        "-m", "lm_eval", "--model", kind, "--model_args", model,
         "--tasks", "rayapp_answers,rayapp_choices", "--include_path", str(TASKS),
         "--device", "cpu", "--batch_size", "1", "--log_samples",
         "--output_path", str(scratch / "result"),
     ]  # fmt: skip
-    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hf")}
+    offline = {
+        **{"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hf")},
+        "OPENAI_API_KEY": KEY,
+    }
     done = subprocess.run(
         [sys.executable, *command],
         cwd=data,
@@ -60,17 +75,12 @@ def choice_scores(pipeline, tokenizer, line):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_harness_gives_our_numbers(testbed_path, tmp_path):
-    pytest.importorskip(
-        "lm_eval", reason="lm-evaluation-harness is not installed: pip install 'rayapp[lmeval]'"
-    )
+def test_the_harness_gives_our_numbers(testbed_path, data, tmp_path):
     stages = {stage: {"blocks": REMOVED} for stage in ("prefill", "decode")}
     plan = PruningPlan.model_validate({"model": read_signature(testbed_path), **stages})
     export_stage(testbed_path, plan, "unified", tmp_path / "exported")
-    data = tmp_path / "data"
-    arguments = ["--out", str(data), "--count", "8", "--length", "short"]
-    subprocess.run([sys.executable, str(TASKS / "write_data.py"), *arguments], check=True)
-    results, samples = lm_eval(tmp_path / "exported", data, tmp_path)
+    model = f"pretrained={tmp_path / 'exported'},dtype=float32"
+    results, samples = lm_eval("hf", model, data, tmp_path)
 
     loaded = load_model(testbed_path, dtype="float32")
     pipeline = LocalPipeline(loaded.model, loaded.tokenizer, plan)
@@ -95,3 +105,35 @@ def test_the_harness_gives_our_numbers(testbed_path, tmp_path):
     # Neither perfect nor lost: equal numbers mean something.
     assert 0.1 < accuracy < 0.95
     assert 0.5 < sum(right) / len(right) < 1.0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_service_gives_the_harness_the_numbers_of_its_own_backend(
+    testbed_path, data, deploy, tmp_path
+):
+    """Prompts are echoed with their log-probabilities, for choices; answers are greedy."""
+    own = f"pretrained={testbed_path},dtype=float32"
+    with deploy(model=str(testbed_path), api_key=KEY) as service:
+        served = (
+            f"model=tested,base_url={service.settings.url}/v1/completions,tokenizer={testbed_path},"
+            "tokenizer_backend=huggingface,num_concurrent=4"
+        )
+        ours = lm_eval("local-completions", served, data, tmp_path / "ours")
+    theirs = lm_eval("hf", own, data, tmp_path / "theirs")
+    for task, measure in (("rayapp_answers", "exact_match"), ("rayapp_choices", "acc")):
+        values = [results[task][f"{measure},none"] for results, _ in (ours, theirs)]
+        assert values[0] == values[1] > 0.5
+        by_question = [{s["doc_id"]: s for s in samples[task]} for _, samples in (ours, theirs)]
+        assert len(by_question[0]) == len(by_question[1]) == 32
+        for number, one in by_question[0].items():
+            other = by_question[1][number]
+            if measure == "exact_match":
+                assert one["filtered_resps"] == other["filtered_resps"]
+                continue
+            for (mine, greedy), (their, is_greedy) in zip(
+                one["filtered_resps"], other["filtered_resps"], strict=True
+            ):
+                assert float(mine) == pytest.approx(float(their), abs=1e-3)
+                assert str(greedy) == str(is_greedy)
