@@ -45,7 +45,7 @@ from rayapp.engine.sampling_params import SamplingParams
 from rayapp.engine.sequences.memory import BLOCK_SIZE, KVMemory
 from rayapp.errors import OverloadedError
 from rayapp.kv.segment import BlockKV, KVSegment
-from rayapp.models.single_token import SingleTokenStack
+from rayapp.models.passes.single_token import SingleTokenStack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from rayapp.models.single_token import AttendingCache
+from rayapp.models.passes.single_token import AttendingCache
 from rayapp.models.stack import BlockStack
 
 

@@ -32,7 +32,7 @@ from rayapp.engine.sequences.running import (
 )
 from rayapp.errors import IntegrityError, OverloadedError, TransferError
 from rayapp.kv.segment import KVSegment
-from rayapp.models.single_token import SingleTokenStack
+from rayapp.models.passes.single_token import SingleTokenStack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 

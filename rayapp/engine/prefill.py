@@ -29,7 +29,7 @@ from rayapp.errors import PlanError, RequestError
 from rayapp.kv.growing import Pass, PromptKV
 from rayapp.kv.segment import KVSegment
 from rayapp.kv.select import num_prefilled, select_segment
-from rayapp.models.many_tokens import ManyTokensStack
+from rayapp.models.passes.many_tokens import ManyTokensStack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 from rayapp.vision.cache import CacheCounts

@@ -3,7 +3,7 @@
 The model is built on the meta device, so neither weights nor memory are needed. Weights are exact:
 the parameters that the stage runs, tied ones once, and the packed copy of tied embeddings. KV is
 exact per token, before anything is cut by ``kv_transfer``. The memory of a step is an estimate from
-above: the tensors that exist together, as :mod:`rayapp.models.many_tokens` makes them.
+above: the tensors that exist together, as :mod:`rayapp.models.passes.many_tokens` makes them.
 Symbols: N = tokens of a step, E = hidden size, Q = query heads, H = KV heads, D = head dimension,
 M = width of the MLP, V = vocabulary, L = limit of prompt and answer tokens.
 """
@@ -26,7 +26,7 @@ from rayapp.models.architecture import (
     text_config,
 )
 from rayapp.models.loading import Part, empty_model, needed_names, stages_of
-from rayapp.models.many_tokens import TOKENS_AT_ONCE
+from rayapp.models.passes.many_tokens import TOKENS_AT_ONCE
 from rayapp.models.products.packed import PACKED_TYPES
 from rayapp.plan import PruningPlan, Stage
 from rayapp.settings import DType

@@ -10,7 +10,7 @@ from rayapp.kv.cache import CaptureCache
 from rayapp.models.blocks import apply_stage, signature_of
 from rayapp.models.healed import Bridge, HealedWeights, attach, attached_bytes, normalised
 from rayapp.models.loading import load_model
-from rayapp.models.single_token import SingleTokenStack
+from rayapp.models.passes.single_token import SingleTokenStack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import Mode, PruningPlan, StagePlan
 

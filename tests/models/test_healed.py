@@ -13,7 +13,7 @@ from rayapp.models.blocks import apply_stage, signature_of
 from rayapp.models.fingerprints.fingerprint import canonical_name
 from rayapp.models.healed import HealedWeights, attach
 from rayapp.models.loading import load_model, read_signature
-from rayapp.models.single_token import SingleTokenStack
+from rayapp.models.passes.single_token import SingleTokenStack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import HEALED_FILE, Mode, PruningPlan, StagePlan
 

@@ -12,7 +12,7 @@ from rayapp.engine.sequences.group import PagedGroup
 from rayapp.engine.sequences.memory import KVMemory
 from rayapp.errors import InputError, WireError
 from rayapp.kv.segment import KVSegment
-from rayapp.models.single_token import AttendingCache
+from rayapp.models.passes.single_token import AttendingCache
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 

@@ -14,10 +14,10 @@ from rayapp.errors import IntegrityError
 from rayapp.models.blocks import decoder_blocks, signature_of
 from rayapp.models.healed import HealedWeights, attach, attached_bytes, healed_parameters
 from rayapp.models.loading import load_model
+from rayapp.models.passes.single_token import SingleTokenStack
 from rayapp.models.products.joined import JoinedPart
 from rayapp.models.products.packed import PackedLinear
 from rayapp.models.products.stages import pack_stages
-from rayapp.models.single_token import SingleTokenStack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import STAGES, PruningPlan
 

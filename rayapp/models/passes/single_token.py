@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from rayapp.models.blocks import PartialBlock
 from rayapp.models.healed import BRIDGE
-from rayapp.models.parts import Rotary, is_plain, mlp_of, norm_of, rotate, signed
+from rayapp.models.passes.parts import Rotary, is_plain, mlp_of, norm_of, rotate, signed
 from rayapp.models.products.joined import Products, product_of
 from rayapp.models.stack import BlockCache, BlockStack
 

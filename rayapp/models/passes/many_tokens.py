@@ -20,7 +20,7 @@ from torch import nn
 from rayapp.models.attention import packed_sdpa
 from rayapp.models.blocks import PartialBlock
 from rayapp.models.healed import BRIDGE
-from rayapp.models.parts import Function, Rotary, is_plain, mlp_of, norm_of, rotate, signed
+from rayapp.models.passes.parts import Function, Rotary, is_plain, mlp_of, norm_of, rotate, signed
 from rayapp.models.products.joined import Products, product_of
 from rayapp.models.real_tokens import RealTokens
 from rayapp.models.stack import BlockCache, BlockStack, Masks

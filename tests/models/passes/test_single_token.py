@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rayapp.models.blocks import signature_of
-from rayapp.models.single_token import SingleTokenStack
+from rayapp.models.passes.single_token import SingleTokenStack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 
