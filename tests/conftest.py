@@ -332,6 +332,14 @@ def run_job_here() -> Callable[..., Done]:
     return call_job
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse cluster tests that ``make test`` would overlook: it looks for the mark in the text."""
+    for item in items:
+        if item.get_closest_marker("ray") and "mark.ray" not in item.path.read_text("utf-8"):
+            raise pytest.UsageError(f"{item.path}: write pytest.mark.ray in the file itself")
+
+
 def pytest_collection_finish() -> None:
     """Half a second of every search for garbage went through what torch and its like define."""
     gc.collect()

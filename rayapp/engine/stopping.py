@@ -4,8 +4,8 @@ Pushing tokens one by one or many at once gives the same text, so the decode eng
 sequence at a stop string) and the HTTP layer (which streams its text) always agree.
 
 ``tokenizers`` has a stream too, ``DecodeStream``. It holds invalid bytes back without limit, and
-nothing gives out what is left at the end: one of 300 random answers of 60 tokens came out short. So
-it is not used here.
+nothing gives out what is left at the end: an answer that is cut off within a character would come
+out short. So it is not used here.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from rayapp.api.openai.schema import ChatMessage, ContentPart
+from rayapp.api.openai.messages import ChatMessage, ContentPart
 from rayapp.errors import RequestError
 
 _READS_PARTS = re.compile(r"""\[\s*['"]type['"]\s*\]|\.type\b|attr\(\s*['"]type['"]""")

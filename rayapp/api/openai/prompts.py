@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rayapp.api.openai.chat import ChatTemplate
 from rayapp.api.openai.images import ImageLoader
-from rayapp.api.openai.schema import ChatMessage
+from rayapp.api.openai.messages import ChatMessage
 from rayapp.errors import RequestError
 from rayapp.vision.inputs import ImageInput, ImageIntake
 from rayapp.vision.prompt import check_places, num_unpruned

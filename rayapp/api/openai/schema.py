@@ -7,22 +7,21 @@ nothing (:data:`NEUTRAL`). Keys that nobody knows are ignored, because clients s
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StrictInt,
     StringConstraints,
     ValidatorFunctionWrapHandler,
     WrapValidator,
-    field_validator,
     model_validator,
 )
 
+from rayapp.api.openai.fields import Body, Name, Text, encodable
+from rayapp.api.openai.messages import ChatMessage
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.plan import VisualTokens
 
@@ -37,8 +36,6 @@ MAX_LOGPROBS = 20
 MAX_BIASED_TOKENS = 1024
 MAX_BIAS = 100.0
 MAX_MESSAGES = 1024
-MAX_PARTS = 256
-MAX_NAME_CHARS = 512
 _SEED_MODULUS = 2**63
 # An odd number near 2**63 / golden ratio, so that seeds of neighbouring choices lie far apart.
 _SEED_STRIDE = 0x4F1BBCDCBFA53E0B
@@ -109,41 +106,21 @@ def _readable_union(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         ) from None
 
 
-def _encodable(value: Any) -> Any:
-    """Refuse a string with half of a surrogate pair: JSON can spell it, but it is no text."""
-    texts = value if isinstance(value, list) else [value]
-    try:
-        for text in texts:
-            if isinstance(text, str):
-                text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the text holds half of a surrogate pair; send valid Unicode") from None
-    return value
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
 Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
 TokenIds = Annotated[list[StrictInt], Field(min_length=1)]
 TokenPrompts = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
 StopString = Annotated[Text, StringConstraints(max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
-Name = Annotated[Text, StringConstraints(max_length=MAX_NAME_CHARS)]
 
 
-class _Request(BaseModel):
-    """Settings of all request bodies: every number has bounds; NaN and infinity are refused."""
-
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
-
-
-class StreamOptions(_Request):
+class StreamOptions(Body):
     """OpenAI's ``stream_options``: how a stream ends. Keys of other servers are ignored."""
 
     include_usage: bool = False
 
 
-class AnswerRequest(_Request):
+class AnswerRequest(Body):
     """Fields that completions and chat completions have in common.
 
     Null stands for the default, as in OpenAI's interface.
@@ -168,7 +145,7 @@ class AnswerRequest(_Request):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Annotated[
         list[StopString], Field(max_length=MAX_STOP_STRINGS), BeforeValidator(_listed_stop)
-    ] = []
+    ] = Field(default_factory=list)
     min_tokens: int = Field(default=0, ge=0, lt=2**31)
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
@@ -240,7 +217,7 @@ class CompletionRequest(AnswerRequest):
     prompt: Annotated[
         str | Prompts | TokenIds | TokenPrompts,
         WrapValidator(_readable_union),
-        AfterValidator(_encodable),
+        AfterValidator(encodable),
     ]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool = Field(default=False, description="repeat the prompt before its answer")
@@ -278,101 +255,6 @@ class CompletionRequest(AnswerRequest):
         return self.logprobs if self.echo else None
 
 
-class ImageUrl(_Request):
-    """Location of an image: a ``data:`` URL, or an address that the service allows."""
-
-    url: Text
-    detail: Name | None = None
-
-    @field_validator("detail")
-    @classmethod
-    def _is_automatic(cls, value: str | None) -> str | None:
-        if value not in (None, "auto"):
-            raise ValueError(f"detail {value!r} is not supported by this server; leave it out")
-        return value
-
-
-class ContentPart(_Request):
-    """One part of a message: text, or an image."""
-
-    type: Name
-    text: Text = ""
-    image_url: ImageUrl | None = None
-
-    @model_validator(mode="after")
-    def _is_known(self) -> ContentPart:
-        if self.type not in ("text", "image_url"):
-            raise ValueError(
-                f"a part of type {self.type!r} cannot be read; send parts of type text or image_url"
-            )
-        if (self.type == "image_url") != (self.image_url is not None):
-            raise ValueError(
-                "a part {'type': 'image_url'} holds {'image_url': {'url': ...}}, and no other does"
-            )
-        return self
-
-
-Parts = Annotated[list[ContentPart], Field(max_length=MAX_PARTS)]
-
-
-class ChatMessage(_Request):
-    """One turn of a conversation; other keys (``name`` and so on) are ignored."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Parts | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_calls(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            for name in ("tool_calls", "function_call"):
-                if values.get(name):
-                    raise ValueError(f"`{name}` is not supported by this server; leave it out")
-            _check_content(values.get("content"))
-        return values
-
-    @model_validator(mode="after")
-    def _says_something(self) -> ChatMessage:
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"a message of role {self.role} needs `content`")
-        if self.role != "user" and self.image_urls:
-            raise ValueError(f"a message of role {self.role} holds an image; users send images")
-        return self
-
-    @property
-    def text(self) -> str:
-        """Return the message's words as one string."""
-        return "".join(part.text for part in self.parts)
-
-    @property
-    def parts(self) -> list[ContentPart]:
-        """Return the message as a list of parts, in order."""
-        if self.content is None or isinstance(self.content, str):
-            return [ContentPart(type="text", text=self.content)] if self.content else []
-        return self.content
-
-    @property
-    def image_urls(self) -> list[str]:
-        """Return the locations of the message's images, in order."""
-        return [part.image_url.url for part in self.parts if part.image_url]
-
-
-def _check_content(content: Any) -> None:
-    """Raise a single clear error before pydantic's union raises one for every member."""
-    if content is None or isinstance(content, str):
-        _encodable(content)
-        return
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise ValueError(
-            "`content` is a text or a list of parts {'type': 'text', 'text': ...} and "
-            "{'type': 'image_url', 'image_url': {'url': ...}}"
-        )
-    if len(content) > MAX_PARTS:
-        raise ValueError(f"{len(content)} parts are more than {MAX_PARTS}; join them")
-    for part in content:
-        ContentPart.model_validate(part)
-
-
 class ChatRequest(AnswerRequest):
     """Body of ``POST /v1/chat/completions``."""
 
@@ -397,7 +279,7 @@ class ChatRequest(AnswerRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class TokenizeRequest(_Request):
+class TokenizeRequest(Body):
     """Body of ``POST /tokenize``: a text, or messages for the chat template."""
 
     model: Name | None = None
@@ -412,7 +294,7 @@ class TokenizeRequest(_Request):
         return self
 
 
-class DetokenizeRequest(_Request):
+class DetokenizeRequest(Body):
     """Body of ``POST /detokenize``: token ids."""
 
     model: Name | None = None

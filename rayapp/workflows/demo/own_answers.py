@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayapp.api.openai.chat import ChatTemplate
-from rayapp.api.openai.schema import ChatMessage
+from rayapp.api.openai.messages import ChatMessage
 from rayapp.data.shipped import Seed, seeds
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.sampling_params import SamplingParams

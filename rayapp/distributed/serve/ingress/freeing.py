@@ -22,8 +22,8 @@ class Freeing:
 
     Cancelling a call is not enough: if it never reached its replica, the replica would not know.
     Nor is a call made within the request: where the client has left, Serve cancels the request's
-    Ray task, and Ray all calls that this task has made, so also the one that should free its slots
-    (measured: one in ten). A task with an empty context belongs to no Ray task.
+    Ray task, and Ray all calls that this task has made, so also the one that should free its slots.
+    A task with an empty context belongs to no Ray task.
 
     Args:
         pool: Serve's handle of the pool.
