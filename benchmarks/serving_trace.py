@@ -36,9 +36,9 @@ from recorder.table import Table
 from serving.arrivals import Arrival, at_rate, drawn, read_trace, scaled
 from serving.client import Client, Reply, Server
 from serving.load import load_numbers
-from serving.port import free_port
 
 from rayapp.distributed.cluster.local import local_cluster
+from rayapp.distributed.cluster.ports import free_port
 from rayapp.distributed.serve.deploy import running_service
 from rayapp.distributed.serve.settings import ServiceSettings
 from rayapp.errors import InputError

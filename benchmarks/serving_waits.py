@@ -29,9 +29,9 @@ from recorder.run import Recorder, run
 from recorder.table import Table
 from serving.asker import Asker
 from serving.engine_gaps import decode_gaps, unified_gaps
-from serving.port import free_port
 
 from rayapp.distributed.cluster.local import local_cluster
+from rayapp.distributed.cluster.ports import free_port
 from rayapp.distributed.serve.deploy import running_service
 from rayapp.distributed.serve.replicas.stage import StageModel
 from rayapp.distributed.serve.settings import ServiceSettings

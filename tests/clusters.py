@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,12 +17,6 @@ import pytest
 
 from rayapp.distributed.cluster.local import LocalCluster, local_cluster
 from rayapp.distributed.serve.settings import APP_NAME, ServiceSettings
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

@@ -17,8 +17,9 @@ import httpx
 import pytest
 
 from rayapp.distributed.cluster.local import LocalCluster
+from rayapp.distributed.cluster.ports import free_port
 from rayapp.distributed.serve.settings import APP_NAME, ServiceSettings
-from tests.clusters import Deployed, free_port
+from tests.clusters import Deployed
 
 UPDATED_WITHIN_S = 280.0
 KEY = "secret"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -11,10 +10,10 @@ from types import FrameType
 from typing import Any
 
 from rayapp.distributed.cluster.local import NodeSpec, local_cluster
+from rayapp.distributed.cluster.ports import check_port
 from rayapp.distributed.serve.deploy import RunningService, resolved, running_service
 from rayapp.distributed.serve.exposure import check_exposure
 from rayapp.distributed.serve.settings import PoolSettings, ServiceSettings
-from rayapp.errors import InputError
 
 _SPARE_CPUS = 2  # These are for the controller, the proxy and the ingress.
 
@@ -38,7 +37,8 @@ def serve_until_interrupted(
     """
     check_exposure(settings)
     if address is None:
-        check_port(settings)
+        # Serve would share the port, or wait for it.
+        check_port(settings.host, settings.port)
     settings = resolved(settings)  # Errors of model or plan are raised before anything starts.
     before = _on_signals(_interrupt)
     try:
@@ -68,19 +68,6 @@ def _on_signals(handler: Any) -> dict[int, Any]:
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def check_port(settings: ServiceSettings) -> None:
-    """Raise :class:`InputError` if another program listens; Serve would try again for ever."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as error:
-            raise InputError(
-                f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose "
-                "another --port or --host"
-            ) from None
 
 
 def _nodes(settings: ServiceSettings) -> list[NodeSpec]:

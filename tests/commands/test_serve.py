@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,16 +16,11 @@ import openai
 import psutil
 import pytest
 
+from rayapp.distributed.cluster.ports import free_port
 from rayapp.models.loading import load_model
 
 pytestmark = pytest.mark.ray
 START_S, STOP_S = 400, 90
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def left_behind(mark: str) -> set[int]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.clusters import free_port
+from rayapp.distributed.cluster.ports import free_port
 from tests.docs.guides import ROOT, marked
 
 FRONT = ROOT / "README.md"

@@ -156,15 +156,32 @@ def running_service(
 
 
 def apply(settings: ServiceSettings) -> None:
-    """Start Serve if it is not running, and deploy or update the service."""
+    """Start Serve if it is not running, and deploy or update the service.
+
+    Raises:
+        ClusterError: Serve cannot listen on the port, or it listens on another one already.
+    """
     config = configuration(settings)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(proxy_location=config["proxy_location"], http_options=config["http_options"])
     except (RayError, TimeoutError) as error:
+        if "Failed to bind" in str(error):
+            raise ClusterError(
+                f"the cluster's head node cannot listen on {settings.host}:{settings.port}: "
+                "another process does, or the address is another machine's; choose another --port "
+                "or --host"
+            ) from None
         # Serve brings up another proxy by itself, which is waited for with the replicas.
         logger.warning("Serve's proxy is slow to start (%s); going on", type(error).__name__)
-    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
+    client = _get_global_client()
+    running = client.http_config
+    if (running.host, running.port) != (settings.host, settings.port):
+        raise ClusterError(
+            f"Serve runs on this cluster and listens on {running.host}:{running.port}; serve "
+            f"there, not on {settings.host}:{settings.port}, or run `serve shutdown` first"
+        )
+    client.deploy_apps(ServeDeploySchema.model_validate(config))
 
 
 def _wait_ready(settings: ServiceSettings, ready_s: float) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rayapp.distributed.cluster.local import LocalCluster, local_cluster
+from rayapp.distributed.cluster.ports import free_port
 from rayapp.distributed.serve.deploy import RunningService, running_service
 from rayapp.distributed.serve.settings import ServiceSettings
 from rayapp.errors import ClusterError, InputError
@@ -56,7 +56,7 @@ def run_demo(out: Path, console: Console, subject: Subject | None = None) -> Non
     began_s = time.monotonic()
     subject, files = subject or shipped_subject(), Files(out.absolute())
     questions = _write_data(subject, files)
-    with local_cluster(dashboard_port=_free_port()) as cluster:
+    with local_cluster(dashboard_port=free_port()) as cluster:
         _heading(
             console, "1. search", f"a Ray job on {len(cluster.nodes)} nodes, {WORKERS} workers"
         )
@@ -137,7 +137,7 @@ def _serve(
     """Serve the plan, ask the questions, and return the ledger."""
     settings = ServiceSettings(
         model=subject.model, plan=str(files.out), served_model_name=subject.name,
-        max_model_len=subject.max_model_len, port=_free_port(),
+        max_model_len=subject.max_model_len, port=free_port(),
     )  # fmt: skip
     with running_service(settings, address=cluster.address) as service:
         _show_pools(service, console)
@@ -258,10 +258,3 @@ def _short_model(subject: Subject) -> str:
 def _short(path: Path) -> str:
     """A path from the working directory where it lies below that."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import httpx
@@ -10,6 +13,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError
 
 from rayapp.distributed.cluster import patience
 from rayapp.distributed.cluster.nodes import FreeNode
+from rayapp.distributed.cluster.ports import free_port
 from rayapp.distributed.serve import deploy, placement
 from rayapp.distributed.serve.settings import ServiceSettings
 from rayapp.errors import ClusterError
@@ -67,9 +71,48 @@ def test_a_proxy_that_is_slow_to_start_does_not_end_the_deployment(monkeypatch, 
     def start(**_):
         raise error
 
-    client = SimpleNamespace(deploy_apps=deployed.append)
+    listens = SimpleNamespace(host=SETTINGS.host, port=SETTINGS.port)
+    client = SimpleNamespace(deploy_apps=deployed.append, http_config=listens)
     monkeypatch.setattr(deploy.serve, "start", start)
     monkeypatch.setattr(deploy, "_get_global_client", lambda: client)
     deploy.apply(SETTINGS)
     assert [application.name for application in deployed[0].applications] == ["rayapp"]
     assert f"proxy is slow to start ({type(error).__name__})" in caplog.text
+
+
+@pytest.mark.ray
+def test_a_serve_that_listens_elsewhere_is_told_at_once(standard):
+    settings = standard.settings.model_copy(update={"port": free_port()})
+    listens = f"listens on 127.0.0.1:{standard.settings.port}"
+    with pytest.raises(ClusterError, match=f"{listens}.* not on 127.0.0.1:{settings.port}"):
+        deploy.apply(settings)
+
+
+PORT_TAKEN = """
+import socket
+from rayapp.distributed.cluster.local import NodeSpec, local_cluster
+from rayapp.distributed.cluster.ports import free_port
+from rayapp.distributed.serve.deploy import apply
+from rayapp.distributed.serve.settings import ServiceSettings
+from rayapp.errors import ClusterError
+port = free_port()
+with socket.socket() as other, local_cluster([NodeSpec()]) as cluster:
+    other.bind(("127.0.0.1", port))
+    other.listen()
+    import ray
+    ray.init(cluster.address, log_to_driver=False)
+    try:
+        apply(ServiceSettings.parse({"model": "m", "port": port}))
+    except ClusterError as error:
+        print(error)
+    ray.shutdown()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow  # It needs a cluster of its own, on which Serve does not run.
+def test_a_port_that_something_else_has_is_told_at_once():
+    ended = subprocess.run(
+        [sys.executable, "-c", PORT_TAKEN], capture_output=True, text=True, timeout=240, check=True
+    )
+    assert re.match(r"the cluster's head node cannot listen on 127.0.0.1:\d+: ", ended.stdout)
