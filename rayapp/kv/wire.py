@@ -5,26 +5,27 @@
     0   8  magic           32  8  zero
     8   4  version         40  8  zero
     12  4  header bytes    48  8  zero
-    16  8  message bytes   56  4  CRC-32 of everything else
-    24  8  zero            60  4  zero
+    16  8  message bytes   56  8  XXH3-64 of everything else
+    24  8  zero
     64     header, padded to 64; then per block and buffer: raw bytes, padded to 64
 
 Little endian. The checksum covers the prefix too, padding is zero, and only one layout is valid for
-a given content, so any flipped bit is noticed. A CRC guards against corruption, not against
+a given content, so any flipped bit is noticed. A checksum guards against corruption, not against
 forgery: a forged message can lie about numbers, never about sizes (see :mod:`rayapp.kv.header`).
+XXH3 reads memory about as fast as it can be read, so that a checksum costs less than a copy.
 """
 
 from __future__ import annotations
 
 import struct
 import sys
-import zlib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 from pydantic import ValidationError
 
 from rayapp.errors import IntegrityError, WireError
@@ -49,32 +50,44 @@ if sys.byteorder != "little":
 Message = npt.NDArray[np.uint8]
 
 MAGIC = b"RAYAPPKV"
-VERSION = 2
-"""Version of the format; the first had one scale of encoded keys per channel and message, and is
-refused, since a message never outlives the two replicas that it travels between."""
+VERSION = 3
+"""Version of the format. The first had one scale of encoded keys per channel and message, the
+second a CRC-32 and no parts; both are refused, since a message never outlives the two replicas that
+it travels between."""
 PREFIX_BYTES = 64
 _PREFIX = struct.Struct("<8sIIQ")
-_CHECKSUM = struct.Struct("<I")
+_CHECKSUM = struct.Struct("<Q")
 _CHECKSUM_AT = 56
 _CODE_DTYPES: dict[Encoding, torch.dtype] = {"int8": torch.int8, "int4": torch.uint8}
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """The identity of a message's KV; decode refuses a message with another envelope."""
+    """The identity of a message's KV; decode refuses a message with another envelope.
+
+    A message holds all KV of a prompt, or one part of it (:mod:`rayapp.kv.parts`): ``part`` is its
+    number, and ``is_last`` says that no other part follows.
+    """
 
     request_id: str
     attempt: int
     plan_fingerprint: str
     weights_fingerprint: str
+    part: int = 0
+    is_last: bool = True
 
 
 @dataclass(frozen=True)
 class MessageSizes:
     """Bytes of a message: ``payload_bytes`` are keys, values and scales; the rest is overhead."""
 
-    payload_bytes: int
-    overhead_bytes: int
+    payload_bytes: int = 0
+    overhead_bytes: int = 0
+
+    def __add__(self, other: MessageSizes) -> MessageSizes:
+        return MessageSizes(
+            self.payload_bytes + other.payload_bytes, self.overhead_bytes + other.overhead_bytes
+        )
 
     @property
     def total_bytes(self) -> int:
@@ -105,7 +118,7 @@ def pack(segment: KVSegment, envelope: Envelope) -> Message:
     for entry, tensors in zip(header.blocks, buffers, strict=True):
         for offset, tensor in zip(entry.offsets, tensors, strict=True):
             _write(target, body_at + offset, tensor)
-    checksum = _CHECKSUM.pack(_crc(message))
+    checksum = _CHECKSUM.pack(_digest(message))
     message[_CHECKSUM_AT : _CHECKSUM_AT + len(checksum)] = np.frombuffer(checksum, np.uint8)
     return message
 
@@ -122,7 +135,7 @@ def unpack(message: Message, expected: Envelope) -> KVSegment:
         WireError: The message is damaged or malformed, or its envelope is not ``expected``.
     """
     header_bytes = _check_prefix(message)
-    _check_crc(message)
+    _check_digest(message)
     header, body_at = _read_header(message, header_bytes)
     _check_envelope(header, expected)
     body = _shared_tensor(message)[body_at:]
@@ -211,17 +224,18 @@ def _write(target: torch.Tensor, begin: int, tensor: torch.Tensor) -> None:
         target[place_end : aligned(place_end)] = 0
 
 
-def _crc(message: Message) -> int:
-    """CRC-32 of everything but the checksum itself."""
-    view = message.data
-    return zlib.crc32(view[_CHECKSUM_AT + _CHECKSUM.size :], zlib.crc32(view[:_CHECKSUM_AT]))
+def _digest(message: Message) -> int:
+    """XXH3-64 of everything but the checksum itself."""
+    digest = xxhash.xxh3_64(message.data[:_CHECKSUM_AT])
+    digest.update(message.data[_CHECKSUM_AT + _CHECKSUM.size :])
+    return digest.intdigest()
 
 
-def _check_crc(message: Message) -> None:
-    stored, actual = int(_CHECKSUM.unpack_from(message.data, _CHECKSUM_AT)[0]), _crc(message)
+def _check_digest(message: Message) -> None:
+    stored, actual = int(_CHECKSUM.unpack_from(message.data, _CHECKSUM_AT)[0]), _digest(message)
     if stored != actual:
         raise WireError(
-            f"the KV message's checksum is {actual:#010x}, it was packed with {stored:#010x}; "
+            f"the KV message's checksum is {actual:#018x}, it was packed with {stored:#018x}; "
             f"it is damaged: prefill again"
         )
 

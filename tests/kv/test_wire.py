@@ -6,11 +6,11 @@ import dataclasses
 import json
 import struct
 import warnings
-import zlib
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,9 +32,9 @@ def forge(message: Message, change) -> Message:  # type: ignore[no-untyped-def]
     padded = text + bytes(-len(text) % 64)
     total = PREFIX_BYTES + len(padded) + len(body)
     prefix = bytearray(PREFIX_BYTES)
-    struct.pack_into("<8sIIQ", prefix, 0, b"RAYAPPKV", 2, len(text), total)
-    rest = prefix[60:] + padded + body
-    struct.pack_into("<I", prefix, 56, zlib.crc32(rest, zlib.crc32(prefix[:56])))
+    struct.pack_into("<8sIIQ", prefix, 0, b"RAYAPPKV", 3, len(text), total)
+    digest = xxhash.xxh3_64_intdigest(bytes(prefix[:56]) + padded + body)
+    struct.pack_into("<Q", prefix, 56, digest)
     return np.frombuffer(bytes(prefix) + padded + body, np.uint8)
 
 
@@ -184,6 +184,8 @@ def test_garbage_headers_are_refused(text: bytes) -> None:
         ("attempt", 2),
         ("plan_fingerprint", "plan-b"),
         ("weights_fingerprint", "weights-b"),
+        ("part", 3),
+        ("is_last", False),
     ],
 )
 def test_another_envelope_is_refused_with_both_values(
@@ -258,13 +260,14 @@ def test_a_consistent_header_larger_than_its_message_is_refused(envelope: Envelo
         message_sizes(forge(message, grow))
 
 
-def test_a_message_of_the_first_format_is_refused_by_its_version(
-    segment: KVSegment, envelope: Envelope
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_message_of_an_earlier_format_is_refused_by_its_version(
+    segment: KVSegment, envelope: Envelope, version: int
 ) -> None:
-    """It may hold one scale per channel and message, and would be decoded to other numbers."""
+    """The first may hold one scale per channel and message, and would give other numbers."""
     message = pack(segment, envelope)
-    struct.pack_into("<I", message, 8, 1)
-    with pytest.raises(WireError, match=r"version 1, not .* version 2; run the same release"):
+    struct.pack_into("<I", message, 8, version)
+    with pytest.raises(WireError, match=rf"version {version}, not .* version 3; run the same"):
         unpack(message, envelope)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from rayapp.engine.request import PromptLogprobs, PromptRequests, TokenBatch
 from rayapp.errors import UnavailableError
+from rayapp.kv.segment import KVExtent
 from rayapp.kv.wire import Envelope, MessageSizes
 from rayapp.plan import ModelSignature, PruningPlan
 
@@ -63,14 +64,31 @@ class Place:
 
 
 @dataclass(frozen=True)
+class KVPart:
+    """The small item before the message of a part of the KV, which leaves during the prefill.
+
+    Args:
+        place: The replica that prefills.
+        part: Number of the part, counted from 0.
+        extent: The lengths of the prompt.
+        pack_s: Seconds that packing the part took.
+    """
+
+    place: Place
+    part: int
+    extent: KVExtent
+    pack_s: float
+
+
+@dataclass(frozen=True)
 class PrefillAnswer:
-    """The first, small item of a prefill; the KV message follows unless ``kv_bytes`` is None.
+    """The small item at the end of a prefill; the last message follows unless ``kv_bytes`` is None.
 
     Args:
         place: The replica that prefilled.
         firsts: The first token of every answer, in the order of the requests, if prefill samples
             them.
-        kv_bytes: Bytes of the segment in the model's own type.
+        kv_bytes: Bytes, in the model's own type, of the KV in the message that follows.
         queue_s: Seconds that the request waited for its turn.
         prefill_s: Seconds that the prefill took.
         num_visual_tokens_removed: Number of image tokens that were not run.
