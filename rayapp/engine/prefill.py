@@ -47,7 +47,8 @@ class PrefillOutput:
 
     ``firsts`` is empty if decode samples the first tokens (``first_token: decode``). ``segment`` is
     None if every answer ended with its first token (their ``finish_reason`` is set): then no KV
-    travels. Where parts were cut before, it is the last of ``num_parts``. ``prompt_logprobs`` are those that the answers' requests ask for.
+    travels. Where parts were cut before, it is the last of ``num_parts``. ``prompt_logprobs`` are
+    those that the answers' requests ask for.
     """
 
     firsts: tuple[TokenBatch, ...]

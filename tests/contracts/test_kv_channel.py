@@ -1,6 +1,6 @@
 """The contract of every KV channel, over the calls that the ingress and the replicas make.
 
-Both twins run the same prefill: a call of one small item and one message, which waits or fails
+Both twins run the same prefill: a call of small items, each before a message, which waits or fails
 where a test wants it. In process it is a generator; over the object store it runs in an actor.
 """
 
@@ -43,11 +43,22 @@ class Prefill:
         self._gate.clear()
 
     async def items(
-        self, seed: int = 0, length: int = INLINE, waits: str = "", fails: str = ""
+        self,
+        seed: int = 0,
+        length: int = INLINE,
+        waits: str = "",
+        fails: str = "",
+        num_parts: int = 0,
     ) -> AsyncGenerator[Any, None]:
         self._active += 1
+        parts = [
+            (f"{kind} {part}", item)
+            for part in range(num_parts)
+            for kind, item in (("notice", "part"), ("part", message(length, seed + part)))
+        ]
         try:
-            for name, item in (("first", "small"), ("message", message(length, seed))):
+            last = ("first", "small"), ("message", message(length, seed + num_parts))
+            for name, item in (*parts, *last):
                 if waits == name:
                     await self._gate.wait()
                 if fails == name:
@@ -184,7 +195,7 @@ async def fetched(seam: Any, *arguments: Any, **options: Any) -> np.ndarray:
         seam.channel.reserved(INLINE),
         aclosing(seam.call(*arguments, **options)) as stream,
     ):
-        assert await stream.first() == "small"
+        assert await stream.item() == "small"
         async with seam.channel.received(stream) as handle:
             return await seam.channel.fetch(handle)
 
@@ -206,7 +217,7 @@ def test_a_message_arrives_as_it_was_sent_and_cannot_be_written_to(seam, length)
 def test_a_message_is_there_as_often_as_it_is_asked_for_until_it_is_released(seam, channel):
     async def scenario():
         stream = seam.call(2)
-        await stream.first()
+        await stream.item()
         async with channel.received(stream) as handle:
             for _ in range(2):
                 assert np.array_equal(await channel.fetch(handle), message(seed=2))
@@ -230,7 +241,7 @@ def test_messages_do_not_mix(seam):
 def test_the_first_item_does_not_wait_for_the_message(seam, channel):
     async def scenario():
         stream = seam.call(3, waits="message")
-        assert await stream.first() == "small"
+        assert await stream.item() == "small"
         assert await seam.num_active() == 1
         await seam.go_on()
         async with channel.received(stream) as handle:
@@ -243,7 +254,7 @@ def test_the_first_item_does_not_wait_for_the_message(seam, channel):
 def test_a_producer_that_dies_after_its_message_loses_nothing(seam, channel):
     async def scenario():
         stream = seam.call(4, STORED)
-        await stream.first()
+        await stream.item()
         async with channel.received(stream) as handle:
             await seam.die()
             await asyncio.sleep(0.2)
@@ -259,7 +270,7 @@ def test_a_producer_that_dies_before_its_message_is_a_lost_transfer(seam, channe
         async with AsyncExitStack() as held:
             await held.enter_async_context(channel.reserved(INLINE))
             stream = seam.call(waits="message")
-            await stream.first()
+            await stream.item()
             waiting = asyncio.ensure_future(held.enter_async_context(channel.received(stream)))
             await asyncio.sleep(0.05)
             await seam.die()
@@ -310,7 +321,7 @@ def test_whoever_stops_waiting_for_an_item_and_closes_the_stream_stops_the_call(
 def test_a_stream_that_is_left_between_its_items_and_closed_stops_the_call(seam):
     async def scenario():
         async with aclosing(seam.call(waits="message")) as stream:
-            await stream.first()
+            await stream.item()
         await stream.aclose()
         await idle(seam)
 
@@ -324,7 +335,7 @@ def test_what_fails_while_it_owns_a_message_gives_all_of_it_back(seam, channel):
         async def fail():
             async with channel.reserved(700):
                 stream = seam.call()
-                await stream.first()
+                await stream.item()
                 async with channel.received(stream) as handle:
                     handles.append(handle)
                     raise ZeroDivisionError
@@ -333,6 +344,65 @@ def test_what_fails_while_it_owns_a_message_gives_all_of_it_back(seam, channel):
             await fail()
         with pytest.raises(TransferError):
             await channel.fetch(handles[0])
+        await idle(seam)
+
+    run(scenario())
+
+
+async def in_parts(seam: Any, stream: Any) -> list[np.ndarray]:
+    """The parts of a message, each fetched and released before the next, and the last one."""
+    arrived = []
+    while (await stream.item()) == "part":
+        handle = await seam.channel.part(stream)
+        arrived.append(np.array(await seam.channel.fetch(handle)))
+        seam.channel.release(handle)
+        with pytest.raises(TransferError, match="was released"):
+            await seam.channel.fetch(handle)
+    async with seam.channel.received(stream) as handle:
+        arrived.append(np.array(await seam.channel.fetch(handle)))
+    return arrived
+
+
+@pytest.mark.parametrize("length", [INLINE, STORED])
+def test_parts_arrive_while_the_call_goes_on(seam, length):
+    async def scenario():
+        async with aclosing(seam.call(5, length, waits="first", num_parts=3)) as stream:
+            arriving = asyncio.ensure_future(in_parts(seam, stream))
+            await asyncio.sleep(0.3)
+            assert not arriving.done()
+            await seam.go_on()
+            arrived = await arriving
+        await idle(seam)
+        return arrived
+
+    arrived = run(scenario())
+    assert len(arrived) == 4
+    for number, part in enumerate(arrived):
+        assert np.array_equal(part, message(length, 5 + number))
+
+
+def test_parts_that_came_outlive_their_producer(seam, channel):
+    async def scenario():
+        stream = seam.call(6, STORED, waits="part 1", num_parts=2)
+        await stream.item()
+        handle = await channel.part(stream)
+        await stream.item()
+        await seam.die()
+        with pytest.raises(TransferError, match="prefill the prompt again"):
+            await channel.fetch(await channel.part(stream))
+        arrived = np.array(await channel.fetch(handle))
+        channel.release(handle)
+        return arrived
+
+    assert np.array_equal(run(scenario()), message(STORED, 6))
+
+
+def test_an_exception_in_place_of_a_part_is_raised_as_it_was(seam, channel):
+    async def scenario():
+        async with aclosing(seam.call(fails="part 0", num_parts=1)) as stream:
+            await stream.item()
+            with pytest.raises(DeadlineError, match="no part 0 today"):
+                await channel.fetch(await channel.part(stream))
         await idle(seam)
 
     run(scenario())

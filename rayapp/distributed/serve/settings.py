@@ -135,6 +135,11 @@ class PoolSettings(Strict):
         return max(1, int(self.num_cpus))
 
 
+KV_PART_MS = 5.0
+"""Milliseconds of packing that make a part of a prompt's KV worth the calls that it costs; about
+what these calls take (project default)."""
+
+
 class Deadlines(Strict):
     """Seconds that each phase of a request may last; after them it is freed and answered with 504.
 
@@ -214,6 +219,12 @@ class ServiceSettings(Strict):
         default=2 << 30,
         ge=1,
         description="Most bytes of KV that one ingress replica has under way.",
+    )
+    kv_part_ms: float = Field(
+        default=KV_PART_MS,
+        ge=0.0,
+        description="KV of a prompt of several chunks leaves in parts of at least so many "
+        "milliseconds of packing, while the rest is computed; 0 sends every chunk alone.",
     )
     images: ImageLimits = ImageLimits()
     image_cache_bytes: int = Field(

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+from rayapp.distributed.serve.replicas.placing import Incoming
 from rayapp.engine.request import (
     GenerationRequest,
     PromptRequests,
@@ -28,8 +29,8 @@ class Lease:
 
     ``waiting`` are requests that have no slot yet, ``seated`` the names of those that hold one, and
     ``unfinished`` of those whose answer goes on; ``seating`` is the task that gives slots to the
-    waiting ones. ``unread`` are batches that nobody has taken yet;
-    ``error`` is the reason why no more will come.
+    waiting ones. ``incoming`` is the KV that comes in parts. ``unread`` are batches that nobody has
+    taken yet; ``error`` is the reason why no more will come.
     """
 
     prompt: PromptRequests
@@ -40,6 +41,7 @@ class Lease:
     error: Exception | None = None
     has_reader: bool = False
     seating: asyncio.Task[None] | None = None
+    incoming: Incoming | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
@@ -62,6 +64,12 @@ class Lease:
         request = self.waiting.popleft()
         self.seated.add(request.request_id)
         return request
+
+    def let_ended_go(self, going_on: Collection[str]) -> list[str]:
+        """Forget answers that ended with their first token; return those that hold slots."""
+        self.waiting = deque(r for r in self.waiting if r.request_id in going_on)
+        self.unfinished &= set(going_on)
+        return [name for name in self.seated if name not in going_on]
 
     def put(self, batch: TokenBatch) -> None:
         """Add a batch for the reader."""

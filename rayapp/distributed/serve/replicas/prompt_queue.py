@@ -92,9 +92,7 @@ class PromptQueue:
         """Number of tokens that no step has taken yet."""
         return self._loop.scheduler.num_tokens
 
-    async def results(
-        self, prompt: PromptRequests, queue_s: float
-    ) -> AsyncGenerator[Result, None]:
+    async def results(self, prompt: PromptRequests, queue_s: float) -> AsyncGenerator[Result, None]:
         """Yield the parts of a prompt's KV that are worth sending alone, then the output.
 
         A caller that leaves takes its prompt out.

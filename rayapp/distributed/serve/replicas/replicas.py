@@ -15,6 +15,7 @@ from rayapp.distributed.serve.channel import ObjectStoreChannel
 from rayapp.distributed.serve.replicas.decode_server import DecodeServer
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
 from rayapp.distributed.serve.replicas.kv_memory import kv_memory
+from rayapp.distributed.serve.replicas.part_sizes import PartSizes
 from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
 from rayapp.distributed.serve.replicas.stage import load_stage, this_place
 from rayapp.distributed.serve.replicas.unified_server import UnifiedServer
@@ -34,6 +35,7 @@ class PrefillReplica(PrefillServer):
             EngineLoop(settings.max_num_batched_tokens),
             max_waiting=settings.max_waiting,
             step_s=settings.deadlines.step_s,
+            parts=PartSizes(settings.kv_part_ms / 1000),
         )
 
     async def check_health(self) -> None:

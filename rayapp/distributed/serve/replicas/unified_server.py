@@ -90,7 +90,7 @@ class UnifiedServer:
         self._decode.check_not_cancelled(prompt)
         items = self._prefill.prefill(prompt, versions, self._deadlines.queue_s, address)
         async with aclosing(LocalStream(items)) as stream:
-            answer: PrefillAnswer | Refusal = await stream.first()
+            answer: PrefillAnswer | Refusal = await stream.item()
             yield answer
             if isinstance(answer, Refusal) or answer.kv_bytes is None:
                 return

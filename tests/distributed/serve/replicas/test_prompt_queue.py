@@ -111,7 +111,7 @@ def test_finished_kv_leaves_while_the_engine_is_busy(stage, held):
         pair = Pair(stage, max_num_batched_tokens=256)
         items = pair.prefill.prefill(prompt_of(request_of("done")), pair.versions, 5.0)
         async with aclosing(LocalStream(items)) as stream:
-            await stream.first()
+            await stream.item()
             held(pair.prefill._loop.thread)
             async with pair.channel.received(stream) as handle:
                 assert (await pair.channel.fetch(handle)).nbytes > 0
