@@ -80,6 +80,8 @@ class PlannedModel:
             "plan": str(self.plan_path),
             "max_num_seqs": 4,
             "max_waiting": 40,
+            "max_num_batched_tokens": 64,
+            "kv_part_ms": 0.0,  # KV of every chunk leaves alone.
             "deadlines": {"lease_s": LEASE_S},
         }
 

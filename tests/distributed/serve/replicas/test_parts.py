@@ -174,6 +174,7 @@ def test_a_message_of_another_part_or_attempt_is_never_decoded(stage):
             await second.reserve()  # The later attempt replaces the earlier one.
             with pytest.raises(UnavailableError, match="holds no slot"):
                 await first.part()
+            await first.stream.item()
             handle = await pair.channel.part(first.stream)
             with pytest.raises(WireError, match="attempt"):
                 await pair.decode.load("mine", 1, 0, [handle])
