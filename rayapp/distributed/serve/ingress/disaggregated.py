@@ -15,9 +15,10 @@ from typing import Any
 from rayapp.distributed.serve.channel import ObjectHandle, ReplicaStream
 from rayapp.distributed.serve.ingress.answering import Answering
 from rayapp.distributed.serve.ingress.calls import call
+from rayapp.distributed.serve.ingress.delivery import Delivery, Inbox
 from rayapp.distributed.serve.ingress.freeing import Freeing
 from rayapp.distributed.serve.ingress.losses import DIED, replica_died
-from rayapp.distributed.serve.ingress.phases import UPDATE_PAUSE_S, phase, streamed
+from rayapp.distributed.serve.ingress.phases import UPDATE_PAUSE_S, phase
 from rayapp.distributed.serve.messages import (
     Address,
     Admission,
@@ -64,7 +65,6 @@ class DisaggregatedAttempts:
     ) -> None:
         self._prefill = prefill.options(stream=True)
         self._decode = decode
-        self._tokens = decode.options(stream=True)
         self._channel = channel
         self._ledger = ledger
         self._plan = plan
@@ -72,34 +72,36 @@ class DisaggregatedAttempts:
         self._versions = versions
         self._deadlines = deadlines
         self._freeing = Freeing(decode, within_s=deadlines.lease_s)
+        self._delivery = Delivery(decode)
 
     async def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
         """Prefill, hand the KV over while the first tokens leave, then stream the rest."""
-        async with AsyncExitStack() as resources:
-            await self._reserve(resources, answering.prompt)
-            stream, answer = await self._prefilled(answering.prompt)
-            answering.mark_prefill(answer)
-            if answer.kv_bytes is None:
+        with self._delivery.opened(answering.prompt) as inbox:
+            async with AsyncExitStack() as resources:
+                await self._reserve(resources, answering.prompt)
+                stream, answer = await self._prefilled(answering.prompt)
+                answering.mark_prefill(answer)
+                if answer.kv_bytes is None:
+                    for first in answer.firsts:
+                        yield first
+                    return
+                handover = Handover.after(
+                    answering.prompt,
+                    self._versions,
+                    answer.firsts,
+                    answering.sent,
+                    self._deadlines.transfer_s,
+                )
+                admitting = await resources.enter_async_context(
+                    self._handing_over(handover, stream, answer)
+                )
                 for first in answer.firsts:
                     yield first
-                return
-            handover = Handover.after(
-                answering.prompt,
-                self._versions,
-                answer.firsts,
-                answering.sent,
-                self._deadlines.transfer_s,
-            )
-            admitting = await resources.enter_async_context(
-                self._handing_over(handover, stream, answer)
-            )
-            for first in answer.firsts:
-                yield first
-            admission = await admitting
-        answering.mark_admission()
-        async with aclosing(self._decoded(handover.prompt, admission.place)) as batches:
-            async for batch in batches:
-                yield batch
+                admission = await admitting
+            answering.mark_admission()
+            async with aclosing(self._decoded(handover.prompt, admission.place, inbox)) as batches:
+                async for batch in batches:
+                    yield batch
 
     async def _reserve(self, resources: AsyncExitStack, prompt: PromptRequests) -> None:
         """Wait for room for the prompt's KV, counted as the dense cache of the prompt."""
@@ -118,7 +120,7 @@ class DisaggregatedAttempts:
                     prompt,
                     self._versions,
                     limits.queue_s,
-                    address=Address(avoid=avoid),
+                    address=self._delivery.address(avoid=avoid),
                 )
                 stream = ReplicaStream(response)
                 try:
@@ -181,7 +183,8 @@ class DisaggregatedAttempts:
         avoid: frozenset[str] = frozenset()
         num_lost = 0
         while True:
-            response = call(self._decode.admit, handover, [handle], address=Address(avoid=avoid))
+            address = self._delivery.address(avoid=avoid)
+            response = call(self._decode.admit, handover, [handle], address=address)
             try:
                 answer: Admission | Refusal = await response
             except asyncio.CancelledError:
@@ -198,18 +201,20 @@ class DisaggregatedAttempts:
             await asyncio.sleep(UPDATE_PAUSE_S)
 
     async def _decoded(
-        self, prompt: PromptRequests, place: Place
+        self, prompt: PromptRequests, place: Place, inbox: Inbox
     ) -> AsyncGenerator[TokenBatch, None]:
         """Generate the tokens of admitted answers; leaving early makes decode free their slots."""
-        response = call(self._tokens.tokens, *prompt.key, address=Address(place.replica_id))
+        response = call(self._decode.follow, *prompt.key, address=Address(place.replica_id))
+        following = self._delivery.listen(inbox, place, response)
+        names = [request.request_id for request in prompt.requests]
         is_whole = False
         try:
-            async with aclosing(
-                streamed(response, prompt.requests, self._deadlines.decode_s)
-            ) as batches:
+            async with aclosing(inbox.batches(names, self._deadlines.decode_s)) as batches:
                 async for batch in batches:
                     yield batch
             is_whole = True
         finally:
             if not is_whole:
+                following.cancel()
+                response.cancel()
                 await self._freeing.free(prompt, place)

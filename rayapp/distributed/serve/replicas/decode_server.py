@@ -1,8 +1,10 @@
-"""A decode replica copies KV into slots and streams the tokens of all of them.
+"""A decode replica copies KV into slots and delivers the tokens of all of them.
 
 ``admit`` is unary and ends once the message is no longer needed, because a reference passed to a
-streaming call stays pinned until that stream ends. ``tokens`` never carries a reference. Between
-the two calls a lease reserves the slots.
+streaming call stays pinned until that stream ends. ``follow`` is unary too: it lasts as long as
+the answers, so that the replica counts as busy with them, and is waited for when it is drained.
+Their tokens leave by ``deliver``, the one streaming call of an ingress, which outlives its
+requests. Between ``admit`` and ``follow`` a lease reserves the slots.
 
 A prompt with several answers is admitted as soon as one of them has a slot and pages. The others
 take what is free, and wait here for more, with a copy of the KV in host memory: more answers than
@@ -15,6 +17,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from functools import partial
 
 import numpy as np
 
@@ -25,16 +29,20 @@ from rayapp.distributed.serve.messages import (
     Admission,
     Handover,
     Place,
+    Reader,
     Refusal,
+    TokenRow,
     check_address,
     version_conflict,
 )
+from rayapp.distributed.serve.replicas.callers import Callers
 from rayapp.distributed.serve.replicas.engine_loop import (
     EngineLoop,
     failure_of,
     is_out_of_memory,
 )
 from rayapp.distributed.serve.replicas.leases import Lease, Leases
+from rayapp.distributed.serve.replicas.outbox import Outboxes
 from rayapp.distributed.serve.replicas.placing import Known, Placing
 from rayapp.distributed.serve.replicas.serial_thread import SerialThread
 from rayapp.distributed.serve.replicas.slots import Slots
@@ -91,6 +99,8 @@ class DecodeServer:
         self._slots = Slots(max_num_seqs)
         self._num_applying = 0
         self._leases = Leases(self._let_all_go)
+        self._outboxes = Outboxes()
+        self._callers = Callers()
         self._seating: set[asyncio.Task[None]] = set()
         self._engine = DecodeEngine(
             BlockStack(stage.loaded.model, stage.plan, "decode"),
@@ -131,7 +141,7 @@ class DecodeServer:
         if refusal is not None:
             return refusal
         began_s = time.monotonic()
-        lease = await self._take_lease(handover)
+        lease = await self._take_lease(handover, address.reader)
         wait_s = time.monotonic() - began_s
         try:
             sizes, fetch_s = await self._load(handover, handles[0], lease)
@@ -141,12 +151,8 @@ class DecodeServer:
         self._leases.expect_reader(lease, self._deadlines.lease_s)
         return Admission(place=self._place, sizes=sizes, wait_s=wait_s, fetch_s=fetch_s)
 
-    async def tokens(
-        self, name: str, attempt: int, address: Address = ANY
-    ) -> AsyncGenerator[list[TokenBatch], None]:
-        """Generate the tokens of all answers; every item has at most one batch per answer.
-
-        The lease ends with the stream.
+    async def follow(self, name: str, attempt: int, address: Address = ANY) -> None:
+        """Return once all answers have ended and left; the lease ends with this call.
 
         Raises:
             MisdirectedError: The call was for a replica that has gone.
@@ -157,10 +163,20 @@ class DecodeServer:
         lease = self._leases.find(name, attempt)
         self._leases.read(lease)
         try:
-            while not lease.is_read:
-                yield await lease.take()
+            await lease.all_read()
         finally:
             self._leases.end(lease)
+
+    async def deliver(self, address: Address = ANY) -> AsyncGenerator[list[TokenRow], None]:
+        """Generate the tokens of all answers for the calling ingress, an item per step.
+
+        The stream ends after the last of them, and now and then between two items; the caller asks
+        again while it expects tokens.
+        """
+        check_address(self._place, address)
+        async with aclosing(self._outboxes.of(address.reader).items()) as items:
+            async for item in items:
+                yield item
 
     async def cancel(self, name: str, attempt: int, address: Address = ANY) -> None:
         """End a lease, in whatever phase the attempt is, even before it has come here."""
@@ -170,7 +186,7 @@ class DecodeServer:
         """Raise :class:`UnavailableError` if this attempt has been cancelled."""
         self._leases.check_not_cancelled(prompt)
 
-    async def _take_lease(self, handover: Handover) -> Lease:
+    async def _take_lease(self, handover: Handover, reader: Reader) -> Lease:
         """Wait for a slot; an older attempt of the prompt loses its slots first."""
         prompt = handover.prompt
         self._leases.check_not_cancelled(prompt)
@@ -190,11 +206,14 @@ class DecodeServer:
         finally:
             self._num_applying -= len(prompt.requests)
         try:
-            lease = self._leases.grant(prompt, total_s=self._deadlines.decode_s)
+            lease = self._leases.grant(
+                prompt, total_s=self._deadlines.decode_s, outbox=self._outboxes.of(reader)
+            )
         except BaseException:
             self._slots.give()
             raise
         lease.seat()
+        lease.release = self._callers.hold(reader, partial(self._leases.cancel, *prompt.key))
         return lease
 
     @property

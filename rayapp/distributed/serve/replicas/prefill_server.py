@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from functools import partial
 
 from rayapp.api.service import Pool, ReplicaHealth
 from rayapp.distributed.serve.messages import (
@@ -20,6 +21,7 @@ from rayapp.distributed.serve.messages import (
     check_address,
     version_conflict,
 )
+from rayapp.distributed.serve.replicas.callers import Callers
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
 from rayapp.distributed.serve.replicas.prompt_queue import PromptQueue
 from rayapp.distributed.serve.replicas.serial_thread import SerialThread
@@ -56,6 +58,7 @@ class PrefillServer:
         self._loop = loop
         self._step_s = step_s
         self._packing = SerialThread("packing")
+        self._callers = Callers()
         self._versions = stage.versions
         stack = BlockStack(stage.loaded.model, stage.plan, "prefill")
         self._engine = PrefillEngine(
@@ -97,7 +100,8 @@ class PrefillServer:
             yield refusal
             return
         began_s = time.monotonic()
-        output = await self._queue.prefilled(prompt, queue_s)
+        with self._callers.holding(address.reader, partial(self._queue.cancel, *prompt.key)):
+            output = await self._queue.prefilled(prompt, queue_s)
         segment = output.segment
         yield PrefillAnswer(
             place=self._place,

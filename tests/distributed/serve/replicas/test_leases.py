@@ -231,7 +231,9 @@ def test_a_call_for_a_replica_that_has_gone_is_refused(stage):
     async def scenario():
         pair = Pair(stage)
         with pytest.raises(MisdirectedError, match="elsewhere is gone"):
-            await anext(pair.decode.tokens("r", 0, Address("elsewhere")))
+            await pair.decode.follow("r", 0, Address("elsewhere"))
+        with pytest.raises(MisdirectedError, match="elsewhere is gone"):
+            await anext(pair.decode.deliver(Address("elsewhere")))
 
     run(scenario())
 
