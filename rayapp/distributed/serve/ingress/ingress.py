@@ -52,6 +52,10 @@ class Ingress:
         """Return the name of this replica and its own ledger."""
         return self.service.name, self.service.ledger
 
+    async def drain(self) -> int:
+        """Refuse new requests from now on, and return the number of answers under way."""
+        return self.service.drain()
+
     async def check_integrity(self) -> dict[str, int]:
         """Return the numbers of this replica's resources in use, all zero when idle."""
         return self.service.counts()

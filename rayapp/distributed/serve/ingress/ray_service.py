@@ -104,6 +104,7 @@ class RayService:
         self._waiting = WaitingRoom(limits.max_waiting)
         self._max_attempts = limits.max_attempts
         self._num_answering = 0
+        self._is_draining = False
         self._health: asyncio.Task[HealthReport] | None = None
         self.name = uuid.uuid4().hex
         self.ledger = ledger
@@ -117,6 +118,8 @@ class RayService:
         self, requests: Sequence[GenerationRequest], timelines: Sequence[Timeline] = ()
     ) -> AsyncGenerator[TokenBatch, None]:
         """Generate the token batches of all answers; see :class:`rayapp.api.service.Service`."""
+        if self._is_draining:
+            raise UnavailableError("this service is about to end; ask again later, or elsewhere")
         prompt = PromptRequests.of(requests)
         names = [request.request_id for request in requests]
         for request in requests:
@@ -203,6 +206,11 @@ class RayService:
         """Return the merged ledgers of all ingress replicas."""
         ledgers: dict[str, Ledger] = dict(await ask_all(self._siblings, "own_ledger"))
         return Ledger.merge({**ledgers, self.name: self.ledger}.values()).as_json()
+
+    def drain(self) -> int:
+        """Refuse new requests from now on, and return the number of answers under way."""
+        self._is_draining = True
+        return self._num_answering
 
     def counts(self) -> dict[str, int]:
         """Return the numbers of this ingress's resources in use, all zero when idle."""
