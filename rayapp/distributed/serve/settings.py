@@ -210,7 +210,8 @@ class ServiceSettings(Strict):
     max_waiting: int = Field(
         default=256,
         ge=1,
-        description="Requests that may wait for a place; further ones are answered with 429.",
+        description="Requests that may wait for a place at one ingress replica; further ones are "
+        "answered with 429.",
     )
     max_attempts: int = Field(
         default=3,
