@@ -71,6 +71,7 @@ def unified_gaps(
         )
         steps = StepClock(server._decode._engine, "step")
         chunks = StepClock(server._prefill._engine, "advance")
+        reading = _running(_delivered(server))
         stream = _running(server.generate(_prompt(stage, short_tokens), stage.versions, {}))
         await _until(lambda: len(steps.ended_s) > 2)
         alone_s, began_s = statistics.median(steps.took_s), time.monotonic()
@@ -81,7 +82,8 @@ def unified_gaps(
         )
         gaps = steps.gaps(began_s, time.monotonic())
         stream.cancel()
-        await asyncio.gather(stream, return_exceptions=True)
+        reading.cancel()
+        await asyncio.gather(stream, reading, return_exceptions=True)
         return _numbers(gaps, alone_s, max(chunks.took_s[done:]))
 
     return asyncio.run(scenario())
@@ -124,7 +126,7 @@ def decode_gaps(
         ready.set()
         running = _prompt(stage, short_tokens)
         await admitted(running, ready)
-        stream = _running(decode.tokens(*running.key))
+        stream = _running(_delivered(decode))
         await _until(lambda: len(steps.ended_s) > 2)
         alone_s, began_s = statistics.median(steps.took_s), time.monotonic()
         go.set()
@@ -175,6 +177,14 @@ async def _drained(items: AsyncGenerator[Any, None]) -> None:
     async with aclosing(items):
         async for _ in items:
             pass
+
+
+async def _delivered(server: DecodeServer | UnifiedServer) -> AsyncGenerator[Any, None]:
+    """The tokens of all answers, in call after call, as an ingress asks for them."""
+    while True:
+        async with aclosing(server.deliver()) as items:
+            async for item in items:
+                yield item
 
 
 def _running(items: AsyncGenerator[Any, None]) -> asyncio.Task[None]:

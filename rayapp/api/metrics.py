@@ -1,27 +1,30 @@
-"""Numbers for Prometheus: this process's own counters, and gauges from the service and its ledger.
+"""Numbers for Prometheus: counters of the processes that serve HTTP, and gauges from the service.
 
-Metric names follow vLLM's. Every process that serves HTTP counts its own requests; the numbers of
-pools and ledger cover the whole service. A request id is never a label.
+Metric names follow vLLM's. Every process that serves HTTP counts its own requests, and shows the
+sums over all of them, so it does not matter which one is asked. The numbers of pools and ledger
+cover the whole service. A request id is never a label.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rayapp.api.service import HealthReport, ReplicaHealth
+from rayapp.api.service import Counts, HealthReport, ReplicaHealth
 from rayapp.engine.request import Timeline, TokenBatch
 
-_SECONDS = (
+logger = logging.getLogger(__name__)
+SECONDS = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0),
 )
-_HISTOGRAMS = {
+HISTOGRAMS = {
     "ttft_s": ("time_to_first_token_seconds", "Arrival to first token"),
     "queue_s": ("request_queue_time_seconds", "Arrival to begin of prefill"),
     "prefill_s": ("request_prefill_time_seconds", "Prefill of one request"),
@@ -31,33 +34,67 @@ _HISTOGRAMS = {
     "tpot_s": ("request_time_per_output_token_seconds", "(latency - TTFT) / (tokens - 1)"),
     "itl_s": ("inter_token_latency_seconds", "Gap between tokens; a batch's gap is shared"),
 }
-_SAVINGS = ("visual_tokens", "blocks", "tokens", "encoding")
+SAVINGS = ("visual_tokens", "blocks", "tokens", "encoding")
+
+
+COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "prompt_tokens": ("Prompt tokens taken in", ()),
+    "generation_tokens": ("Answer tokens sent out", ()),
+    "request_success": ("Answers completed", ("finished_reason",)),
+    "http_responses": ("HTTP responses", ("path", "status")),
+}
+
+
+class Mirror(Protocol):
+    """Another place where the numbers of an app are to be seen."""
+
+    def observe(self, key: str, seconds: float) -> None:
+        """Take an observation of a histogram, by its key in ``HISTOGRAMS``."""
+        ...
+
+    def count(self, name: str, amount: float, labels: Mapping[str, str]) -> None:
+        """Take what a counter of ``COUNTERS`` has grown by."""
+        ...
 
 
 class ApiMetrics:
-    """Counters and histograms of one app, in a registry of its own."""
+    """Counters and histograms of one app, in a registry of its own.
+
+    Attributes:
+        mirror: Another place that gets them as they grow, None if there is none.
+    """
+
+    mirror: Mirror | None = None
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._seconds = {
-            key: Histogram(f"rayapp_{name}", text, buckets=_SECONDS, registry=self._registry)
-            for key, (name, text) in _HISTOGRAMS.items()
+            key: Histogram(f"rayapp_{name}", text, buckets=SECONDS, registry=self._registry)
+            for key, (name, text) in HISTOGRAMS.items()
         }
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens taken in")
-        self._answer_tokens = self._counter("generation_tokens", "Answer tokens sent out")
-        self._finished = self._counter("request_success", "Answers completed", "finished_reason")
-        self._responses = self._counter("http_responses", "HTTP responses", "path", "status")
+        self._counters = {
+            name: Counter(f"rayapp_{name}", text, labels, registry=self._registry)
+            for name, (text, labels) in COUNTERS.items()
+        }
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"rayapp_{name}", text, labels, registry=self._registry)
+    def _count(self, name: str, amount: float = 1, **labels: str) -> None:
+        counter = self._counters[name]
+        (counter.labels(**labels) if labels else counter).inc(amount)
+        if self.mirror is not None:
+            self.mirror.count(name, amount, labels)
+
+    def _observe(self, key: str, seconds: float) -> None:
+        self._seconds[key].observe(seconds)
+        if self.mirror is not None:
+            self.mirror.observe(key, seconds)
 
     def count_response(self, path: str, status: int) -> None:
         """Count a response; ``path`` is a route's pattern, so there are few of them."""
-        self._responses.labels(path, str(status)).inc()
+        self._count("http_responses", path=path, status=str(status))
 
     def count_prompt(self, num_tokens: int) -> None:
         """Count the tokens of an accepted prompt."""
-        self._prompt_tokens.inc(num_tokens)
+        self._count("prompt_tokens", num_tokens)
 
     def answer_observer(self) -> AnswerObserver:
         """Return an observer for one answer."""
@@ -67,25 +104,47 @@ class ApiMetrics:
         """Record how long every phase of a finished answer took."""
         spans = timeline.intervals()
         for key in spans.keys() & self._seconds.keys() - {"ttft_s"}:
-            self._seconds[key].observe(max(spans[key], 0.0))
+            self._observe(key, max(spans[key], 0.0))
         if num_tokens > 1 and {"e2e_s", "ttft_s"} <= spans.keys():
-            self._seconds["tpot_s"].observe((spans["e2e_s"] - spans["ttft_s"]) / (num_tokens - 1))
-        self._finished.labels(reason).inc()
+            self._observe("tpot_s", (spans["e2e_s"] - spans["ttft_s"]) / (num_tokens - 1))
+        self._count("request_success", finished_reason=reason)
 
     def observe_tokens(self, gap_s: float, num_tokens: int, *, first: bool) -> None:
         """Record a batch of tokens and the time since the batch before it."""
-        self._answer_tokens.inc(num_tokens)
+        self._count("generation_tokens", num_tokens)
         if first:
-            self._seconds["ttft_s"].observe(gap_s)
+            self._observe("ttft_s", gap_s)
             return
         for _ in range(num_tokens):
-            self._seconds["itl_s"].observe(gap_s / num_tokens)
+            self._observe("itl_s", gap_s / num_tokens)
 
-    def render(self, health: HealthReport, transfers: dict[str, Any] | None) -> bytes:
-        """Return all metrics as Prometheus text; without a ledger, its families are left out."""
+    def counts(self) -> Counts:
+        """Return all counters and histograms of this process as plain numbers."""
+        return {
+            (family.name, sample.name, tuple(sample.labels.items())): sample.value
+            for family in self._registry.collect()
+            for sample in family.samples
+            if not sample.name.endswith("_created")
+        }
+
+    def render(
+        self,
+        health: HealthReport,
+        transfers: dict[str, Any] | None,
+        elsewhere: Sequence[Counts] = (),
+    ) -> bytes:
+        """Return all metrics as Prometheus text.
+
+        Args:
+            health: The replicas that answer.
+            transfers: The ledger; None leaves its families out.
+            elsewhere: What other processes of the service have counted.
+        """
         snapshot = CollectorRegistry()
-        snapshot.register(_Snapshot([*_pool_gauges(health), *_ledger_counters(transfers)]))  # type: ignore[arg-type]
-        return generate_latest(self._registry) + generate_latest(snapshot)
+        own = _summed(self._registry.collect(), [self.counts(), *elsewhere])
+        families = [*own, *_pool_gauges(health), *_ledger_counters(transfers)]
+        snapshot.register(_Snapshot(families))  # type: ignore[arg-type]
+        return generate_latest(snapshot)
 
 
 class AnswerObserver:
@@ -111,6 +170,27 @@ class AnswerObserver:
         if batch.finish_reason:
             timeline.finished_s = now_s
             self._metrics.observe_finished(timeline, self._num_tokens, batch.finish_reason)
+            spans = " ".join(f"{name}={s:.4f}" for name, s in timeline.intervals().items())
+            logger.info(
+                "request %s: %s after %d tokens; %s",
+                *(batch.request_id, batch.finish_reason, self._num_tokens, spans),
+            )
+
+
+def _summed(families: Iterable[Metric], counted: Sequence[Counts]) -> list[Metric]:
+    """Families with the sums over all processes in place of one process's numbers."""
+    sums: Counts = {}
+    for counts in counted:
+        for key, value in counts.items():
+            sums[key] = sums.get(key, 0.0) + value
+    summed = []
+    for family in families:
+        whole = Metric(family.name, family.documentation, family.type)
+        for (name, sample, labels), value in sums.items():
+            if name == family.name:
+                whole.add_sample(sample, dict(labels), value)
+        summed.append(whole)
+    return summed
 
 
 class _Snapshot:
@@ -160,7 +240,7 @@ def _ledger_counters(transfers: dict[str, Any] | None) -> list[Metric]:
         "KV bytes that the plan kept from travelling",
         labels=["by"],
     )
-    for cause in _SAVINGS:
+    for cause in SAVINGS:
         saved.add_metric([cause], totals.get(f"saved_by_{cause}_bytes", 0))
     sent = CounterMetricFamily("rayapp_kv_transfer_bytes", "KV bytes sent, overhead included")
     sent.add_metric([], totals.get("bytes_sent", 0))

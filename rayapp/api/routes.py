@@ -12,6 +12,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from rayapp import __version__
 from rayapp.api.access import LimitBody, RequireKey, is_authorized
 from rayapp.api.disconnect import EventStream, unless_disconnected
+from rayapp.api.document import document
 from rayapp.api.metrics import ApiMetrics, CountResponses
 from rayapp.api.openai.answers import Delta, answer_deltas, collected, merged
 from rayapp.api.openai.prompts import Prompt, PromptReader
@@ -44,7 +45,11 @@ _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def build_app(
-    service: Service, *, key_digest: str | None = None, max_body_bytes: int | None = None
+    service: Service,
+    *,
+    key_digest: str | None = None,
+    max_body_bytes: int | None = None,
+    metrics: ApiMetrics | None = None,
 ) -> FastAPI:
     """An ASGI app over ``service``, with no state outside itself.
 
@@ -54,12 +59,13 @@ def build_app(
             with it, only ``/health`` is open.
         max_body_bytes: Larger request bodies are refused; None takes a default that is larger for a
             model that takes images.
+        metrics: Counters that somebody else reads too; None makes new ones.
     """
     if max_body_bytes is None:
         takes_images = service.description.images is not None
         max_body_bytes = MAX_BODY_BYTES_WITH_IMAGES if takes_images else MAX_BODY_BYTES
     app = FastAPI(title="rayapp", version=__version__, docs_url=None, redoc_url=None)
-    metrics = ApiMetrics()
+    metrics = metrics or ApiMetrics()
     answers, views = AnswerRoutes(service, metrics), ViewRoutes(service, metrics, key_digest)
     app.add_api_route("/v1/completions", answers.completions, methods=["POST"], response_model=None)
     app.add_api_route(
@@ -79,6 +85,7 @@ def build_app(
         app.add_api_route(
             path, view, methods=["HEAD"], response_model=None, include_in_schema=False
         )
+    document(app)
     install_error_handlers(app)
     app.add_middleware(LimitBody, max_bytes=max_body_bytes)
     if key_digest is not None:
@@ -289,7 +296,11 @@ class ViewRoutes:
 
     async def metrics(self) -> Response:
         """Return the metrics as Prometheus text."""
-        text = self._metrics.render(await self._service.health(), await self._ledger())
+        text = self._metrics.render(
+            await self._service.health(),
+            await self._ledger(),
+            await self._service.counted_elsewhere(),
+        )
         return Response(text, media_type=_METRICS_TYPE)
 
     async def page(self) -> HTMLResponse:

@@ -20,6 +20,8 @@ from rayapp.vision.cache import CacheCounts
 from rayapp.vision.inputs import ImageIntake
 
 Pool = Literal["prefill", "decode", "unified"]
+Counts = dict[tuple[str, str, tuple[tuple[str, str], ...]], float]
+"""Counters of one process, which only grow: by metric, sample and labels."""
 
 
 class ReplicaHealth(BaseModel):
@@ -132,6 +134,10 @@ class Service(Protocol):
 
     async def health(self) -> HealthReport:
         """Report which replicas answer; an unreachable pool is reported, never raised."""
+        ...
+
+    async def counted_elsewhere(self) -> Sequence[Counts]:
+        """What the other processes that serve HTTP for this service have counted, ever."""
         ...
 
     async def transfers(self) -> dict[str, Any]:

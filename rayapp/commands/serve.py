@@ -28,6 +28,10 @@ def serve(
         str,
         typer.Option(metavar="MIN[:MAX]", help="Replicas of unified mode, which do both stages."),
     ] = "1",
+    ingress_replicas: Annotated[
+        int,
+        typer.Option(min=1, help="Replicas that speak HTTP and share the requests."),
+    ] = 1,
     device: Annotated[
         str | None,
         typer.Option(help="Device of every replica: cpu or cuda; cuda where --gpus is given."),
@@ -57,6 +61,7 @@ def serve(
         {
             **service.model_dump(exclude={"images", "prefill", "decode", "unified"}),
             "images": images,
+            "ingress": {"replicas": ingress_replicas},
             "prefill": pool(prefill_replicas, role="prefill"),
             "decode": pool(decode_replicas, role="decode"),
             "unified": pool(replicas),

@@ -6,12 +6,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from math import ceil, floor
 from types import FrameType
 from typing import Any
 
 from rayapp.distributed.cluster.local import NodeSpec, local_cluster
 from rayapp.distributed.cluster.ports import check_port
 from rayapp.distributed.serve.deploy import RunningService, resolved, running_service
+from rayapp.distributed.serve.draining import drain
 from rayapp.distributed.serve.exposure import check_exposure
 from rayapp.distributed.serve.settings import PoolSettings, ServiceSettings
 
@@ -25,6 +27,8 @@ def serve_until_interrupted(
     say: Callable[[str], None],
 ) -> None:
     """Serve until SIGINT or SIGTERM, then end everything that was started.
+
+    Answers under way are waited for, unless another signal comes.
 
     Args:
         settings: The settings of the service.
@@ -56,6 +60,8 @@ def serve_until_interrupted(
             with suppress(KeyboardInterrupt):
                 threading.Event().wait()
             say("stopping")
+            with suppress(KeyboardInterrupt):  # A second signal ends the answers under way.
+                drain(settings.deadlines.drain_s, say)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -76,9 +82,19 @@ def _nodes(settings: ServiceSettings) -> list[NodeSpec]:
     def room(pool: PoolSettings) -> int:
         return max(1, round(pool.replicas.maximum * max(pool.num_cpus, 1.0)))
 
+    def node(pool: PoolSettings) -> NodeSpec:
+        gpus = _gpus_for(pool)
+        return NodeSpec(labels=dict(pool.labels), num_cpus=room(pool), num_gpus=gpus)
+
     head = NodeSpec(labels={"role": "head"}, num_cpus=_SPARE_CPUS + room(settings.ingress))
-    pools = settings.pools.values()
-    return [head, *(NodeSpec(labels=dict(p.labels), num_cpus=room(p)) for p in pools)]
+    return [head, *map(node, settings.pools.values())]
+
+
+def _gpus_for(pool: PoolSettings) -> int:
+    """GPUs on which all replicas of a pool find room: several share one, or each has its own."""
+    if pool.num_gpus >= 1:
+        return pool.replicas.maximum * ceil(pool.num_gpus)
+    return ceil(pool.replicas.maximum / floor(1 / pool.num_gpus)) if pool.num_gpus else 0
 
 
 def _introduction(service: RunningService) -> Iterator[str]:

@@ -123,6 +123,10 @@ class ScriptedService:
         reason = "" if self.ready else "no decode replica answers"
         return HealthReport(ready=self.ready, reason=reason, replicas=(replica,))
 
+    async def counted_elsewhere(self):
+        """Nothing: this is the only process."""
+        return ()
+
     async def transfers(self) -> dict[str, Any]:
         if isinstance(self.ledger, Exception):
             raise self.ledger

@@ -136,6 +136,10 @@ class InProcessService:
             ready=True, replicas=(self._replica("prefill"), self._replica("decode"))
         )
 
+    async def counted_elsewhere(self):
+        """Nothing: this is the only process."""
+        return ()
+
     async def transfers(self) -> dict[str, Any]:
         """Return the ledger of the transfers."""
         return self._ledger.as_json()

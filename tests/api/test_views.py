@@ -150,5 +150,11 @@ def test_readable_bytes():
 
 
 def test_the_schema_lists_the_routes(http):
-    paths = http.get("/openapi.json").json()["paths"]
+    found = http.get("/openapi.json").json()
+    paths = found["paths"]
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health"} <= set(paths)
+    completions = paths["/v1/completions"]["post"]["responses"]
+    assert {"200", "400", "401", "404", "413", "429", "503", "504"} <= set(completions)
+    assert "422" not in completions  # FastAPI's own refusal, which is never sent
+    assert set(completions["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert "HTTPValidationError" not in found["components"]["schemas"]

@@ -119,6 +119,11 @@ async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerat
 
     The first error ends them all, and so does closing this generator.
     """
+    if len(streams) == 1:  # The common case needs no queue, which costs as much as a token's text.
+        async with aclosing(streams[0]) as only:
+            async for delta in only:
+                yield delta
+        return
     events: asyncio.Queue[Delta | asyncio.Task[None]] = asyncio.Queue()
     tasks = [asyncio.create_task(_pump(stream, events)) for stream in streams]
     try:

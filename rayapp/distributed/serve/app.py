@@ -68,7 +68,8 @@ def deployment_options(settings: ServiceSettings, name: str, pool: PoolSettings)
         "health_check_period_s": 2.0,
         "health_check_timeout_s": 30.0,
         "graceful_shutdown_wait_loop_s": 0.2,
-        "graceful_shutdown_timeout_s": limits.transfer_s + limits.decode_s,
+        # Whoever is drained has time for the longest answer allowed, with all its attempts.
+        "graceful_shutdown_timeout_s": settings.max_attempts * limits.longest_s,
     }
     if name != INGRESS:
         router = "rayapp.distributed.serve.ingress.router:AddressedRouter"

@@ -1,10 +1,10 @@
 """The KV channel over Ray's object store; the receiver of a call's answer owns the message.
 
 Three measured facts rule this module. An object that a replica *puts* dies with the replica; one
-that it *returns* belongs to the caller and survives it, once the call has ended. Awaiting the next reference of a stream
-that is still running also fetches its value, so the reference of a message is taken only once it is
-ready, when nothing needs to be awaited. And a reference that is passed to a streaming call stays
-pinned until that stream ends, so messages are handed over in unary calls.
+that it *returns* belongs to the caller and survives it, once the call has ended. Awaiting the next
+reference of a stream that is still running also fetches its value, so the reference of a message is
+taken only once it is ready, when nothing needs to be awaited. And a reference that is passed to a
+streaming call stays pinned until that stream ends, so messages are handed over in unary calls.
 """
 
 from __future__ import annotations

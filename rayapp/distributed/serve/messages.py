@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -15,15 +16,28 @@ from rayapp.plan import ModelSignature, PruningPlan
 
 
 @dataclass(frozen=True)
-class Address:
-    """The replica of a pool that a call is for; the router honours it while that replica lives.
+class Reader:
+    """Who reads the tokens of the answers that a call asks for.
 
-    A call without ``replica_id`` goes to the least busy replica that is not in ``avoid``, as long
-    as there is another.
+    ``name`` is unique. ``actor`` is the name of the reader's actor, whose death ends what replicas
+    hold for it; it is empty if the reader is no actor.
+    """
+
+    name: str = ""
+    actor: str = ""
+
+
+@dataclass(frozen=True)
+class Address:
+    """The replica of a pool that a call is for, and who calls.
+
+    The router honours ``replica_id`` while that replica lives. A call without it goes to the least
+    busy replica that is not in ``avoid``, as long as there is another.
     """
 
     replica_id: str | None = None
     avoid: frozenset[str] = frozenset()
+    reader: Reader = Reader()
 
 
 ANY = Address()
@@ -167,6 +181,24 @@ class Admission:
     place: Place
     copied: Copied
     wait_s: float
+
+
+TokenRow = tuple[Any, ...]
+"""The fields of a :class:`TokenBatch` in their order: many of them travel in less time than many
+objects."""
+
+
+def row_of(batch: TokenBatch) -> TokenRow:
+    """The fields of a batch, from which ``TokenBatch(*row)`` makes it again."""
+    return (
+        batch.request_id,
+        batch.attempt,
+        batch.first_index,
+        batch.token_ids,
+        batch.finish_reason,
+        batch.logprobs,
+        batch.prompt_logprobs,
+    )
 
 
 class MisdirectedError(UnavailableError):

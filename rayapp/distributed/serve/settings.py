@@ -145,6 +145,7 @@ class Deadlines(Strict):
 
     ``lease_s`` is the time that decode keeps a slot for an admitted request whose tokens nobody
     reads. A replica with an engine that computes one step for longer than ``step_s`` is replaced.
+    ``drain_s`` is the time that answers under way have to end once the service is interrupted.
     """
 
     queue_s: float = Field(default=120.0, gt=0.0)
@@ -153,6 +154,12 @@ class Deadlines(Strict):
     decode_s: float = Field(default=1200.0, gt=0.0)
     lease_s: float = Field(default=15.0, gt=0.0)
     step_s: float = Field(default=120.0, gt=0.0)
+    drain_s: float = Field(default=30.0, ge=0.0)
+
+    @property
+    def longest_s(self) -> float:
+        """Seconds that one attempt at an answer may take in all."""
+        return 2 * self.queue_s + self.prefill_s + self.transfer_s + self.decode_s
 
 
 class ScalingSettings(Strict):
@@ -208,7 +215,8 @@ class ServiceSettings(Strict):
     max_waiting: int = Field(
         default=256,
         ge=1,
-        description="Requests that may wait for a place; further ones are answered with 429.",
+        description="Requests that may wait for a place at one ingress replica; further ones are "
+        "answered with 429.",
     )
     max_attempts: int = Field(
         default=3,

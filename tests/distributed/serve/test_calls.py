@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import time
+from collections import defaultdict
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import replace
@@ -31,8 +32,10 @@ from rayapp.distributed.serve.messages import (
     Copied,
     Place,
     PrefillAnswer,
+    Reader,
     Refusal,
     Versions,
+    row_of,
 )
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.request import GenerationRequest, SamplingParams, TokenBatch
@@ -77,6 +80,17 @@ class Routed:
         pass
 
 
+class Delivering(Routed):
+    """The tokens of all answers, as a replica delivers them; more may come at any time."""
+
+    def __init__(self, outbox):
+        super().__init__([])
+        self.outbox = outbox
+
+    async def __anext__(self):
+        return await self.outbox.get()
+
+
 class References:
     """The same items by reference."""
 
@@ -116,19 +130,38 @@ class Router:
         kv = b"the message"
         self.scripts = {
             "prefill": lambda *_: [PREFILLED, kv],
-            "admit": lambda *_: [ADMITTED],
-            "tokens": lambda name, _: [[last_batch(name)]],
+            "admit": self.admit,
+            "follow": lambda *_: [None],
+            "deliver": lambda *_: Delivering(self.outbox),
             "cancel": lambda *_: [None],
-            "generate": lambda prompt, *_: [PREFILLED, ADMITTED, [last_batch(prompt.name)]],
+            "generate": self.generate,
         }
+        self.outboxes = defaultdict(asyncio.Queue)  # by reader
+        self.reader = Reader()
         self.calls = []
         self.answers = asyncio.Event()  # whether anybody answers what all are asked
         self.answers.set()
 
+    @property
+    def outbox(self):
+        """The outbox for whoever calls."""
+        return self.outboxes[self.reader]
+
+    def admit(self, handover, *_):
+        return self.deliver(last_batch(handover.prompt.name))
+
+    def generate(self, prompt, *_):
+        return [PREFILLED, *self.deliver(last_batch(prompt.name))]
+
+    def deliver(self, batch):
+        """Admit an answer, and have this batch of it on its way to whoever calls."""
+        self.outbox.put_nowait([row_of(batch)])
+        return [ADMITTED]
+
     def assign_request(self, metadata, *arguments, address):
         found = concurrent.futures.Future()
         self.calls.append(Call(metadata, arguments, address, found, RAY_TASK.get()))
-        script = self.scripts.get(metadata.call_method)
+        script, self.reader = self.scripts.get(metadata.call_method), address.reader
         if script is not None:
             result = script(*arguments)
             found.set_result(Routed(result) if isinstance(result, list) else result)
@@ -203,13 +236,14 @@ def test_every_call_of_one_http_request_has_an_id_of_its_own(byte_tokenizer):
     router = Router()
     assert asyncio.run(scenario()) == context
     assert sorted(call.name for call in router.calls) == sorted(
-        ["prefill", "admit", "tokens", "generate"] * 3
+        ["prefill", "admit", "follow", "generate"] * 3 + ["deliver"] * 2
     )
     found = [call.metadata for call in router.calls]
     internal_ids = {metadata.internal_request_id for metadata in found}
     assert len(internal_ids) == len(found)
     assert "http" not in internal_ids
-    assert {(metadata.request_id, metadata.app_name) for metadata in found} == {("http", "rayapp")}
+    of_requests = [call.metadata for call in router.calls if call.name != "deliver"]
+    assert {(m.request_id, m.app_name) for m in of_requests} == {("http", "rayapp")}
 
 
 @pytest.mark.parametrize(
@@ -217,12 +251,12 @@ def test_every_call_of_one_http_request_has_an_id_of_its_own(byte_tokenizer):
     [
         ("disaggregated", "prefill", "prefill"),
         ("disaggregated", "admit", "transfer"),
-        ("disaggregated", "tokens", "decode"),
+        ("disaggregated", "deliver", "decode"),
         ("unified", "generate", "prefill"),
     ],
 )
 def test_a_call_that_is_never_routed_ends_in_its_phases_deadline(
-    byte_tokenizer, mode, method, phase
+    byte_tokenizer, monkeypatch, mode, method, phase
 ):
     async def scenario():
         router = Router()
@@ -233,8 +267,10 @@ def test_a_call_that_is_never_routed_ends_in_its_phases_deadline(
             await tokens_of(service)
         assert time.monotonic() - begun < 20
         assert not any(service.counts().values())
+        await asyncio.sleep(0.05)
         assert [c.found.cancelled() for c in router.calls if c.name == method] == [True]
 
+    monkeypatch.setattr("rayapp.distributed.serve.ingress.delivery.LEAVE_S", 0.01)
     asyncio.run(scenario())
 
 
@@ -323,8 +359,8 @@ def test_leaving_ends_what_decode_has_admitted(byte_tokenizer, left):
         router.scripts["prefill"] = lambda *_: [replace(PREFILLED, firsts=(first,)), b"the message"]
         if left == "while_it_is_admitted":
             router.scripts["admit"] = lambda *_: Admitting()
-        if left == "while_it_is_read":
-            router.scripts["tokens"] = lambda *_: [[TokenBatch("r", 0, 1, (8,))]]
+        elif left == "while_it_is_read":
+            router.scripts["admit"] = lambda *_: router.deliver(TokenBatch("r", 0, 1, (8,)))
         service = service_over(router, byte_tokenizer)
         request = GenerationRequest("r", PROMPT, SamplingParams(max_tokens=4))
 
@@ -337,12 +373,13 @@ def test_leaving_ends_what_decode_has_admitted(byte_tokenizer, left):
 
         await leave(2 if left == "while_it_is_read" else 1)
         assert not any(service.counts().values())
-        reading = ["tokens"] if left == "while_it_is_read" else []
+        reading = ["follow", "deliver"] if left == "while_it_is_read" else []
         assert [call.name for call in router.calls] == ["prefill", "admit", *reading, "cancel"]
         last = router.calls[-1]
         place = EVERYBODY if left == "while_it_is_admitted" else Address(PLACE.replica_id)
         assert (last.arguments, last.address) == (("r", 0), place)
-        assert [c.ray_task for c in router.calls] == [*["request"] * len(router.calls[:-1]), None]
+        outside = {call.name for call in router.calls if call.ray_task is None}
+        assert outside == {"cancel", *reading[1:]}
 
     asyncio.run(scenario())
 
@@ -355,7 +392,7 @@ def test_leaving_tells_a_unified_replica(byte_tokenizer, left):
         router.scripts["generate"] = lambda *_: (
             Prefilling()
             if left == "while_it_is_prefilled"
-            else [replace(PREFILLED, firsts=(first,)), ADMITTED, [TokenBatch("r", 0, 1, (8,))]]
+            else [replace(PREFILLED, firsts=(first,)), *router.deliver(TokenBatch("r", 0, 1, (8,)))]
         )
         service = service_over(router, byte_tokenizer, mode="unified")
         answer = asyncio.ensure_future(tokens_of(service, max_tokens=4, num_batches=2))
@@ -363,7 +400,8 @@ def test_leaving_tells_a_unified_replica(byte_tokenizer, left):
         answer.cancel()
         await asyncio.gather(answer, return_exceptions=True)
         assert not any(service.counts().values())
-        assert [call.name for call in router.calls] == ["generate", "cancel"]
+        reading = ["deliver"] if left == "while_it_is_read" else []
+        assert [call.name for call in router.calls] == ["generate", *reading, "cancel"]
         place = EVERYBODY if left == "while_it_is_prefilled" else Address(PLACE.replica_id)
         assert (router.calls[-1].arguments, router.calls[-1].address) == (("r", 0), place)
 
@@ -385,7 +423,7 @@ def test_a_second_cancellation_does_not_stop_the_word_to_decode(byte_tokenizer):
 
     async def scenario():
         router = Router()
-        del router.scripts["tokens"], router.scripts["cancel"]
+        del router.scripts["deliver"], router.scripts["cancel"]
         service = service_over(router, byte_tokenizer)
         answer = asyncio.ensure_future(tokens_of(service))
         await asyncio.sleep(0.05)

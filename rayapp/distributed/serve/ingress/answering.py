@@ -9,6 +9,7 @@ from typing import Protocol
 
 from rayapp.distributed.serve.messages import PrefillAnswer
 from rayapp.engine.request import PromptLogprobs, PromptRequests, Timeline, TokenBatch, after
+from rayapp.errors import UnavailableError
 
 
 @dataclass
@@ -41,8 +42,17 @@ class Answering:
         self.prompt = self.prompt.on_attempt(attempt, self.ended)
 
     def take(self, batch: TokenBatch) -> TokenBatch | None:
-        """Return the part of a batch that the client does not have, and count it as sent."""
+        """Return the part of a batch that the client does not have, and count it as sent.
+
+        Raises:
+            UnavailableError: Tokens before it are missing.
+        """
         sent = self.sent.setdefault(batch.request_id, [])
+        if batch.first_index > len(sent):
+            raise UnavailableError(
+                f"tokens {len(sent)} to {batch.first_index - 1} of request {batch.request_id} did "
+                "not arrive; ask again"
+            )
         new = after(batch, len(sent))
         if new is not None:
             if not sent:

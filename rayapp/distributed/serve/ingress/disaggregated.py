@@ -14,9 +14,10 @@ from typing import Any
 from rayapp.distributed.serve.channel import ReplicaStream
 from rayapp.distributed.serve.ingress.answering import Answering
 from rayapp.distributed.serve.ingress.calls import call
+from rayapp.distributed.serve.ingress.delivery import Delivery, Inbox
 from rayapp.distributed.serve.ingress.freeing import Freeing
 from rayapp.distributed.serve.ingress.handing_over import Delivered, HandingOver
-from rayapp.distributed.serve.ingress.phases import UPDATE_PAUSE_S, phase, streamed
+from rayapp.distributed.serve.ingress.phases import UPDATE_PAUSE_S, phase
 from rayapp.distributed.serve.messages import (
     Address,
     Handover,
@@ -61,7 +62,6 @@ class DisaggregatedAttempts:
     ) -> None:
         self._prefill = prefill.options(stream=True)
         self._decode = decode
-        self._tokens = decode.options(stream=True)
         self._channel = channel
         self._ledger = ledger
         self._plan = plan
@@ -69,40 +69,48 @@ class DisaggregatedAttempts:
         self._versions = versions
         self._deadlines = deadlines
         self._freeing = Freeing(decode, within_s=deadlines.lease_s)
+        self._delivery = Delivery(decode)
 
     async def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
         """Prefill, hand the KV over while prefill goes on and first tokens leave, then stream."""
-        async with AsyncExitStack() as resources:
-            await self._reserve(resources, answering.prompt)
-            handing = await resources.enter_async_context(
-                self._handing_over(answering.prompt).undone_unless_whole()
-            )
-            stream, answer = await self._prefilled(resources, answering.prompt, handing)
-            answering.mark_prefill(answer)
-            if answer.kv_bytes is None:
+        with self._delivery.opened(answering.prompt) as inbox:
+            async with AsyncExitStack() as resources:
+                await self._reserve(resources, answering.prompt)
+                handing = await resources.enter_async_context(
+                    self._handing_over(answering.prompt).undone_unless_whole()
+                )
+                stream, answer = await self._prefilled(resources, answering.prompt, handing)
+                answering.mark_prefill(answer)
+                if answer.kv_bytes is None:
+                    for first in answer.firsts:
+                        yield first
+                    return
+                handover = Handover.after(
+                    answering.prompt,
+                    self._versions,
+                    answer.firsts,
+                    answering.sent,
+                    self._deadlines.transfer_s,
+                )
+                ending = handing.end(handover, stream, answer)
                 for first in answer.firsts:
                     yield first
-                return
-            handover = Handover.after(
-                answering.prompt,
-                self._versions,
-                answer.firsts,
-                answering.sent,
-                self._deadlines.transfer_s,
-            )
-            ending = handing.end(handover, stream, answer)
-            for first in answer.firsts:
-                yield first
-            delivered = await ending
-            self._record(answering.prompt, answer, delivered)
-        answering.mark_admission()
-        async with aclosing(self._decoded(handover.prompt, delivered.place)) as batches:
-            async for batch in batches:
-                yield batch
+                delivered = await ending
+                self._record(answering.prompt, answer, delivered)
+            answering.mark_admission()
+            async with aclosing(self._decoded(handover.prompt, delivered.place, inbox)) as batches:
+                async for batch in batches:
+                    yield batch
 
     def _handing_over(self, prompt: PromptRequests) -> HandingOver:
         return HandingOver(
-            self._decode, self._channel, self._freeing, prompt, self._versions, self._deadlines
+            self._decode,
+            self._delivery,
+            self._channel,
+            self._freeing,
+            prompt,
+            self._versions,
+            self._deadlines,
         )
 
     async def _reserve(self, resources: AsyncExitStack, prompt: PromptRequests) -> None:
@@ -124,7 +132,7 @@ class DisaggregatedAttempts:
                     prompt,
                     self._versions,
                     limits.queue_s,
-                    address=Address(avoid=avoid),
+                    address=self._delivery.address(avoid=avoid),
                 )
                 stream = ReplicaStream(response)
                 resources.push_async_exit(_closing(stream))
@@ -148,20 +156,22 @@ class DisaggregatedAttempts:
         self._ledger.add(record)
 
     async def _decoded(
-        self, prompt: PromptRequests, place: Place
+        self, prompt: PromptRequests, place: Place, inbox: Inbox
     ) -> AsyncGenerator[TokenBatch, None]:
         """Generate the tokens of admitted answers; leaving early makes decode free their slots."""
-        response = call(self._tokens.tokens, *prompt.key, address=Address(place.replica_id))
+        response = call(self._decode.follow, *prompt.key, address=Address(place.replica_id))
+        following = self._delivery.listen(inbox, place, response)
+        names = [request.request_id for request in prompt.requests]
         is_whole = False
         try:
-            async with aclosing(
-                streamed(response, prompt.requests, self._deadlines.decode_s)
-            ) as batches:
+            async with aclosing(inbox.batches(names, self._deadlines.decode_s)) as batches:
                 async for batch in batches:
                     yield batch
             is_whole = True
         finally:
             if not is_whole:
+                following.cancel()
+                response.cancel()
                 await self._freeing.free(prompt, place)
 
 

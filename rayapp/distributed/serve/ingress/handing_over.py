@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rayapp.distributed.serve.ingress.calls import call
+from rayapp.distributed.serve.ingress.delivery import Delivery
 from rayapp.distributed.serve.ingress.freeing import Freeing
 from rayapp.distributed.serve.ingress.losses import DIED, replica_died
 from rayapp.distributed.serve.ingress.phases import UPDATE_PAUSE_S, phase
@@ -53,6 +54,7 @@ class HandingOver:
 
     Args:
         decode: Serve's handle of the decode pool.
+        delivery: What receives the tokens of the answers.
         channel: The channel that owns messages on their way.
         freeing: The word to decode that nobody reads an attempt's answers.
         prompt: The requests for all answers, with their attempt.
@@ -63,6 +65,7 @@ class HandingOver:
     def __init__(
         self,
         decode: Any,
+        delivery: Delivery,
         channel: KVChannel,
         freeing: Freeing,
         prompt: PromptRequests,
@@ -70,6 +73,7 @@ class HandingOver:
         deadlines: Deadlines,
     ) -> None:
         self._decode = decode
+        self._delivery = delivery
         self._channel = channel
         self._freeing = freeing
         self._prompt = prompt.without_image_data
@@ -184,7 +188,7 @@ class HandingOver:
         avoid: frozenset[str] = frozenset()
         num_lost = 0
         while True:
-            response = call(method, *arguments, address=Address(avoid=avoid))
+            response = call(method, *arguments, address=self._delivery.address(avoid=avoid))
             try:
                 answer = await response
             except asyncio.CancelledError:

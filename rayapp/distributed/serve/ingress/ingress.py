@@ -13,8 +13,10 @@ from rayapp.distributed.serve.channel import ObjectStoreChannel
 from rayapp.distributed.serve.ingress.answering import Attempts
 from rayapp.distributed.serve.ingress.disaggregated import DisaggregatedAttempts
 from rayapp.distributed.serve.ingress.ray_service import Limits, RayService
+from rayapp.distributed.serve.ingress.siblings import Tallies
 from rayapp.distributed.serve.ingress.unified import UnifiedAttempts
 from rayapp.distributed.serve.messages import Versions
+from rayapp.distributed.serve.ray_metrics import RayMirror, log_as_serve
 from rayapp.distributed.serve.settings import (
     APP_NAME,
     DECODE,
@@ -42,15 +44,21 @@ class Ingress:
 
     def __init__(self, settings: ServiceSettings, **pools: Any) -> None:
         self._key_digest = settings.key_digest
+        log_as_serve()
         self.service = open_service(settings, pools, serve.get_deployment_handle(INGRESS, APP_NAME))
+        self.service.metrics.mirror = RayMirror(self.service.ledger)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP routes; Serve calls this once after construction."""
-        return build_app(self.service, key_digest=self._key_digest)
+        return build_app(self.service, key_digest=self._key_digest, metrics=self.service.metrics)
 
-    async def own_ledger(self) -> tuple[str, Ledger]:
-        """Return the name of this replica and its own ledger."""
-        return self.service.name, self.service.ledger
+    async def tallies(self) -> Tallies:
+        """Return what this replica has counted, and what it knows of others."""
+        return self.service.tallies()
+
+    async def drain(self) -> int:
+        """Refuse new requests from now on, and return the number of answers under way."""
+        return self.service.drain()
 
     async def check_integrity(self) -> dict[str, int]:
         """Return the numbers of this replica's resources in use, all zero when idle."""

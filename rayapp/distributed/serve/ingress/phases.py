@@ -3,42 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from rayapp.engine.request import GenerationRequest, TokenBatch
 from rayapp.errors import DeadlineError, UnavailableError
 
 UPDATE_PAUSE_S = 0.2
 """Pause before another replica is asked, where one of another version refused."""
 
 
-async def streamed(
-    response: Any, requests: Sequence[GenerationRequest], limit_s: float
-) -> AsyncGenerator[TokenBatch, None]:
-    """Generate the token batches of a response until every request has its final one.
-
-    Leaving early cancels the response.
-    """
-    until_s = time.monotonic() + limit_s
-    unfinished = {request.request_id for request in requests}
-    try:
-        while unfinished:
-            for batch in await next_item(response, "decode", until_s - time.monotonic(), limit_s):
-                if batch.finish_reason is not None:
-                    unfinished.discard(batch.request_id)
-                yield batch
-    finally:
-        if unfinished:
-            response.cancel()
-
-
-async def next_item(response: Any, name: str, within_s: float, limit_s: float | None = None) -> Any:
+async def next_item(response: Any, name: str, within_s: float) -> Any:
     """Return the next item of a streaming response, within the phase's deadline."""
-    async with phase(name, within_s, limit_s):
+    async with phase(name, within_s):
         return await item_of(response, name)
+
+
+async def end_of(response: Any) -> None:
+    """Return once a streaming response that brings nothing more has ended; raise its error."""
+    async for _ in response:
+        pass
 
 
 async def item_of(response: Any, name: str) -> Any:
@@ -50,15 +34,18 @@ async def item_of(response: Any, name: str) -> Any:
 
 
 @asynccontextmanager
-async def phase(
-    name: str, within_s: float, limit_s: float | None = None
-) -> AsyncGenerator[None, None]:
+async def phase(name: str, within_s: float) -> AsyncGenerator[None, None]:
     """Raise :class:`DeadlineError` if the body does not end within ``within_s``."""
     try:
         async with asyncio.timeout(within_s):
             yield
     except TimeoutError:
-        raise DeadlineError(
-            f"{name} did not end within {limit_s or within_s:.1f} s; what it held was freed: "
-            "try again later or raise its deadline"
-        ) from None
+        raise deadline_error(name, within_s) from None
+
+
+def deadline_error(name: str, limit_s: float) -> DeadlineError:
+    """The error of a phase that did not end within ``limit_s``."""
+    return DeadlineError(
+        f"{name} did not end within {limit_s:.1f} s; what it held was freed: "
+        "try again later or raise its deadline"
+    )

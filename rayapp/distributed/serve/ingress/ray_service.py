@@ -12,10 +12,12 @@ from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 
-from rayapp.api.service import HealthReport, ReplicaHealth, ServiceDescription
+from rayapp.api.metrics import ApiMetrics
+from rayapp.api.service import Counts, HealthReport, ReplicaHealth, ServiceDescription
 from rayapp.distributed.serve.ingress.answering import Answering, Attempts
 from rayapp.distributed.serve.ingress.calls import ask_all
 from rayapp.distributed.serve.ingress.losses import explained, is_lost
+from rayapp.distributed.serve.ingress.siblings import Siblings, Tallies
 from rayapp.distributed.serve.messages import Versions
 from rayapp.engine.channel import KVChannel
 from rayapp.engine.request import GenerationRequest, PromptRequests, Timeline, TokenBatch
@@ -95,17 +97,19 @@ class RayService:
         versions: Versions,
         limits: Limits,
     ) -> None:
+        self.name = uuid.uuid4().hex
         self._description = description
         self._pools = pools
-        self._siblings = siblings
+        self.metrics = ApiMetrics()
+        self._siblings = Siblings(self.name, siblings, ledger, self.metrics.counts)
         self._attempts = attempts
         self._channel = channel
         self._versions = versions
         self._waiting = WaitingRoom(limits.max_waiting)
         self._max_attempts = limits.max_attempts
         self._num_answering = 0
+        self._is_draining = False
         self._health: asyncio.Task[HealthReport] | None = None
-        self.name = uuid.uuid4().hex
         self.ledger = ledger
 
     @property
@@ -117,6 +121,8 @@ class RayService:
         self, requests: Sequence[GenerationRequest], timelines: Sequence[Timeline] = ()
     ) -> AsyncGenerator[TokenBatch, None]:
         """Generate the token batches of all answers; see :class:`rayapp.api.service.Service`."""
+        if self._is_draining:
+            raise UnavailableError("this service is about to end; ask again later, or elsewhere")
         prompt = PromptRequests.of(requests)
         names = [request.request_id for request in requests]
         for request in requests:
@@ -201,8 +207,21 @@ class RayService:
 
     async def transfers(self) -> dict[str, Any]:
         """Return the merged ledgers of all ingress replicas."""
-        ledgers: dict[str, Ledger] = dict(await ask_all(self._siblings, "own_ledger"))
-        return Ledger.merge({**ledgers, self.name: self.ledger}.values()).as_json()
+        others = await self._siblings.others()
+        return Ledger.merge([self.ledger, *(t.ledger for t in others.values())]).as_json()
+
+    async def counted_elsewhere(self) -> list[Counts]:
+        """Return what the other ingress replicas have counted."""
+        return [tally.counts for tally in (await self._siblings.others()).values()]
+
+    def tallies(self) -> Tallies:
+        """Return what this replica has counted, and what it knows of others."""
+        return self._siblings.own()
+
+    def drain(self) -> int:
+        """Refuse new requests from now on, and return the number of answers under way."""
+        self._is_draining = True
+        return self._num_answering
 
     def counts(self) -> dict[str, int]:
         """Return the numbers of this ingress's resources in use, all zero when idle."""

@@ -9,17 +9,18 @@ from typing import Any
 
 from rayapp.distributed.serve.ingress.answering import Answering
 from rayapp.distributed.serve.ingress.calls import call
+from rayapp.distributed.serve.ingress.delivery import Delivery, Inbox
 from rayapp.distributed.serve.ingress.freeing import Freeing
 from rayapp.distributed.serve.ingress.phases import (
     UPDATE_PAUSE_S,
+    end_of,
     item_of,
     next_item,
     phase,
-    streamed,
 )
-from rayapp.distributed.serve.messages import Address, PrefillAnswer, Refusal, Versions
+from rayapp.distributed.serve.messages import PrefillAnswer, Refusal, Versions
 from rayapp.distributed.serve.settings import Deadlines
-from rayapp.engine.request import GenerationRequest, TokenBatch
+from rayapp.engine.request import TokenBatch
 
 
 class UnifiedAttempts:
@@ -33,23 +34,25 @@ class UnifiedAttempts:
 
     def __init__(self, unified: Any, *, versions: Versions, deadlines: Deadlines) -> None:
         self._unified = unified.options(stream=True)
+        self._delivery = Delivery(unified)
         self._versions = versions
         self._deadlines = deadlines
         self._freeing = Freeing(unified, within_s=deadlines.lease_s)
 
     async def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
         """Prefill and decode in one call; leaving early makes the replica free what it holds."""
-        response, answer = await self._prefilled(answering)
-        is_whole = False
-        try:
-            async with aclosing(self._rest(answering, answer, response)) as batches:
-                async for batch in batches:
-                    yield batch
-            is_whole = True
-        finally:
-            response.cancel()
-            if not is_whole:
-                await self._freeing.free(answering.prompt, answer.place)
+        with self._delivery.opened(answering.prompt) as inbox:
+            response, answer = await self._prefilled(answering)
+            is_whole = False
+            try:
+                async with aclosing(self._rest(answering, answer, response, inbox)) as batches:
+                    async for batch in batches:
+                        yield batch
+                is_whole = True
+            finally:
+                if not is_whole:
+                    response.cancel()
+                    await self._freeing.free(answering.prompt, answer.place)
 
     async def _prefilled(self, answering: Answering) -> tuple[Any, PrefillAnswer]:
         """Open a stream; its first item, which says that the prompt is prefilled, is awaited."""
@@ -63,7 +66,7 @@ class UnifiedAttempts:
                     answering.prompt,
                     self._versions,
                     sent,
-                    address=Address(avoid=avoid),
+                    address=self._delivery.address(avoid=avoid),
                 )
                 try:
                     answer: PrefillAnswer | Refusal = await item_of(response, "prefill")
@@ -79,22 +82,22 @@ class UnifiedAttempts:
                 await asyncio.sleep(UPDATE_PAUSE_S)
 
     async def _rest(
-        self, answering: Answering, answer: PrefillAnswer, response: Any
+        self, answering: Answering, answer: PrefillAnswer, response: Any, inbox: Inbox
     ) -> AsyncGenerator[TokenBatch, None]:
         answering.mark_prefill(answer)
         for first in answer.firsts:
             yield first
         if answer.kv_bytes is None:
             return
-        going_on = _going_on(answering, answer)
         await next_item(response, "transfer", self._deadlines.transfer_s)
         answering.mark_admission()
-        async with aclosing(streamed(response, going_on, self._deadlines.decode_s)) as batches:
-            async for batch in batches:
-                yield batch
-
-
-def _going_on(answering: Answering, answer: PrefillAnswer) -> list[GenerationRequest]:
-    """The requests whose answers do not end with their first token."""
-    ended = {first.request_id for first in answer.firsts if first.finish_reason}
-    return [r for r in answering.prompt.requests if r.request_id not in ended]
+        following = self._delivery.listen(inbox, answer.place, end_of(response))
+        ended = {first.request_id for first in answer.firsts if first.finish_reason}
+        going_on = {r.request_id for r in answering.prompt.requests} - ended
+        try:
+            async with aclosing(inbox.batches(going_on, self._deadlines.decode_s)) as batches:
+                async for batch in batches:
+                    yield batch
+        except BaseException:
+            following.cancel()
+            raise

@@ -1,17 +1,20 @@
-"""A decode replica copies KV into slots and streams the tokens of all of them.
+"""A decode replica copies KV into slots and delivers the tokens of all of them.
 
 ``admit`` is unary and ends once the message is no longer needed, because a reference passed to a
-streaming call stays pinned until that stream ends. ``tokens`` never carries a reference. Between
-the two calls a lease reserves the slots.
+streaming call stays pinned until that stream ends. ``follow`` is unary too: it lasts as long as
+the answers, so that the replica counts as busy with them, and is waited for when it is drained.
+Their tokens leave by ``deliver``, the one streaming call of an ingress, which outlives its
+requests. Between ``admit`` and ``follow`` a lease reserves the slots.
 
 KV that comes in parts is preceded by ``reserve``, and all parts but the last by ``load``; both are
-unary (:mod:`rayapp.distributed.serve.replicas.admissions`).
+unary (:mod:`rayapp.distributed.serve.replicas.admission.admissions`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 
 from rayapp.api.service import Pool, ReplicaHealth
 from rayapp.distributed.serve.messages import (
@@ -24,19 +27,20 @@ from rayapp.distributed.serve.messages import (
     Refusal,
     Seat,
     Seating,
+    TokenRow,
     check_address,
     version_conflict,
 )
-from rayapp.distributed.serve.replicas.admissions import Admissions
+from rayapp.distributed.serve.replicas.admission.admissions import Admissions
+from rayapp.distributed.serve.replicas.admission.leases import Lease, Leases
+from rayapp.distributed.serve.replicas.admission.placing import Placing
+from rayapp.distributed.serve.replicas.admission.slots import Slots
 from rayapp.distributed.serve.replicas.engine_loop import (
     EngineLoop,
     failure_of,
     is_out_of_memory,
 )
-from rayapp.distributed.serve.replicas.leases import Lease, Leases
-from rayapp.distributed.serve.replicas.placing import Placing
 from rayapp.distributed.serve.replicas.serial_thread import SerialThread
-from rayapp.distributed.serve.replicas.slots import Slots
 from rayapp.distributed.serve.replicas.stage import StageModel
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.decode import DecodeEngine
@@ -120,7 +124,7 @@ class DecodeServer:
         """
         check_address(self._place, address)
         refusal = version_conflict(self._place, self._versions, seating.versions)
-        return refusal or await self._admissions.reserve(seating)
+        return refusal or await self._admissions.reserve(seating, address.reader)
 
     async def load(
         self, name: str, attempt: int, part: int, handles: Sequence[object], address: Address = ANY
@@ -156,14 +160,10 @@ class DecodeServer:
         refusal = version_conflict(self._place, self._versions, handover.versions)
         if refusal is not None:
             return refusal
-        return await self._admissions.admit(handover, handles[0])
+        return await self._admissions.admit(handover, handles[0], address.reader)
 
-    async def tokens(
-        self, name: str, attempt: int, address: Address = ANY
-    ) -> AsyncGenerator[list[TokenBatch], None]:
-        """Generate the tokens of all answers; every item has at most one batch per answer.
-
-        The lease ends with the stream.
+    async def follow(self, name: str, attempt: int, address: Address = ANY) -> None:
+        """Return once all answers have ended and left; the lease ends with this call.
 
         Raises:
             MisdirectedError: The call was for a replica that has gone.
@@ -174,10 +174,20 @@ class DecodeServer:
         lease = self._leases.find(name, attempt)
         self._leases.read(lease)
         try:
-            while not lease.is_read:
-                yield await lease.take()
+            await lease.all_read()
         finally:
             self._leases.end(lease)
+
+    async def deliver(self, address: Address = ANY) -> AsyncGenerator[list[TokenRow], None]:
+        """Generate the tokens of all answers for the calling ingress, an item per step.
+
+        The stream ends after the last of them, and now and then between two items; the caller asks
+        again while it expects tokens.
+        """
+        check_address(self._place, address)
+        async with aclosing(self._leases.outboxes.of(address.reader).items()) as items:
+            async for item in items:
+                yield item
 
     async def cancel(self, name: str, attempt: int, address: Address = ANY) -> None:
         """End a lease, in whatever phase the attempt is, even before it has come here."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 
 from rayapp.api.service import Pool, ReplicaHealth
 from rayapp.distributed.serve.messages import (
@@ -25,6 +26,7 @@ from rayapp.distributed.serve.messages import (
     check_address,
     version_conflict,
 )
+from rayapp.distributed.serve.replicas.callers import Callers
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
 from rayapp.distributed.serve.replicas.part_sizes import PartSizes
 from rayapp.distributed.serve.replicas.prompt_queue import PromptQueue
@@ -68,6 +70,7 @@ class PrefillServer:
         self._loop = loop
         self._step_s = step_s
         self._packing = SerialThread("packing")
+        self._callers = Callers()
         self._versions = stage.versions
         stack = BlockStack(stage.loaded.model, stage.plan, "prefill")
         self._engine = PrefillEngine(
@@ -113,18 +116,20 @@ class PrefillServer:
             return
         began_s = time.monotonic()
         envelope = versions.envelope(*prompt.key)
-        async with aclosing(self._queue.results(prompt, queue_s)) as results:
-            async for result in results:
-                if isinstance(result, KVSegment):
-                    of_part = replace(envelope, is_last=False)
-                    message, pack_s = await self._packed(result, of_part)
-                    yield KVPart(self._place, envelope.part, result.extent, pack_s)
-                    yield message
-                    envelope = replace(envelope, part=envelope.part + 1)
-                else:
-                    yield self._answer(result, began_s)
-                    if result.segment is not None:
-                        yield (await self._packed(result.segment, envelope))[0]
+        cancel = partial(self._queue.cancel, *prompt.key)
+        with self._callers.holding(address.reader, cancel):
+            async with aclosing(self._queue.results(prompt, queue_s)) as results:
+                async for result in results:
+                    if isinstance(result, PrefillOutput):
+                        yield self._answer(result, began_s)
+                        if result.segment is not None:
+                            yield (await self._packed(result.segment, envelope))[0]
+                    else:
+                        of_part = replace(envelope, is_last=False)
+                        message, pack_s = await self._packed(result, of_part)
+                        yield KVPart(self._place, envelope.part, result.extent, pack_s)
+                        yield message
+                        envelope = replace(envelope, part=envelope.part + 1)
 
     def _answer(self, output: PrefillOutput, began_s: float) -> PrefillAnswer:
         segment = output.segment

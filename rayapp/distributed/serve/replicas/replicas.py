@@ -12,6 +12,7 @@ import os
 from collections.abc import Awaitable
 
 from rayapp.distributed.serve.channel import ObjectStoreChannel
+from rayapp.distributed.serve.ray_metrics import StageGauges, log_as_serve
 from rayapp.distributed.serve.replicas.decode_server import DecodeServer
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
 from rayapp.distributed.serve.replicas.kv_memory import kv_memory
@@ -29,6 +30,8 @@ class PrefillReplica(PrefillServer):
     """A prefill server that loads its own stage."""
 
     def __init__(self, settings: ServiceSettings) -> None:
+        log_as_serve()
+        self._gauges = StageGauges()
         super().__init__(
             load_stage(settings, "prefill"),
             this_place(),
@@ -39,7 +42,8 @@ class PrefillReplica(PrefillServer):
         )
 
     async def check_health(self) -> None:
-        """End this process if its engine hangs."""
+        """Show this replica's state, and end its process if its engine hangs."""
+        self._gauges.show(await self.describe())
         await _alive_or_end(super().check_health())
 
 
@@ -47,6 +51,8 @@ class DecodeReplica(DecodeServer):
     """A decode server that loads its own stage and fetches from the object store."""
 
     def __init__(self, settings: ServiceSettings) -> None:
+        log_as_serve()
+        self._gauges = StageGauges()
         stage = load_stage(settings, "decode")
         super().__init__(
             stage,
@@ -59,7 +65,8 @@ class DecodeReplica(DecodeServer):
         )
 
     async def check_health(self) -> None:
-        """End this process if its engine hangs."""
+        """Show this replica's state, and end its process if its engine hangs."""
+        self._gauges.show(await self.describe())
         await _alive_or_end(super().check_health())
 
 
@@ -67,6 +74,8 @@ class UnifiedReplica(UnifiedServer):
     """A unified server that loads both stages once."""
 
     def __init__(self, settings: ServiceSettings) -> None:
+        log_as_serve()
+        self._gauges = StageGauges()
         stage = load_stage(settings, "unified")
         super().__init__(
             stage,
@@ -79,7 +88,8 @@ class UnifiedReplica(UnifiedServer):
         )
 
     async def check_health(self) -> None:
-        """End this process if its engine hangs."""
+        """Show this replica's state, and end its process if its engine hangs."""
+        self._gauges.show(await self.describe())
         await _alive_or_end(super().check_health())
 
 

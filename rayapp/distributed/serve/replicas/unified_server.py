@@ -18,6 +18,7 @@ from rayapp.distributed.serve.messages import (
     Place,
     PrefillAnswer,
     Refusal,
+    TokenRow,
     Versions,
 )
 from rayapp.distributed.serve.replicas.decode_server import DecodeServer
@@ -26,10 +27,10 @@ from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
 from rayapp.distributed.serve.replicas.stage import StageModel
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.channel import KVChannel, LocalChannel, LocalStream
-from rayapp.engine.request import PromptRequests, TokenBatch
+from rayapp.engine.request import PromptRequests
 from rayapp.engine.sequences.memory import KVMemory
 
-UnifiedItem = PrefillAnswer | Refusal | Admission | list[TokenBatch]
+UnifiedItem = PrefillAnswer | Refusal | Admission
 
 
 class UnifiedServer:
@@ -79,7 +80,9 @@ class UnifiedServer:
         sent: Mapping[str, Sequence[int]],
         address: Address = ANY,
     ) -> AsyncGenerator[UnifiedItem, None]:
-        """Yield a :class:`PrefillAnswer`, an :class:`Admission`, then all tokens but the first.
+        """Yield a :class:`PrefillAnswer`, then an :class:`Admission`; end with the last answer.
+
+        All tokens but the first leave by :meth:`deliver`.
 
         Args:
             prompt: The requests for all answers to a prompt.
@@ -101,14 +104,19 @@ class UnifiedServer:
                 self._channel.reserved(answer.kv_bytes),
                 self._channel.received(stream) as handle,
             ):
-                admission = await self._decode.admit(handover, [handle])
+                here = Address(reader=address.reader)
+                admission = await self._decode.admit(handover, [handle], here)
         try:
             yield admission
-            async with aclosing(self._decode.tokens(*prompt.key)) as items_of_tokens:
-                async for batches in items_of_tokens:
-                    yield batches
+            await self._decode.follow(*prompt.key)
         finally:
             await self._decode.cancel(*prompt.key)
+
+    async def deliver(self, address: Address = ANY) -> AsyncGenerator[list[TokenRow], None]:
+        """Generate the tokens of all answers for the calling ingress, an item per step."""
+        async with aclosing(self._decode.deliver(address)) as items:
+            async for item in items:
+                yield item
 
     async def cancel(self, name: str, attempt: int, address: Address = ANY) -> None:
         """End this attempt, in whatever phase it is, even before it has come here."""

@@ -6,7 +6,14 @@ import asyncio
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 
-from rayapp.distributed.serve.messages import Handover, KVPart, Place, Seating
+from rayapp.distributed.serve.messages import (
+    Address,
+    Handover,
+    KVPart,
+    Place,
+    Reader,
+    Seating,
+)
 from rayapp.distributed.serve.replicas.decode_server import DecodeServer
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
 from rayapp.distributed.serve.replicas.part_sizes import PartSizes
@@ -14,7 +21,7 @@ from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.channel import LocalChannel, LocalStream
 from rayapp.engine.local import LocalPipeline
-from rayapp.engine.request import GenerationRequest, PromptRequests
+from rayapp.engine.request import GenerationRequest, PromptRequests, TokenBatch
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.engine.sequences.memory import KVMemory
 
@@ -28,6 +35,28 @@ def request_of(name, max_tokens=12, **sampling):
 
 def prompt_of(*requests):
     return PromptRequests.of(requests)
+
+
+def reader_of(prompt):
+    """A reader of its own for every attempt, as if each had its own ingress."""
+    return Reader("{}-{}".format(*prompt.key))
+
+
+async def delivered(server, following, reader):
+    """The batches that a server delivers until an attempt's own call ends."""
+    batches = []
+
+    async def read():
+        async for rows in server.deliver(Address(reader=reader)):
+            batches.extend(TokenBatch(*row) for row in rows)
+
+    reading = asyncio.ensure_future(read())
+    try:
+        await following
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+    return batches
 
 
 class Pair:
@@ -78,7 +107,8 @@ class Pair:
             handover = Handover.after(
                 prompt_of(*requests), self.versions, answer.firsts, sent or {}, wait_s
             )
-            return answer, await self.decode.admit(handover, [handle])
+            address = Address(reader=reader_of(handover.prompt))
+            return answer, await self.decode.admit(handover, [handle], address)
 
     @asynccontextmanager
     async def begun(self, *requests):
@@ -91,10 +121,10 @@ class Pair:
     async def rest(self, *requests):
         """The tokens of the first request, or those of several by name."""
         tokens = {request.request_id: [] for request in requests}
-        async with aclosing(self.decode.tokens(*prompt_of(*requests).key)) as items:
-            async for batches in items:
-                for batch in batches:
-                    tokens[batch.request_id].extend(batch.token_ids)
+        prompt = prompt_of(*requests)
+        following = self.decode.follow(*prompt.key)
+        for batch in await delivered(self.decode, following, reader_of(prompt)):
+            tokens[batch.request_id].extend(batch.token_ids)
         return tokens if len(requests) > 1 else tokens[requests[0].request_id]
 
     async def check_idle(self):
@@ -114,9 +144,13 @@ class Parted:
         self.num_parts = 0
         self.copied = []
 
+    @property
+    def _address(self):
+        return Address(reader=reader_of(self.prompt))
+
     async def reserve(self, wait_s=5.0):
         seating = Seating(self.prompt, self.pair.versions, self.item.extent, wait_s)
-        return await self.pair.decode.reserve(seating)
+        return await self.pair.decode.reserve(seating, self._address)
 
     async def part(self, number=None):
         """Hand one part over; the item after it is read."""
@@ -139,7 +173,7 @@ class Parted:
         handover = Handover.after(self.prompt, self.pair.versions, firsts, sent or {}, 5.0)
         handover = replace(handover, part=self.num_parts)
         async with self.pair.channel.received(self.stream) as handle:
-            admission = await self.pair.decode.admit(handover, [handle])
+            admission = await self.pair.decode.admit(handover, [handle], self._address)
         self.copied.append(admission.copied)
         return admission
 

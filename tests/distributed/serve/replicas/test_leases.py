@@ -181,7 +181,7 @@ def test_an_attempt_cancelled_while_it_waits_for_a_slot_gets_none(stage):
 
 
 def test_only_the_latest_cancellations_are_remembered(stage, monkeypatch):
-    monkeypatch.setattr("rayapp.distributed.serve.replicas.leases._MAX_CANCELLED", 2)
+    monkeypatch.setattr("rayapp.distributed.serve.replicas.admission.leases._MAX_CANCELLED", 2)
 
     async def scenario():
         pair = Pair(stage, max_num_seqs=1)
@@ -231,7 +231,9 @@ def test_a_call_for_a_replica_that_has_gone_is_refused(stage):
     async def scenario():
         pair = Pair(stage)
         with pytest.raises(MisdirectedError, match="elsewhere is gone"):
-            await anext(pair.decode.tokens("r", 0, Address("elsewhere")))
+            await pair.decode.follow("r", 0, Address("elsewhere"))
+        with pytest.raises(MisdirectedError, match="elsewhere is gone"):
+            await anext(pair.decode.deliver(Address("elsewhere")))
 
     run(scenario())
 

@@ -8,15 +8,17 @@ from dataclasses import replace
 
 import pytest
 
-from rayapp.distributed.serve.messages import Admission, PrefillAnswer
+from rayapp.distributed.serve.messages import Address, Admission, PrefillAnswer
 from rayapp.distributed.serve.replicas.unified_server import UnifiedServer
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.errors import UnavailableError
 from tests.distributed.serve.replicas.pair import (
     HERE,
     PROMPT,
+    delivered,
     expected_tokens,
     prompt_of,
+    reader_of,
     request_of,
     run,
 )
@@ -36,12 +38,19 @@ def server_of(stage, *, max_num_seqs=2, max_num_batched_tokens=16):
 async def answers_of(server, stage, *requests):
     """The tokens of all answers to one prompt, by name."""
     tokens = {request.request_id: [] for request in requests}
-    async with aclosing(server.generate(prompt_of(*requests), stage.versions, {})) as items:
-        async for item in items:
-            if isinstance(item, Admission):
-                continue
-            for batch in item.firsts if isinstance(item, PrefillAnswer) else item:
-                tokens[batch.request_id].extend(batch.token_ids)
+    prompt, firsts = prompt_of(*requests), []
+    reader = reader_of(prompt)
+
+    async def generate():
+        call = server.generate(prompt, stage.versions, {}, Address(reader=reader))
+        async with aclosing(call) as items:
+            async for item in items:
+                assert isinstance(item, PrefillAnswer | Admission)
+                firsts.extend(getattr(item, "firsts", ()))
+
+    rest = await delivered(server, generate(), reader)
+    for batch in (*firsts, *rest):
+        tokens[batch.request_id].extend(batch.token_ids)
     return tokens
 
 

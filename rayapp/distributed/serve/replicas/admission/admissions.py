@@ -23,14 +23,15 @@ from rayapp.distributed.serve.messages import (
     Copied,
     Handover,
     Place,
+    Reader,
     Seat,
     Seating,
     Versions,
 )
+from rayapp.distributed.serve.replicas.admission.leases import Lease, Leases
+from rayapp.distributed.serve.replicas.admission.placing import Incoming, Known, Placing
+from rayapp.distributed.serve.replicas.admission.slots import Slots
 from rayapp.distributed.serve.replicas.engine_loop import failure_of
-from rayapp.distributed.serve.replicas.leases import Lease, Leases
-from rayapp.distributed.serve.replicas.placing import Incoming, Known, Placing
-from rayapp.distributed.serve.replicas.slots import Slots
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.request import GenerationRequest, PromptRequests
 from rayapp.errors import DeadlineError, TransferError, UnavailableError
@@ -78,7 +79,7 @@ class Admissions:
         self._seating: set[asyncio.Task[None]] = set()
         self.num_applying = 0
 
-    async def reserve(self, seating: Seating) -> Seat:
+    async def reserve(self, seating: Seating, reader: Reader) -> Seat:
         """Reserve slots and pages for KV that is still computed; the lease lasts from here on.
 
         Raises:
@@ -86,7 +87,7 @@ class Admissions:
             UnavailableError: The attempt was cancelled, or replaced by a later one.
         """
         began_s = time.monotonic()
-        async with self._lease(seating.prompt, seating.wait_s) as lease:
+        async with self._lease(seating.prompt, reader, seating.wait_s) as lease:
             seated = await self._seats(lease)
             async with self._room_within(seating.wait_s):
                 lease.incoming = await self._placing.expect(
@@ -112,7 +113,7 @@ class Admissions:
         envelope = self._versions.envelope(name, attempt)
         return await self._load_part(lease, replace(envelope, part=part, is_last=False), handle)
 
-    async def admit(self, handover: Handover, handle: object) -> Admission:
+    async def admit(self, handover: Handover, handle: object, reader: Reader) -> Admission:
         """Copy the KV, or its last part, into slots; return once the message is no longer needed.
 
         Raises:
@@ -126,23 +127,25 @@ class Admissions:
             lease = self._leases.find(*handover.prompt.key)
             wait_s, copied = 0.0, await self._load_last(handover, handle, lease)
         else:
-            async with self._lease(handover.prompt, handover.wait_s) as lease:
+            async with self._lease(handover.prompt, reader, handover.wait_s) as lease:
                 wait_s = time.monotonic() - began_s
                 copied = await self._load_whole(handover, handle, lease)
         self._leases.expect_reader(lease, self._deadlines.lease_s)
         return Admission(place=self._place, copied=copied, wait_s=wait_s)
 
     @asynccontextmanager
-    async def _lease(self, prompt: PromptRequests, wait_s: float) -> AsyncGenerator[Lease, None]:
+    async def _lease(
+        self, prompt: PromptRequests, reader: Reader, wait_s: float
+    ) -> AsyncGenerator[Lease, None]:
         """Grant a lease once a slot is free; it ends if the body raises."""
-        lease = await self._take_lease(prompt, wait_s)
+        lease = await self._take_lease(prompt, reader, wait_s)
         try:
             yield lease
         except BaseException:
             self._leases.end(lease)
             raise
 
-    async def _take_lease(self, prompt: PromptRequests, wait_s: float) -> Lease:
+    async def _take_lease(self, prompt: PromptRequests, reader: Reader, wait_s: float) -> Lease:
         """Wait for a slot; an older attempt of the prompt loses its slots first."""
         self._leases.check_not_cancelled(prompt)
         older = self._leases.newest(prompt.name)
@@ -161,7 +164,7 @@ class Admissions:
         finally:
             self.num_applying -= len(prompt.requests)
         try:
-            lease = self._leases.grant(prompt, total_s=self._deadlines.decode_s)
+            lease = self._leases.grant(prompt, reader, total_s=self._deadlines.decode_s)
         except BaseException:
             self._slots.give()
             raise

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rayapp.distributed.serve.replicas.admission.slots import Slots
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
 from rayapp.distributed.serve.replicas.serial_thread import SerialThread
-from rayapp.distributed.serve.replicas.slots import Slots
 from rayapp.engine.decode import DecodeEngine
 from rayapp.engine.request import GenerationRequest
 from rayapp.engine.sequences.running import AnswerStart, Reservation

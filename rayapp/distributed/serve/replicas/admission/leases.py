@@ -9,14 +9,13 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 
-from rayapp.distributed.serve.replicas.placing import Incoming
-from rayapp.engine.request import (
-    GenerationRequest,
-    PromptRequests,
-    TokenBatch,
-    merged_by_answer,
-)
+from rayapp.distributed.serve.messages import Reader
+from rayapp.distributed.serve.replicas.admission.placing import Incoming
+from rayapp.distributed.serve.replicas.callers import Callers
+from rayapp.distributed.serve.replicas.outbox import Outbox, Outboxes
+from rayapp.engine.request import GenerationRequest, PromptRequests, TokenBatch
 from rayapp.errors import DeadlineError, TransferError, UnavailableError
 
 # Cancelled requests that are remembered, the latest ones: far more than can be on their way here.
@@ -29,11 +28,14 @@ class Lease:
 
     ``waiting`` are requests that have no slot yet, ``seated`` the names of those that hold one, and
     ``unfinished`` of those whose answer goes on; ``seating`` is the task that gives slots to the
-    waiting ones. ``incoming`` is the KV that comes in parts. ``unread`` are batches that nobody has
-    taken yet; ``error`` is the reason why no more will come.
+    waiting ones. ``incoming`` is the KV that comes in parts. ``unread`` are batches that ``outbox``
+    has not sent yet; ``error`` is the reason why no more will come. ``release`` is called when the
+    lease ends.
     """
 
     prompt: PromptRequests
+    outbox: Outbox = field(default_factory=Outbox)
+    release: Callable[[], None] = lambda: None
     waiting: deque[GenerationRequest] = field(init=False)
     unfinished: set[str] = field(init=False)
     seated: set[str] = field(default_factory=set)
@@ -76,7 +78,7 @@ class Lease:
         self.unread.append(batch)
         if batch.finish_reason:
             self.unfinished.discard(batch.request_id)
-        self.changed.set()
+        self.outbox.put(self)
 
     def fail(self, error: Exception) -> None:
         """Tell the reader that no more tokens will come, and why."""
@@ -88,14 +90,19 @@ class Lease:
         if self.error is not None:
             raise self.error
 
-    async def take(self) -> list[TokenBatch]:
-        """Return all tokens since the last call, as one batch per answer."""
-        while not self.unread:
+    def take_unread(self) -> list[TokenBatch]:
+        """Return all tokens since the last call."""
+        batches, self.unread = self.unread, []
+        if not self.unfinished:
+            self.changed.set()
+        return batches
+
+    async def all_read(self) -> None:
+        """Return once every answer has ended and all tokens were taken; raise once it failed."""
+        while not self.is_read:
             self.check()
             self.changed.clear()
             await self.changed.wait()
-        batches, self.unread = self.unread, []
-        return merged_by_answer(batches)
 
 
 class Leases:
@@ -110,22 +117,31 @@ class Leases:
         self._of_answers: dict[tuple[str, int], Lease] = {}
         self._cancelled: dict[str, int] = {}
         self._on_end = on_end
+        self._callers = Callers()
+        self.outboxes = Outboxes()
 
     def __len__(self) -> int:
         return len(self._leases)
 
-    def grant(self, prompt: PromptRequests, *, total_s: float) -> Lease:
-        """Grant a new lease, which ends by itself after ``total_s``.
+    def grant(self, prompt: PromptRequests, reader: Reader, *, total_s: float) -> Lease:
+        """Grant a new lease, which ends by itself after ``total_s``, or with its reader.
+
+        Args:
+            prompt: The requests for all answers, with their attempt.
+            reader: Who reads the tokens.
+            total_s: Longest time until the last token, seconds.
 
         Raises:
             TransferError: The attempt has a lease already.
             UnavailableError: The attempt was cancelled before it came.
         """
         self.check_not_cancelled(prompt)
-        lease = Lease(prompt)
+        lease = Lease(prompt, self.outboxes.of(reader))
         if lease.key in self._leases:
             raise TransferError(f"{lease.key} holds a slot here already; prefill it again")
         self._leases[lease.key] = lease
+        lease.outbox.add(lease)
+        lease.release = self._callers.hold(reader, partial(self.cancel, *prompt.key))
         self._of_answers.update(dict.fromkeys(_answers(lease), lease))
         self._limit(lease, "it did not finish", total_s)
         return lease
@@ -185,6 +201,8 @@ class Leases:
                 self._of_answers.pop(answer, None)
             for timer in lease.timers:
                 timer.cancel()
+            lease.outbox.remove(lease)
+            lease.release()
             self._on_end(lease)
 
     def all(self) -> list[Lease]:
