@@ -25,8 +25,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-
 from rayapp.errors import OverloadedError, TransferError
 
 
@@ -104,7 +102,7 @@ class KVChannel(Protocol):
         ...
 
     @staticmethod
-    async def fetch(handle: Any) -> np.ndarray:
+    async def fetch(handle: Any) -> Any:
         """Return the message behind a handle, read-only.
 
         Any process may call this, any number of times.
@@ -166,14 +164,14 @@ def after_release() -> TransferError:
 class LocalHandle:
     """Handle of a message in this process; the message is None once released."""
 
-    message: np.ndarray | None
+    message: Any
 
 
 class LocalStream:
     """The stream of a prefill in this process.
 
     Args:
-        items: Yields small items, each before a 1-D uint8 message, to which nobody writes any more.
+        items: Yields small items, each before a message, to which nobody writes any more.
     """
 
     def __init__(self, items: AsyncGenerator[Any, None]) -> None:
@@ -186,17 +184,12 @@ class LocalStream:
         except StopAsyncIteration:
             raise without_message() from None
 
-    async def message(self) -> np.ndarray:
-        """Return the message after the latest item, read-only; see :class:`MessageStream`."""
-        try:
-            message: np.ndarray = (await anext(self._items)).view()
-        except StopAsyncIteration:
-            raise without_message() from None
-        message.flags.writeable = False
-        return message
+    async def message(self) -> Any:
+        """Return the message after the latest item; see :class:`MessageStream`."""
+        return await self.item()
 
-    async def rest(self) -> np.ndarray:
-        """Return the last message, read-only; see :class:`MessageStream`."""
+    async def rest(self) -> Any:
+        """Return the last message; see :class:`MessageStream`."""
         message = await self.message()
         await self.aclose()
         return message
@@ -245,8 +238,8 @@ class LocalChannel:
             self.release(handle)
 
     @staticmethod
-    async def fetch(handle: LocalHandle) -> np.ndarray:
-        """Return the message, read-only; see :class:`KVChannel`."""
+    async def fetch(handle: LocalHandle) -> Any:
+        """Return the message; see :class:`KVChannel`."""
         if handle.message is None:
             raise after_release()
         return handle.message

@@ -17,6 +17,7 @@ import pytest
 
 from rayapp.engine.channel import KVChannel, LocalChannel, LocalStream
 from rayapp.errors import DeadlineError, TransferError
+from rayapp.kv.pieces import Message
 
 BUDGET = 1000
 INLINE, STORED = 100, 300_000  # bytes; Ray sends small values inside its own messages
@@ -24,6 +25,11 @@ INLINE, STORED = 100, 300_000  # bytes; Ray sends small values inside its own me
 
 def message(length: int = INLINE, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, length).astype(np.uint8)
+
+
+def sent(length: int, seed: int) -> Message:
+    """The same bytes in two pieces."""
+    return Message(tuple(np.array_split(message(length, seed), 2)))
 
 
 class Prefill:
@@ -54,10 +60,10 @@ class Prefill:
         parts = [
             (f"{kind} {part}", item)
             for part in range(num_parts)
-            for kind, item in (("notice", "part"), ("part", message(length, seed + part)))
+            for kind, item in (("notice", "part"), ("part", sent(length, seed + part)))
         ]
         try:
-            last = ("first", "small"), ("message", message(length, seed + num_parts))
+            last = ("first", "small"), ("message", sent(length, seed + num_parts))
             for name, item in (*parts, *last):
                 if waits == name:
                     await self._gate.wait()
@@ -197,7 +203,7 @@ async def fetched(seam: Any, *arguments: Any, **options: Any) -> np.ndarray:
     ):
         assert await stream.item() == "small"
         async with seam.channel.received(stream) as handle:
-            return await seam.channel.fetch(handle)
+            return (await seam.channel.fetch(handle)).pieces
 
 
 @pytest.mark.parametrize("length", [0, INLINE, STORED])
@@ -208,10 +214,11 @@ def test_a_message_arrives_as_it_was_sent_and_cannot_be_written_to(seam, length)
         return arrived
 
     arrived = run(scenario())
-    assert arrived.dtype == np.uint8
-    assert np.array_equal(arrived, message(length, 1))
-    with pytest.raises(ValueError, match="read-only"):
-        arrived[:] = 1
+    assert np.array_equal(np.concatenate(arrived), message(length, 1))
+    for piece in arrived:
+        assert piece.dtype == np.uint8
+        with pytest.raises(ValueError, match="read-only"):
+            piece[:] = 1
 
 
 def test_a_message_is_there_as_often_as_it_is_asked_for_until_it_is_released(seam, channel):
@@ -220,7 +227,7 @@ def test_a_message_is_there_as_often_as_it_is_asked_for_until_it_is_released(sea
         await stream.item()
         async with channel.received(stream) as handle:
             for _ in range(2):
-                assert np.array_equal(await channel.fetch(handle), message(seed=2))
+                assert np.array_equal((await channel.fetch(handle)).flat(), message(seed=2))
         with pytest.raises(TransferError, match="was released"):
             await channel.fetch(handle)
         await idle(seam)
@@ -235,7 +242,7 @@ def test_messages_do_not_mix(seam):
         return arrived
 
     for seed, arrived in enumerate(run(scenario())):
-        assert np.array_equal(arrived, message(STORED, seed))
+        assert np.array_equal(np.concatenate(arrived), message(STORED, seed))
 
 
 def test_the_first_item_does_not_wait_for_the_message(seam, channel):
@@ -245,7 +252,7 @@ def test_the_first_item_does_not_wait_for_the_message(seam, channel):
         assert await seam.num_active() == 1
         await seam.go_on()
         async with channel.received(stream) as handle:
-            assert np.array_equal(await channel.fetch(handle), message(seed=3))
+            assert np.array_equal((await channel.fetch(handle)).flat(), message(seed=3))
         await idle(seam)
 
     run(scenario())
@@ -258,7 +265,7 @@ def test_a_producer_that_dies_after_its_message_loses_nothing(seam, channel):
         async with channel.received(stream) as handle:
             await seam.die()
             await asyncio.sleep(0.2)
-            arrived = await channel.fetch(handle)
+            arrived = (await channel.fetch(handle)).flat()
         assert channel.pinned_bytes == 0
         return arrived
 
@@ -354,12 +361,12 @@ async def in_parts(seam: Any, stream: Any) -> list[np.ndarray]:
     arrived = []
     while (await stream.item()) == "part":
         handle = await seam.channel.part(stream)
-        arrived.append(np.array(await seam.channel.fetch(handle)))
+        arrived.append((await seam.channel.fetch(handle)).flat())
         seam.channel.release(handle)
         with pytest.raises(TransferError, match="was released"):
             await seam.channel.fetch(handle)
     async with seam.channel.received(stream) as handle:
-        arrived.append(np.array(await seam.channel.fetch(handle)))
+        arrived.append((await seam.channel.fetch(handle)).flat())
     return arrived
 
 
@@ -392,7 +399,7 @@ def test_parts_of_a_call_that_ended_outlive_their_producer(seam, channel):
         async with channel.received(stream) as last:
             await seam.die()
             await asyncio.sleep(0.2)
-            return [np.array(await channel.fetch(handle)) for handle in (*handles, last)]
+            return [(await channel.fetch(handle)).flat() for handle in (*handles, last)]
 
     arrived = run(scenario())
     assert all(np.array_equal(part, message(STORED, 6 + n)) for n, part in enumerate(arrived))

@@ -18,6 +18,7 @@ from rayapp.engine.local import LocalPipeline
 from rayapp.engine.request import GenerationRequest
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import DeadlineError, UnavailableError
+from rayapp.kv.pieces import Message
 
 pytestmark = pytest.mark.ray
 
@@ -57,9 +58,9 @@ class FlippingChannel(ObjectStoreChannel):
         return handle
 
     async def _damaged(self, handle):
-        message = (await self.fetch(handle)).copy()
+        message = (await self.fetch(handle)).flat()
         message[len(message) // 2] ^= 4
-        return ObjectHandle(ray.put(message))
+        return ObjectHandle(ray.put(Message((message,))))
 
     @asynccontextmanager
     async def received(self, stream):

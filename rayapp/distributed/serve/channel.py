@@ -13,9 +13,8 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import ray
 from ray.exceptions import RayError, RayTaskError
 
@@ -124,12 +123,12 @@ class ObjectStoreChannel:
             self.release(handle)
 
     @staticmethod
-    async def fetch(handle: ObjectHandle) -> np.ndarray:
+    async def fetch(handle: ObjectHandle) -> Any:
         """Return the message behind a handle, zero-copy and read-only, in any process."""
         if handle.reference is None:
             raise after_release()
         try:
-            return cast("np.ndarray", await handle.reference)
+            return await handle.reference
         except RayTaskError as error:
             raise error.cause from None
         except RayError as error:

@@ -51,7 +51,7 @@ from rayapp.errors import (
     PreemptedError,
     UnavailableError,
 )
-from rayapp.kv.wire import Message
+from rayapp.kv.pieces import Message
 from rayapp.models.stack import BlockStack
 
 logger = logging.getLogger(__name__)

@@ -34,8 +34,9 @@ from rayapp.distributed.serve.replicas.serial_thread import SerialThread
 from rayapp.distributed.serve.replicas.stage import StageModel
 from rayapp.engine.prefill import PrefillEngine, PrefillOutput
 from rayapp.engine.request import PromptRequests
+from rayapp.kv.pieces import Message
 from rayapp.kv.segment import KVSegment
-from rayapp.kv.wire import Envelope, Message, pack
+from rayapp.kv.wire import Envelope, pack
 from rayapp.models.stack import BlockStack
 from rayapp.vision.reader import ImageReader
 

@@ -36,8 +36,9 @@ from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.request import GenerationRequest, PromptRequests
 from rayapp.errors import DeadlineError, TransferError, UnavailableError
 from rayapp.kv.parts import joined
+from rayapp.kv.pieces import Message
 from rayapp.kv.segment import KVSegment
-from rayapp.kv.wire import Envelope, Message, message_sizes
+from rayapp.kv.wire import Envelope, message_sizes
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from rayapp.distributed.serve.replicas.admission.slots import Slots
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
 from rayapp.distributed.serve.replicas.serial_thread import SerialThread
@@ -15,8 +13,9 @@ from rayapp.engine.decode import DecodeEngine
 from rayapp.engine.request import GenerationRequest
 from rayapp.engine.sequences.running import AnswerStart, Reservation
 from rayapp.errors import OverloadedError
+from rayapp.kv.pieces import Message
 from rayapp.kv.segment import KVExtent, KVSegment
-from rayapp.kv.wire import Envelope, Message, unpack
+from rayapp.kv.wire import Envelope, unpack
 
 Known = Mapping[str, tuple[int, ...]]
 """The tokens with which answers begin, by request id."""
@@ -214,4 +213,4 @@ def _load(incoming: Incoming, message: Message, envelope: Envelope) -> None:
 
 def _owned(message: Message, envelope: Envelope) -> KVSegment:
     """The segment of a message, with memory of its own."""
-    return unpack(np.array(message), envelope)
+    return unpack(message.owned(), envelope)
