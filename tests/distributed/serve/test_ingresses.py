@@ -9,9 +9,12 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import httpx
+import psutil
 import pytest
+import ray
 
 from tests.services import LEASE_S
 
@@ -82,42 +85,57 @@ def test_they_share_the_load_and_count_together(service):
     }
 
 
-def test_what_a_killed_ingress_held_is_free_at_once_and_the_others_answers_are_whole(service):
-    expected = service.client.post("/v1/completions", json=LONG).json()["choices"][0]["text"]
-    counted = prompt_tokens(service)
-    begun = threading.Semaphore(0)
+class Streams:
+    """Long answers that are read at once, until they end or their connections break."""
 
-    def stream(_):
-        texts = []
+    def __init__(self, service):
+        self.service = service
+        self._begun = threading.Semaphore(0)
+
+    def lines(self, _):
+        """The lines of an answer; None if its connection broke."""
+        lines = []
         try:
             with (
-                httpx.Client(base_url=service.settings.url, timeout=120) as client,
+                httpx.Client(base_url=self.service.settings.url, timeout=120) as client,
                 client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer,
             ):
                 for line in answer.iter_lines():
-                    if not texts:
-                        begun.release()
-                    texts.append(line)
+                    if not lines:
+                        self._begun.release()
+                    lines.append(line)
         except httpx.TransportError:
             return None
-        return texts
+        return lines if lines[-2:] == ["data: [DONE]", ""] else None
 
-    def num_leases():
-        found = service.handle("decode").broadcast("check_integrity").results(timeout_s=30)
+    def num_leases(self):
+        found = self.service.handle("decode").broadcast("check_integrity").results(timeout_s=30)
         return sum(held["leases"] for held in found)
 
-    with ThreadPoolExecutor(NUM_STREAMS) as pool:
-        answers = [pool.submit(stream, n) for n in range(NUM_STREAMS)]
-        for _ in answers:
-            begun.acquire()
-        assert num_leases() == NUM_STREAMS
-        os.kill(next(iter(service.replicas("ingress").values())), signal.SIGKILL)
-        killed_s = time.monotonic()
-        while (held := num_leases()) == NUM_STREAMS:
-            assert time.monotonic() - killed_s < FREED_WITHIN_S
-            time.sleep(0.05)
-        texts = [answer.result() for answer in answers]
-    whole = [text for text in texts if text is not None and text[-2:] == ["data: [DONE]", ""]]
+    def killed(self, pid):
+        """Kill a process while all are under way.
+
+        Returns the number of leases that are left, and the lines of the answers that came whole.
+        """
+        with ThreadPoolExecutor(NUM_STREAMS) as pool:
+            answers = [pool.submit(self.lines, n) for n in range(NUM_STREAMS)]
+            for _ in answers:
+                self._begun.acquire()
+            assert self.num_leases() == NUM_STREAMS
+            os.kill(pid, signal.SIGKILL)
+            killed_s = time.monotonic()
+            while self.num_leases() == NUM_STREAMS:
+                assert time.monotonic() - killed_s < FREED_WITHIN_S
+                time.sleep(0.05)
+            time.sleep(0.3)  # requests that end one by one all have by now
+            return self.num_leases(), [lines for a in answers if (lines := a.result()) is not None]
+
+
+def test_what_a_killed_ingress_held_is_free_at_once_and_the_others_answers_are_whole(service):
+    expected = service.client.post("/v1/completions", json=LONG).json()["choices"][0]["text"]
+    counted = prompt_tokens(service)
+    (ingress, *_) = service.replicas("ingress").values()
+    held, whole = Streams(service).killed(ingress)
     assert 0 < len(whole) < NUM_STREAMS
     assert held == len(whole)
     for lines in whole:
@@ -125,3 +143,39 @@ def test_what_a_killed_ingress_held_is_free_at_once_and_the_others_answers_are_w
         assert "".join(event["choices"][0]["text"] for event in events) == expected
     service.wait_for("ingress", {2})
     assert prompt_tokens(service) >= counted
+
+
+def test_what_the_requests_of_a_killed_proxy_held_is_free_at_once(service):
+    (ingress, *_) = service.replicas("ingress").values()
+    relatives = psutil.Process(ingress).parent().children()
+    (proxy,) = [p.pid for p in relatives if "ProxyActor" in " ".join(p.cmdline())]
+    assert Streams(service).killed(proxy) == (0, [])
+    until_s = time.monotonic() + 120
+    while True:  # Serve brings up another proxy.
+        try:
+            assert service.client.get("/health").status_code == 200
+            return
+        except httpx.TransportError:
+            assert time.monotonic() < until_s
+            time.sleep(0.5)
+
+
+def test_ray_exports_the_numbers_of_every_stage(service):
+    """On the port of every node, under Ray's prefix and with Serve's labels."""
+    wanted = {
+        'ray_rayapp_num_requests_running{[^}]*stage="prefill"',
+        'ray_rayapp_num_requests_running{[^}]*stage="decode"',
+        'ray_rayapp_time_to_first_token_seconds_bucket{[^}]*deployment="ingress"',
+        'ray_rayapp_prompt_tokens_total{[^}]*deployment="ingress"',
+        'ray_rayapp_kv_transfer_bytes_total{[^}]*deployment="ingress"',
+    }
+    body = {**LONG, "max_tokens": 5}
+    assert service.client.post("/v1/completions", json=body).status_code == 200
+    until_s, text = time.monotonic() + 60, ""
+    while not all(re.search(pattern, text) for pattern in wanted):
+        assert time.monotonic() < until_s, [p for p in wanted if not re.search(p, text)]
+        time.sleep(1.0)
+        for node in ray.nodes():
+            address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            with suppress(httpx.TransportError):
+                text += httpx.get(address, timeout=5).text

@@ -141,7 +141,9 @@ class DecodeServer:
         if refusal is not None:
             return refusal
         began_s = time.monotonic()
-        lease = await self._take_lease(handover, address.reader)
+        task = asyncio.current_task()
+        with self._callers.holding(address.reader, task.cancel if task else lambda: None):
+            lease = await self._take_lease(handover, address.reader)
         wait_s = time.monotonic() - began_s
         try:
             sizes, fetch_s = await self._load(handover, handles[0], lease)
