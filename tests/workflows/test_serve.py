@@ -35,7 +35,8 @@ def test_local_nodes_offer_the_gpus_that_their_pool_reserves(num_gpus, replicas,
 def test_answers_under_way_end_before_the_service_does(free_port_of_tests, number):
     port = free_port_of_tests
     command = [
-        *(sys.executable, "-m", "rayapp", "serve", "--model", str(text_model_path())),
+        *(sys.executable, "-c", "from rayapp.cli import main; main()"),
+        *("serve", "--model", str(text_model_path())),
         *("--mode", "unified", "--port", str(port)),
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -99,6 +99,38 @@ def test_lost_work_is_done_again_and_no_token_comes_twice(byte_tokenizer, error)
     asyncio.run(scenario())
 
 
+def test_an_answer_that_lacks_tokens_is_computed_again(byte_tokenizer):
+    class Gap(Script):
+        async def run(self, answering):
+            async for batch in super().run(answering):
+                if (batch.attempt, batch.first_index) != (0, 1):
+                    yield batch
+
+    async def scenario():
+        script = Gap((4, None), (4, None))
+        assert await tokens_of(service_of(script, byte_tokenizer)) == ANSWER
+        assert script.seen == [(0, ()), (1, (5,))]
+
+    asyncio.run(scenario())
+
+
+def test_a_service_that_is_drained_ends_its_answers_and_takes_no_others(byte_tokenizer):
+    async def scenario():
+        script = Script((4, None))
+        service = service_of(script, byte_tokenizer)
+        script.hold.clear()
+        running = asyncio.ensure_future(tokens_of(service))
+        await asyncio.sleep(0)
+        assert service.drain() == 1
+        with pytest.raises(UnavailableError, match="about to end"):
+            await tokens_of(service, "late")
+        script.hold.set()
+        assert await running == ANSWER
+        assert service.drain() == 0
+
+    asyncio.run(scenario())
+
+
 def test_an_attempt_that_was_preempted_is_not_counted(byte_tokenizer, monkeypatch):
     monkeypatch.setattr("rayapp.distributed.serve.ingress.ray_service._RETRY_PAUSE_S", 0.001)
 

@@ -25,7 +25,7 @@ import ray
 from rayapp.distributed.serve.ingress.calls import call
 from rayapp.distributed.serve.ingress.phases import deadline_error
 from rayapp.distributed.serve.messages import Address, Place, Reader
-from rayapp.engine.request import PromptRequests, TokenBatch
+from rayapp.engine.request import PromptRequests, TokenBatch, merged_by_answer
 
 LEAVE_S = 5.0
 """How long a call may outlive the answers that it is for (project default)."""
@@ -63,6 +63,8 @@ class Inbox:
     ) -> AsyncGenerator[TokenBatch, None]:
         """Generate the batches until every one of the answers has its last one.
 
+        What has arrived while the caller was busy is one batch per answer.
+
         Raises:
             DeadlineError: They have not all ended within ``limit_s``.
         """
@@ -72,7 +74,7 @@ class Inbox:
         try:
             while unfinished:
                 arrived, self._batches = self._batches, []
-                for batch in arrived:
+                for batch in merged_by_answer(arrived):
                     if batch.finish_reason is not None:
                         unfinished.discard(batch.request_id)
                     yield batch

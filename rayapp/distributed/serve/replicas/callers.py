@@ -42,10 +42,10 @@ class Callers:
 
     def __init__(self, is_alive: Callable[[str], bool] = is_alive) -> None:
         self._is_alive = is_alive
-        self._ends: dict[str, dict[object, Callable[[], None]]] = {}
+        self._ends: dict[str, dict[object, Callable[[], object]]] = {}
         self._watching: asyncio.Task[None] | None = None
 
-    def hold(self, reader: Reader, end: Callable[[], None]) -> Callable[[], None]:
+    def hold(self, reader: Reader, end: Callable[[], object]) -> Callable[[], None]:
         """Call ``end`` once the process of ``reader`` has died, unless the result is called first.
 
         The result may be called more than once.
@@ -59,7 +59,7 @@ class Callers:
         return lambda: self._release(reader.actor, key)
 
     @contextmanager
-    def holding(self, reader: Reader, end: Callable[[], None]) -> Iterator[None]:
+    def holding(self, reader: Reader, end: Callable[[], object]) -> Iterator[None]:
         """Call ``end`` if the process of ``reader`` dies within the context."""
         release = self.hold(reader, end)
         try:

@@ -155,8 +155,9 @@ class Admissions:
             self._leases.end(older)
         self.num_applying += len(prompt.requests)
         try:
-            async with asyncio.timeout(wait_s):
-                await self._slots.take()
+            with self._leases.wanted_by(reader):
+                async with asyncio.timeout(wait_s):
+                    await self._slots.take()
         except TimeoutError:
             raise DeadlineError(
                 f"no decode slot within {wait_s:.1f} s; try again later, raise "

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -145,6 +146,13 @@ class Leases:
         self._of_answers.update(dict.fromkeys(_answers(lease), lease))
         self._limit(lease, "it did not finish", total_s)
         return lease
+
+    @contextmanager
+    def wanted_by(self, reader: Reader) -> Iterator[None]:
+        """Cancel the current task if the process of ``reader`` dies within the context."""
+        task = asyncio.current_task()
+        with self._callers.holding(reader, task.cancel if task else lambda: None):
+            yield
 
     def cancel(self, name: str, attempt: int) -> None:
         """End the lease of this attempt or an earlier one; an attempt that comes later gets none.
