@@ -24,6 +24,7 @@ from ray.serve.schema import ServeDeploySchema
 from rayapp.distributed.cluster.connection import connected, hushed
 from rayapp.distributed.cluster.nodes import free_nodes
 from rayapp.distributed.cluster.patience import Patience
+from rayapp.distributed.serve.autoscaling import POLICY
 from rayapp.distributed.serve.placement import check_placement, check_readable, hopeless
 from rayapp.distributed.serve.replicas.stage import image_support
 from rayapp.distributed.serve.settings import APP_NAME, ServiceSettings
@@ -111,6 +112,7 @@ def configuration(settings: ServiceSettings) -> dict[str, Any]:
 
     Serve logs the arguments of an application, so they have the digest of the key, never the key.
     """
+    is_elastic = any(pool.replicas.is_elastic for pool in settings.pools.values())
     deployed = settings.model_copy(update={"api_key": None, "api_key_digest": settings.key_digest})
     return {
         "proxy_location": "HeadOnly",
@@ -121,6 +123,7 @@ def configuration(settings: ServiceSettings) -> dict[str, Any]:
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
                 "args": deployed.model_dump(mode="json", exclude_none=True),
+                **({"autoscaling_policy": {"policy_function": POLICY}} if is_elastic else {}),
             }
         ],
     }

@@ -71,6 +71,7 @@ class DisaggregatedAttempts:
         self._shape = shape
         self._versions = versions
         self._deadlines = deadlines
+        self.waiting_tokens = 0
         self._freeing = Freeing(decode, within_s=deadlines.lease_s)
 
     async def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
@@ -103,9 +104,14 @@ class DisaggregatedAttempts:
 
     async def _reserve(self, resources: AsyncExitStack, prompt: PromptRequests) -> None:
         """Wait for room for the prompt's KV, counted as the dense cache of the prompt."""
-        num_bytes = self._shape.dense_bytes(prompt.prompt.num_prompt_tokens)
-        async with phase("queue", self._deadlines.queue_s):
-            await resources.enter_async_context(self._channel.reserved(num_bytes))
+        num_tokens = prompt.prompt.num_prompt_tokens
+        self.waiting_tokens += num_tokens
+        try:
+            async with phase("queue", self._deadlines.queue_s):
+                num_bytes = self._shape.dense_bytes(num_tokens)
+                await resources.enter_async_context(self._channel.reserved(num_bytes))
+        finally:
+            self.waiting_tokens -= num_tokens
 
     async def _prefilled(self, prompt: PromptRequests) -> tuple[ReplicaStream, PrefillAnswer]:
         """Open a stream; its first item, which says that the prompt is prefilled, is awaited."""

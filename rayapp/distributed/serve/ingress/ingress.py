@@ -52,6 +52,10 @@ class Ingress:
         """Return the name of this replica and its own ledger."""
         return self.service.name, self.service.ledger
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Numbers by which :class:`rayapp.distributed.serve.autoscaling.ServicePolicy` decides."""
+        return self.service.report.numbers()
+
     async def check_integrity(self) -> dict[str, int]:
         """Return the numbers of this replica's resources in use, all zero when idle."""
         return self.service.counts()

@@ -27,6 +27,8 @@ from rayapp.errors import (
     UnavailableError,
 )
 from rayapp.kv.ledger import Ledger
+from rayapp.scaling.admission import Room, refusal
+from rayapp.scaling.reports import IngressReport
 
 logger = logging.getLogger(__name__)
 _RETRY_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
@@ -49,7 +51,7 @@ class WaitingRoom:
     """Counts the requests that have no decode slot yet, up to an exact limit."""
 
     def __init__(self, max_waiting: int) -> None:
-        self._max_waiting = max_waiting
+        self._room = Room(max_waiting)
         self._waiting: set[str] = set()
 
     def __len__(self) -> int:
@@ -57,11 +59,9 @@ class WaitingRoom:
 
     def enter(self, request_ids: Collection[str]) -> None:
         """Take a place for each; if they are too many, take none and raise."""
-        if len(self._waiting) + len(request_ids) > self._max_waiting:
-            raise OverloadedError(
-                f"{len(self._waiting)} requests are waiting, and at most {self._max_waiting} may; "
-                "try again later, or ask for fewer answers at once"
-            )
+        refused = refusal(self._room, len(self._waiting), len(request_ids))
+        if refused is not None:
+            raise OverloadedError(refused[0])
         self._waiting.update(request_ids)
 
     def leave(self, request_ids: Collection[str]) -> None:
@@ -203,6 +203,16 @@ class RayService:
         """Return the merged ledgers of all ingress replicas."""
         ledgers: dict[str, Ledger] = dict(await ask_all(self._siblings, "own_ledger"))
         return Ledger.merge({**ledgers, self.name: self.ledger}.values()).as_json()
+
+    @property
+    def report(self) -> IngressReport:
+        """The work that waits here, and what the links have carried."""
+        sent = self.ledger.totals
+        return IngressReport(
+            waiting_tokens=self._attempts.waiting_tokens,
+            sent=sent.num_transfers,
+            sent_s=sent.put_s + sent.fetch_s,
+        )
 
     def counts(self) -> dict[str, int]:
         """Return the numbers of this ingress's resources in use, all zero when idle."""

@@ -52,6 +52,10 @@ from rayapp.errors import (
 from rayapp.kv.segment import KVSegment
 from rayapp.kv.wire import Envelope, Message, MessageSizes, message_sizes, unpack
 from rayapp.models.stack import BlockStack
+from rayapp.scaling.meters import DecodeMeter
+from rayapp.scaling.reports import DecodeReport, Standing
+from rayapp.scaling.settings import Targets
+from rayapp.scaling.work import decode_errand, decode_work_s
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +71,7 @@ class DecodeServer:
         max_num_seqs: Number of slots.
         deadlines: The deadlines of leases, answers and steps.
         memory: The memory for KV.
+        tpot_s: Seconds per token that its answers are to meet, by which its work is counted.
     """
 
     def __init__(
@@ -79,8 +84,11 @@ class DecodeServer:
         max_num_seqs: int,
         deadlines: Deadlines,
         memory: KVMemory = KVMemory(),  # noqa: B008 - frozen
+        tpot_s: float = Targets().tpot_s,
     ) -> None:
         self._stage = stage
+        self._tpot_s = tpot_s
+        self._meter = DecodeMeter()
         self._place = place
         self._fetch = fetch
         self._deadlines = deadlines
@@ -179,6 +187,7 @@ class DecodeServer:
             older.fail(UnavailableError(f"{older.key} was replaced by a later attempt"))
             self._leases.end(older)
         self._num_applying += len(prompt.requests)
+        self._meter.arrive(len(prompt.requests))
         try:
             async with asyncio.timeout(handover.wait_s):
                 await self._slots.take()
@@ -270,7 +279,7 @@ class DecodeServer:
         """Compute a token of every running sequence and deliver it; an error ends them all."""
         num_aside = self._engine.num_aside
         try:
-            batches = await self._loop.run(self._engine.step)
+            batches = await self._loop.run(self._step)
         except Exception as error:
             logger.exception("a decode step failed")
             if is_out_of_memory(error):
@@ -283,6 +292,17 @@ class DecodeServer:
             self._hand_back(request)
         if self._engine.num_aside < num_aside:
             self._slots.tell()
+
+    def _step(self) -> list[TokenBatch]:
+        """Run a step on the engine's thread, and learn what it cost."""
+        began_s = time.perf_counter()
+        batches = self._engine.step()
+        seconds = time.perf_counter() - began_s
+        running = self._engine.running
+        entries = sum(sequence.position for sequence in running)
+        if running:
+            self._meter.observe(len(running), entries, seconds)
+        return batches
 
     def _hand_back(self, request: GenerationRequest) -> None:
         """Tell the reader of an answer that it found no room in pages or in host memory.
@@ -305,6 +325,7 @@ class DecodeServer:
             return  # It was cancelled during the step.
         lease.put(batch)
         if batch.finish_reason:
+            self._meter.end(batch.first_index + len(batch.token_ids))
             self._let_go(lease, batch.request_id)
 
     async def _fail_all(self, error: Exception) -> None:
@@ -345,13 +366,26 @@ class DecodeServer:
         )
 
     @property
-    def usage(self) -> float:
-        """The larger of the shares of slots and of entries in use."""
-        return max(self._slots.num_held / self._slots.num_slots, self._engine.usage)
+    def report(self) -> DecodeReport:
+        """The work of this replica, as routing and scaling count it."""
+        return self._meter.report(
+            rows=self._slots.num_held,
+            waiting=self.num_waiting,
+            entries=self._engine.usage * self._engine.num_kv_tokens,
+            max_rows=self._slots.num_slots,
+            max_entries=self._engine.num_kv_tokens,
+            start_s=self._stage.load_s,
+        )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Metrics by which :class:`rayapp.distributed.serve.autoscaling.DecodePolicy` decides."""
-        return {"usage": self.usage, "waiting": self.num_waiting / self._slots.num_slots}
+        """Numbers by which :class:`rayapp.distributed.serve.autoscaling.ServicePolicy` decides."""
+        return self.report.numbers()
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """Numbers by which the router chooses between replicas."""
+        report = self.report
+        work_s, errand = decode_work_s(report, self._tpot_s), decode_errand([report], self._tpot_s)
+        return Standing(time.time(), work_s, 0.0, errand.work_s, self._loop.num_failed).numbers()
 
     async def check_health(self) -> None:
         """Raise :class:`UnavailableError` if a call hangs; Serve asks this every few seconds."""

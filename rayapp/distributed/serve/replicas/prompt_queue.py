@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,18 +20,25 @@ from rayapp.engine.request import PromptRequests
 from rayapp.engine.scheduler import Chunk
 from rayapp.errors import DeadlineError, IntegrityError, OverloadedError, UnavailableError
 from rayapp.kv.select import num_prefilled
+from rayapp.scaling.meters import PrefillMeter
+from rayapp.scaling.reports import PrefillReport
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class _Ticket:
-    """One prompt in the queue; ``run`` is set by its first step."""
+    """One prompt in the queue; ``run`` is set by its first step.
+
+    ``num_tokens`` are to be computed in all, ``num_running`` of them in the step that runs now.
+    """
 
     prompt: PromptRequests
+    num_tokens: int
     done: asyncio.Future[PrefillOutput]
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     run: PrefillRun | None = None
+    num_running: int = 0
 
 
 @dataclass
@@ -48,6 +56,9 @@ class PromptQueue:
         engine: The prefill engine; only the loop's thread touches it.
         loop: The loop whose steps run the prompts.
         max_waiting: Prompts that may wait for their first step; further ones are refused.
+
+    Attributes:
+        meter: The meter of the engine's steps.
     """
 
     def __init__(self, engine: PrefillEngine, loop: EngineLoop, *, max_waiting: int) -> None:
@@ -56,6 +67,7 @@ class PromptQueue:
         self._max_waiting = max_waiting
         self._tickets: dict[str, _Ticket] = {}
         self._names = map(str, itertools.count())
+        self.meter = PrefillMeter(loop.scheduler.max_tokens)
         loop.attach(run_chunks=self._run_chunks)
 
     @property
@@ -72,6 +84,14 @@ class PromptQueue:
     def num_tokens(self) -> int:
         """Number of tokens that no step has taken yet."""
         return self._loop.scheduler.num_tokens
+
+    def report(self, start_s: float) -> PrefillReport:
+        """The report of a replica that took ``start_s`` seconds to start."""
+        prompts = []
+        for name, ticket in self._tickets.items():
+            left = self._loop.scheduler.num_left(name) + ticket.num_running
+            prompts.append((left, max(0, ticket.num_tokens - left)))
+        return self.meter.report(prompts, start_s)
 
     async def prefilled(self, prompt: PromptRequests, queue_s: float) -> PrefillOutput:
         """Return the prefilled prompt; a caller that is cancelled takes its prompt out.
@@ -92,10 +112,11 @@ class PromptQueue:
                 "try again later"
             )
         name = next(self._names)
-        ticket = _Ticket(prompt, asyncio.get_running_loop().create_future())
+        num_tokens = max(1, num_prefilled(self._engine.plan, prompt.prompt.num_prompt_tokens))
+        ticket = _Ticket(prompt, num_tokens, asyncio.get_running_loop().create_future())
         self._tickets[name] = ticket
-        num_tokens = num_prefilled(self._engine.plan, prompt.prompt.num_prompt_tokens)
-        self._loop.scheduler.add(name, max(1, num_tokens))
+        self._loop.scheduler.add(name, num_tokens)
+        self.meter.arrive(num_tokens)
         self._loop.wake()
         try:
             await self._first_step(ticket, queue_s)
@@ -130,14 +151,17 @@ class PromptQueue:
         """Run the chunks of one step, but for prompts that have left since it was planned."""
         planned = {chunk: self._tickets.get(chunk.name) for chunk in chunks}
         tickets = {chunk: ticket for chunk, ticket in planned.items() if ticket is not None}
-        for ticket in tickets.values():
+        for chunk, ticket in tickets.items():
             ticket.begun.set()
+            ticket.num_running = chunk.num_tokens
         try:
             results = await self._loop.run(self._step, tickets)
         except Exception as error:
             logger.exception("a prefill step failed")
             failure = failure_of(error, "prefill")
             results = _Results(errors={chunk.name: failure for chunk in tickets})
+        for ticket in tickets.values():
+            ticket.num_running = 0
         self._deliver(results)
 
     def _step(self, tickets: Mapping[Chunk, _Ticket]) -> _Results:
@@ -155,7 +179,10 @@ class PromptQueue:
             parts.append(
                 (chunk.name, ticket.run, left if chunk.is_last else min(left, chunk.num_tokens))
             )
+        timed = [(count, run.kv.num_done) for _, run, count in parts]
+        began_s = time.perf_counter()
         outputs = iter(self._engine.advance([(run, count) for _, run, count in parts]))
+        self.meter.observe(timed, time.perf_counter() - began_s)
         ended = [name for name, run, _ in parts if not run.num_left]
         results.outputs.update(zip(ended, outputs, strict=True))
         return results
