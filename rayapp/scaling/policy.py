@@ -9,7 +9,7 @@ It is a pure function: the same settings, memory and view give the same decision
   others; where none reports, the pool stays as it is;
 - the link is a stage of its own, which prefill needs enough replicas for;
 - ratios between pools only ever add replicas;
-- no pool changes by more than ``largest_step`` replicas at once.
+- no pool loses more than ``largest_step`` replicas at once, or gains more than it has.
 """
 
 from __future__ import annotations
@@ -50,32 +50,44 @@ def decide(
         A decision for every pool, and the memory for the next one.
     """
     fresh = {name: pool.fresh(now_s, settings.stale_s) for name, pool in view.items()}
-    memory = _remembered(settings, memory, fresh, now_s)
+    memory = _remembered(settings, memory, view, fresh, now_s)
     needs = {name: _need(settings, memory, name, fresh, now_s) for name in view if name != INGRESS}
     prompts, link = needs.get(PREFILL), _link_need(settings, memory, now_s)
     if prompts is not None and link is not None:
         needs[PREFILL] = _larger(prompts, link)
     decisions: dict[str, Decision] = {}
     pools = dict(memory.pools)
+    delay_s = settings.downscale_delay_s
     for name, pool in view.items():
-        need = needs.get(name)
+        need, mind = needs.get(name), memory.of(name)
         if need is not None:
-            mind = memory.of(name).with_enough(now_s, need.rest, settings.downscale_delay_s)
-            pools[name] = mind
-        decisions[name] = _decision(settings, name, pool, need, pools.get(name), fresh[name], now_s)
-    return _in_ratio(settings, view, decisions), Memory(pools)
+            mind = mind.with_enough(now_s, need.rest, delay_s)
+        decisions[name] = _decision(settings, name, pool, need, mind, fresh[name], now_s)
+        pools[name] = mind
+    decisions = _in_ratio(settings, view, decisions)
+    for name, decision in decisions.items():
+        if decision.is_change:
+            pools[name] = pools[name].changed(now_s, decision.after - decision.before, delay_s)
+    return decisions, Memory(pools)
 
 
 def _remembered(
     settings: ScalingSettings,
     memory: Memory,
+    view: Mapping[str, PoolView],
     fresh: Mapping[str, Mapping[str, Heard]],
     now_s: float,
 ) -> Memory:
     pools = dict(memory.pools)
+    reports = {name: heard for pool in fresh.values() for name, heard in pool.items()}
     for stage, read in _COUNTERS.items():
-        reports = {n: heard for pool in fresh.values() for n, heard in pool.items()}
         pools[stage] = memory.of(stage).heard(now_s, reports, read, settings.slow_s)
+    sequences = [heard.decode for heard in reports.values() if heard.decode is not None]
+    if sequences:
+        present = sum(report.rows + report.waiting for report in sequences)
+        pools[ANSWERS] = pools[ANSWERS].with_level(now_s, present, settings.slow_s)
+    for name, pool in view.items():
+        pools[name] = memory.of(name).seen(now_s, len(pool.running), pool.target)
     return Memory(pools)
 
 
@@ -97,10 +109,11 @@ def _link_counters(heard: Heard) -> tuple[float, float, float] | None:
     return heard.ingress.sent, heard.ingress.sent_s, heard.ingress.sent_s
 
 
+PROMPTS, ANSWERS, TRANSFERS = "prompts", "answers", "transfers"
 _COUNTERS = {
-    "prefill arrivals": _prefill_counters,
-    "decode arrivals": _decode_counters,
-    "transfers": _link_counters,
+    PROMPTS: _prefill_counters,
+    ANSWERS: _decode_counters,
+    TRANSFERS: _link_counters,
 }
 
 
@@ -115,27 +128,32 @@ def _need(
     heard = fresh[name].values()
     prompts = [one.prefill for one in heard if one.prefill is not None]
     sequences = [one.decode for one in heard if one.decode is not None]
-    arrivals = memory.of("prefill arrivals").rates(now_s, settings.fast_s)
-    answers = memory.of("decode arrivals").rates(now_s, settings.fast_s)
     waiting = sum(
         one.ingress.waiting_tokens for one in fresh.get(INGRESS, {}).values() if one.ingress
     )
-    if name == PREFILL and prompts:
-        return prefill_need(prompts, arrivals, settings, elsewhere_tokens=waiting)
-    if name == DECODE and sequences:
-        return decode_need(sequences, answers, settings)
-    if name == UNIFIED and prompts and sequences:
-        return _sum(
-            prefill_need(prompts, arrivals, settings, elsewhere_tokens=waiting),
-            decode_need(sequences, answers, settings),
-            arrivals.fast,
+    cold_s = memory.of(name).cold_start_s(
+        [*(one.start_s for one in prompts), *(one.start_s for one in sequences)],
+        settings.cold_start_s,
+    )
+    arrivals = memory.of(PROMPTS).rates(now_s, settings.fast_s)
+    answers = memory.of(ANSWERS)
+    needs = []
+    if name in (PREFILL, UNIFIED) and prompts:
+        needs.append(
+            prefill_need(prompts, arrivals, settings, cold_s=cold_s, elsewhere_tokens=waiting)
         )
-    return None
+    if name in (DECODE, UNIFIED) and sequences:
+        level = answers.level(now_s, settings.fast_s)
+        rates = answers.rates(now_s, settings.fast_s)
+        needs.append(decode_need(sequences, level, rates, settings, cold_s=cold_s))
+    if name == UNIFIED and len(needs) == 2:
+        return _sum(needs[0], needs[1], arrivals.slow)
+    return needs[0] if needs else None
 
 
 def _link_need(settings: ScalingSettings, memory: Memory, now_s: float) -> Need | None:
     """Prefill replicas whose links carry the KV that is sent; every replica has one link."""
-    busy = memory.of("transfers").rates(now_s, settings.fast_s).fast
+    busy = memory.of(TRANSFERS).rates(now_s, settings.fast_s).fast
     if busy <= 0.0:
         return None
     number = math.ceil(busy / settings.usage - 1e-9)
@@ -143,7 +161,7 @@ def _link_need(settings: ScalingSettings, memory: Memory, now_s: float) -> Need 
 
 
 def _larger(one: Need, other: Need) -> Need:
-    first = max((one, other), key=lambda need: need.whole)
+    first = max((one, other), key=lambda need: need.least)
     return replace(first, rest=max(one.rest, other.rest))
 
 
@@ -151,8 +169,11 @@ def _sum(prompts: Need, sequences: Need, prefill_load: float) -> Need:
     """The need of replicas that do both: prefill takes time from the steps of decode."""
     extra = math.ceil(prefill_load)
     main = _larger(prompts, sequences)
-    together = extra + sequences.whole if extra else main.whole
-    return Need(max(main.whole, together), max(main.rest, extra + sequences.rest), main.reason)
+    return Need(
+        max(main.least, extra + sequences.least if extra else 0),
+        max(main.rest, extra + sequences.rest if extra else 0),
+        main.reason,
+    )
 
 
 def _decision(
@@ -160,7 +181,7 @@ def _decision(
     name: str,
     pool: PoolView,
     need: Need | None,
-    memory: PoolMemory | None,
+    memory: PoolMemory,
     fresh: Mapping[str, Heard],
     now_s: float,
 ) -> Decision:
@@ -168,21 +189,20 @@ def _decision(
     before = pool.target
     if pool.minimum == pool.maximum:
         return Decision(name, before, pool.maximum, "its size is fixed")
-    if need is None or memory is None:
+    if need is None:
         return Decision(name, before, _bounded(pool, before), "no replica reports")
-    if need.whole > before:
-        after = min(need.whole, before + settings.largest_step)
+    if need.least > before:
+        after = min(need.grown, before + max(settings.largest_step, before))
         return Decision(name, before, _bounded(pool, after), need.reason)
-    lowest = max(number for _, number in memory.enough)
-    is_settled = now_s - memory.enough[0][0] >= settings.downscale_delay_s * 0.95
-    if lowest >= before or not is_settled:
+    most = memory.most_enough(now_s, settings.downscale_delay_s)
+    if most is None or most >= before:
         return Decision(name, before, _bounded(pool, before), need.reason)
     silent = len(pool.running) - len(fresh)
     if silent:
         return Decision(
             name, before, _bounded(pool, before), f"{silent} of its replicas do not report"
         )
-    after = max(lowest, before - settings.largest_step)
+    after = max(most, before - settings.largest_step)
     return Decision(name, before, _bounded(pool, after), need.reason)
 
 

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from rayapp.scaling.reports import DecodeReport
 from rayapp.simulation.clock import Clock
@@ -21,6 +22,13 @@ from rayapp.simulation.stage_costs import StageCosts
 _USUAL_ANSWER = 128.0
 _FADE = 0.98
 _TICK_S = 1e-9
+
+
+@dataclass
+class TokenCount:
+    """Number of tokens that the decode replicas of a simulation have computed together."""
+
+    num_tokens: int = 0
 
 
 class DecodeReplica:
@@ -33,6 +41,7 @@ class DecodeReplica:
         name: Name of the replica.
         costs: The measured costs.
         clock: The clock of the simulation.
+        computed: Counts the tokens that are computed.
         finished: Called with a request whose last token is there.
     """
 
@@ -41,11 +50,13 @@ class DecodeReplica:
         name: str,
         costs: StageCosts,
         clock: Clock,
+        computed: TokenCount,
         *,
         finished: Callable[[Request], None],
     ) -> None:
         self.name = name
         self._costs, self._clock, self._finished = costs, clock, finished
+        self._computed = computed
         self._waiting: deque[Request] = deque()
         self._rows: list[tuple[int, int, Request]] = []  # A heap by the step of their last token.
         self._joined: dict[Request, int] = {}
@@ -56,7 +67,6 @@ class DecodeReplica:
         self._is_called = 0
         self._num_arrived = 0
         self._answer_tokens = _USUAL_ANSWER
-        self.num_tokens = 0
 
     @property
     def num_present(self) -> int:
@@ -80,11 +90,9 @@ class DecodeReplica:
         request.num_left = request.arrival.num_answer - 1
         request.entries = math.ceil(request.arrival.num_prompt * self._costs.kept_share)
         self._waiting.append(request)
-        if not self._rows:
-            self._boundary_s = self._clock.now_s
-            self._change()
-        else:
-            self._call_at(self._ends_s(self._num_done(self._clock.now_s) + 1))
+        now_s = self._clock.now_s
+        # Whoever comes at the same moment joins the same step.
+        self._call_at(self._ends_s(self._num_done(now_s) + 1) if self._rows else now_s)
 
     def report(self) -> DecodeReport:
         """The report that the service's replica would make."""
@@ -139,7 +147,7 @@ class DecodeReplica:
         self._boundary_s = self._ends_s(done) if done else self._boundary_s
         self._steps += done
         self._entries += done * len(self._rows)
-        self.num_tokens += done * len(self._rows)
+        self._computed.num_tokens += done * len(self._rows)
         self._end_rows()
         self._join_rows()
         if self._rows:

@@ -13,7 +13,7 @@ from rayapp.scaling.settings import ScalingSettings
 from rayapp.scaling.view import DECODE, INGRESS, PREFILL, Heard, PoolView
 from rayapp.scaling.work import decode_errand, decode_work_s
 from rayapp.simulation.clock import Clock
-from rayapp.simulation.decode_replica import DecodeReplica
+from rayapp.simulation.decode_replica import DecodeReplica, TokenCount
 from rayapp.simulation.outcome import Moment, Outcome
 from rayapp.simulation.policies import Facts, Policy
 from rayapp.simulation.pool import SimulatedPool
@@ -83,7 +83,9 @@ class _Simulation:
         self._room, self._deaf = room, deaf
         self._clock = Clock()
         self._requests = [Request(str(n), arrival) for n, arrival in enumerate(arrivals)]
-        self._num_waiting = self._num_open = 0
+        self._num_waiting = self._num_open = self._num_arrived = self._num_handed_over = 0
+        self._errand = Errand()
+        self._computed = TokenCount()
         self._links: dict[str, tuple[int, float]] = {}
         self._moments: list[Moment] = []
         self._noted_s = float("-inf")
@@ -128,7 +130,7 @@ class _Simulation:
             self._end(request)
             self._clock.at(self._clock.now_s, lambda: self.decode.left(name))
 
-        return DecodeReplica(name, self._costs, self._clock, finished=finished)
+        return DecodeReplica(name, self._costs, self._clock, self._computed, finished=finished)
 
     def _arrive(self, request: Request) -> None:
         least_s = self.prefill.least_work_s()
@@ -137,6 +139,7 @@ class _Simulation:
             self._num_open -= 1
             return
         self._num_waiting += 1
+        self._num_arrived += 1
         replica = next(iter(self.prefill.running.values()))
         work_s = replica.work_of(request.arrival.num_prompt)
         chosen = self.prefill.choose(Errand(work_s, work_s / max(1, request.arrival.num_prompt)))
@@ -149,13 +152,9 @@ class _Simulation:
             self._end(request)
 
     def _handed_over(self, prefill_name: str, request: Request) -> None:
+        self._num_handed_over += 1
         self.decode.choose(self._errand).add(request)
         self.prefill.left(prefill_name)
-
-    @property
-    def _errand(self) -> Errand:
-        reports = [replica.report() for replica in self.decode.running.values()]
-        return decode_errand(reports, self._settings.targets.tpot_s)
 
     def _end(self, request: Request) -> None:
         del request
@@ -179,6 +178,9 @@ class _Simulation:
         prompts = {n: Heard(now_s, prefill=r.report()) for n, r in self.prefill.running.items()}
         sequences = {n: Heard(now_s, decode=r.report()) for n, r in self.decode.running.items()}
         tpot_s = self._settings.targets.tpot_s
+        self._errand = decode_errand(
+            [one.decode for one in sequences.values() if one.decode], tpot_s
+        )
         self.prefill.hear(
             self._audible(PREFILL, prompts), lambda one: one.prefill.queued_s if one.prefill else 0
         )
@@ -212,10 +214,13 @@ class _Simulation:
             PREFILL: Facts(
                 num_present=sum(one.num_present for one in prompts),
                 queued_tokens=sum(one.num_tokens for one in prompts),
+                arrived=self._num_arrived,
             ),
             DECODE: Facts(
                 num_present=sum(one.num_present for one in sequences),
                 usage=sum(one.usage for one in sequences),
+                arrived=self._num_handed_over,
+                computed_tokens=self._computed.num_tokens,
             ),
         }
 
