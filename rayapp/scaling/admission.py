@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Room:
-    """What a service has room for.
+    """Limits of what a service lets in.
 
     Args:
         max_waiting: Requests that may wait for a decode slot.

@@ -1,4 +1,4 @@
-"""What a policy remembers of a pool between two decisions, and the rates that follow from it."""
+"""The memory of a policy between two decisions, and the rates that follow from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STARTS = 9
 
 @dataclass(frozen=True)
 class Sample:
-    """What arrived between two reports, per second: requests, work, and its squares."""
+    """Arrivals between two reports, per second: requests, work, and its squares."""
 
     at_s: float
     span_s: float
@@ -35,7 +35,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Rates:
-    """What arrives at a pool.
+    """The rates at which work arrives at a pool.
 
     Args:
         fast: Work per second in the last seconds.
@@ -108,7 +108,7 @@ class PoolMemory:
     Args:
         counters: The counters of every replica when it was heard last, and when that was.
         samples: What arrived, oldest first.
-        levels: Requests that the pool held, by time, oldest first.
+        levels: Requests that the pool had, by time, oldest first.
         enough: Numbers of replicas that were enough, by time, oldest first.
         shrunk_s: When the pool shrank last; None if it never did.
         patience: Factor of the time for which less must be enough before the pool shrinks.
@@ -171,7 +171,7 @@ class PoolMemory:
         return replace(self, counters=known, samples=samples)
 
     def with_level(self, now_s: float, level: float, keep_s: float) -> PoolMemory:
-        """The memory after the pool held ``level`` requests."""
+        """The memory after the pool had ``level`` requests."""
         kept = tuple(one for one in self.levels if one[0] > now_s - keep_s)
         return replace(self, levels=(*kept, (now_s, level)))
 

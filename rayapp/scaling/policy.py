@@ -26,7 +26,7 @@ from rayapp.scaling.view import DECODE, INGRESS, PREFILL, UNIFIED, Decision, Hea
 
 @dataclass(frozen=True)
 class Memory:
-    """What the policy remembers between two decisions, by pool; a pool has a memory per stage."""
+    """The memory of the policy between two decisions, by pool and by stage."""
 
     pools: Mapping[str, PoolMemory] = field(default_factory=dict)
 

@@ -107,10 +107,10 @@ class IngressReport(_Flat):
 
 @dataclass(frozen=True)
 class Standing(_Flat):
-    """What a replica tells the router.
+    """The standing of a replica, for the router.
 
     Args:
-        at_s: When it was told, Unix time in seconds.
+        at_s: The moment, Unix time in seconds.
         work_s: Seconds of work that it has before it.
         token_s: Seconds of work per prompt token that is sent to it.
         errand_s: Seconds of work of every request that is sent to it, whatever its length.

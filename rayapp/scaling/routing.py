@@ -17,7 +17,7 @@ _LONGEST_S = 120.0
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of one replica.
+    """Knowledge of one replica.
 
     Args:
         work_s: Seconds of work before it when it reported last.
@@ -48,28 +48,28 @@ class Known:
         return max(0.0, self.work_s - passed_s) + sum(since)
 
     def reported(self, at_s: float, work_s: float) -> Known:
-        """What is known after a report; work that was sent before it is part of it."""
+        """Knowledge after a report; work that was sent before it is part of it."""
         if at_s <= self.at_s:
             return self
         later = tuple(one for one in self.sent if one[0] > at_s)
         return replace(self, work_s=work_s, at_s=at_s, sent=later)
 
     def given(self, at_s: float, work_s: float) -> Known:
-        """What is known after work was sent to it."""
+        """Knowledge after work was sent to it."""
         return replace(self, sent=(*self.sent, (at_s, work_s)))
 
     def failed(self, at_s: float) -> Known:
-        """What is known after a failure."""
+        """Knowledge after a failure."""
         return replace(self, num_failed=self.num_failed + 1, failed_s=at_s)
 
     def succeeded(self) -> Known:
-        """What is known after an answer."""
+        """Knowledge after an answer."""
         return replace(self, num_failed=0, failed_s=float("-inf"))
 
 
 @dataclass(frozen=True)
 class Errand:
-    """What is to be routed: seconds of its work, per token too, where a prefix may save them."""
+    """Work that is to be routed: its seconds, and those per token that a prefix may save."""
 
     work_s: float = 0.0
     token_s: float = 0.0

@@ -37,7 +37,7 @@ def entries_each(reports: Sequence[DecodeReport]) -> float:
 
 
 def decode_work_s(report: DecodeReport, tpot_s: float) -> float:
-    """Seconds in which a replica would end the sequences that it has, half of each being done."""
+    """Seconds in which a replica would end the sequences that it has, half done on average."""
     batch, step_s = carried(report, tpot_s, entries_each([report]))
     return (report.rows / 2 + report.waiting) / batch * report.answer_tokens * step_s
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class Clock:
-    """Calls what was put on it, each at its moment.
+    """Calls what was put on it when its moment comes.
 
     Attributes:
         now_s: The present time, seconds from the begin of the trace.

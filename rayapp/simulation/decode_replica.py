@@ -32,7 +32,7 @@ class TokenCount:
 
 
 class DecodeReplica:
-    """Runs up to ``max_num_seqs`` sequences, a token of each per step.
+    """Runs up to ``max_num_seqs`` sequences, a token of every one per step.
 
     Sequences that find no slot or no pages wait in the order in which they came. Where pages run
     out, the youngest sequence waits again with what it has.

@@ -1,4 +1,4 @@
-"""What a simulated service did: the share of requests within targets, and what it held for them."""
+"""The outcome of a simulation: the share of requests within targets, and the replicas it took."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Outcome:
         requests: All requests, refused ones included.
         targets: The targets that they are judged by.
         span_s: Seconds from the first arrival to the last token.
-        replica_s: Seconds for which replicas held machines, by pool.
+        replica_s: Seconds for which replicas had machines, by pool.
         changes: Changes of size, by pool.
         moments: The service every few seconds.
     """

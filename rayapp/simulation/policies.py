@@ -13,7 +13,7 @@ from rayapp.scaling.view import Decision, PoolView
 
 @dataclass(frozen=True)
 class Facts:
-    """What other policies look at in one pool, as its metrics say; deaf replicas are missing.
+    """Metrics of one pool that other policies look at.
 
     Args:
         num_present: Requests that run or wait there, as the callers count them.
@@ -68,6 +68,6 @@ class FixedPolicy:
     def sizes(
         self, view: Mapping[str, PoolView], facts: Mapping[str, Facts], now_s: float
     ) -> dict[str, Decision]:
-        """Change nothing."""
+        """Leave every pool at its size."""
         del view, facts, now_s
         return {}

@@ -101,7 +101,7 @@ class SimulatedPool(Generic[R]):
             self._clock.at(self._clock.now_s + self._cold_start_s, partial(self._started, name))
 
     def count(self) -> None:
-        """Add the time that replicas held machines since this was called last."""
+        """Add the time that replicas had machines since this was called last."""
         self.replica_s += self.num_held * (self._clock.now_s - self._counted_s)
         self._counted_s = self._clock.now_s
 

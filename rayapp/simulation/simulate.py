@@ -54,7 +54,7 @@ def simulate(
     room: Room = Room(256, 120.0),  # noqa: B008 - frozen
     deaf: Sequence[Deaf] = (),
 ) -> Outcome:
-    """Run a trace through the service, and return what its requests met and what it held.
+    """Run a trace through the service, and return what became of its requests.
 
     Args:
         arrivals: The requests.

@@ -14,7 +14,7 @@ from rayapp.settings import Strict
 
 
 class StageCosts(Strict):
-    """What one replica of each stage takes, and how much it holds.
+    """Costs and sizes of a replica of either stage.
 
     Args:
         name: The model, plan and machine in a few words.

@@ -117,7 +117,7 @@ SHAPES = {
     "long-prompts": Shape(prompt=_during(_LONGER, 0.4, 0.7), num_changes=2),
     "long-answers": Shape(answer=_during(_LONGER, 0.4, 0.7), num_changes=2),
 }
-"""Loads that are drawn, by name; a factor of 1 is the rate that was asked for."""
+"""Loads that are drawn, by name; a factor of 1 is the usual rate."""
 
 
 def drawn(

@@ -24,6 +24,7 @@ from ray.serve.schema import ServeDeploySchema
 from rayapp.distributed.cluster.connection import connected, hushed
 from rayapp.distributed.cluster.nodes import free_nodes
 from rayapp.distributed.cluster.patience import Patience
+from rayapp.distributed.serve import decisions
 from rayapp.distributed.serve.autoscaling import POLICY
 from rayapp.distributed.serve.placement import check_placement, check_readable, hopeless
 from rayapp.distributed.serve.replicas.stage import image_support
@@ -184,6 +185,7 @@ def apply(settings: ServiceSettings) -> None:
             f"Serve runs on this cluster and listens on {running.host}:{running.port}; serve "
             f"there, not on {settings.host}:{settings.port}, or run `serve shutdown` first"
         )
+    decisions.clear()
     client.deploy_apps(ServeDeploySchema.model_validate(config))
 
 

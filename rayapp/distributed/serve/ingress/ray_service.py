@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayapp.api.service import HealthReport, ReplicaHealth, ServiceDescription
+from rayapp.distributed.serve import decisions
 from rayapp.distributed.serve.ingress.answering import Answering, Attempts
 from rayapp.distributed.serve.ingress.calls import ask_all
 from rayapp.distributed.serve.ingress.losses import explained, is_lost
@@ -190,7 +191,13 @@ class RayService:
         replicas = tuple(replica for members in pools.values() for replica in members)
         missing = [name for name, members in pools.items() if not any(map(self._fits, members))]
         reason = f"no {' and no '.join(missing)} replica answers yet" if missing else ""
-        return HealthReport(ready=not missing, reason=reason, replicas=replicas)
+        told = await asyncio.to_thread(decisions.read)
+        return HealthReport(
+            ready=not missing,
+            reason=reason,
+            replicas=replicas,
+            decisions=tuple(decision.text for decision in told),
+        )
 
     async def _describe_all(self) -> list[list[ReplicaHealth]]:
         return await asyncio.gather(*(ask_all(h, "describe") for h in self._pools.values()))
