@@ -27,7 +27,7 @@ COSTS = StageCosts.model_validate(
         "cold_start_s": 5.0,
     }
 )
-SETTINGS = ScalingSettings(targets=Targets(ttft_ms=2000, tpot_ms=100), downscale_delay_s=60)
+SETTINGS = ScalingSettings(targets=Targets(ttft_ms=12_000, tpot_ms=60), downscale_delay_s=60)
 OPEN = Room(10**6)
 
 
