@@ -16,7 +16,10 @@ Counter = Callable[[Heard], tuple[float, float, float] | None]
 
 _MOST_DISPERSED = 4.0
 SIGNIFICANT = 2.0
-"""Standard deviations beyond which a change is no chance (project default)."""
+"""Standard deviations beyond which a number of requests is no chance (project default)."""
+RARE = 3.0
+"""Standard deviations beyond which a rate of arrivals is no chance; work that waits is noticed
+anyway (project default)."""
 _MOST_PATIENT = 4.0
 _REGRET = 3.0
 _STARTS = 9
@@ -54,14 +57,16 @@ class Rates:
     @property
     def rises(self) -> bool:
         """True if more arrives than before, and more than chance explains."""
-        return self.fast > self.slow + SIGNIFICANT * self.noise
+        return self.fast > self.slow + RARE * self.noise
 
     def ahead(self, cold_s: float, settings: ScalingSettings) -> float:
         """Work per second that is to be expected once a replica that starts now is ready.
 
-        It is the mean over a longer time, unless the load rises: then the rise is drawn out, if
-        there is any time to look ahead.
+        It is the mean over a longer time, unless the load rises or falls by more than chance
+        explains. A rise is drawn out, if there is any time to look ahead.
         """
+        if self.fast < self.slow - SIGNIFICANT * self.noise:
+            return self.fast
         if not self.rises or settings.slow_s <= settings.fast_s:
             return self.slow
         if cold_s <= 0.0:
@@ -94,11 +99,16 @@ class Level:
         """
         return self.fast > self.slow + SIGNIFICANT * math.sqrt(max(1.0, self.slow))
 
+    @property
+    def falls(self) -> bool:
+        """True if fewer are there than before, and fewer than chance explains."""
+        return self.fast < self.slow - SIGNIFICANT * math.sqrt(max(1.0, self.slow))
+
     def ahead(self, cold_s: float) -> float:
         """Requests that are to be expected once a replica that starts now is ready."""
-        if not self.rises:
-            return self.slow
-        return max(self.fast, self.now) + max(0.0, self.per_s) * cold_s
+        if self.rises:
+            return max(self.fast, self.now) + max(0.0, self.per_s) * cold_s
+        return self.fast if self.falls else max(self.fast, self.slow)
 
 
 @dataclass(frozen=True)
@@ -236,6 +246,16 @@ class PoolMemory:
             mean_s,
             (dispersion + variation) / 2,
         )
+
+    def request_rates(self, now_s: float, fast_s: float) -> Rates:
+        """The rates at which requests arrive, whatever their work."""
+        if not self.samples:
+            return Rates()
+        recent = [one for one in self.samples if one.at_s > now_s - fast_s] or self.samples[-1:]
+        fast, slow = _mean(recent, "requests"), _mean(self.samples, "requests")
+        span_s, dispersion = sum(one.span_s for one in recent), self._dispersion()
+        noise = math.sqrt(slow / span_s * dispersion) if span_s else 0.0
+        return Rates(fast, slow, noise, 1.0, dispersion / 2)
 
     def _dispersion(self) -> float:
         """Variance over mean of the numbers of arrivals; 1 if none knows of the others.

@@ -14,6 +14,7 @@ from rayapp.scaling.settings import ScalingSettings
 from rayapp.scaling.work import carried, entries_each
 
 _BUSY_WAIT = 0.5
+_FULL = 0.95
 _MARGIN = 3.0
 _SHORTEST_S = 0.5
 _STEEP = 3.0
@@ -70,7 +71,7 @@ def prefill_need(
 
     def in_time(share: float) -> int:
         return replicas_in_time(
-            ahead, mean_s, rates.spread, slack_s, late=share, usage=settings.usage
+            ahead, mean_s, rates.spread, slack_s, late=share, usage=_FULL
         )
 
     ready = len(reports)
@@ -122,7 +123,7 @@ def decode_need(
     Args:
         reports: The reports that are fresh, at least one.
         level: The sequences that run or wait, measured over time.
-        rates: The sequences that arrived per second, measured over time.
+        rates: The requests that arrived per second, measured over time.
         settings: Targets and limits.
         cold_s: Seconds until a replica that starts now works.
     """

@@ -137,6 +137,7 @@ def _need(
     )
     arrivals = memory.of(PROMPTS).rates(now_s, settings.fast_s)
     answers = memory.of(ANSWERS)
+    prompts_come = bool(memory.of(PROMPTS).samples)
     needs = []
     if name in (PREFILL, UNIFIED) and prompts:
         needs.append(
@@ -144,7 +145,10 @@ def _need(
         )
     if name in (DECODE, UNIFIED) and sequences:
         level = answers.level(now_s, settings.fast_s)
-        rates = answers.rates(now_s, settings.fast_s)
+        # Prompts come before their answers do, so a rise of theirs is known earlier.
+        rates = memory.of(PROMPTS if prompts_come else ANSWERS).request_rates(
+            now_s, settings.fast_s
+        )
         needs.append(decode_need(sequences, level, rates, settings, cold_s=cold_s))
     if name == UNIFIED and len(needs) == 2:
         return _sum(needs[0], needs[1], arrivals.slow)
