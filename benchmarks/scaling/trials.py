@@ -11,12 +11,12 @@ from rayapp.scaling.admission import Room
 from rayapp.scaling.settings import ScalingSettings
 from rayapp.scaling.view import DECODE, PREFILL
 from rayapp.simulation.outcome import Outcome
-from rayapp.simulation.policies import OwnPolicy, Policy
+from rayapp.simulation.policies import FixedPolicy, OwnPolicy, Policy
 from rayapp.simulation.simulate import Deaf, Pools, simulate
 from rayapp.simulation.traces import Arrival
 from scaling.formulas import POLICIES, Lengths, Setup
 
-OURS = "rayapp"
+OURS, CEILING = "rayapp", "every replica, always"
 _OPEN = Room(1 << 30)
 _FULL = 0.8
 
@@ -48,12 +48,14 @@ class Trial:
         decode = rate * setup.lengths.answer * setup.step_s / setup.batch / _FULL
         return tuple(min(self.most, max(1, math.ceil(one))) for one in (prefill, decode))
 
-    def run(self, policy: Policy, settings: ScalingSettings) -> Outcome:
+    def run(
+        self, policy: Policy, settings: ScalingSettings, initial: tuple[int, int] | None = None
+    ) -> Outcome:
         bounds = (1, self.most)
         return simulate(
             self.arrivals,
             self.setup.costs,
-            Pools(bounds, bounds, self.initial),
+            Pools(bounds, bounds, initial or self.initial),
             policy,
             settings=settings,
             room=_OPEN,
@@ -61,8 +63,9 @@ class Trial:
         )
 
     def everyone(self, settings: ScalingSettings) -> Iterator[tuple[str, float | None, Outcome]]:
-        """Our policy as it comes, and every other one with every value of its knob."""
+        """Our policy as it comes, what no policy exceeds, and the others with all their knobs."""
         yield OURS, None, self.run(OwnPolicy(settings), settings)
+        yield CEILING, None, self.run(FixedPolicy(), settings, (self.most, self.most))
         for name, (make, knobs) in POLICIES.items():
             for knob in knobs:
                 yield name, knob, self.run(make(self.setup, knob), settings)

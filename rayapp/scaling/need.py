@@ -18,7 +18,7 @@ _FULL = 0.95
 _MARGIN = 3.0
 _SHORTEST_S = 0.5
 _STEEP = 3.0
-_AVERAGED = 0.8
+_AVERAGED = 1.0
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,7 @@ def prefill_need(
     late, ahead = 1.0 - settings.attainment, rates.ahead(max(0.0, cold_s - slack_s), settings)
 
     def in_time(share: float) -> int:
-        return replicas_in_time(
-            ahead, mean_s, rates.spread, slack_s, late=share, usage=_FULL
-        )
+        return replicas_in_time(ahead, mean_s, rates.spread, slack_s, late=share, usage=_FULL)
 
     ready = len(reports)
     waiting = _for_work(queued_s, rates.fast, ready, cold_s, slack_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -31,6 +32,11 @@ from rayapp.simulation.stage_costs import StageCosts
 _SHORT = 64
 _NUM_STEPS = 6
 _LONGEST = 2048
+
+
+def _clock(settings: MeasuringSettings) -> Callable[[], float]:
+    """The clock of steps: on one thread the processor's own, which no neighbour slows."""
+    return time.process_time if settings.threads == 1 else time.perf_counter
 
 
 def measured_costs(
@@ -102,7 +108,7 @@ def _prefill(
     """Run prompts in chunks as a replica would; the meter learns from every step."""
     stack = BlockStack(loaded.model, plan, "prefill")
     engine = PrefillEngine(stack, plan, max_model_len=lengths[-1] + _NUM_STEPS + 2)
-    chunk = settings.max_num_batched_tokens
+    chunk, now = settings.max_num_batched_tokens, _clock(settings)
     meter = PrefillMeter(chunk)
     outputs: list[PrefillOutput] = []
     for length in (*[_SHORT] * 4, *lengths, *lengths):
@@ -110,9 +116,9 @@ def _prefill(
         ended: list[PrefillOutput] = []
         while not ended:
             count, done = min(chunk, run.num_left), run.kv.num_done
-            began_s = time.perf_counter()
+            began_s = now()
             ended = engine.advance([(run, count)])
-            meter.observe([(count, done)], time.perf_counter() - began_s)
+            meter.observe([(count, done)], now() - began_s)
         outputs += ended
     return meter, outputs[-len(lengths) :]
 
@@ -125,7 +131,7 @@ def _decode(
     limit: int,
 ) -> DecodeMeter:
     """Step batches of several sizes over short and long prompts; the meter learns from each."""
-    meter, most = DecodeMeter(), settings.max_num_seqs
+    meter, most, now = DecodeMeter(), settings.max_num_seqs, _clock(settings)
     stack = BlockStack(loaded.model, plan, "decode")
     for rows in sorted({1, max(1, most // 4), most}):
         for output in outputs:
@@ -138,9 +144,9 @@ def _decode(
             for _ in range(_NUM_STEPS):
                 running = engine.running
                 entries = sum(sequence.position for sequence in running)
-                began_s = time.perf_counter()
+                began_s = now()
                 engine.step()
-                meter.observe(len(running), entries, time.perf_counter() - began_s)
+                meter.observe(len(running), entries, now() - began_s)
     return meter
 
 
@@ -150,10 +156,10 @@ def _link(
     """The cost of a transfer: packing and unpacking, measured, and the link, computed."""
     if output.segment is None:
         return LinkCost(), 0.0
-    envelope = forecast_envelope(plan)
-    began_s = time.perf_counter()
+    envelope, now = forecast_envelope(plan), _clock(settings)
+    began_s = now()
     message = pack(output.segment, envelope)
     unpack(message, envelope)
-    codec_s = time.perf_counter() - began_s
+    codec_s = now() - began_s
     byte_s = codec_s / message.nbytes + 8e-9 / settings.gbit_per_s
     return LinkCost(byte_s=byte_s), message.nbytes / output.num_prompt_tokens
