@@ -101,9 +101,8 @@ def report(record: Record) -> list[Block]:
         f"{record['costs']['cold_start_s']:g} s until a new replica works. Targets: first token "
         f"within {ttft_ms / 1000:g} s, further ones within {tpot_ms:g} ms each, both met by "
         f"{100 * goal:g} % of requests. Every other policy has the setting that was best for the "
-        "very load, in hindsight; ours has one for all. Where even all replicas all the time miss the "
-        "goal, requests miss it that are too long for the targets. Replica-seconds stand beside "
-        "ours.",
+        "very load, in hindsight; ours has one for all. Where even all replicas all the time miss "
+        "the goal, some requests are too long for the targets. Replica-seconds stand beside ours.",
         f"Ours meets the goal with the fewest replica-seconds in {sum(best)} of {len(best)} loads.",
     ]
     for name, load in results.items():
