@@ -39,11 +39,12 @@ def parser() -> ArgumentParser:
     options.add_argument("--costs", type=Path, required=True, help="measured stage costs, JSON")
     options.add_argument("--conversation", type=Path, help="trace of conversations, CSV")
     options.add_argument("--code", type=Path, help="trace of code completions, CSV")
-    options.add_argument("--requests", type=int, default=6000, help="of each trace")
+    options.add_argument("--requests", type=int, default=3000, help="of each trace")
     options.add_argument("--loads", nargs="*", choices=[*SHAPES, DEAD], default=[*SHAPES, DEAD])
     options.add_argument("--rate", type=float, default=4.0, help="requests/s of drawn loads")
-    options.add_argument("--span", type=float, default=900.0, help="seconds of drawn loads")
+    options.add_argument("--span", type=float, default=600.0, help="seconds of drawn loads")
     options.add_argument("--targets", type=float, nargs=2, default=[20000, 150], help="TTFT, TPOT")
+    options.add_argument("--interval", type=float, default=2.0, help="seconds between reports")
     options.add_argument("--goal", type=float, default=0.99, help="share within targets")
     options.add_argument("--most", type=int, default=48, help="replicas of each stage")
     return options
@@ -55,7 +56,10 @@ def measure(recorder: Recorder) -> None:
     costs = StageCosts.load(arguments.costs)
     targets = Targets(ttft_ms=ttft_ms, tpot_ms=tpot_ms)
     settings = ScalingSettings(
-        targets=targets, attainment=arguments.goal, cold_start_s=costs.cold_start_s
+        targets=targets,
+        attainment=arguments.goal,
+        cold_start_s=costs.cold_start_s,
+        interval_s=arguments.interval,
     )
     loads: dict[str, Any] = {}
     for name, arrivals, deaf, num_changes in loads_of(arguments):
