@@ -21,6 +21,7 @@ from pydantic import (
 from rayapp.api.keys import digest_of
 from rayapp.engine.sequences.memory import BLOCK_SIZE
 from rayapp.errors import InputError
+from rayapp.scaling.settings import ScalingSettings
 from rayapp.settings import (
     DTypeName,
     MaxModelLen,
@@ -160,26 +161,6 @@ class Deadlines(Strict):
     def longest_s(self) -> float:
         """Seconds that one attempt at an answer may take in all."""
         return 2 * self.queue_s + self.prefill_s + self.transfer_s + self.decode_s
-
-
-class ScalingSettings(Strict):
-    """Settings of pools with MIN:MAX replicas: when they grow and when they shrink.
-
-    Args:
-        queued_tokens_per_replica: Prompt tokens in the queue that one prefill replica can handle.
-        target_usage: Share of its slots that a decode replica should use.
-        upscale_delay_s: Time for which a pool must look too small before it grows.
-        downscale_delay_s: Time for which a pool must look too large before it shrinks.
-        look_back_s: Time over which the metrics are averaged.
-        interval_s: Time between two looks at the metrics.
-    """
-
-    queued_tokens_per_replica: int = Field(default=4096, ge=1)
-    target_usage: float = Field(default=0.8, gt=0.0, le=1.0)
-    upscale_delay_s: float = Field(default=10.0, ge=0.0)
-    downscale_delay_s: float = Field(default=120.0, ge=0.0)
-    look_back_s: float = Field(default=10.0, gt=0.0)
-    interval_s: float = Field(default=2.0, gt=0.0)
 
 
 class ServiceSettings(Strict):

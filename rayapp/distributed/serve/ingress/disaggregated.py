@@ -68,6 +68,7 @@ class DisaggregatedAttempts:
         self._shape = shape
         self._versions = versions
         self._deadlines = deadlines
+        self.waiting_tokens = 0
         self._freeing = Freeing(decode, within_s=deadlines.lease_s)
         self._delivery = Delivery(decode)
 
@@ -115,9 +116,14 @@ class DisaggregatedAttempts:
 
     async def _reserve(self, resources: AsyncExitStack, prompt: PromptRequests) -> None:
         """Wait for room for the prompt's KV, counted as what the plan sends of it at most."""
-        num_bytes = payload_bytes(self._shape, self._plan, prompt.prompt.num_prompt_tokens)
-        async with phase("queue", self._deadlines.queue_s):
-            await resources.enter_async_context(self._channel.reserved(num_bytes))
+        num_tokens = prompt.prompt.num_prompt_tokens
+        num_bytes = payload_bytes(self._shape, self._plan, num_tokens)
+        self.waiting_tokens += num_tokens
+        try:
+            async with phase("queue", self._deadlines.queue_s):
+                await resources.enter_async_context(self._channel.reserved(num_bytes))
+        finally:
+            self.waiting_tokens -= num_tokens
 
     async def _prefilled(
         self, resources: AsyncExitStack, prompt: PromptRequests, handing: HandingOver

@@ -60,6 +60,10 @@ class Ingress:
         """Refuse new requests from now on, and return the number of answers under way."""
         return self.service.drain()
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Numbers by which :class:`rayapp.distributed.serve.autoscaling.ServicePolicy` decides."""
+        return self.service.report.numbers()
+
     async def check_integrity(self) -> dict[str, int]:
         """Return the numbers of this replica's resources in use, all zero when idle."""
         return self.service.counts()

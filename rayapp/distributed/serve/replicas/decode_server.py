@@ -13,6 +13,7 @@ unary (:mod:`rayapp.distributed.serve.replicas.admission.admissions`).
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 
@@ -53,6 +54,10 @@ from rayapp.errors import (
 )
 from rayapp.kv.pieces import Message
 from rayapp.models.stack import BlockStack
+from rayapp.scaling.meters import DecodeMeter
+from rayapp.scaling.reports import DecodeReport, Standing
+from rayapp.scaling.settings import Targets
+from rayapp.scaling.work import decode_errand, decode_work_s
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +73,7 @@ class DecodeServer:
         max_num_seqs: Number of slots.
         deadlines: The deadlines of leases, answers and steps.
         memory: The memory for KV.
+        tpot_s: Seconds per token that its answers are to meet, by which its work is counted.
     """
 
     def __init__(
@@ -80,8 +86,11 @@ class DecodeServer:
         max_num_seqs: int,
         deadlines: Deadlines,
         memory: KVMemory = KVMemory(),  # noqa: B008 - frozen
+        tpot_s: float = Targets().tpot_s,
     ) -> None:
         self._stage = stage
+        self._tpot_s = tpot_s
+        self._meter = DecodeMeter()
         self._place = place
         self._deadlines = deadlines
         self._versions = stage.versions
@@ -124,7 +133,10 @@ class DecodeServer:
         """
         check_address(self._place, address)
         refusal = version_conflict(self._place, self._versions, seating.versions)
-        return refusal or await self._admissions.reserve(seating, address.reader)
+        if refusal is not None:
+            return refusal
+        self._meter.arrive(len(seating.prompt.requests))
+        return await self._admissions.reserve(seating, address.reader)
 
     async def load(
         self, name: str, attempt: int, part: int, handles: Sequence[object], address: Address = ANY
@@ -160,6 +172,8 @@ class DecodeServer:
         refusal = version_conflict(self._place, self._versions, handover.versions)
         if refusal is not None:
             return refusal
+        if not handover.part:
+            self._meter.arrive(len(handover.prompt.requests))
         return await self._admissions.admit(handover, handles[0], address.reader)
 
     async def follow(self, name: str, attempt: int, address: Address = ANY) -> None:
@@ -213,7 +227,7 @@ class DecodeServer:
         """Compute a token of every running sequence and deliver it; an error ends them all."""
         num_aside = self._engine.num_aside
         try:
-            batches = await self._loop.run(self._engine.step)
+            batches = await self._loop.run(self._step)
         except Exception as error:
             logger.exception("a decode step failed")
             if is_out_of_memory(error):
@@ -226,6 +240,17 @@ class DecodeServer:
             self._hand_back(request)
         if self._engine.num_aside < num_aside:
             self._slots.tell()
+
+    def _step(self) -> list[TokenBatch]:
+        """Run a step on the engine's thread, and learn what it cost."""
+        began_s = time.perf_counter()
+        batches = self._engine.step()
+        seconds = time.perf_counter() - began_s
+        running = self._engine.running
+        entries = sum(sequence.position for sequence in running)
+        if running:
+            self._meter.observe(len(running), entries, seconds)
+        return batches
 
     def _hand_back(self, request: GenerationRequest) -> None:
         """Tell the reader of an answer that it found no room in pages or in host memory.
@@ -248,6 +273,7 @@ class DecodeServer:
             return  # It was cancelled during the step.
         lease.put(batch)
         if batch.finish_reason:
+            self._meter.end(batch.first_index + len(batch.token_ids))
             self._let_go(lease, batch.request_id)
 
     async def _fail_all(self, error: Exception) -> None:
@@ -290,13 +316,26 @@ class DecodeServer:
         )
 
     @property
-    def usage(self) -> float:
-        """The larger of the shares of slots and of entries in use."""
-        return max(self._slots.num_held / self._slots.num_slots, self._engine.usage)
+    def report(self) -> DecodeReport:
+        """The work of this replica, as routing and scaling count it."""
+        return self._meter.report(
+            rows=self._slots.num_held,
+            waiting=self.num_waiting,
+            entries=self._engine.usage * self._engine.num_kv_tokens,
+            max_rows=self._slots.num_slots,
+            max_entries=self._engine.num_kv_tokens,
+            start_s=self._stage.load_s,
+        )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Metrics by which :class:`rayapp.distributed.serve.autoscaling.DecodePolicy` decides."""
-        return {"usage": self.usage, "waiting": self.num_waiting / self._slots.num_slots}
+        """Numbers by which :class:`rayapp.distributed.serve.autoscaling.ServicePolicy` decides."""
+        return self.report.numbers()
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """Numbers by which the router chooses between replicas."""
+        report = self.report
+        work_s, errand = decode_work_s(report, self._tpot_s), decode_errand([report], self._tpot_s)
+        return Standing(time.time(), work_s, 0.0, errand.work_s, self._loop.num_failed).numbers()
 
     async def check_health(self) -> None:
         """Raise :class:`UnavailableError` if a call hangs; Serve asks this every few seconds."""

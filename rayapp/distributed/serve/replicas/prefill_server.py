@@ -38,6 +38,7 @@ from rayapp.kv.pieces import Message
 from rayapp.kv.segment import KVSegment
 from rayapp.kv.wire import Envelope, pack
 from rayapp.models.stack import BlockStack
+from rayapp.scaling.reports import PrefillReport, Standing
 from rayapp.vision.reader import ImageReader
 
 PrefillItem = PrefillAnswer | Refusal | KVPart | Message
@@ -174,9 +175,21 @@ class PrefillServer:
         """Number of prompt tokens that are still to be computed."""
         return self._queue.num_tokens
 
+    @property
+    def report(self) -> PrefillReport:
+        """The work of this replica, as routing and scaling count it."""
+        return self._queue.report(self._stage.load_s)
+
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Metrics by which :class:`rayapp.distributed.serve.autoscaling.PrefillPolicy` decides."""
-        return {"queued_tokens": float(self.queued_tokens)}
+        """Numbers by which :class:`rayapp.distributed.serve.autoscaling.ServicePolicy` decides."""
+        return self.report.numbers()
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """Numbers by which the router chooses between replicas."""
+        report = self.report
+        return Standing(
+            time.time(), report.queued_s, report.token_s, 0.0, self._loop.num_failed
+        ).numbers()
 
     async def check_health(self) -> None:
         """Raise :class:`UnavailableError` if a call hangs; Serve asks this every few seconds."""

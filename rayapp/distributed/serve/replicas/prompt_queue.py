@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,8 @@ from rayapp.engine.scheduler import Chunk
 from rayapp.errors import DeadlineError, IntegrityError, OverloadedError, UnavailableError
 from rayapp.kv.segment import KVSegment
 from rayapp.kv.select import num_prefilled
+from rayapp.scaling.meters import PrefillMeter
+from rayapp.scaling.reports import PrefillReport
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +34,18 @@ Result = KVSegment | PrefillOutput
 
 @dataclass(eq=False)
 class _Ticket:
-    """One prompt in the queue; ``run`` is set by its first step."""
+    """One prompt in the queue; ``run`` is set by its first step.
+
+    ``num_tokens`` are to be computed in all, ``num_running`` of them in the step that runs now.
+    """
 
     prompt: PromptRequests
+    num_tokens: int
     results: asyncio.Queue[Result | Exception] = field(default_factory=asyncio.Queue)
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     has_ended: bool = False
     run: PrefillRun | None = None
+    num_running: int = 0
 
     def put(self, result: Result | Exception) -> None:
         """Hand a result to the one who waits; nothing follows an output or an error."""
@@ -59,6 +67,9 @@ class PromptQueue:
         loop: The loop whose steps run the prompts.
         max_waiting: Prompts that may wait for their first step; further ones are refused.
         parts: The sizes from which on KV leaves in parts; None sends it whole.
+
+    Attributes:
+        meter: The meter of the engine's steps.
     """
 
     def __init__(
@@ -75,6 +86,7 @@ class PromptQueue:
         self._parts = parts
         self._tickets: dict[str, _Ticket] = {}
         self._names = map(str, itertools.count())
+        self.meter = PrefillMeter(loop.scheduler.max_tokens)
         loop.attach(run_chunks=self._run_chunks)
 
     @property
@@ -91,6 +103,14 @@ class PromptQueue:
     def num_tokens(self) -> int:
         """Number of tokens that no step has taken yet."""
         return self._loop.scheduler.num_tokens
+
+    def report(self, start_s: float) -> PrefillReport:
+        """The report of a replica that took ``start_s`` seconds to start."""
+        prompts = []
+        for name, ticket in self._tickets.items():
+            left = self._loop.scheduler.num_left(name) + ticket.num_running
+            prompts.append((left, max(0, ticket.num_tokens - left)))
+        return self.meter.report(prompts, start_s)
 
     async def results(self, prompt: PromptRequests, queue_s: float) -> AsyncGenerator[Result, None]:
         """Yield the parts of a prompt's KV that are worth sending alone, then the output.
@@ -113,10 +133,11 @@ class PromptQueue:
                 "try again later"
             )
         name = next(self._names)
-        ticket = _Ticket(prompt)
+        num_tokens = max(1, num_prefilled(self._engine.plan, prompt.prompt.num_prompt_tokens))
+        ticket = _Ticket(prompt, num_tokens)
         self._tickets[name] = ticket
-        num_tokens = num_prefilled(self._engine.plan, prompt.prompt.num_prompt_tokens)
-        self._loop.scheduler.add(name, max(1, num_tokens))
+        self._loop.scheduler.add(name, num_tokens)
+        self.meter.arrive(num_tokens)
         self._loop.wake()
         try:
             await self._first_step(ticket, queue_s)
@@ -151,13 +172,16 @@ class PromptQueue:
         """Run the chunks of one step, but for prompts that have left since it was planned."""
         planned = {chunk: self._tickets.get(chunk.name) for chunk in chunks}
         tickets = {chunk: ticket for chunk, ticket in planned.items() if ticket is not None}
-        for ticket in tickets.values():
+        for chunk, ticket in tickets.items():
             ticket.begun.set()
+            ticket.num_running = chunk.num_tokens
         try:
             results = await self._loop.run(self._step, tickets)
         except Exception as error:
             logger.exception("a prefill step failed")
             results = dict.fromkeys((c.name for c in tickets), failure_of(error, "prefill"))
+        for ticket in tickets.values():
+            ticket.num_running = 0
         for name, result in results.items():
             self._deliver(name, result)
 
@@ -176,7 +200,10 @@ class PromptQueue:
             parts.append(
                 (chunk.name, ticket.run, left if chunk.is_last else min(left, chunk.num_tokens))
             )
+        timed = [(count, run.kv.num_done) for _, run, count in parts]
+        began_s = time.perf_counter()
         outputs = iter(self._engine.advance([(run, count) for _, run, count in parts]))
+        self.meter.observe(timed, time.perf_counter() - began_s)
         for name, run, _ in parts:
             result = self._cut(run) if run.num_left else next(outputs)
             if result is not None:

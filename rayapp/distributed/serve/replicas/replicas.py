@@ -62,6 +62,7 @@ class DecodeReplica(DecodeServer):
             max_num_seqs=settings.max_num_seqs,
             deadlines=settings.deadlines,
             memory=kv_memory(settings, stage.loaded.model.device),
+            tpot_s=settings.scaling.targets.tpot_s,
         )
 
     async def check_health(self) -> None:
@@ -85,6 +86,7 @@ class UnifiedReplica(UnifiedServer):
             max_num_batched_tokens=settings.max_num_batched_tokens,
             deadlines=settings.deadlines,
             memory=kv_memory(settings, stage.loaded.model.device),
+            tpot_s=settings.scaling.targets.tpot_s,
         )
 
     async def check_health(self) -> None:

@@ -36,7 +36,7 @@ def test_a_cancelled_prompt_leaves_the_queue_at_once(stage, held):
             await prefilled("third")
         waiting[0].cancel()
         await asyncio.gather(waiting[0], return_exceptions=True)
-        assert pair.prefill.record_autoscaling_stats() == {"queued_tokens": len(PROMPT)}
+        assert pair.prefill.queued_tokens == len(PROMPT)
         with pytest.raises(DeadlineError, match="no turn"):
             await anext(pair.prefill.prefill(prompt_of(request_of("late")), pair.versions, 0.05))
         release.set()
