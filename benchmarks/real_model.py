@@ -30,7 +30,16 @@ from recorder.run import Recorder, run
 from recorder.table import Table
 
 from rayapp.evaluation.paper.marks import quality_speed
-from rayapp.evaluation.paper.numbers import ANSWER, MARGIN, PERPLEXITY, TPOT, TTFT
+from rayapp.evaluation.paper.numbers import (
+    ANSWER,
+    BY_DECODE,
+    MARGIN,
+    PERPLEXITY,
+    TPOT,
+    TTFT,
+    Number,
+    decode_shares,
+)
 from rayapp.evaluation.paper.outcome import ROW_FILE
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.progress import shown_progress
@@ -120,9 +129,11 @@ def report(record: Record) -> list[Block]:
     asked, rows = record["configuration"], record["rows"]
     picture = quality_speed(rows)
     model = asked["caption"] or asked["model"]
+    # Rows that were timed by an earlier run keep their times, however this run was called.
+    runs = sorted({n["num"] for row in rows for n in row["numbers"] if n["metric"] == TTFT})
     timed = (
-        f"time to the first token of {asked['prompt_tokens']:,} tokens, batch 1, median of "
-        f"{asked['runs']} interleaved runs; "
+        f"speed at {asked['prompt_tokens']:,} tokens in and {asked['answer_tokens']:,} out, batch "
+        f"1, without a transfer, median of {' or '.join(map(str, runs))} interleaved runs; "
     )
     legend = " A mark's label says how many blocks prefill (p) and decode (d) miss; up is better."
     caption = (
@@ -144,26 +155,39 @@ def report(record: Record) -> list[Block]:
 
 
 def _table(rows: list[Record]) -> Table:
-    """A row per plan, a column per number; numbers that dense lacks are left out."""
+    """A row per plan, a column per number; numbers that no row has are left out."""
     kinds = {MARGIN: "{:.1f} %", PERPLEXITY: "{:.2f}", TTFT: "{:.3f}x", TPOT: "{:.3f}x",
              ANSWER: "{:.3f}x"}  # fmt: skip
-    shown = [(n["data"], n["metric"], n["num"]) for n in rows[0]["numbers"] if n["metric"] in kinds]
-    heads = [f"{data} {metric} (n={num:,})" for data, metric, num in shown]
+    shown = {
+        (n["data"], n["metric"]): n["num"]
+        for row in rows
+        for n in row["numbers"]
+        if n["metric"] in kinds
+    }
+    heads = [
+        f"{data} {metric}" + ("" if metric in (TTFT, TPOT, ANSWER) else f" (n={num:,})")
+        for (data, metric), num in shown.items()
+    ]
     cells = []
     for row in rows:
         known = {(n["data"], n["metric"]): n for n in row["numbers"]}
         removed = f"{row['prefill_removed']:g} and {row['decode_removed']:g}"
-        told = [_cell(known.get((data, metric)), kinds[metric]) for data, metric, _ in shown]
-        cells.append((row["title"], removed, *told))
-    return Table(("plan", "blocks missed, prefill and decode", *heads), cells)
+        told = [_cell(known.get(name), kinds[name[1]], usual) for name, usual in shown.items()]
+        full, sent = row["timed_bytes"]
+        fewer = f"{full / sent:.2f}x" if sent else "-"
+        decoded = decode_shares([Number(**number) for number in row["numbers"]])
+        cells.append((row["title"], removed, decoded, fewer, *told))
+    named = ("plan", "blocks missed, prefill and decode", f"{BY_DECODE}, %", "fewer KV bytes")
+    return Table((*named, *heads), cells)
 
 
-def _cell(number: Record | None, form: str) -> str:
-    """A margin with its lower bound, a perplexity with its upper one, or a speed-up."""
+def _cell(number: Record | None, form: str, usual: int) -> str:
+    """A margin with its lower bound, a perplexity, or a speed-up; other numbers of examples."""
     if number is None:
         return "-"
     if number["metric"] == MARGIN:
-        return f"{form.format(number['plan'])} (at least {100 - number['bound']:.1f})"
+        fewer = "" if number["num"] == usual else f"; n={number['num']:,}"
+        return f"{form.format(number['plan'])} (at least {100 - number['bound']:.1f}{fewer})"
     value = number["plan"] if number["metric"] == PERPLEXITY else number["difference"]
     return form.format(value)
 

@@ -14,6 +14,7 @@ from rayapp.evaluation.result import MEAN, LatencyResult
 from rayapp.evaluation.settings import EvaluationSettings
 
 ACCURACY, MARGIN, PERPLEXITY = "accuracy", "margin kept", "perplexity"
+BY_DECODE = "by decode"
 ANSWER, TTFT, TPOT = "answer ms", "TTFT ms", "TPOT ms"
 WITH_TRANSFER = "answer ms with transfer"
 BYTES = "bytes per request"
@@ -32,7 +33,8 @@ class Number:
 
     Attributes:
         data: Data set, ``mean``, ``all data``, or batch size.
-        metric: The name of the metric.
+        metric: The name of the metric; ``by decode`` is the share of the scored tokens that decode
+            computed, in per cent.
         num: Number of examples, windows, runs or requests that it rests on.
         dense: The dense model's value.
         plan: The plan's value.
@@ -69,6 +71,7 @@ def row_numbers(row: RowOutcome, *, link_gbps: float, seed: int) -> list[Number]
         for name, data in row.data.items()
         for metric in data.metrics
     ]
+    numbers += _shares(row)
     numbers += _mean(row, seed)
     numbers += margins(row, seed=seed)
     for timing in row.latency:
@@ -93,6 +96,19 @@ def _heading(row: RowOutcome) -> dict[str, DataOutcome]:
     return {name: data for name, data in row.data.items() if not name.endswith(IN_DOMAIN)}
 
 
+def _shares(row: RowOutcome) -> list[Number]:
+    """What decode computed of every data set with right answers."""
+    known = [
+        (n, d, 100 * d.decode_share) for n, d in row.data.items() if d.decode_share is not None
+    ]
+    return [Number(n, BY_DECODE, len(d.primary.dense), s, s, 0.0) for n, d, s in known]
+
+
+def decode_shares(numbers: Sequence[Number]) -> str:
+    """What decode computed of every data set, in one cell, in the order of the sets."""
+    return ", ".join(f"{n.plan:.0f}" for n in numbers if n.metric == BY_DECODE)
+
+
 def _mean(row: RowOutcome, seed: int) -> list[Number]:
     """The mean over the data sets that have an accuracy; every data set counts alike."""
     metrics = [d.primary for d in _heading(row).values() if d.primary.is_accuracy]
@@ -107,13 +123,17 @@ def _mean(row: RowOutcome, seed: int) -> list[Number]:
 def margins(row: RowOutcome, *, seed: int) -> list[Number]:
     """The share of the dense model's margin above chance that a plan keeps, in per cent.
 
-    Data sets are admitted, and their mean is taken, by :mod:`rayapp.evaluation.measures.margins`.
-    Of ``acc`` and ``acc_norm`` that one counts in which dense is better.
+    Data sets that do not count for this row have none. They are admitted, and their mean is taken,
+    by :mod:`rayapp.evaluation.measures.margins`. Of ``acc`` and ``acc_norm`` that one counts in
+    which dense is better.
     """
     answers = {name: _answers(data) for name, data in row.data.items() if data.chance}
     seen = {name: "calibration domain" for name in answers if name.endswith(IN_DOMAIN)}
     settings = EvaluationSettings(seed=seed, num_resamples=NUM_RESAMPLES)
-    quality = quality_of(answers, {}, seen, settings)
+    # Files from before rows knew it are of plans that change blocks and nothing else.
+    known = row.only_decode
+    only_decode = not row.prefill_removed and row.decode_removed > 0 if known is None else known
+    quality = quality_of(answers, {}, seen, settings, only_decode=only_decode)
     rows = [(each.task, each.margin_kept) for each in quality.margins]
     return [_margin(name, kept) for name, kept in [*rows, (MEAN, quality.macro)] if kept]
 

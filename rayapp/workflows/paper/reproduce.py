@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rayapp.errors import DataError, InputError
 from rayapp.evaluation.data import EvaluationData, read_data
 from rayapp.evaluation.evaluate import num_threads, piece_identity, placed
@@ -290,7 +288,7 @@ class _Reproduction:
         update = {
             "latency": timings,
             "timed_bytes": (sent[0], sent[1]),
-            "weights": compute.measure(_weight_bytes),
+            "weights": compute.measure(WeightBytes.of),
         }
         return outcome.model_copy(update=update)
 
@@ -363,18 +361,6 @@ def _begun(row: Row, plan: PruningPlan) -> RowOutcome:
         plan=plan.fingerprint,
         prefill_removed=plan.removed("prefill"),
         decode_removed=plan.removed("decode"),
+        only_decode=plan.only_changes_decode,
         search=cost,
     )
-
-
-def _weight_bytes(sides: Sides) -> WeightBytes:
-    """Bytes of the parameters of both stages' models, and of their union."""
-    parameters: list[dict[int, torch.Tensor]] = [
-        {p.data_ptr(): p for p in stage.model.parameters()}
-        for stage in (sides.plan.prefill, sides.plan.decode)
-    ]
-    sums = [
-        sum(p.nbytes for p in tensors.values())
-        for tensors in (*parameters, parameters[0] | parameters[1])
-    ]
-    return WeightBytes(prefill=sums[0], decode=sums[1], unified=sums[2])
