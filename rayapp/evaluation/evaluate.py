@@ -161,6 +161,7 @@ def piece_identity(
         "plan": plan.fingerprint,
         "dtype": dtype,
         "device": device,
+        "products": "packed",
         "versions": versions,
         **settings.model_dump(mode="json", include=sizes),
     }

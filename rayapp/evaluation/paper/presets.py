@@ -124,14 +124,18 @@ def _fitted(row: Row) -> Row:
 
 
 def _searched(sizes: list[Size]) -> Iterator[Row]:
-    """Our searches: of blocks, of their parts, and with the first answer token from decode."""
+    """Our searches: of blocks, of their parts, and with the first answer token from decode.
+
+    Plans of the last kind are healed in closed form, too, as POP's are.
+    """
     for size in sizes:
         yield _sized("ours", "ours, blocks", "ours", size, _OURS)
     for size in sizes:
         yield _sized("parts", "ours, parts", "ours", size, {**_OURS, "unit": "part"})
-    for size in sizes:
-        if not size[1]:
-            yield _sized("late", "ours, first token from decode", "ours", size, _OURS, "decode")
+    title = "ours, first token from decode"
+    late = [_sized("late", title, "ours", s, _OURS, "decode") for s in sizes if not s[1]]
+    yield from late
+    yield from map(_fitted, late)
 
 
 def _peers(sizes: list[Size]) -> Iterator[Row]:

@@ -184,8 +184,7 @@ class _Reproduction:
         seconds = sum(outcome.seconds for outcome in known if outcome)
         if seconds:
             return tokens / seconds
-        lines = few_lines(self._data.values())
-        return compute.num_evaluators * compute.measure(probed_rate, lines)
+        return probed_rate(compute, few_lines(self._data.values()))
 
     def _claim_directory(self) -> None:
         """Record the subject of the rows, and refuse a directory with another subject."""
