@@ -35,6 +35,7 @@ from rayapp.evaluation.paper.numbers import (
     BY_DECODE,
     MARGIN,
     PERPLEXITY,
+    TIMED_BYTES,
     TPOT,
     TTFT,
     Number,
@@ -154,37 +155,48 @@ def report(record: Record) -> list[Block]:
     return [*drawn, caption, _table(rows), "\n".join(notes)]
 
 
+KINDS = {
+    MARGIN: "{:.1f} %",
+    PERPLEXITY: "{:.2f}",
+    TTFT: "{:.3f}x",
+    TPOT: "{:.3f}x",
+    ANSWER: "{:.3f}x",
+    TIMED_BYTES: "{:.2f}x",
+}
+"""The metrics of the table, and how their numbers look."""
+RATIOS = {
+    TTFT: "faster first token",
+    TPOT: "faster answer token",
+    ANSWER: "faster whole answer",
+    TIMED_BYTES: "fewer KV bytes",
+}
+"""Heads of columns that no data set has a part in."""
+
+
 def _table(rows: list[Record]) -> Table:
     """A row per plan, a column per number; numbers that no row has are left out."""
-    kinds = {MARGIN: "{:.1f} %", PERPLEXITY: "{:.2f}", TTFT: "{:.3f}x", TPOT: "{:.3f}x",
-             ANSWER: "{:.3f}x"}  # fmt: skip
-    shown = {
-        (n["data"], n["metric"]): n["num"]
-        for row in rows
-        for n in row["numbers"]
-        if n["metric"] in kinds
-    }
+    shown: dict[tuple[str, str], int] = {}
+    for number in (number for row in rows for number in row["numbers"]):
+        if number["metric"] in KINDS:
+            shown.setdefault((number["data"], number["metric"]), number["num"])
     heads = [
-        f"{data} {metric}" + ("" if metric in (TTFT, TPOT, ANSWER) else f" (n={num:,})")
-        for (data, metric), num in shown.items()
+        RATIOS.get(metric, f"{data} {metric} (n={num:,})") for (data, metric), num in shown.items()
     ]
     cells = []
     for row in rows:
         known = {(n["data"], n["metric"]): n for n in row["numbers"]}
         removed = f"{row['prefill_removed']:g} and {row['decode_removed']:g}"
-        told = [_cell(known.get(name), kinds[name[1]], usual) for name, usual in shown.items()]
-        full, sent = row["timed_bytes"]
-        fewer = f"{full / sent:.2f}x" if sent else "-"
+        told = [_cell(known.get(name), usual) for name, usual in shown.items()]
         decoded = decode_shares([Number(**number) for number in row["numbers"]])
-        cells.append((row["title"], removed, decoded, fewer, *told))
-    named = ("plan", "blocks missed, prefill and decode", f"{BY_DECODE}, %", "fewer KV bytes")
-    return Table((*named, *heads), cells)
+        cells.append((row["title"], removed, decoded, *told))
+    return Table(("plan", "blocks missed, prefill and decode", f"{BY_DECODE}, %", *heads), cells)
 
 
-def _cell(number: Record | None, form: str, usual: int) -> str:
+def _cell(number: Record | None, usual: int) -> str:
     """A margin with its lower bound, a perplexity, or a speed-up; other numbers of examples."""
     if number is None:
         return "-"
+    form = KINDS[number["metric"]]
     if number["metric"] == MARGIN:
         fewer = "" if number["num"] == usual else f"; n={number['num']:,}"
         return f"{form.format(number['plan'])} (at least {100 - number['bound']:.1f}{fewer})"

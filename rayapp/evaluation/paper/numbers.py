@@ -17,7 +17,7 @@ ACCURACY, MARGIN, PERPLEXITY = "accuracy", "margin kept", "perplexity"
 BY_DECODE = "by decode"
 ANSWER, TTFT, TPOT = "answer ms", "TTFT ms", "TPOT ms"
 WITH_TRANSFER = "answer ms with transfer"
-BYTES = "bytes per request"
+BYTES, TIMED_BYTES = "bytes per request", "bytes of a timed prompt"
 ALL_DATA = "all data"
 _ANSWERED: dict[str, Literal["acc", "acc_norm", "answer"]] = {
     "acc": "acc",
@@ -194,7 +194,11 @@ def _bytes(row: RowOutcome) -> list[Number]:
     num = sum(data.num_prompts for data in row.data.values())
     full = sum(data.bytes_full for data in row.data.values())
     sent = sum(data.bytes_sent for data in row.data.values())
-    return [Number(ALL_DATA, BYTES, num, full / num, sent / num, full / sent)] if num else []
+    numbers = [Number(ALL_DATA, BYTES, num, full / num, sent / num, full / sent)] if num else []
+    dense, plan = row.timed_bytes
+    if plan:
+        numbers.append(Number(ALL_DATA, TIMED_BYTES, 1, dense, plan, dense / plan))
+    return numbers
 
 
 def beside_ours(peer: RowOutcome, ours: RowOutcome, *, seed: int) -> Number | None:
