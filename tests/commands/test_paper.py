@@ -88,6 +88,7 @@ def test_the_dense_model_answers_questions_once(values, tmp_path, monkeypatch):
     assert sides.count("plan") == 3 * sides.count("dense") > 0
     dense, *others = [row.data["ARC-e"].metrics[0].dense for row in paper.rows]
     assert others == [dense, dense]
+    assert [row.only_decode for row in paper.rows] == [False, False, True]
 
 
 def test_a_plan_that_exists_is_a_row(values, tmp_path, monkeypatch):

@@ -130,10 +130,7 @@ def margins(row: RowOutcome, *, seed: int) -> list[Number]:
     answers = {name: _answers(data) for name, data in row.data.items() if data.chance}
     seen = {name: "calibration domain" for name in answers if name.endswith(IN_DOMAIN)}
     settings = EvaluationSettings(seed=seed, num_resamples=NUM_RESAMPLES)
-    # Files from before rows knew it are of plans that change blocks and nothing else.
-    known = row.only_decode
-    only_decode = not row.prefill_removed and row.decode_removed > 0 if known is None else known
-    quality = quality_of(answers, {}, seen, settings, only_decode=only_decode)
+    quality = quality_of(answers, {}, seen, settings, only_decode=row.only_decode)
     rows = [(each.task, each.margin_kept) for each in quality.margins]
     return [_margin(name, kept) for name, kept in [*rows, (MEAN, quality.macro)] if kept]
 

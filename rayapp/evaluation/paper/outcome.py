@@ -141,17 +141,16 @@ def _weights(model: Any) -> dict[int, torch.Tensor]:
 class RowOutcome(Strict):
     """All measurements of one row.
 
-    ``only_decode`` says whether the plan changes decode alone; files from before rows knew it have
-    None. ``timed_bytes`` are the bytes that the dense model and the plan send of a prompt of the
-    timed length. ``tokens`` of both sides were evaluated in ``seconds``. ``base`` names the row
-    whose plan and numbers a unified row shares.
+    ``only_decode`` says whether the plan changes decode alone. ``timed_bytes`` are the bytes that
+    the dense model and the plan send of a prompt of the timed length. ``tokens`` of both sides were
+    evaluated in ``seconds``. ``base`` names the row whose plan and numbers a unified row shares.
     """
 
     name: str
     plan: str
     prefill_removed: float
     decode_removed: float
-    only_decode: bool | None = None
+    only_decode: bool = False
     search: SearchCost | None = None
     data: dict[str, DataOutcome] = Field(default_factory=dict)
     latency: tuple[LatencyResult, ...] = ()

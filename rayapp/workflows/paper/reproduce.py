@@ -229,6 +229,9 @@ class _Reproduction:
                     f"{path}: outcomes are of plan {outcome.plan}, but the plan is "
                     f"{plan.fingerprint}; delete the row's directory to make it again"
                 )
+            # Files from before rows knew it learn it here.
+            only_decode = plan.only_changes_decode
+            outcome = outcome.model_copy(update={"only_decode": only_decode})
             with self.watch.evaluation() as progress:
                 compute.use(plan)
                 wanted, journal = (
@@ -360,6 +363,5 @@ def _begun(row: Row, plan: PruningPlan) -> RowOutcome:
         plan=plan.fingerprint,
         prefill_removed=plan.removed("prefill"),
         decode_removed=plan.removed("decode"),
-        only_decode=plan.only_changes_decode,
         search=cost,
     )
