@@ -354,7 +354,7 @@ def _check_subject(file: Path, wanted: Mapping[str, Any]) -> None:
 def _begun(row: Row, plan: PruningPlan) -> RowOutcome:
     record = plan.provenance.get("kv_select", plan.provenance)
     cost = None
-    if row.search is not None or row.after:
+    if row.search is not None or (row.after and not row.encoding):
         cost = SearchCost(
             evaluations=record["evaluations"], seconds=record["seconds"], score=record["score"]
         )
