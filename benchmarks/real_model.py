@@ -71,6 +71,7 @@ def parser() -> ArgumentParser:
     options.add_argument("--runs", type=int, default=30, help="timed; 0: no speed")
     options.add_argument("--prompt-tokens", type=int, default=1020, help="timed")
     options.add_argument("--answer-tokens", type=int, default=129, help="timed")
+    options.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="of timings")
     options.add_argument("--batch", type=int, nargs="+", default=[1], help="timed batch sizes")
     options.add_argument("--workers", type=int, default=0, help="evaluators; 0: this process")
     options.add_argument("--count", action="store_true", help="only count what is left")
@@ -100,6 +101,7 @@ def measure(recorder: Recorder) -> None:
         num_prompt_tokens=arguments.prompt_tokens,
         num_answer_tokens=arguments.answer_tokens,
         batch_sizes=tuple(arguments.batch),
+        clock=arguments.clock,
         workers=arguments.workers,
         seed=arguments.seed,
         threads=arguments.threads,

@@ -341,6 +341,8 @@ def caveats(settings: ReproduceSettings, rows: Sequence[RowOutcome], dtype: str)
     runs = [timing.num_runs for row in rows for timing in row.latency]
     if runs and min(runs) < 30:
         reasons.append(f"{min(runs)} timed runs; a speed-up is quoted from 30")
+    if any(timing.clock == "cpu" for row in rows for timing in row.latency):
+        reasons.append("times are CPU seconds of one thread, which other load does not stretch")
     if not settings.split:
         reasons.append("the split of the data is not stated")
     return reasons
