@@ -2,8 +2,7 @@
 
 A number is looked for in one line of a guide, which its first words identify, behind the numbers of
 that line that stand before it in the list. Its value is where
-``path`` leads in the record: keys, positions, and ``key=value`` for the item of a list that has it,
-or ``key=value,key=value``.
+``path`` leads in the record: keys, positions, and ``key=value`` for the item of a list that has it.
 """
 
 from __future__ import annotations
@@ -18,10 +17,7 @@ from tests.docs.guides import ROOT
 FRONT, RESULTS = "README.md", "benchmarks/README.md"
 SERVING = "rayapp/distributed/README.md"
 HEADLINE = "headline-testbed-text"
-PICTURED, NUM_PICTURED = "all-1-4-kv8-int4", 12
-"""The plan of the picture on the front page, and the number of blocks of its model."""
-REAL = "real_model-smollm2-135m"
-NUM_BLOCKS = 30
+NUM_BLOCKS = 12
 
 
 class Number(NamedTuple):
@@ -60,11 +56,11 @@ def value_at(name: str, path: str) -> float:
     """The value in a record at a path."""
     found = record(name)
     for part in path.split("/"):
-        wanted = [pair.split("=") for pair in part.split(",")]
+        key, _, value = part.partition("=")
         if isinstance(found, dict):
             found = found[part]
-        elif len(wanted[0]) == 2:
-            (found,) = [item for item in found if all(str(item[k]) == v for k, v in wanted)]
+        elif value:
+            (found,) = [item for item in found if str(item[key]) == value]
         else:
             found = found[int(part)]
     return float(found)
@@ -76,25 +72,20 @@ def _tested(page: str, line: str, plan: str, shown: dict[str, str]) -> Iterator[
         yield Number(page, line, form, HEADLINE, f"test/{plan}/{path}")
 
 
-def _front(line: str, plan: str) -> Iterator[Number]:
-    """The numbers of a plan of the real model."""
-    row = f"rows/name={plan}"
+def _removed(line: str, plan: str) -> Iterator[Number]:
+    """The numbers of blocks that the stages of a plan run."""
     for stage, form in (("prefill", "| {:g} /"), ("decode", "/ {:g} |")):
-        yield Number(FRONT, line, form, REAL, f"{row}/{stage}_removed", minus_from=NUM_BLOCKS)
-    for name, (form, minus_from) in FRONT_FORMS.items():
-        yield Number(FRONT, line, form, REAL, f"{row}/numbers/{name}", minus_from=minus_from)
+        path = f"validation/plan_name={plan}/{stage}_remove"
+        yield Number(FRONT, line, form, HEADLINE, path, minus_from=NUM_BLOCKS)
 
 
 LOST = {"worst_lost": "{:.2f} (", "worst_lost_upper": "({:.2f})"}
 FRONT_FORMS = {
-    "data=batch 1,metric=TTFT ms/difference": ("| {:.2f}x |", None),
-    "data=batch 1,metric=answer ms/difference": ("| {:.2f}x |", None),
-    "data=all data,metric=bytes of a timed prompt/difference": ("| {:.2f}x |", None),
-    "data=mean,metric=margin kept/plan": ("| {:.1f} % (", None),
-    "data=mean,metric=margin kept/bound": ("({:.1f}) |", 100.0),
-    "data=XSum,metric=perplexity/plan": ("| {:.2f} |", None),
+    "speed/ttft_speedup": "| {:.2f}x |",
+    "speed/speedup": "| {:.2f}x |",
+    "reduction": "| {:.2f}x |",
+    **LOST,
 }
-DENSE, PERPLEXITY = "rows/name=dense/numbers", "data=XSum,metric=perplexity/plan"
 RESULT_FORMS = {
     **LOST,
     "speed/speedup": "| {:.2f}x |",
@@ -102,13 +93,13 @@ RESULT_FORMS = {
     "reduction": "| {:.2f}x |",
 }
 FRONT_ROWS = {
-    f"| [{name}](benchmarks/results/{REAL}.md) |": plan
+    f"| [{name}](benchmarks/results/{HEADLINE}.md) |": plan
     for name, plan in (
-        ("POP's rule, 4 blocks", "pop-p4-d0"),
-        ("our search, 4 blocks", "late-p4-d0"),
-        ("POP's rule, 6 blocks", "pop-p6-d0"),
-        ("one block less in decode", "singles-p0-d1"),
-        ("int8 KV", "int8"),
+        ("parts of blocks, no healing", "none-1-3-parts-kv2-model"),
+        ("parts of blocks, int4", "none-1-2-parts-kv4.95-int4"),
+        ("blocks, healed", "all-1-4-kv2-model"),
+        ("blocks, healed, int4 (the picture)", "all-1-4-kv8-int4"),
+        ("blocks, healed, int4, too far", "all-1-4-kv8.6-int4"),
     )
 }
 RESULT_ROWS = {
@@ -130,12 +121,13 @@ ENGINE_FORMS = {
 
 def _numbers() -> Iterator[Number]:
     for line, plan in FRONT_ROWS.items():
-        yield from _front(line, plan)
-    yield Number(FRONT, "| dense |", "| {:.2f} |", REAL, f"{DENSE}/{PERPLEXITY}")
+        yield from _removed(line, plan)
+        yield from _tested(FRONT, line, plan, FRONT_FORMS)
     for line, plan in RESULT_ROWS.items():
         yield from _tested(RESULTS, line, plan, RESULT_FORMS)
     per_task = "test/all-1-4-kv8-int4/examples_per_task"
-    yield Number(RESULTS, "sends its KV in part", "{:,.0f} ", HEADLINE, per_task)
+    for page, line in ((FRONT, "Points are"), (RESULTS, "sends its KV in part")):
+        yield Number(page, line, "{:,.0f} ", HEADLINE, per_task)
     for word, dtype in (("float32", "float32"), ("bf16", "bfloat16")):
         engine = f"decode_engine-smollm2-135m-{dtype}"
         for batch in (1, 8, 32):

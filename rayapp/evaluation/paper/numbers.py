@@ -97,7 +97,7 @@ def _heading(row: RowOutcome) -> dict[str, DataOutcome]:
 
 
 def _shares(row: RowOutcome) -> list[Number]:
-    """What decode computed of every data set with right answers."""
+    """Shares that decode computed, of every data set with right answers."""
     known = [
         (n, d, 100 * d.decode_share) for n, d in row.data.items() if d.decode_share is not None
     ]
@@ -105,7 +105,7 @@ def _shares(row: RowOutcome) -> list[Number]:
 
 
 def decode_shares(numbers: Sequence[Number]) -> str:
-    """What decode computed of every data set, in one cell, in the order of the sets."""
+    """Shares that decode computed in one cell, in the order of the data sets."""
     return ", ".join(f"{n.plan:.0f}" for n in numbers if n.metric == BY_DECODE)
 
 
