@@ -13,7 +13,7 @@ MARK = "####"
 ANSWER_TOKENS = 256
 """Tokens of a greedy answer that is judged by its number, as many as the harness allows."""
 NEXT_QUESTION = "Question:"
-"""The words at which an answer is cut off, since it goes on to a question of its own (the harness)."""
+"""The words at which an answer is cut off: it goes on to a question of its own (the harness)."""
 
 _NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+"
 _MARKED = re.compile(rf"\n{MARK}\s*({_NUMBER})\s*$")
