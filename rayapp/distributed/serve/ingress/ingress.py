@@ -93,6 +93,8 @@ def open_service(
     plan.check_model(signature)
     versions = Versions.of(plan, signature, compute_dtype(checkpoint.config, settings.dtype))
     channel = channel or ObjectStoreChannel(max_pinned_bytes=settings.max_kv_bytes)
+    # Where Serve is told to call by gRPC, answers have no references, and are small.
+    pools = {name: handle.options(_by_reference=True) for name, handle in pools.items()}
     ledger = Ledger()
     return RayService(
         _description(settings, plan, checkpoint),
