@@ -25,7 +25,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rayapp.errors import OverloadedError, TransferError
+from rayapp.errors import TransferError
 
 
 class MessageStream(Protocol):
@@ -68,10 +68,7 @@ class KVChannel(Protocol):
         """Count ``num_bytes`` as pinned while the context lasts; first come, first served.
 
         KV exists as soon as a prefill ends, so room for it is taken before one begins. Entering
-        waits until the bytes fit.
-
-        Raises:
-            OverloadedError: The bytes exceed the limit, so they would never fit.
+        waits until the bytes fit; more than the limit travel alone, so nothing waits for ever.
         """
         ...
 
@@ -130,11 +127,6 @@ class ByteBudget:
     @asynccontextmanager
     async def reserved(self, num_bytes: int) -> AsyncGenerator[None, None]:
         """Count ``num_bytes`` as pinned while the context lasts; see :class:`KVChannel`."""
-        if self.max_bytes is not None and num_bytes > self.max_bytes:
-            raise OverloadedError(
-                f"this prompt's KV may weigh {num_bytes} bytes, and at most {self.max_bytes} may "
-                "be under way; shorten the prompt or raise max_kv_bytes"
-            )
         async with self._turn:
             while not self._fits(num_bytes):
                 self._given.clear()
@@ -147,7 +139,9 @@ class ByteBudget:
             self._given.set()
 
     def _fits(self, num_bytes: int) -> bool:
-        return self.max_bytes is None or self.pinned_bytes + num_bytes <= self.max_bytes
+        if self.max_bytes is None or not self.pinned_bytes:
+            return True
+        return self.pinned_bytes + num_bytes <= self.max_bytes
 
 
 def without_message() -> TransferError:

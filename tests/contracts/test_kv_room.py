@@ -7,7 +7,6 @@ import asyncio
 import pytest
 
 from rayapp.engine.channel import KVChannel, LocalChannel
-from rayapp.errors import OverloadedError
 
 BUDGET = 1000
 
@@ -75,13 +74,19 @@ def test_idle_means_zero_pinned_bytes(channel):
     assert run(scenario()) == [0, 100, 400, 300, 0]
 
 
-def test_what_never_fits_is_refused_at_once(channel):
+def test_more_than_the_limit_travels_alone(channel):
     async def scenario():
-        async with channel.reserved(BUDGET):
-            with pytest.raises(OverloadedError, match=f"{BUDGET + 1} bytes, and at most {BUDGET}"):
-                async with channel.reserved(BUDGET + 1):
-                    pass
-            assert channel.pinned_bytes == BUDGET
+        room = Room(channel)
+        await room.enter("holder", 1)
+        await room.enter("huge", 3 * BUDGET)
+        await room.enter("small", 1)  # it would fit, but has come later
+        assert room.inside == ["holder"]
+        await room.leave("holder")
+        assert room.inside == ["huge"]
+        assert channel.pinned_bytes == 3 * BUDGET
+        await room.leave("huge")
+        assert room.inside == ["small"]
+        await room.leave("small")
 
     run(scenario())
     assert channel.pinned_bytes == 0

@@ -119,7 +119,7 @@ class DecodeServer:
             let_go=self._let_go,
             deadlines=deadlines,
         )
-        loop.attach(sequences=self)
+        loop.attach(sequences=self, check_idle=self._engine.check_integrity)
         logger.info(
             "pages: %d bytes hold %d tokens of %d sequences",
             *(self._engine.kv_bytes, self._engine.num_kv_tokens, max_num_seqs),

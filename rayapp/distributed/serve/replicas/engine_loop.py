@@ -7,15 +7,17 @@ one both. They share this loop and its scheduler, and differ in the parts that a
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 from rayapp.distributed.serve.replicas.serial_thread import SerialThread
-from rayapp.engine.scheduler import Chunk, Scheduler
-from rayapp.errors import OverloadedError, RayappError, UnavailableError
+from rayapp.engine.scheduler import Chunk, Scheduler, Step
+from rayapp.errors import IntegrityError, OverloadedError, RayappError, UnavailableError
 
+logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 # Steps that may fail one after the other before the replica counts as broken.
 _MAX_FAILED = 8
@@ -56,15 +58,29 @@ class EngineLoop:
         self.scheduler = Scheduler(max_num_batched_tokens)
         self._sequences: Sequences | None = None
         self._run_chunks: RunChunks | None = None
+        self._check_idle: Callable[[], None] | None = None
+        self._broken: IntegrityError | None = None
         self.num_failed = 0
         self._working: asyncio.Task[None] | None = None
 
     def attach(
-        self, *, sequences: Sequences | None = None, run_chunks: RunChunks | None = None
+        self,
+        *,
+        sequences: Sequences | None = None,
+        run_chunks: RunChunks | None = None,
+        check_idle: Callable[[], None] | None = None,
     ) -> None:
-        """Give the loop a part of its work; a part that was attached before stays."""
+        """Give the loop a part of its work; a part that was attached before stays.
+
+        Args:
+            sequences: The running sequences.
+            run_chunks: Computes chunks of prompts.
+            check_idle: Called on the thread after the last step; an :class:`IntegrityError` that it
+                raises means that the replica is broken.
+        """
         self._sequences = sequences or self._sequences
         self._run_chunks = run_chunks or self._run_chunks
+        self._check_idle = check_idle or self._check_idle
 
     def wake(self) -> None:
         """Start stepping, unless the loop does so already; call this wherever work appears."""
@@ -82,12 +98,14 @@ class EngineLoop:
         return result
 
     def check_alive(self, limit_s: float) -> None:
-        """Raise :class:`UnavailableError` if no step succeeds any more.
+        """Raise :class:`UnavailableError` if no step succeeds any more, or its books are wrong.
 
         Args:
             limit_s: Seconds that one call on the thread may take.
         """
         self.thread.check_alive(limit_s)
+        if self._broken is not None:
+            raise UnavailableError(f"the replica is replaced, it lost count: {self._broken}")
         if self.num_failed >= _MAX_FAILED:
             raise UnavailableError(
                 f"{self.num_failed} steps failed one after the other, and {_MAX_FAILED} are too "
@@ -95,11 +113,33 @@ class EngineLoop:
             )
 
     async def _work(self) -> None:
-        while step := self.scheduler.next_step(self._num_running):
-            if self._sequences is not None and step.num_running:
-                await self._sequences.run_tokens()
-            if self._run_chunks is not None and step.chunks:
-                await self._run_chunks(step.chunks)
+        is_checked = False
+        while True:
+            step = self.scheduler.next_step(self._num_running)
+            if step:
+                is_checked = False
+                await self._take(step)
+            elif is_checked:
+                return
+            else:
+                await self._look_into_books()
+                is_checked = True  # Work that came meanwhile is seen by one more look.
+
+    async def _take(self, step: Step) -> None:
+        if self._sequences is not None and step.num_running:
+            await self._sequences.run_tokens()
+        if self._run_chunks is not None and step.chunks:
+            await self._run_chunks(step.chunks)
+
+    async def _look_into_books(self) -> None:
+        """Check whether pages and slots agree, now that nobody waits for a step."""
+        if self._check_idle is None:
+            return
+        try:
+            await self.thread.run(self._check_idle)
+        except IntegrityError as error:
+            logger.critical("an idle replica is broken: %s", error)
+            self._broken = error
 
     @property
     def _num_running(self) -> int:

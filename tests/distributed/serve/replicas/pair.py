@@ -114,7 +114,7 @@ class Pair:
     async def begun(self, *requests):
         """A prompt whose KV comes in parts: the stream, its first item, and what conducts them."""
         prompt = prompt_of(*requests)
-        items = self.prefill.prefill(prompt, self.versions, 5.0)
+        items = self.prefill.prefill(prompt, self.versions, 60.0)
         async with aclosing(LocalStream(items)) as stream:
             yield Parted(self, prompt, stream, await stream.item())
 
@@ -148,7 +148,7 @@ class Parted:
     def _address(self):
         return Address(reader=reader_of(self.prompt))
 
-    async def reserve(self, wait_s=5.0):
+    async def reserve(self, wait_s=60.0):
         seating = Seating(self.prompt, self.pair.versions, self.item.extent, wait_s)
         return await self.pair.decode.reserve(seating, self._address)
 
@@ -170,7 +170,7 @@ class Parted:
 
     async def end(self, sent=None):
         firsts = self.item.firsts
-        handover = Handover.after(self.prompt, self.pair.versions, firsts, sent or {}, 5.0)
+        handover = Handover.after(self.prompt, self.pair.versions, firsts, sent or {}, 60.0)
         handover = replace(handover, part=self.num_parts)
         async with self.pair.channel.received(self.stream) as handle:
             admission = await self.pair.decode.admit(handover, [handle], self._address)
@@ -179,7 +179,7 @@ class Parted:
 
 
 def run(scenario):
-    return asyncio.run(asyncio.wait_for(scenario, 60))
+    return asyncio.run(asyncio.wait_for(scenario, 120))
 
 
 def expected_tokens(stage, request):

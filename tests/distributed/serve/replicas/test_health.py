@@ -50,6 +50,26 @@ def test_steps_that_fail_one_after_the_other_are_noticed(stage, monkeypatch):
     run(scenario())
 
 
+def test_an_idle_replica_whose_books_disagree_is_noticed(stage):
+    async def scenario():
+        pair = Pair(stage)
+        asked = request_of("first")
+        await pair.admitted(asked)
+        await pair.rest(asked)
+        await pair.decode.check_health()
+        # A sheet that belongs to nobody, as a lost reference leaves it.
+        leaked = pair.decode._engine.pages.arenas[0].pool.take(1, 1)
+        assert leaked is not None
+        asked = request_of("second")
+        await pair.admitted(asked)
+        await pair.rest(asked)
+        await asyncio.sleep(0.05)
+        with pytest.raises(UnavailableError, match="it lost count: the page pool has 1 sheets"):
+            await pair.decode.check_health()
+
+    run(scenario())
+
+
 TOO_LITTLE = [
     torch.OutOfMemoryError("CUDA out of memory"),
     MemoryError(),

@@ -187,13 +187,13 @@ def test_a_message_of_another_part_or_attempt_is_never_decoded(stage):
 
 def test_a_seat_that_nobody_fills_is_given_back(stage):
     async def scenario():
-        limits = {"queue_s": 0.05, "prefill_s": 0.05, "transfer_s": 0.05}
+        limits = {"queue_s": 0.2, "prefill_s": 0.2, "transfer_s": 0.2}
         pair = Pair(stage, in_parts=True, max_num_batched_tokens=40, max_num_seqs=1, **limits)
         async with pair.begun(long_request("orphan")) as parted:
             await parted.reserve()
             with pytest.raises(DeadlineError, match="no decode slot"):
                 await pair.admitted(request_of("waits"), wait_s=0.01)
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.6)
             await pair.check_idle()
 
     run(scenario())
