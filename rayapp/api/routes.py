@@ -41,6 +41,8 @@ from rayapp.plan import VisualTokens
 from rayapp.vision.selection import check_rule
 
 DEFAULT_COMPLETION_TOKENS = 16
+TIMELINE_HEADER = "X-Rayapp-Timeline"
+"""A request with this header gets the timeline of every answer with its last choice."""
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -228,7 +230,13 @@ class AnswerRoutes:
     ) -> Response:
         """Run all requests; the status waits for the first token, which may be an error."""
         num_prompt_tokens = sum(answers[0].num_prompt_tokens for answers in requests)
-        reply = Reply(prefix + uuid.uuid4().hex, self._served.model_name, form, num_prompt_tokens)
+        reply = Reply(
+            prefix + uuid.uuid4().hex,
+            self._served.model_name,
+            form,
+            num_prompt_tokens,
+            with_timelines=TIMELINE_HEADER in request.headers,
+        )
         deltas = merged(
             [
                 answer_deltas(

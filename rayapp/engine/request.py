@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import IntegrityError, RequestError
@@ -172,7 +172,10 @@ class TokenBatch:
 
 @dataclass
 class Timeline:
-    """Seconds on the monotonic clock of one process at which the phases of a request began."""
+    """Seconds on the monotonic clock of one process at which the phases of a request began.
+
+    ``transfer`` has the fields of the ledger's record of its KV, if any travelled.
+    """
 
     arrived_s: float = field(default_factory=time.monotonic)
     prefill_started_s: float | None = None
@@ -180,6 +183,7 @@ class Timeline:
     admitted_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
+    transfer: Mapping[str, Any] | None = None
 
     def intervals(self) -> dict[str, float]:
         """Durations ``queue_s, prefill_s, handoff_s, ttft_s, decode_s, e2e_s`` with known ends."""

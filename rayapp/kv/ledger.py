@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -274,18 +274,34 @@ class Totals:
         }
 
 
+class RecordFiles(Protocol):
+    """Files to which records go besides."""
+
+    def add(self, record: TransferRecord) -> None:
+        """Have a record written soon; this returns at once."""
+        ...
+
+    def flush(self) -> object:
+        """Have all records written now."""
+        ...
+
+
 @dataclass
 class Ledger:
     """The ledger of one process: totals, totals per link, and the most recent records.
 
     Every method is synchronous, so tasks of one event loop cannot interleave in it; a ledger
-    pickles.
+    pickles, without its ``files``.
     """
 
     capacity: int = RECENT_RECORDS
     totals: Totals = field(default_factory=Totals)
     links: dict[tuple[str, str], Totals] = field(default_factory=dict)
     recent: deque[TransferRecord] = field(init=False)
+    files: RecordFiles | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "files": None}
 
     def __post_init__(self) -> None:
         self.recent = deque(maxlen=self.capacity)
@@ -295,6 +311,8 @@ class Ledger:
         self.totals.add(record)
         self._link(record.source_node, record.destination_node).add(record)
         self.recent.append(record)
+        if self.files is not None:
+            self.files.add(record)
 
     @classmethod
     def merge(cls, ledgers: Iterable[Ledger], *, capacity: int = RECENT_RECORDS) -> Ledger:
@@ -325,8 +343,7 @@ class Ledger:
 
     def to_parquet(self, path: str | Path) -> None:
         """Write the recent records, one row each."""
-        rows = [asdict(record) for record in self.recent]
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), str(path))
+        write_parquet(self.recent, path)
 
     def _link(self, source: str, destination: str) -> Totals:
         return self.links.setdefault((source, destination), Totals())
@@ -339,3 +356,9 @@ _SCHEMA = pa.schema(
         for column in fields(TransferRecord)
     ]
 )
+
+
+def write_parquet(records: Iterable[TransferRecord], path: str | Path) -> None:
+    """Write records to a Parquet file, one row each."""
+    rows = [asdict(record) for record in records]
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from contextlib import aclosing
 
@@ -66,6 +67,28 @@ def test_served_text_is_the_reference(client, reference, temperature):
         for choice in chunk.choices:
             texts[choice.index] += choice.text
     assert texts == [e.text for e in expected]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_timelines_come_if_they_are_asked_for(client, url, path):
+    asked = (
+        {"messages": [{"role": "user", "content": "hi"}]} if "chat" in path else {"prompt": "hi"}
+    )
+    body = {"model": "tiny", "max_tokens": 4, "n": 2, "ignore_eos": True, **asked}
+    headers = {"X-Rayapp-Timeline": "1"}
+    whole = httpx.post(url + path, json=body, headers=headers).json()
+    lines = httpx.post(url + path, json={**body, "stream": True}, headers=headers).text.splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    streamed = [choice for chunk in chunks for choice in chunk["choices"]]
+    ended = [choice for choice in streamed if choice["finish_reason"]]
+    assert len(whole["choices"]) == len(ended) == 2
+    for choice in (*whole["choices"], *ended):
+        spans = choice["timeline"]
+        assert 0 < spans["ttft_s"] <= spans["e2e_s"] < 60
+        assert spans["prefill_s"] > 0
+    assert all("timeline" not in choice for choice in streamed if not choice["finish_reason"])
+    unasked = httpx.post(url + path, json=body).json()
+    assert all("timeline" not in choice for choice in unasked["choices"])
 
 
 def test_choices_differ(client):

@@ -23,7 +23,10 @@ from rayapp.engine.stopping import TextStream
 
 @dataclass(frozen=True)
 class Delta:
-    """The tokens and text that one batch adds to answer ``index``; text may lag behind tokens."""
+    """The tokens and text that one batch adds to answer ``index``; text may lag behind tokens.
+
+    ``timeline`` comes with the answer's end.
+    """
 
     index: int
     text: str
@@ -31,6 +34,7 @@ class Delta:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     prompt_logprobs: PromptLogprobs = ()
+    timeline: Timeline | None = None
 
 
 @dataclass
@@ -42,6 +46,7 @@ class AnswerText:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     prompt_logprobs: PromptLogprobs = ()
+    timeline: Timeline | None = None
 
     def add(self, delta: Delta) -> None:
         """Append a delta."""
@@ -50,6 +55,7 @@ class AnswerText:
         self.logprobs.extend(delta.logprobs)
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
+        self.timeline = delta.timeline or self.timeline
 
 
 BatchObserver = Callable[[Timeline, TokenBatch], None]
@@ -86,6 +92,7 @@ class _Growing:
             batch.logprobs,
             batch.finish_reason,
             batch.prompt_logprobs,
+            self.timeline if batch.finish_reason else None,
         )
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rayapp.api.openai.answers import AnswerText, Delta
 from rayapp.api.openai.token_text import best_alternatives, finite, token_text
 from rayapp.api.refusals import error_body_of
-from rayapp.engine.request import PromptLogprobs, TokenLogprobs
+from rayapp.engine.request import PromptLogprobs, Timeline, TokenLogprobs
 
 Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
@@ -191,19 +191,30 @@ class Reply:
         model_name: The model's name as the client wrote it.
         format: The format in which choices are written.
         num_prompt_tokens: Prompt tokens, summed over all prompts.
+        with_timelines: Whether every answer ends with its timeline, an extension of OpenAI's form.
     """
 
     def __init__(
-        self, reply_id: str, model_name: str, format: ReplyFormat, num_prompt_tokens: int
+        self,
+        reply_id: str,
+        model_name: str,
+        format: ReplyFormat,
+        num_prompt_tokens: int,
+        *,
+        with_timelines: bool = False,
     ) -> None:
         self._frame = {"id": reply_id, "created": int(time.time()), "model": model_name}
         self._format = format
         self._num_prompt_tokens = num_prompt_tokens
+        self._with_timelines = with_timelines
 
     def whole(self, answers: Sequence[AnswerText]) -> Json:
         """Return the complete reply, for a client that does not stream."""
         num_tokens = sum(len(answer.token_ids) for answer in answers)
-        choices = [self._format.choice(index, answer) for index, answer in enumerate(answers)]
+        choices = [
+            {**self._format.choice(index, answer), **self._told(answer.timeline)}
+            for index, answer in enumerate(answers)
+        ]
         return {
             **self._frame,
             "object": self._format.whole,
@@ -220,14 +231,21 @@ class Reply:
         try:
             async for delta in _chained(first, rest):
                 num_tokens += len(delta.token_ids)
+                told = self._told(delta.timeline)
                 for piece in self._format.pieces(delta):
-                    yield _event({**self._chunk([piece]), **empty})
+                    yield _event({**self._chunk([{**piece, **told}]), **empty})
         except Exception as error:  # noqa: BLE001 - the status is sent: only an event can tell
             yield _event(error_body_of(error))
             return
         if with_usage:
             yield _event({**self._chunk([]), "usage": usage(self._num_prompt_tokens, num_tokens)})
         yield DONE
+
+    def _told(self, timeline: Timeline | None) -> Json:
+        """The seconds of an answer's phases, and of the way of its KV, if they are wanted."""
+        if timeline is None or not self._with_timelines:
+            return {}
+        return {"timeline": {**timeline.intervals(), "transfer": timeline.transfer}}
 
     def _chunk(self, choices: list[Json]) -> Json:
         return {**self._frame, "object": self._format.chunk, "choices": choices}

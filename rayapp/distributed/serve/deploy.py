@@ -102,10 +102,15 @@ def resolved(settings: ServiceSettings) -> ServiceSettings:
     paths = {
         "model": where.pinned,
         "revision": None,
-        "plan": None if settings.plan is None else str(Path(settings.plan).absolute()),
+        "plan": None if settings.plan is None else _absolute(settings.plan),
+        "ledger_dir": None if settings.ledger_dir is None else _absolute(settings.ledger_dir),
         "served_model_name": settings.model_name,
     }
     return settings.model_copy(update=paths)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute())
 
 
 def configuration(settings: ServiceSettings) -> dict[str, Any]:

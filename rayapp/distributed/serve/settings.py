@@ -209,6 +209,10 @@ class ServiceSettings(Strict):
         ge=1,
         description="Most bytes of KV that one ingress replica has under way.",
     )
+    ledger_dir: str | None = Field(
+        default=None,
+        description="Directory to which every ingress replica writes its KV transfers as Parquet.",
+    )
     kv_part_ms: float = Field(
         default=KV_PART_MS,
         ge=0.0,

@@ -103,6 +103,11 @@ def test_the_ledger_counts_every_transfer(service, cluster):
     assert link["source_node"] == cluster.nodes[1].node_id
     assert link["destination_node"] == cluster.nodes[2].node_id
     assert after["recent"][-1]["fetch_s"] > 0
+    body = {"model": "tested", "prompt": "x" * 200, "max_tokens": 3, "ignore_eos": True}
+    told = service.client.post("/v1/completions", json=body, headers={"X-Rayapp-Timeline": "1"})
+    spans = told.json()["choices"][0]["timeline"]
+    assert spans["transfer"] == service.client.get("/v1/transfers").json()["recent"][-1]
+    assert spans["queue_s"] + spans["prefill_s"] <= spans["ttft_s"] <= spans["e2e_s"]
 
 
 def test_clients_that_leave_free_everything_at_once(service):

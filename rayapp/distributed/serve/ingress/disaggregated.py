@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import asdict
 from typing import Any
 
 from rayapp.distributed.serve.channel import ReplicaStream
@@ -97,7 +98,7 @@ class DisaggregatedAttempts:
                 for first in answer.firsts:
                     yield first
                 delivered = await ending
-                self._record(answering.prompt, answer, delivered)
+                self._record(answering, answer, delivered)
             answering.mark_admission()
             async with aclosing(self._decoded(handover.prompt, delivered.place, inbox)) as batches:
                 async for batch in batches:
@@ -148,8 +149,9 @@ class DisaggregatedAttempts:
                 avoid |= {item.place.replica_id}
                 await asyncio.sleep(UPDATE_PAUSE_S)
 
-    def _record(self, prompt: PromptRequests, answer: PrefillAnswer, delivered: Delivered) -> None:
-        """Enter the transfer in the ledger."""
+    def _record(self, answering: Answering, answer: PrefillAnswer, delivered: Delivered) -> None:
+        """Enter the transfer in the ledger, and in the timelines of its answers."""
+        prompt = answering.prompt
         record = account(
             self._shape,
             self._plan,
@@ -160,6 +162,8 @@ class DisaggregatedAttempts:
             times=delivered.times,
         )
         self._ledger.add(record)
+        for request in prompt.requests:
+            answering.timelines[request.request_id].transfer = asdict(record)
 
     async def _decoded(
         self, prompt: PromptRequests, place: Place, inbox: Inbox

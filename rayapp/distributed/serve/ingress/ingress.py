@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 from fastapi import FastAPI
@@ -26,6 +27,7 @@ from rayapp.distributed.serve.settings import (
     ServiceSettings,
 )
 from rayapp.kv.ledger import KVShape, Ledger
+from rayapp.kv.ledger_files import LedgerFiles
 from rayapp.models.architecture import compute_dtype, text_config
 from rayapp.models.checkpoint import Checkpoint
 from rayapp.models.hub import locate
@@ -96,6 +98,8 @@ def open_service(
     # Where Serve is told to call by gRPC, answers have no references, and are small.
     pools = {name: handle.options(_by_reference=True) for name, handle in pools.items()}
     ledger = Ledger()
+    if settings.ledger_dir is not None:
+        ledger.files = LedgerFiles(settings.ledger_dir, f"transfers-{uuid.uuid4().hex}")
     return RayService(
         _description(settings, plan, checkpoint),
         pools=pools,

@@ -228,6 +228,8 @@ class RayService:
     def drain(self) -> int:
         """Refuse new requests from now on, and return the number of answers under way."""
         self._is_draining = True
+        if self.ledger.files is not None:
+            self.ledger.files.flush()
         return self._num_answering
 
     @property
