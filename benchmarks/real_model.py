@@ -190,8 +190,10 @@ def _table(rows: list[Record]) -> Table:
         removed = f"{row['prefill_removed']:g} and {row['decode_removed']:g}"
         told = [_cell(known.get(name), usual) for name, usual in shown.items()]
         decoded = decode_shares([Number(**number) for number in row["numbers"]])
-        cells.append((row["title"], removed, decoded, *told))
-    return Table(("plan", "blocks missed, prefill and decode", f"{BY_DECODE}, %", *heads), cells)
+        score = f"{row['search']['score']:.4f}" if row["search"] else "-"
+        cells.append((row["title"], removed, score, decoded, *told))
+    named = ("plan", "blocks missed, prefill and decode", "KL on calibration", f"{BY_DECODE}, %")
+    return Table((*named, *heads), cells)
 
 
 def _cell(number: Record | None, usual: int) -> str:
