@@ -136,7 +136,8 @@ def report(record: Record) -> list[Block]:
     runs = sorted({n["num"] for row in rows for n in row["numbers"] if n["metric"] == TTFT})
     timed = (
         f"speed at {asked['prompt_tokens']:,} tokens in and {asked['answer_tokens']:,} out, batch "
-        f"1, without a transfer, median of {' or '.join(map(str, runs))} interleaved runs; "
+        f"1, median of {' or '.join(map(str, runs))} interleaved runs, the first token after the "
+        "handoff where decode makes it; "
     )
     legend = " A mark's label says how many blocks prefill (p) and decode (d) miss; up is better."
     caption = (
@@ -147,6 +148,8 @@ def report(record: Record) -> list[Block]:
     )
     drawn: list[Block] = [picture] if picture.marks else []
     notes = [f"- {note}" for note in record["notes"]]
+    if runs:
+        notes.append("- dense is timed beside itself: its ratios say how far times can be trusted")
     if record["kept"]:
         # A row does not know its commit; the recorder's last line must not speak for it.
         notes.append(
