@@ -136,7 +136,8 @@ def report(record: Record) -> list[Block]:
     runs = sorted({n["num"] for row in rows for n in row["numbers"] if n["metric"] == TTFT})
     timed = (
         f"speed at {asked['prompt_tokens']:,} tokens in and {asked['answer_tokens']:,} out, batch "
-        f"1, without a transfer, median of {' or '.join(map(str, runs))} interleaved runs; "
+        f"1, median of {' or '.join(map(str, runs))} interleaved runs, the first token after the "
+        "handoff where decode makes it; "
     )
     legend = " A mark's label says how many blocks prefill (p) and decode (d) miss; up is better."
     caption = (
@@ -147,6 +148,8 @@ def report(record: Record) -> list[Block]:
     )
     drawn: list[Block] = [picture] if picture.marks else []
     notes = [f"- {note}" for note in record["notes"]]
+    if runs:
+        notes.append("- dense is timed beside itself: its ratios say how far times can be trusted")
     if record["kept"]:
         # A row does not know its commit; the recorder's last line must not speak for it.
         notes.append(
@@ -190,8 +193,10 @@ def _table(rows: list[Record]) -> Table:
         removed = f"{row['prefill_removed']:g} and {row['decode_removed']:g}"
         told = [_cell(known.get(name), usual) for name, usual in shown.items()]
         decoded = decode_shares([Number(**number) for number in row["numbers"]])
-        cells.append((row["title"], removed, decoded, *told))
-    return Table(("plan", "blocks missed, prefill and decode", f"{BY_DECODE}, %", *heads), cells)
+        score = f"{row['search']['score']:.4f}" if row["search"] else "-"
+        cells.append((row["title"], removed, score, decoded, *told))
+    named = ("plan", "blocks missed, prefill and decode", "KL on calibration", f"{BY_DECODE}, %")
+    return Table((*named, *heads), cells)
 
 
 def _cell(number: Record | None, usual: int) -> str:

@@ -2,7 +2,8 @@
 
 A number is looked for in one line of a guide, which its first words identify, behind the numbers of
 that line that stand before it in the list. Its value is where
-``path`` leads in the record: keys, positions, and ``key=value`` for the item of a list that has it.
+``path`` leads in the record: keys, positions, and ``key=value`` for the item of a list that has it,
+or ``key=value,key=value``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from tests.docs.guides import ROOT
 FRONT, RESULTS = "README.md", "benchmarks/README.md"
 SERVING = "rayapp/distributed/README.md"
 HEADLINE = "headline-testbed-text"
-NUM_BLOCKS = 12
+PICTURED, NUM_PICTURED = "all-1-4-kv8-int4", 12
+"""The plan of the picture on the front page, and the number of blocks of its model."""
+REAL = "real_model-smollm2-135m"
+NUM_BLOCKS = 30
 
 
 class Number(NamedTuple):
@@ -56,11 +60,11 @@ def value_at(name: str, path: str) -> float:
     """The value in a record at a path."""
     found = record(name)
     for part in path.split("/"):
-        key, _, value = part.partition("=")
+        wanted = [pair.split("=") for pair in part.split(",")]
         if isinstance(found, dict):
             found = found[part]
-        elif value:
-            (found,) = [item for item in found if str(item[key]) == value]
+        elif len(wanted[0]) == 2:
+            (found,) = [item for item in found if all(str(item[k]) == v for k, v in wanted)]
         else:
             found = found[int(part)]
     return float(found)
@@ -72,20 +76,29 @@ def _tested(page: str, line: str, plan: str, shown: dict[str, str]) -> Iterator[
         yield Number(page, line, form, HEADLINE, f"test/{plan}/{path}")
 
 
-def _removed(line: str, plan: str) -> Iterator[Number]:
-    """The numbers of blocks that the stages of a plan run."""
+def _front(line: str, plan: str) -> Iterator[Number]:
+    """The numbers of a plan of the real model."""
+    row = f"rows/name={plan}"
     for stage, form in (("prefill", "| {:g} /"), ("decode", "/ {:g} |")):
-        path = f"validation/plan_name={plan}/{stage}_remove"
-        yield Number(FRONT, line, form, HEADLINE, path, minus_from=NUM_BLOCKS)
+        yield Number(FRONT, line, form, REAL, f"{row}/{stage}_removed", minus_from=NUM_BLOCKS)
+    (known,) = [each for each in record(REAL)["rows"] if each["name"] == plan]
+    measured = {(number["data"], number["metric"]) for number in known["numbers"]}
+    for name, (form, minus_from) in FRONT_FORMS.items():
+        data, metric = (pair.split("=")[1] for pair in name.partition("/")[0].split(","))
+        if (data, metric) in measured:  # A plan that was not timed shows a dash.
+            yield Number(FRONT, line, form, REAL, f"{row}/numbers/{name}", minus_from=minus_from)
 
 
 LOST = {"worst_lost": "{:.2f} (", "worst_lost_upper": "({:.2f})"}
 FRONT_FORMS = {
-    "speed/ttft_speedup": "| {:.2f}x |",
-    "speed/speedup": "| {:.2f}x |",
-    "reduction": "| {:.2f}x |",
-    **LOST,
+    "data=batch 1,metric=TTFT ms/difference": ("| {:.2f}x |", None),
+    "data=batch 1,metric=answer ms/difference": ("| {:.2f}x |", None),
+    "data=all data,metric=bytes of a timed prompt/difference": ("| {:.2f}x |", None),
+    "data=mean,metric=margin kept/plan": ("| {:.1f} % (", None),
+    "data=mean,metric=margin kept/bound": ("({:.1f}) |", 100.0),
+    "data=XSum,metric=perplexity/plan": ("| {:.2f} |", None),
 }
+DENSE, PERPLEXITY = "rows/name=dense/numbers", "data=XSum,metric=perplexity/plan"
 RESULT_FORMS = {
     **LOST,
     "speed/speedup": "| {:.2f}x |",
@@ -93,13 +106,13 @@ RESULT_FORMS = {
     "reduction": "| {:.2f}x |",
 }
 FRONT_ROWS = {
-    f"| [{name}](benchmarks/results/{HEADLINE}.md) |": plan
+    f"| [{name}](benchmarks/results/{REAL}.md) |": plan
     for name, plan in (
-        ("parts of blocks, no healing", "none-1-3-parts-kv2-model"),
-        ("parts of blocks, int4", "none-1-2-parts-kv4.95-int4"),
-        ("blocks, healed", "all-1-4-kv2-model"),
-        ("blocks, healed, int4 (the picture)", "all-1-4-kv8-int4"),
-        ("blocks, healed, int4, too far", "all-1-4-kv8.6-int4"),
+        ("our search, 4 blocks of prefill", "late-p4-d0"),
+        ("POP's rule, 4 blocks of prefill", "pop-p4-d0"),
+        ("POP's rule, 6 blocks of prefill", "pop-p6-d0"),
+        ("POP's rule, 8 blocks of prefill", "pop-p8-d0"),
+        ("all blocks, int8 KV", "int8"),
     )
 }
 RESULT_ROWS = {
@@ -121,13 +134,12 @@ ENGINE_FORMS = {
 
 def _numbers() -> Iterator[Number]:
     for line, plan in FRONT_ROWS.items():
-        yield from _removed(line, plan)
-        yield from _tested(FRONT, line, plan, FRONT_FORMS)
+        yield from _front(line, plan)
+    yield Number(FRONT, "| dense |", "| {:.2f} |", REAL, f"{DENSE}/{PERPLEXITY}")
     for line, plan in RESULT_ROWS.items():
         yield from _tested(RESULTS, line, plan, RESULT_FORMS)
     per_task = "test/all-1-4-kv8-int4/examples_per_task"
-    for page, line in ((FRONT, "Points are"), (RESULTS, "sends its KV in part")):
-        yield Number(page, line, "{:,.0f} ", HEADLINE, per_task)
+    yield Number(RESULTS, "sends its KV in part", "{:,.0f} ", HEADLINE, per_task)
     for word, dtype in (("float32", "float32"), ("bf16", "bfloat16")):
         engine = f"decode_engine-smollm2-135m-{dtype}"
         for batch in (1, 8, 32):
