@@ -30,7 +30,17 @@ from recorder.run import Recorder, run
 from recorder.table import Table
 
 from rayapp.evaluation.paper.marks import quality_speed
-from rayapp.evaluation.paper.numbers import ANSWER, MARGIN, PERPLEXITY, TPOT, TTFT
+from rayapp.evaluation.paper.numbers import (
+    ANSWER,
+    BY_DECODE,
+    MARGIN,
+    PERPLEXITY,
+    TIMED_BYTES,
+    TPOT,
+    TTFT,
+    Number,
+    decode_shares,
+)
 from rayapp.evaluation.paper.outcome import ROW_FILE
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.progress import shown_progress
@@ -61,6 +71,7 @@ def parser() -> ArgumentParser:
     options.add_argument("--runs", type=int, default=30, help="timed; 0: no speed")
     options.add_argument("--prompt-tokens", type=int, default=1020, help="timed")
     options.add_argument("--answer-tokens", type=int, default=129, help="timed")
+    options.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="of timings")
     options.add_argument("--batch", type=int, nargs="+", default=[1], help="timed batch sizes")
     options.add_argument("--workers", type=int, default=0, help="evaluators; 0: this process")
     options.add_argument("--count", action="store_true", help="only count what is left")
@@ -90,6 +101,7 @@ def measure(recorder: Recorder) -> None:
         num_prompt_tokens=arguments.prompt_tokens,
         num_answer_tokens=arguments.answer_tokens,
         batch_sizes=tuple(arguments.batch),
+        clock=arguments.clock,
         workers=arguments.workers,
         seed=arguments.seed,
         threads=arguments.threads,
@@ -120,9 +132,11 @@ def report(record: Record) -> list[Block]:
     asked, rows = record["configuration"], record["rows"]
     picture = quality_speed(rows)
     model = asked["caption"] or asked["model"]
+    # Rows that were timed by an earlier run keep their times, however this run was called.
+    runs = sorted({n["num"] for row in rows for n in row["numbers"] if n["metric"] == TTFT})
     timed = (
-        f"time to the first token of {asked['prompt_tokens']:,} tokens, batch 1, median of "
-        f"{asked['runs']} interleaved runs; "
+        f"speed at {asked['prompt_tokens']:,} tokens in and {asked['answer_tokens']:,} out, batch "
+        f"1, without a transfer, median of {' or '.join(map(str, runs))} interleaved runs; "
     )
     legend = " A mark's label says how many blocks prefill (p) and decode (d) miss; up is better."
     caption = (
@@ -143,27 +157,51 @@ def report(record: Record) -> list[Block]:
     return [*drawn, caption, _table(rows), "\n".join(notes)]
 
 
+KINDS = {
+    MARGIN: "{:.1f} %",
+    PERPLEXITY: "{:.2f}",
+    TTFT: "{:.3f}x",
+    TPOT: "{:.3f}x",
+    ANSWER: "{:.3f}x",
+    TIMED_BYTES: "{:.2f}x",
+}
+"""The metrics of the table, and how their numbers look."""
+RATIOS = {
+    TTFT: "faster first token",
+    TPOT: "faster answer token",
+    ANSWER: "faster whole answer",
+    TIMED_BYTES: "fewer KV bytes",
+}
+"""Heads of columns that no data set has a part in."""
+
+
 def _table(rows: list[Record]) -> Table:
-    """A row per plan, a column per number; numbers that dense lacks are left out."""
-    kinds = {MARGIN: "{:.1f} %", PERPLEXITY: "{:.2f}", TTFT: "{:.3f}x", TPOT: "{:.3f}x",
-             ANSWER: "{:.3f}x"}  # fmt: skip
-    shown = [(n["data"], n["metric"], n["num"]) for n in rows[0]["numbers"] if n["metric"] in kinds]
-    heads = [f"{data} {metric} (n={num:,})" for data, metric, num in shown]
+    """A row per plan, a column per number; numbers that no row has are left out."""
+    shown: dict[tuple[str, str], int] = {}
+    for number in (number for row in rows for number in row["numbers"]):
+        if number["metric"] in KINDS:
+            shown.setdefault((number["data"], number["metric"]), number["num"])
+    heads = [
+        RATIOS.get(metric, f"{data} {metric} (n={num:,})") for (data, metric), num in shown.items()
+    ]
     cells = []
     for row in rows:
         known = {(n["data"], n["metric"]): n for n in row["numbers"]}
         removed = f"{row['prefill_removed']:g} and {row['decode_removed']:g}"
-        told = [_cell(known.get((data, metric)), kinds[metric]) for data, metric, _ in shown]
-        cells.append((row["title"], removed, *told))
-    return Table(("plan", "blocks missed, prefill and decode", *heads), cells)
+        told = [_cell(known.get(name), usual) for name, usual in shown.items()]
+        decoded = decode_shares([Number(**number) for number in row["numbers"]])
+        cells.append((row["title"], removed, decoded, *told))
+    return Table(("plan", "blocks missed, prefill and decode", f"{BY_DECODE}, %", *heads), cells)
 
 
-def _cell(number: Record | None, form: str) -> str:
-    """A margin with its lower bound, a perplexity with its upper one, or a speed-up."""
+def _cell(number: Record | None, usual: int) -> str:
+    """A margin with its lower bound, a perplexity, or a speed-up; other numbers of examples."""
     if number is None:
         return "-"
+    form = KINDS[number["metric"]]
     if number["metric"] == MARGIN:
-        return f"{form.format(number['plan'])} (at least {100 - number['bound']:.1f})"
+        fewer = "" if number["num"] == usual else f"; n={number['num']:,}"
+        return f"{form.format(number['plan'])} (at least {100 - number['bound']:.1f}{fewer})"
     value = number["plan"] if number["metric"] == PERPLEXITY else number["difference"]
     return form.format(value)
 

@@ -49,6 +49,9 @@ COMMANDS = {
     ),
     "generate": Listed(SERVE, "Answer prompts in this process: what the service must equal."),
     "export": Listed(SERVE, "Write one stage of a plan as an ordinary Hugging Face checkpoint."),
+    "plan-capacity": Listed(
+        LOOK, "Say how many replicas meet targets under a load, and at which cost."
+    ),
     "plan": Listed(LOOK, "Show a plan, or renew one whose fingerprint is of an older kind."),
     "report": Listed(LOOK, "Draw all that is known of a plan on one HTML page."),
     "transfers": Listed(LOOK, "Print the transfer ledger of a running service."),

@@ -286,6 +286,15 @@ class PruningPlan(Strict):
         return sum(mode.removal for mode in self.stage(stage).blocks.values())
 
     @property
+    def only_changes_decode(self) -> bool:
+        """Whether decode is not dense, and prefill runs all blocks on all tokens.
+
+        Healing adds nothing to it: it trains a stage for what that stage misses.
+        """
+        prefill_is_dense = not self.removed("prefill") and self.visual_tokens is None
+        return prefill_is_dense and not self.is_empty
+
+    @property
     def is_empty(self) -> bool:
         """True if this is the dense model."""
         return not (

@@ -18,13 +18,8 @@ from rayapp.errors import InputError
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 """Element types in which a checkpoint can be loaded; ``auto`` is its own."""
 
-ModelName = Annotated[
-    str,
-    Field(
-        min_length=1,
-        description="Directory of the model (safetensors), or its Hub id such as owner/name.",
-    ),
-]
+MODEL_HELP = "Directory of the model (safetensors), or its Hub id such as owner/name."
+ModelName = Annotated[str, Field(min_length=1, description=MODEL_HELP)]
 REVISION_HELP = "Branch, tag or commit of a Hub id; its main branch without."
 Revision = Annotated[str | None, Field(description=REVISION_HELP)]
 DTYPE_HELP = "Element type that the model computes in; auto keeps its own."

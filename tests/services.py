@@ -120,6 +120,8 @@ def standard(services: Services, tiny_llama: Path) -> Deployed:
         model=str(tiny_llama),
         max_num_seqs=4,
         max_waiting=40,
+        max_num_batched_tokens=64,
+        kv_part_ms=0.0,  # KV of every chunk leaves alone, as it does of long prompts.
         api_key=KEY,
         deadlines={"lease_s": LEASE_S},
         **TWO_OF_EACH,

@@ -205,6 +205,20 @@ def test_removals_count_parts_as_halves():
     assert plan.removed("decode") == 0.5
 
 
+@pytest.mark.parametrize(
+    ("content", "only"),
+    [
+        ({}, False),
+        ({"decode": {"blocks": {"3": "removed"}}}, True),
+        ({"kv_transfer": {"1": {"encoding": "int8"}}}, True),
+        ({"prefill": {"blocks": {"3": "kv_only"}}}, False),
+        ({"visual_tokens": {"num_keep": 8}, "decode": {"blocks": {"3": "removed"}}}, False),
+    ],
+)
+def test_plans_that_change_decode_alone(content, only):
+    assert parse(**content).only_changes_decode == only
+
+
 def test_healed_tensors_are_part_of_the_computation():
     plan = parse(decode={"blocks": {"3": "removed"}})
     healed = plan.with_healed("0" * 24)

@@ -112,7 +112,7 @@ def decode_gaps(
         async def admitted(prompt: PromptRequests, go: asyncio.Event) -> None:
             items = prefill.prefill(prompt, stage.versions, _LONG_S)
             async with aclosing(LocalStream(items)) as stream:
-                answer = await stream.first()
+                answer = await stream.item()
                 async with channel.received(stream) as handle:
                     await go.wait()
                     handover = Handover.after(prompt, stage.versions, answer.firsts, {}, _LONG_S)

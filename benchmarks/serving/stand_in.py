@@ -20,8 +20,8 @@ from rayapp.distributed.serve.messages import (
     TokenRow,
     Versions,
 )
+from rayapp.distributed.serve.replicas.admission.leases import Lease, Leases
 from rayapp.distributed.serve.replicas.callers import Callers
-from rayapp.distributed.serve.replicas.leases import Lease, Leases
 from rayapp.distributed.serve.replicas.outbox import Outboxes
 from rayapp.distributed.serve.replicas.serial_thread import SerialThread
 from rayapp.distributed.serve.replicas.stage import this_place

@@ -52,7 +52,8 @@ class HealthReport(BaseModel):
     """A report whether the service can answer requests now, and which replicas would.
 
     ``ready`` is false until every pool has a replica that answers; until then ``reason`` says in
-    one line which part is missing.
+    one line which part is missing. ``decisions`` are the last ones about the sizes of pools, in
+    words, oldest first.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -60,6 +61,7 @@ class HealthReport(BaseModel):
     ready: bool
     reason: str = ""
     replicas: tuple[ReplicaHealth, ...] = ()
+    decisions: tuple[str, ...] = ()
 
     def pools(self) -> dict[str, list[ReplicaHealth]]:
         """Group the replicas by pool, in ascending order of names."""

@@ -9,6 +9,7 @@ import typer
 from rayapp.commands.options import command
 from rayapp.distributed.serve.settings import ServiceSettings
 from rayapp.errors import InputError
+from rayapp.scaling.settings import Targets
 from rayapp.vision.limits import ImageLimits
 
 
@@ -16,6 +17,7 @@ from rayapp.vision.limits import ImageLimits
 def serve(
     service: ServiceSettings,
     images: ImageLimits,
+    targets: Targets,
     prefill_replicas: Annotated[
         str,
         typer.Option(metavar="MIN[:MAX]", help="Replicas that prefill; MIN:MAX follows the load."),
@@ -62,6 +64,7 @@ def serve(
             **service.model_dump(exclude={"images", "prefill", "decode", "unified"}),
             "images": images,
             "ingress": {"replicas": ingress_replicas},
+            "scaling": {"targets": targets},
             "prefill": pool(prefill_replicas, role="prefill"),
             "decode": pool(decode_replicas, role="decode"),
             "unified": pool(replicas),

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
+from rayapp.data.final_numbers import ANSWER_TOKENS, marked_number
 from rayapp.data.json_lines import checked_line, read_objects
 from rayapp.data.published_lines import as_choices, as_completion
 from rayapp.errors import DataError
@@ -105,6 +106,9 @@ class TokenizedLine:
         num_removed: Number of visual tokens that are not run.
         image_keys: Names of the images' contents, and of the way they were pruned.
         ends: Whether the continuation's last token is the end marker.
+        number: The final number of a worked completion, by which answers are judged; empty of
+            another one, whose answers are judged by their tokens.
+        longest: Number of tokens that an answer may have which is judged by its number.
     """
 
     prompt: tuple[int, ...]
@@ -114,6 +118,16 @@ class TokenizedLine:
     num_removed: int = 0
     image_keys: tuple[str, ...] = ()
     ends: bool = True
+    number: str = ""
+    longest: int = 0
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Number of greedy tokens that an answer is judged by.
+
+        A single token is judged by two, since the KV of one is never sent.
+        """
+        return max(2, len(self.continuation), self.longest)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -194,4 +208,13 @@ def tokenize_line(
             f"{where}: {len(prompt)} prompt tokens + {len(completion)} completion tokens{marker} "
             f"= {total}, but the model's context is {max_positions}; shorten the line"
         )
-    return TokenizedLine(tuple(prompt), (*completion, *end), line.task, ends=line.ends)
+    number = marked_number(line.completion) or ""
+    room = ANSWER_TOKENS if max_positions is None else max_positions - len(prompt)
+    return TokenizedLine(
+        tuple(prompt),
+        (*completion, *end),
+        line.task,
+        ends=line.ends,
+        number=number,
+        longest=min(ANSWER_TOKENS, room) if number else 0,
+    )

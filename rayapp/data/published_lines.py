@@ -248,6 +248,7 @@ def as_choices(
 def as_completion(fields: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     """A published line of GSM8K, LAMBADA or Dolly as a completion; None if it is none.
 
+    GSM8K's worked answers are judged by their number (:mod:`rayapp.data.final_numbers`), and
     LAMBADA's last word is cut off (``ends`` is false): its text goes on, so no end marker follows.
 
     Raises:

@@ -15,11 +15,17 @@ import torch
 
 from rayapp.distributed.actor_pool import ActorPool, PooledActor
 from rayapp.distributed.cluster.patience import HOPELESS_S
-from rayapp.evaluation.pieces.compute import Found, Given, LocalPieces, Subject, compute_piece
+from rayapp.evaluation.pieces.compute import (
+    Found,
+    Given,
+    LocalPieces,
+    Subject,
+    compute_piece,
+    loaded_packed,
+)
 from rayapp.evaluation.pieces.piece import Done, Piece
 from rayapp.evaluation.sides import Sides
 from rayapp.models.hub import from_directory, locate
-from rayapp.models.loading import load_model
 from rayapp.plan import PruningPlan
 from rayapp.settings import ModelSettings
 
@@ -35,9 +41,8 @@ class MeasuringServer:
         """Load the model, and return when the evaluator is ready for work."""
         torch.set_num_threads(subject.settings.num_threads)
         directory = locate(model.model, model.revision).directory  # Read or fetched on this node.
-        loaded = load_model(directory, dtype=model.dtype, device=model.device)
         here = Subject(Path(directory), subject.settings, subject.with_images)
-        self._pieces = LocalPieces(here, loaded)
+        self._pieces = LocalPieces(here, loaded_packed(here.model, model.dtype, model.device))
 
     def compute(self, plan: PruningPlan, piece: Piece) -> Done:
         """Compute one piece for a plan."""

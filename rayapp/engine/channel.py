@@ -4,9 +4,14 @@ The conductor of a request reserves room for its KV, opens a streaming call to a
 owns the message at the end of that call until a decode stage has fetched it::
 
     async with channel.reserved(num_bytes), aclosing(...) as stream:
-        answer = await stream.first()
-        async with channel.received(stream) as handle:
+        item = await stream.item()
+        while item announces a part of the KV:
+            handle = await channel.part(stream)
             ...  # in the decode stage: message = await channel.fetch(handle)
+            channel.release(handle)
+            item = await stream.item()
+        async with channel.received(stream) as handle:
+            ...  # the last message, or the only one
 
 A channel moves opaque bytes; :func:`rayapp.kv.wire.unpack` checks their meaning. The in-process
 channel is the twin of the one over Ray's object store; both must pass the same contract test.
@@ -20,23 +25,25 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-
 from rayapp.errors import OverloadedError, TransferError
 
 
 class MessageStream(Protocol):
-    """A streaming call that prefills: it yields one small item, then a KV message.
+    """A streaming call that prefills: it yields small items, each before a KV message.
 
     A caller that does not read it to its end must close it.
     """
 
-    async def first(self) -> Any:
-        """Return the small item, or raise the call's exception."""
+    async def item(self) -> Any:
+        """Return the next small item, or raise the call's exception."""
+        ...
+
+    async def message(self) -> Any:
+        """Return the message after the latest item while the call goes on; see :meth:`rest`."""
         ...
 
     async def rest(self) -> Any:
-        """Return the message once the call has ended, in the form that the channel's handles store.
+        """Return the last message once the call has ended, in the form that handles store.
 
         Raises:
             TransferError: The producer died, or its call ended without a message. An exception of
@@ -68,11 +75,25 @@ class KVChannel(Protocol):
         """
         ...
 
+    async def part(self, stream: Any) -> Any:
+        """Own the message that a stream's latest item announced; return its handle.
+
+        The caller ends that with :meth:`release`; the stream goes on.
+
+        Raises:
+            TransferError: The stream ended without the message.
+        """
+        ...
+
+    def release(self, handle: Any) -> None:
+        """Give a message up; a second call is harmless."""
+        ...
+
     def received(self, stream: Any) -> AbstractAsyncContextManager[Any]:
         """Own the message at the end of a stream while the context lasts; yield its handle.
 
         Args:
-            stream: A :class:`MessageStream` of this channel whose first item was read, and for
+            stream: A :class:`MessageStream` of this channel all of whose items were read, and for
                 which room was reserved before it began.
 
         Raises:
@@ -81,7 +102,7 @@ class KVChannel(Protocol):
         ...
 
     @staticmethod
-    async def fetch(handle: Any) -> np.ndarray:
+    async def fetch(handle: Any) -> Any:
         """Return the message behind a handle, read-only.
 
         Any process may call this, any number of times.
@@ -143,31 +164,34 @@ def after_release() -> TransferError:
 class LocalHandle:
     """Handle of a message in this process; the message is None once released."""
 
-    message: np.ndarray | None
+    message: Any
 
 
 class LocalStream:
     """The stream of a prefill in this process.
 
     Args:
-        items: Yields one small item, then a 1-D uint8 message, to which nobody writes any more.
+        items: Yields small items, each before a message, to which nobody writes any more.
     """
 
     def __init__(self, items: AsyncGenerator[Any, None]) -> None:
         self._items = items
 
-    async def first(self) -> Any:
-        """Return the small item; see :class:`MessageStream`."""
-        return await anext(self._items)
-
-    async def rest(self) -> np.ndarray:
-        """Return the message, read-only; see :class:`MessageStream`."""
+    async def item(self) -> Any:
+        """Return the next small item; see :class:`MessageStream`."""
         try:
-            message: np.ndarray = (await anext(self._items)).view()
+            return await anext(self._items)
         except StopAsyncIteration:
             raise without_message() from None
+
+    async def message(self) -> Any:
+        """Return the message after the latest item; see :class:`MessageStream`."""
+        return await self.item()
+
+    async def rest(self) -> Any:
+        """Return the last message; see :class:`MessageStream`."""
+        message = await self.message()
         await self.aclose()
-        message.flags.writeable = False
         return message
 
     async def aclose(self) -> None:
@@ -194,6 +218,16 @@ class LocalChannel:
         """Count ``num_bytes`` as pinned while the context lasts; see :class:`KVChannel`."""
         return self._budget.reserved(num_bytes)
 
+    @staticmethod
+    async def part(stream: LocalStream) -> LocalHandle:
+        """Own the message that the latest item announced; see :class:`KVChannel`."""
+        return LocalHandle(await stream.message())
+
+    @staticmethod
+    def release(handle: LocalHandle) -> None:
+        """Give a message up; see :class:`KVChannel`."""
+        handle.message = None
+
     @asynccontextmanager
     async def received(self, stream: LocalStream) -> AsyncGenerator[LocalHandle, None]:
         """Own the message at the end of a stream; see :class:`KVChannel`."""
@@ -201,11 +235,11 @@ class LocalChannel:
         try:
             yield handle
         finally:
-            handle.message = None
+            self.release(handle)
 
     @staticmethod
-    async def fetch(handle: LocalHandle) -> np.ndarray:
-        """Return the message, read-only; see :class:`KVChannel`."""
+    async def fetch(handle: LocalHandle) -> Any:
+        """Return the message; see :class:`KVChannel`."""
         if handle.message is None:
             raise after_release()
         return handle.message

@@ -20,18 +20,18 @@ from rayapp.engine.answer import Answer
 from rayapp.engine.request import FinishReason, GenerationRequest, TokenBatch, TokenLogprobs
 from rayapp.engine.sampling import sample
 from rayapp.engine.sequences.memory import KVMemory
-from rayapp.engine.sequences.paged_kv import PagedKV
+from rayapp.engine.sequences.paged_kv import PagedKV, SequenceKV
 from rayapp.engine.sequences.running import (
     AnswerStart,
     AsideSequence,
     Reservation,
     RunningSequence,
     begun,
-    check_segment,
+    check_extent,
     youngest,
 )
 from rayapp.errors import IntegrityError, OverloadedError, TransferError
-from rayapp.kv.segment import KVSegment
+from rayapp.kv.segment import KVExtent, KVSegment
 from rayapp.models.passes.single_token import SingleTokenStack
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
@@ -108,7 +108,7 @@ class DecodeEngine:
 
     @property
     def _num_reserved(self) -> int:
-        return sum(len(reservation.sequences) for reservation in self._reserved)
+        return sum(len(reservation.requests) for reservation in self._reserved)
 
     @property
     def kv_bytes(self) -> int:
@@ -156,77 +156,96 @@ class DecodeEngine:
             TransferError: The same or a later attempt is already running.
             IntegrityError: What is known of an answer contradicts the plan, or ends the answer.
         """
-        reservation = self.reserve(answers, segment)
-        reservation.load(segment)
-        self.commit(reservation)
+        reservation = self.reserve([start.request for start in answers], segment.extent)
+        try:
+            reservation.load(segment)
+            self.commit(reservation, answers)
+        finally:
+            self.release(reservation)
 
-    def reserve(self, answers: Sequence[AnswerStart], segment: KVSegment) -> Reservation:
-        """Check a segment and take slots and pages for it; :meth:`admit_answers` tells the errors.
+    def reserve(self, requests: Sequence[GenerationRequest], extent: KVExtent) -> Reservation:
+        """Take slots and pages for the answers to a prompt whose KV is to come, all or none.
 
-        After :meth:`Reservation.load`, it ends with :meth:`commit`, or at any time with
-        :meth:`release`.
+        The KV may still be computed. After one call of :meth:`Reservation.load` or several, with
+        parts of it in their order, this ends with :meth:`commit`, or at any time with
+        :meth:`release`. :meth:`admit_answers` tells the errors.
+
+        Args:
+            requests: The requests for the answers.
+            extent: The lengths of the prompt.
         """
-        sequences = []
-        self.pages.check(segment)
-        for start in answers:
-            check_segment(start.request, segment, self.plan, self.max_model_len)
-            answer = Answer(start.request, self._eos_token_ids, self._tokenizer)
-            sequences.append(begun(start, self.plan, segment, answer))
-        for start in answers:
-            self._supersede(start.request)
-        if len(answers) > self.num_free:
+        counts = self.pages.num_entries(extent)
+        for request in requests:
+            check_extent(request, extent, counts, self.plan, self.max_model_len)
+        for request in requests:
+            self._supersede(request)
+        if len(requests) > self.num_free:
             raise OverloadedError(
-                f"{len(answers)} decode slots are needed, {self.num_free} of {self.max_num_seqs} "
+                f"{len(requests)} decode slots are needed, {self.num_free} of {self.max_num_seqs} "
                 "are free; try again later or raise max_num_seqs"
             )
-        limits = [start.request.sampling.max_tokens for start in answers]
+        limits = [request.sampling.max_tokens for request in requests]
         is_alone, held = not (self.num_running or self._reserved), None
         if not self._aside:
-            held = self.pages.take(segment, limits, self.num_free, is_alone=is_alone)
+            held = self.pages.take(extent, limits, self.num_free, is_alone=is_alone)
         if held is None:
             raise OverloadedError(
                 f"{self.pages.num_filled} of {self.pages.num_pages} pages of KV are filled and "
                 f"{len(self._aside)} sequences wait for room; try again later or raise kv_memory"
             )
-        for sequence, kv in zip(sequences, held, strict=True):
-            sequence.kv, sequence.age = kv, self._num_admitted
-            self._num_admitted += 1
-        reservation = Reservation(sequences, self.pages)
+        reservation = Reservation(tuple(requests), extent, held, self.pages)
         self._reserved.append(reservation)
         return reservation
 
-    def commit(self, reservation: Reservation) -> None:
-        """Let the sequences of a reservation take part from the next step on.
+    def commit(self, reservation: Reservation, answers: Sequence[AnswerStart]) -> None:
+        """Let answers of a reservation take part from the next step on.
+
+        Args:
+            reservation: A reservation whose KV has been loaded.
+            answers: What is known of the answers that go on; the others give their place back.
 
         Raises:
+            WireError: Parts of the KV are missing.
+            IntegrityError: What is known of an answer contradicts the plan, or ends the answer.
             TransferError: A later attempt has come meanwhile; the reservation was released.
         """
+        reservation.check_complete()
+        sequences = [self._begun(start, reservation.extent) for start in answers]
         self._close(reservation)
-        for sequence in reservation.sequences:
+        names = [request.request_id for request in reservation.requests]
+        held = dict(zip(names, reservation.held, strict=True))
+        for sequence in sequences:
             newest = self._find(sequence.request.request_id)
             if newest is not None and newest.request.attempt >= sequence.request.attempt:
-                self._free_all(reservation.sequences)
+                self._free_all(reservation.held)
                 raise _late(sequence.request, newest.request)
-        for sequence in reservation.sequences:
+        for sequence in sequences:
             self._supersede(sequence.request)
-        self._sequences += reservation.sequences
+            sequence.kv, sequence.age = held.pop(sequence.request.request_id), self._num_admitted
+            self._num_admitted += 1
+        self._free_all(held.values())
+        self._sequences += sequences
+
+    def _begun(self, start: AnswerStart, extent: KVExtent) -> RunningSequence:
+        answer = Answer(start.request, self._eos_token_ids, self._tokenizer)
+        return begun(start, self.plan, extent, answer)
 
     def release(self, reservation: Reservation) -> None:
         """Give a reservation's slots and pages back; a second call is harmless."""
         if reservation.is_open:
             self._close(reservation)
-            self._free_all(reservation.sequences)
+            self._free_all(reservation.held)
 
     def _close(self, reservation: Reservation) -> None:
         if not reservation.is_open:
             raise IntegrityError("a reservation was committed or released before")
         reservation.is_open = False
         self._reserved.remove(reservation)
-        self.pages.unpin([sequence.kv for sequence in reservation.sequences])
+        self.pages.unpin(reservation.held)
 
-    def _free_all(self, sequences: Iterable[RunningSequence]) -> None:
-        for sequence in sequences:
-            self.pages.free(sequence.kv)
+    def _free_all(self, held: Iterable[SequenceKV]) -> None:
+        for kv in held:
+            self.pages.free(kv)
 
     def _find(self, request_id: str) -> RunningSequence | None:
         """The admitted sequence of a request, running or set aside."""
@@ -360,8 +379,8 @@ class DecodeEngine:
                 f"{len(self._sequences)} running, {len(self._aside)} set aside and "
                 f"{self._num_reserved} reserved of {self.max_num_seqs} slots, {len(names)} names"
             )
-        reserved = [s for reservation in self._reserved for s in reservation.sequences]
-        self.pages.check_integrity([s.kv for s in (*self._sequences, *reserved)])
+        reserved = [kv for reservation in self._reserved for kv in reservation.held]
+        self.pages.check_integrity([*(s.kv for s in self._sequences), *reserved])
 
 
 def _late(request: GenerationRequest, running: GenerationRequest) -> TransferError:

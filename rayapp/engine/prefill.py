@@ -27,7 +27,8 @@ from rayapp.engine.request import (
 from rayapp.engine.sampling import prompt_logprobs, sample
 from rayapp.errors import PlanError, RequestError
 from rayapp.kv.growing import Pass, PromptKV
-from rayapp.kv.segment import KVSegment
+from rayapp.kv.parts import PartCutter
+from rayapp.kv.segment import KVExtent, KVSegment
 from rayapp.kv.select import num_prefilled, select_segment
 from rayapp.models.passes.many_tokens import ManyTokensStack
 from rayapp.models.stack import BlockStack
@@ -46,7 +47,8 @@ class PrefillOutput:
 
     ``firsts`` is empty if decode samples the first tokens (``first_token: decode``). ``segment`` is
     None if every answer ended with its first token (their ``finish_reason`` is set): then no KV
-    travels. ``prompt_logprobs`` are those that the answers' requests ask for.
+    travels. Where parts were cut before, it is the last of ``num_parts``. ``prompt_logprobs`` are
+    those that the answers' requests ask for.
     """
 
     firsts: tuple[TokenBatch, ...]
@@ -54,6 +56,7 @@ class PrefillOutput:
     num_prompt_tokens: int
     prefill_s: float
     prompt_logprobs: PromptLogprobs = ()
+    num_parts: int = 1
 
     @property
     def first(self) -> TokenBatch | None:
@@ -68,13 +71,18 @@ class PrefillOutput:
 
 @dataclass
 class PrefillRun:
-    """A prompt on its way through prefill: its embeddings, its answers, and its KV so far."""
+    """A prompt on its way through prefill: its embeddings, its answers, and its KV so far.
+
+    ``cutter`` is there once a part of the KV has been cut.
+    """
 
     requests: tuple[GenerationRequest, ...]
     prompt: PromptEmbeddings
     answers: tuple[Answer, ...]
     kv: PromptKV
+    extent: KVExtent
     begun_s: float
+    cutter: PartCutter | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
     @property
@@ -199,7 +207,13 @@ class PrefillEngine:
         num_run = num_prefilled(self.plan, prompt.num_tokens)
         answers = tuple(Answer(r, self._eos_token_ids, self._tokenizer) for r in requests)
         kv = PromptKV(self.stack, prompt.positions_T[:num_run])
-        run = PrefillRun(requests, prompt, answers, kv, begun_s)
+        extent = KVExtent(
+            prompt.num_prompt_tokens,
+            num_run,
+            prompt.num_visual_tokens_removed,
+            prompt.is_compact,
+        )
+        run = PrefillRun(requests, prompt, answers, kv, extent, begun_s)
         if run.num_best is not None:
             run.prompt_logprobs.append(None)  # Nothing predicts the first token.
         return run
@@ -226,6 +240,7 @@ class PrefillEngine:
                 num_prompt_tokens=run.requests[0].num_prompt_tokens,
                 prefill_s=ended_s - run.begun_s,
                 prompt_logprobs=tuple(run.prompt_logprobs),
+                num_parts=run.cutter.num_parts if run.cutter else 1,
             )
             for run, of_run in zip(ended, firsts, strict=True)
         ]
@@ -261,8 +276,35 @@ class PrefillEngine:
             logits_TV = self.stack.logits(hidden_CE[start : start + len(part), None])[:, 0]
             run.prompt_logprobs += prompt_logprobs(logits_TV, part, num_best)
 
+    def cut(self, run: PrefillRun, *, least_bytes: int) -> KVSegment | None:
+        """Cut the next part of a prompt's KV, to be sent while the rest of it is computed.
+
+        The segment of :class:`PrefillOutput` then holds what follows the parts that were cut.
+
+        Args:
+            run: A prompt of which some tokens have been run, and not all.
+            least_bytes: Bytes, in the model's own type, that make a part worth sending.
+
+        Returns:
+            The part, which shares the prompt's memory; None if it would be too small.
+        """
+        if not run.num_left or not run.kv.num_done or not self._may_travel(run):
+            return None
+        cutter = run.cutter or PartCutter(self.plan, self.stack, run.extent)
+        if cutter.num_ready_bytes(run.kv.num_done) < max(1, least_bytes):
+            return None
+        run.cutter = cutter
+        return cutter.cut(run.kv)
+
+    def _may_travel(self, run: PrefillRun) -> bool:
+        """Whether an answer may go on after what prefill samples of it."""
+        longest = max(request.sampling.max_tokens for request in run.requests)
+        return self.plan.first_token == "decode" or longest > 1
+
     @torch.inference_mode()
     def _segment(self, run: PrefillRun) -> KVSegment:
+        if run.cutter is not None:
+            return run.cutter.cut(run.kv)
         prompt = run.prompt
         return select_segment(
             self.plan,

@@ -57,10 +57,13 @@ class Scheduler:
     Args:
         max_num_batched_tokens: Tokens that one step may compute. However many sequences run, a
             prompt gets at least one of them, so that it never starves.
+
+    Attributes:
+        max_tokens: Tokens that one step may compute.
     """
 
     def __init__(self, max_num_batched_tokens: int) -> None:
-        self._max_tokens = max_num_batched_tokens
+        self.max_tokens = max_num_batched_tokens
         self._prompts: dict[str, _Prompt] = {}
         self._num_added = 0
         self._num_computed = 0
@@ -82,6 +85,11 @@ class Scheduler:
     def num_tokens(self) -> int:
         """Number of tokens that are still to be scheduled."""
         return sum(prompt.num_left for prompt in self._prompts.values())
+
+    def num_left(self, name: str) -> int:
+        """Number of tokens of a prompt that are still to be scheduled; 0 for an unknown one."""
+        prompt = self._prompts.get(name)
+        return prompt.num_left if prompt else 0
 
     def add(self, name: str, num_tokens: int) -> None:
         """Add a prompt with ``num_tokens`` tokens to compute, at least one.
@@ -107,7 +115,7 @@ class Scheduler:
             num_running: Sequences that run, each of which computes one token.
         """
         chunks: list[Chunk] = []
-        budget = num_left = max(1, self._max_tokens - num_running)
+        budget = num_left = max(1, self.max_tokens - num_running)
         for name in sorted(self._prompts, key=self._rank):
             if not num_left:
                 break

@@ -161,6 +161,7 @@ def piece_identity(
         "plan": plan.fingerprint,
         "dtype": dtype,
         "device": device,
+        "products": "packed",
         "versions": versions,
         **settings.model_dump(mode="json", include=sizes),
     }
@@ -306,7 +307,8 @@ class _Evaluation:
         return unseen or list(measured.values())
 
     def _keep_quality(self) -> None:
-        self._keep(quality=quality_of(self._answers, self._windows, self._seen, self._settings))
+        told = self._answers, self._windows, self._seen, self._settings
+        self._keep(quality=quality_of(*told, only_decode=self._plan.only_changes_decode))
 
     def _keep(self, **rows: object) -> None:
         self._result = self._result.model_copy(update=rows)

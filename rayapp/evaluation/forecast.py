@@ -1,13 +1,19 @@
 """An evaluation before it is measured: how much it computes, how long, and how exactly it tells.
 
 Tokens are counted on both sides. Times follow from a rate that is measured now, on a few examples
-of every kind. The interval of points lost follows from the share of examples on which only one of
-the two sides is expected to be right (flips): ``1.96 x sqrt(flips / n)``, McNemar's.
+of every kind, which all evaluators run at the same time: where they share cores or memory, they are
+slower than one of them alone. A task's batches are shared out as they come, so that few batches do
+not gain by many evaluators.
+
+The interval of points lost follows from the share of examples on which only one of the two sides is
+expected to be right (flips): ``1.96 x sqrt(flips / n)``, McNemar's.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +44,8 @@ _PASSES: dict[Kind, int] = {"likelihood": 2, "rollouts": 4}
 class ForecastRow:
     """The work of one task, and how exactly it will tell.
 
-    ``points`` is the half width of the 95 % interval of points lost; None of texts and rollouts.
+    ``seconds`` are those of all evaluators at work. ``points`` is the half width of the 95 %
+    interval of points lost; None of texts and rollouts.
     """
 
     task: str
@@ -55,12 +62,11 @@ class Forecast:
 
     rows: tuple[ForecastRow, ...]
     flips: float
-    num_evaluators: int
 
     @property
     def seconds(self) -> float:
         """Seconds of everything but timings, on the evaluators there are."""
-        return sum(row.seconds for row in self.rows) / self.num_evaluators
+        return sum(row.seconds for row in self.rows)
 
     @property
     def macro_points(self) -> float | None:
@@ -113,12 +119,27 @@ def forecast(
     chosen, subject, examples = checked_inputs(model, plan, data, texts, settings)
     with num_threads(settings.num_threads), place.open(subject) as compute:
         compute.use(chosen)
-        rates: dict[Kind, float] = {}
+        rates: dict[Kind, _Rate] = {}
         rows = [
             _row(task, what, pieces, rates, compute, settings)
             for task, what, pieces in _work(examples, settings)
         ]
-        return Forecast(tuple(rows), settings.expected_flips, compute.num_evaluators)
+        return Forecast(tuple(rows), settings.expected_flips)
+
+
+@dataclass(frozen=True)
+class _Rate:
+    """Tokens per second of one evaluator, while so many run."""
+
+    tokens_per_s: float
+    num_evaluators: int
+
+    def seconds(self, tokens: Sequence[int]) -> float:
+        """Seconds of pieces of so many tokens; a free evaluator takes the next one."""
+        free_at = [0.0] * self.num_evaluators
+        for count in tokens:
+            heapq.heapreplace(free_at, free_at[0] + count / self.tokens_per_s)
+        return max(free_at)
 
 
 def _work(
@@ -144,18 +165,21 @@ def _row(
     task: str,
     what: str,
     pieces: Sequence[Piece],
-    rates: dict[Kind, float],
+    rates: dict[Kind, _Rate],
     compute: PieceCompute,
     settings: EvaluationSettings,
 ) -> ForecastRow:
-    seconds, tokens, places = 0.0, 0, set()
+    by_kind: dict[Kind, list[Piece]] = {}
     for piece in pieces:
-        if piece.kind not in rates:
-            rates[piece.kind] = _rate(compute, pieces, piece.kind, settings)
-        count = _num_tokens(piece.examples, piece.kind, settings)
-        seconds += count / rates[piece.kind]
-        tokens += count
-        places |= set(piece.places)
+        by_kind.setdefault(piece.kind, []).append(piece)
+    seconds, tokens = 0.0, 0
+    for kind, same in by_kind.items():  # a kind begins when the one before it has ended
+        if kind not in rates:
+            rates[kind] = _rate(compute, same, kind, settings)
+        counts = [_num_tokens(piece.examples, kind, settings) for piece in same]
+        seconds += rates[kind].seconds(counts)
+        tokens += sum(counts)
+    places = {place for piece in pieces for place in piece.places}
     judged = what in ("completions", "choices")
     points = 100 * _TWO_SIDED * math.sqrt(settings.expected_flips / len(places))
     return ForecastRow(task, what, len(places), tokens, seconds, points if judged else None)
@@ -163,26 +187,31 @@ def _row(
 
 def _rate(
     compute: PieceCompute, pieces: Sequence[Piece], kind: Kind, settings: EvaluationSettings
-) -> float:
-    """Tokens per second of a kind, on a few examples of its middle piece, after one untimed run."""
-    same = [piece for piece in pieces if piece.kind == kind]
-    middle = same[len(same) // 2]
+) -> _Rate:
+    """The rate on a few examples of a kind's middle piece, after one untimed run of each."""
+    middle = pieces[len(pieces) // 2]
     some = middle.examples[: 1 if kind == "rollouts" else _PROBED_EXAMPLES]
     probe = Piece(kind, tuple(range(len(some))), some)
     if kind != "rollouts":
-        list(compute.run([probe]))
-    (done,) = compute.run([probe])
-    return _num_tokens(some, kind, settings) / done.seconds
+        list(compute.run([probe] * compute.num_evaluators))
+    num_evaluators = compute.num_evaluators
+    seconds = [done.seconds for done in compute.run([probe] * num_evaluators)]
+    tokens = _num_tokens(some, kind, settings)
+    return _Rate(tokens / statistics.mean(seconds), num_evaluators)
 
 
 def _num_tokens(examples: Sequence[Any], kind: Kind, settings: EvaluationSettings) -> int:
     """Number of tokens that both sides run together."""
     passes = _PASSES.get(kind, 1)
-    answer = settings.max_rollout_tokens if kind == "rollouts" else 0
-    return sum(passes * (_length(example) + answer) for example in examples)
+    return sum(passes * _length(example, kind, settings) for example in examples)
 
 
-def _length(example: Any) -> int:
+def _length(example: Any, kind: Kind, settings: EvaluationSettings) -> int:
+    """Number of tokens of one pass over an example."""
+    if kind == "rollouts":
+        return len(example.prompt) + settings.max_rollout_tokens
+    if kind in ("dense answers", "plan answers"):
+        return len(example.prompt) + int(example.num_answer_tokens)
     rest = getattr(example, "continuation", ())
     choices = getattr(example, "choices", ())
     return len(example.prompt) + len(rest) + sum(map(len, choices))

@@ -12,7 +12,7 @@ from rayapp.errors import DataError
 from rayapp.evaluation.bootstrap import Bound
 from rayapp.evaluation.machine import Machine
 from rayapp.evaluation.quality import Quality, RolloutResult
-from rayapp.evaluation.settings import EvaluationSettings
+from rayapp.evaluation.settings import Clock, EvaluationSettings
 from rayapp.plan import ModelSignature, Stage
 from rayapp.settings import Strict
 
@@ -134,7 +134,8 @@ class LatencyResult(Strict):
     """Interleaved timings without any transfer; speed-ups are dense over plan.
 
     ``speedup_at_least`` is the one-sided 95 % lower bound of ``speedup``. ``num_image_tokens`` of
-    the prompt tokens belong to an image, before any pruning.
+    the prompt tokens belong to an image, before any pruning. ``clock`` is ``cpu`` where seconds are
+    those that the process computed, whatever else the machine did.
     """
 
     num_prompt_tokens: int
@@ -143,6 +144,7 @@ class LatencyResult(Strict):
     batch_size: int
     num_runs: int
     num_threads: int
+    clock: Clock = "wall"
     dense: StageTimes
     plan: StageTimes
     speedup_at_least: float | None = None
@@ -286,6 +288,8 @@ class EvaluationResult(Strict):
         fewest_runs = min((timing.num_runs for timing in self.latency), default=CLAIM_RUNS)
         if fewest_runs < CLAIM_RUNS:
             reasons.append(f"{fewest_runs} timed runs; a speed-up is quoted from {CLAIM_RUNS}")
+        if any(timing.clock == "cpu" for timing in self.latency):
+            reasons.append("times are CPU seconds of one thread, which other load does not stretch")
         left_out = sum(task.num_left_out for task in self.texts)
         if left_out:
             reasons.append(f"{left_out:,} tokens of text lie beyond the limit of windows")

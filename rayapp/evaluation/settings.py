@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from rayapp.evaluation.bootstrap import NUM_RESAMPLES
 from rayapp.settings import Address, Settings, Strict, Threads, Workers
 
 LINK_GBPS = 10.0
 """Gigabits per second of the link that transfers are computed with (project default)."""
+
+
+Clock = Literal["wall", "cpu"]
+"""The clock of timings: ``cpu`` counts the seconds that this process computes."""
 
 
 class Spread(Settings):
@@ -139,6 +143,11 @@ class EvaluationSettings(Strict):
         "both options above; may be given several times.",
         json_schema_extra={"option": "length", "as_texts": True},
     )
+    clock: Clock = Field(
+        default="wall",
+        description="Clock of timings: wall, or cpu for busy machines, which counts the seconds "
+        "that one thread computes.",
+    )
     link_gbps: float = Field(
         default=LINK_GBPS,
         gt=0,
@@ -152,6 +161,15 @@ class EvaluationSettings(Strict):
         if not isinstance(value, list | tuple):
             return value
         return [_length(pair) if isinstance(pair, str) else pair for pair in value]
+
+    @model_validator(mode="after")
+    def _one_thread(self) -> EvaluationSettings:
+        if self.clock == "cpu" and self.num_threads > 1:
+            raise ValueError(
+                f"clock=cpu with num_threads={self.num_threads}: it adds up the seconds of all "
+                "threads; give --threads 1, or --clock wall"
+            )
+        return self
 
     @property
     def timed_lengths(self) -> tuple[tuple[int, int], ...]:

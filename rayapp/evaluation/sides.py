@@ -97,7 +97,12 @@ class Sides:
     def answers(self, side: str, lines: Sequence[TokenizedLine]) -> list[JudgedAnswer]:
         """Greedy answers of ``dense`` or ``plan`` through the engine that serves."""
         pipeline = self._pipelines[side == "plan"]
-        return judge_answers(pipeline, lines, end_token_ids=self._end_token_ids)
+        return judge_answers(
+            pipeline,
+            lines,
+            end_token_ids=self._end_token_ids,
+            decode=self.loaded.tokenizer.decode,
+        )
 
     def choices(self, side: str, questions: Sequence[Question]) -> list[tuple[float, ...]]:
         """Log-likelihoods of all choices on the side of ``dense`` or ``plan``, by question."""

@@ -224,7 +224,7 @@ def visual_table(quality: VisualQuality) -> Table:
     return Table("Exact match, mean over tasks (points lost at most, 95 %)", columns, tuple(rows))
 
 
-def _timings(latency: Iterable[LatencyResult]) -> Table:
+def _timings(latency: Sequence[LatencyResult]) -> Table:
     """Three rows per batch size: dense, plan, and dense over plan."""
     columns = ("batch, tokens, runs", "", "prefill ms", "decode ms/token", "answer ms")
     rows: list[tuple[str, ...]] = []
@@ -235,7 +235,9 @@ def _timings(latency: Iterable[LatencyResult]) -> Table:
         rows += [(what, "dense", *_times(timing.dense)), (what, "plan", *_times(timing.plan))]
         ratios = (timing.ttft_speedup, timing.tpot_speedup, timing.speedup)
         rows.append((SPEEDUP, "", *(f"{ratio:.2f}x" for ratio in ratios)))
-    return Table("Speed, without transfer: median of interleaved runs", columns, tuple(rows))
+    clock = ", CPU seconds" if any(timing.clock == "cpu" for timing in latency) else ""
+    title = f"Speed, without transfer: median of interleaved runs{clock}"
+    return Table(title, columns, tuple(rows))
 
 
 def _with_handoff(latency: Sequence[LatencyResult]) -> Table:

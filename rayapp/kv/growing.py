@@ -53,6 +53,10 @@ class PromptKV:
         values[:, :, self.num_done : stop] = values_1HCD
         return keys[:, :, :stop], values[:, :, :stop]
 
+    def memory(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``(1, H, T, D)`` of a block; those from ``num_done`` on are unknown."""
+        return self._entries[block]
+
     def captured(self) -> CaptureCache:
         """Return the cache that one pass over the whole prompt would have filled."""
         cache = CaptureCache.for_stack(self._stack)

@@ -69,12 +69,14 @@ class BlockHeader(_Strict):
 
 
 class Header(_Strict):
-    """The header of a message; its names and limits define version 2 of the wire format."""
+    """The header of a message; its names and limits define version 3 of the wire format."""
 
     request_id: Annotated[str, Field(max_length=256)]
     attempt: Annotated[int, Field(ge=0, lt=2**31)]
     plan_fingerprint: Annotated[str, Field(max_length=256)]
     weights_fingerprint: Annotated[str, Field(max_length=256)]
+    part: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    is_last: bool = True
     num_prompt_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
     num_prefilled: TokenCount
     num_visual_tokens_removed: TokenCount = 0
@@ -165,14 +167,15 @@ def layout(sizes: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], int
 
 def runs_of(positions_N: torch.Tensor) -> tuple[tuple[int, int], ...]:
     """Write ascending positions as ``(first position, length)`` runs."""
-    positions = positions_N.tolist()
-    runs: list[tuple[int, int]] = []
-    begin = 0
-    for index in range(1, len(positions) + 1):
-        if index == len(positions) or positions[index] != positions[index - 1] + 1:
-            runs.append((positions[begin], index - begin))
-            begin = index
-    return tuple(runs)
+    if not len(positions_N):
+        return ()
+    breaks = torch.nonzero(positions_N.diff() != 1)[:, 0] + 1
+    begins = [0, *breaks.tolist()]
+    firsts = positions_N[begins].tolist()
+    ends = [*begins[1:], len(positions_N)]
+    return tuple(
+        (first, end - begin) for first, begin, end in zip(firsts, begins, ends, strict=True)
+    )
 
 
 def positions_of(runs: Sequence[tuple[int, int]]) -> torch.Tensor:

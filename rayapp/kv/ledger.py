@@ -89,10 +89,17 @@ class Route:
 
 @dataclass(frozen=True)
 class TransferTimes:
-    """Seconds to publish and to fetch a message; ``hidden_s`` of them overlap other work."""
+    """Seconds of a prompt's way from one stage to the other; parts of a message count together.
 
+    A prompt waits for its turn (``queue_s``), is prefilled, packed and published (``put_s``),
+    fetched, and copied into pages (``copy_s``). ``hidden_s`` of the last three overlap the prefill.
+    """
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
     put_s: float = 0.0
     fetch_s: float = 0.0
+    copy_s: float = 0.0
     hidden_s: float = 0.0
 
 
@@ -113,8 +120,11 @@ class TransferRecord:
     saved_by_blocks_bytes: int
     saved_by_tokens_bytes: int
     saved_by_encoding_bytes: int
+    queue_s: float
+    prefill_s: float
     put_s: float
     fetch_s: float
+    copy_s: float
     hidden_s: float
     gb_per_s: float | None
 
@@ -189,6 +199,19 @@ def account(
     )
 
 
+def payload_bytes(shape: KVShape, plan: PruningPlan, num_prompt_tokens: int) -> int:
+    """Bytes of KV, without headers, that a plan sends of a prompt none of whose tokens is pruned.
+
+    Args:
+        shape: The shape of the cache.
+        plan: The plan under which it is sent.
+        num_prompt_tokens: Length of the prompt.
+    """
+    attending = [b for b in range(shape.num_blocks) if plan.mode("decode", b).attends]
+    num_prefilled = num_prompt_tokens - (plan.first_token == "decode")
+    return _kept_bytes(shape, plan, attending, num_prefilled)[1]
+
+
 def _kept_bytes(
     shape: KVShape, plan: PruningPlan, attending: Sequence[int], num_prefilled: int
 ) -> tuple[int, int]:
@@ -224,8 +247,11 @@ class Totals:
     saved_by_blocks_bytes: int = 0
     saved_by_tokens_bytes: int = 0
     saved_by_encoding_bytes: int = 0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
     put_s: float = 0.0
     fetch_s: float = 0.0
+    copy_s: float = 0.0
     hidden_s: float = 0.0
 
     def add(self, other: Totals | TransferRecord) -> None:

@@ -5,7 +5,8 @@ Shapes: H = KV heads, N = entries of one block, D = head dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -34,16 +35,15 @@ class BlockKV:
 
 
 @dataclass(frozen=True)
-class KVSegment:
-    """The KV that travels for one prompt, blocks ascending.
+class KVExtent:
+    """The lengths of a prompt whose KV travels, known before any of it is computed.
 
-    ``num_prompt_tokens`` is the unpruned length T, of which ``num_visual_tokens_removed`` were not
+    ``num_prompt_tokens`` is the unpruned length, of which ``num_visual_tokens_removed`` were not
     run. ``num_prefilled`` counts the tokens that prefill ran: all others, or one less if decode
     runs the last prompt token (``first_token: decode``). ``is_compact`` is true if positions were
     numbered anew, without the gaps of removed tokens.
     """
 
-    blocks: tuple[BlockKV, ...]
     num_prompt_tokens: int
     num_prefilled: int
     num_visual_tokens_removed: int = 0
@@ -54,6 +54,34 @@ class KVSegment:
         """Position of the first answer token."""
         removed = self.num_visual_tokens_removed if self.is_compact else 0
         return self.num_prompt_tokens - removed
+
+    def segment(self, blocks: Iterable[BlockKV]) -> KVSegment:
+        """A segment of these lengths."""
+        return KVSegment(tuple(blocks), **asdict(self))
+
+
+@dataclass(frozen=True)
+class KVSegment:
+    """The KV that travels for one prompt, or a part of it, blocks ascending.
+
+    The numbers are those of :class:`KVExtent`.
+    """
+
+    blocks: tuple[BlockKV, ...]
+    num_prompt_tokens: int
+    num_prefilled: int
+    num_visual_tokens_removed: int = 0
+    is_compact: bool = False
+
+    @property
+    def extent(self) -> KVExtent:
+        """The lengths of the prompt."""
+        return KVExtent(
+            self.num_prompt_tokens,
+            self.num_prefilled,
+            self.num_visual_tokens_removed,
+            self.is_compact,
+        )
 
     @property
     def nbytes(self) -> int:

@@ -5,26 +5,27 @@
     0   8  magic           32  8  zero
     8   4  version         40  8  zero
     12  4  header bytes    48  8  zero
-    16  8  message bytes   56  4  CRC-32 of everything else
-    24  8  zero            60  4  zero
+    16  8  message bytes   56  8  XXH3-64 of everything else
+    24  8  zero
     64     header, padded to 64; then per block and buffer: raw bytes, padded to 64
 
 Little endian. The checksum covers the prefix too, padding is zero, and only one layout is valid for
-a given content, so any flipped bit is noticed. A CRC guards against corruption, not against
+a given content, so any flipped bit is noticed. A checksum guards against corruption, not against
 forgery: a forged message can lie about numbers, never about sizes (see :mod:`rayapp.kv.header`).
+XXH3 reads memory about as fast as it can be read, so that a checksum costs less than a copy. The
+first piece of a message holds at least the prefix and the header.
 """
 
 from __future__ import annotations
 
 import struct
 import sys
-import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+import xxhash
 from pydantic import ValidationError
 
 from rayapp.errors import IntegrityError, WireError
@@ -39,6 +40,7 @@ from rayapp.kv.header import (
     positions_of,
     runs_of,
 )
+from rayapp.kv.pieces import Bytes, Message, pieces_of
 from rayapp.kv.quantize import SCALE_DTYPE, buffer_sizes, decode, encode
 from rayapp.kv.segment import BlockKV, KVSegment
 from rayapp.plan import Encoding
@@ -46,35 +48,45 @@ from rayapp.plan import Encoding
 if sys.byteorder != "little":
     raise ImportError("KV messages are little endian, this machine is not")
 
-Message = npt.NDArray[np.uint8]
-
 MAGIC = b"RAYAPPKV"
-VERSION = 2
-"""Version of the format; the first had one scale of encoded keys per channel and message, and is
-refused, since a message never outlives the two replicas that it travels between."""
+VERSION = 3
+"""Version of the format. The first had one scale of encoded keys per channel and message, the
+second a CRC-32 and no parts; both are refused, since a message never outlives the two replicas that
+it travels between."""
 PREFIX_BYTES = 64
 _PREFIX = struct.Struct("<8sIIQ")
-_CHECKSUM = struct.Struct("<I")
+_CHECKSUM = struct.Struct("<Q")
 _CHECKSUM_AT = 56
 _CODE_DTYPES: dict[Encoding, torch.dtype] = {"int8": torch.int8, "int4": torch.uint8}
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """The identity of a message's KV; decode refuses a message with another envelope."""
+    """The identity of a message's KV; decode refuses a message with another envelope.
+
+    A message holds all KV of a prompt, or one part of it (:mod:`rayapp.kv.parts`): ``part`` is its
+    number, and ``is_last`` says that no other part follows.
+    """
 
     request_id: str
     attempt: int
     plan_fingerprint: str
     weights_fingerprint: str
+    part: int = 0
+    is_last: bool = True
 
 
 @dataclass(frozen=True)
 class MessageSizes:
     """Bytes of a message: ``payload_bytes`` are keys, values and scales; the rest is overhead."""
 
-    payload_bytes: int
-    overhead_bytes: int
+    payload_bytes: int = 0
+    overhead_bytes: int = 0
+
+    def __add__(self, other: MessageSizes) -> MessageSizes:
+        return MessageSizes(
+            self.payload_bytes + other.payload_bytes, self.overhead_bytes + other.overhead_bytes
+        )
 
     @property
     def total_bytes(self) -> int:
@@ -83,7 +95,9 @@ class MessageSizes:
 
 
 def pack(segment: KVSegment, envelope: Envelope) -> Message:
-    """Pack ``segment`` as one contiguous message; every buffer is copied once, from any device.
+    """Make a message of ``segment``; its pieces are views of the segment where they can be.
+
+    Nobody may write to the segment while the message exists. KV on another device is copied once.
 
     Raises:
         IntegrityError: The blocks disagree on type or shape, or the positions on the entries.
@@ -95,22 +109,22 @@ def pack(segment: KVSegment, envelope: Envelope) -> Message:
         raise IntegrityError(
             f"a header of {len(text)} bytes exceeds {MAX_HEADER_BYTES}; positions are too scattered"
         )
-    body_at = PREFIX_BYTES + aligned(len(text))
-    message: Message = np.empty(body_at + header.body_bytes, dtype=np.uint8)
-    message[:body_at] = 0
-    prefix = _PREFIX.pack(MAGIC, VERSION, len(text), message.nbytes)
-    message[: len(prefix)] = np.frombuffer(prefix, np.uint8)
-    message[PREFIX_BYTES : PREFIX_BYTES + len(text)] = np.frombuffer(text, np.uint8)
-    target = torch.from_numpy(message)
-    for entry, tensors in zip(header.blocks, buffers, strict=True):
-        for offset, tensor in zip(entry.offsets, tensors, strict=True):
-            _write(target, body_at + offset, tensor)
-    checksum = _CHECKSUM.pack(_crc(message))
-    message[_CHECKSUM_AT : _CHECKSUM_AT + len(checksum)] = np.frombuffer(checksum, np.uint8)
-    return message
+    head = np.zeros(PREFIX_BYTES + aligned(len(text)), dtype=np.uint8)
+    prefix = _PREFIX.pack(MAGIC, VERSION, len(text), len(head) + header.body_bytes)
+    head[: len(prefix)] = np.frombuffer(prefix, np.uint8)
+    head[PREFIX_BYTES : PREFIX_BYTES + len(text)] = np.frombuffer(text, np.uint8)
+    pieces = [head]
+    for tensor in (tensor for tensors in buffers for tensor in tensors):
+        pieces += pieces_of(tensor)
+        padding = aligned(tensor.nbytes) - tensor.nbytes
+        if padding:
+            pieces.append(np.zeros(padding, dtype=np.uint8))
+    checksum = _CHECKSUM.pack(_digest(pieces))
+    head[_CHECKSUM_AT : _CHECKSUM_AT + len(checksum)] = np.frombuffer(checksum, np.uint8)
+    return Message(tuple(pieces))
 
 
-def unpack(message: Message, expected: Envelope) -> KVSegment:
+def unpack(message: Message | Bytes, expected: Envelope) -> KVSegment:
     """Return the segment inside ``message``, on the CPU.
 
     **The segment is read-only.** Blocks in the model's own type are views of ``message``, which may
@@ -118,15 +132,19 @@ def unpack(message: Message, expected: Envelope) -> KVSegment:
     torch cannot forbid it. Copy them into memory of your own. Quantised blocks are decoded into
     fresh tensors.
 
+    Args:
+        message: The message, or all its bytes in one row.
+        expected: The envelope that it must have.
+
     Raises:
         WireError: The message is damaged or malformed, or its envelope is not ``expected``.
     """
+    message = _as_message(message)
     header_bytes = _check_prefix(message)
-    _check_crc(message)
+    _check_digest(message)
     header, body_at = _read_header(message, header_bytes)
     _check_envelope(header, expected)
-    body = _shared_tensor(message)[body_at:]
-    blocks = tuple(_read_block(header, entry, body) for entry in header.blocks)
+    blocks = tuple(_read_block(header, entry, message, body_at) for entry in header.blocks)
     return KVSegment(
         blocks,
         header.num_prompt_tokens,
@@ -136,10 +154,18 @@ def unpack(message: Message, expected: Envelope) -> KVSegment:
     )
 
 
-def message_sizes(message: Message) -> MessageSizes:
+def message_sizes(message: Message | Bytes) -> MessageSizes:
     """Read the sizes of ``message`` from its header; ``total_bytes`` equals ``message.nbytes``."""
+    message = _as_message(message)
     payload_bytes = _read_header(message, _check_prefix(message))[0].payload_bytes
     return MessageSizes(payload_bytes, message.nbytes - payload_bytes)
+
+
+def _as_message(message: Message | Bytes) -> Message:
+    """The message of some pieces; :class:`WireError` if they are not rows of bytes."""
+    found = message if isinstance(message, Message) else Message((message,))
+    found.check_pieces()
+    return found
 
 
 def _describe(
@@ -202,44 +228,33 @@ def _common_shape(segment: KVSegment) -> tuple[torch.dtype, int, int]:
     return shapes.pop()
 
 
-def _write(target: torch.Tensor, begin: int, tensor: torch.Tensor) -> None:
-    """Copy ``tensor``, which may be strided or on another device, into the bytes from ``begin``."""
-    if tensor.numel():
-        place = target[begin : begin + tensor.numel() * tensor.element_size()]
-        place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        place_end = begin + tensor.nbytes
-        target[place_end : aligned(place_end)] = 0
+def _digest(pieces: Sequence[Bytes]) -> int:
+    """XXH3-64 of everything but the checksum itself, which is in the first piece."""
+    digest = xxhash.xxh3_64(pieces[0].data[:_CHECKSUM_AT])
+    digest.update(pieces[0].data[_CHECKSUM_AT + _CHECKSUM.size :])
+    for piece in pieces[1:]:
+        digest.update(piece.data)
+    return digest.intdigest()
 
 
-def _crc(message: Message) -> int:
-    """CRC-32 of everything but the checksum itself."""
-    view = message.data
-    return zlib.crc32(view[_CHECKSUM_AT + _CHECKSUM.size :], zlib.crc32(view[:_CHECKSUM_AT]))
-
-
-def _check_crc(message: Message) -> None:
-    stored, actual = int(_CHECKSUM.unpack_from(message.data, _CHECKSUM_AT)[0]), _crc(message)
+def _check_digest(message: Message) -> None:
+    stored = int(_CHECKSUM.unpack_from(message.pieces[0].data, _CHECKSUM_AT)[0])
+    actual = _digest(message.pieces)
     if stored != actual:
         raise WireError(
-            f"the KV message's checksum is {actual:#010x}, it was packed with {stored:#010x}; "
+            f"the KV message's checksum is {actual:#018x}, it was packed with {stored:#018x}; "
             f"it is damaged: prefill again"
         )
 
 
 def _check_prefix(message: Message) -> int:
     """Check a message's prefix against its real size; return the number of bytes of its header."""
-    if not (
-        isinstance(message, np.ndarray)
-        and message.dtype == np.uint8
-        and message.ndim == 1
-        and message.flags.c_contiguous
-    ):
-        raise WireError(f"a KV message is one row of bytes, got {type(message).__name__}")
-    if message.nbytes < PREFIX_BYTES:
+    head = message.pieces[0]
+    if head.nbytes < PREFIX_BYTES:
         raise WireError(
-            f"a KV message has at least {PREFIX_BYTES} bytes, got {message.nbytes}; prefill again"
+            f"a KV message has at least {PREFIX_BYTES} bytes, got {head.nbytes}; prefill again"
         )
-    magic, version, header_bytes, message_bytes = _PREFIX.unpack_from(message.data)
+    magic, version, header_bytes, message_bytes = _PREFIX.unpack_from(head.data)
     if magic != MAGIC or version != VERSION:
         raise WireError(
             f"the message begins with {magic!r} version {version}, not {MAGIC!r} version "
@@ -248,7 +263,7 @@ def _check_prefix(message: Message) -> int:
     if (
         header_bytes > MAX_HEADER_BYTES
         or message_bytes != message.nbytes
-        or PREFIX_BYTES + aligned(header_bytes) > message_bytes
+        or PREFIX_BYTES + aligned(header_bytes) > head.nbytes
     ):
         raise WireError(
             f"the message declares {message_bytes} bytes, {header_bytes} of header; it has "
@@ -260,7 +275,8 @@ def _check_prefix(message: Message) -> int:
 def _read_header(message: Message, header_bytes: int) -> tuple[Header, int]:
     """Return the validated header, and the offset at which the buffers begin."""
     body_at = PREFIX_BYTES + aligned(header_bytes)
-    header = Header.parse(message[PREFIX_BYTES : PREFIX_BYTES + header_bytes].tobytes())
+    text = message.pieces[0][PREFIX_BYTES : PREFIX_BYTES + header_bytes]
+    header = Header.parse(text.tobytes())
     if body_at + header.body_bytes != message.nbytes:
         raise WireError(
             f"the header describes {body_at + header.body_bytes} bytes, the message has "
@@ -279,7 +295,7 @@ def _check_envelope(header: Header, expected: Envelope) -> None:
             )
 
 
-def _read_block(header: Header, entry: BlockHeader, body: torch.Tensor) -> BlockKV:
+def _read_block(header: Header, entry: BlockHeader, message: Message, body_at: int) -> BlockKV:
     dtype = DTYPES[header.dtype]
     types = (
         (dtype, dtype)
@@ -287,7 +303,7 @@ def _read_block(header: Header, entry: BlockHeader, body: torch.Tensor) -> Block
         else (_CODE_DTYPES[entry.encoding], SCALE_DTYPE) * 2
     )
     buffers = tuple(
-        body[offset : offset + size].view(buffer_type)
+        _typed(message.rows(body_at + offset, size), buffer_type)
         for offset, size, buffer_type in zip(entry.offsets, header.sizes(entry), types, strict=True)
     )
     shape = (header.num_kv_heads, entry.num_entries, header.head_dim)
@@ -295,18 +311,13 @@ def _read_block(header: Header, entry: BlockHeader, body: torch.Tensor) -> Block
     return BlockKV(entry.block, keys_HND, values_HND, positions_of(entry.runs), entry.encoding)
 
 
-class _Shared:
-    """Memory of an array without its read-only flag, about which torch would warn.
-
-    It keeps the array alive.
-    """
-
-    def __init__(self, array: Message) -> None:
-        self.array = array
-        interface: dict[str, Any] = dict(array.__array_interface__)
-        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
-
-
-def _shared_tensor(message: Message) -> torch.Tensor:
-    """View ``message`` as a tensor without a copy; nobody may write to it."""
-    return torch.from_numpy(np.asarray(_Shared(message)))
+def _typed(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of bytes as numbers, ``(pieces, numbers)``, or ``(numbers,)`` if there is one piece."""
+    if not rows.numel():
+        return torch.empty(0, dtype=dtype)
+    if rows.shape[1] % dtype.itemsize:
+        raise WireError(
+            f"the KV message is cut within a number of {dtype.itemsize} bytes; prefill again"
+        )
+    numbers = rows.view(dtype)
+    return numbers[0] if len(numbers) == 1 else numbers

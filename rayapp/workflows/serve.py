@@ -12,11 +12,13 @@ from typing import Any
 
 from rayapp.distributed.cluster.local import NodeSpec, local_cluster
 from rayapp.distributed.cluster.ports import check_port
+from rayapp.distributed.serve import decisions
 from rayapp.distributed.serve.deploy import RunningService, resolved, running_service
 from rayapp.distributed.serve.draining import drain
 from rayapp.distributed.serve.exposure import check_exposure
 from rayapp.distributed.serve.settings import PoolSettings, ServiceSettings
 
+_LOOK_S = 2.0
 _SPARE_CPUS = 2  # These are for the controller, the proxy and the ingress.
 
 
@@ -58,7 +60,7 @@ def serve_until_interrupted(
             for line in _introduction(service):
                 say(line)
             with suppress(KeyboardInterrupt):
-                threading.Event().wait()
+                _tell_decisions(say)
             say("stopping")
             with suppress(KeyboardInterrupt):  # A second signal ends the answers under way.
                 drain(settings.deadlines.drain_s, say)
@@ -74,6 +76,17 @@ def _on_signals(handler: Any) -> dict[int, Any]:
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def _tell_decisions(say: Callable[[str], None]) -> None:
+    """Say every decision about the size of a pool with its reason, until this is interrupted."""
+    told_s, waiting = 0.0, threading.Event()
+    while True:
+        for decision in decisions.read():
+            if decision.at_s > told_s:
+                told_s = decision.at_s
+                say(decision.text)
+        waiting.wait(_LOOK_S)
 
 
 def _nodes(settings: ServiceSettings) -> list[NodeSpec]:

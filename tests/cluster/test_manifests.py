@@ -8,6 +8,8 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from rayapp.distributed.cluster.local import ENVIRONMENT
+from rayapp.distributed.serve.autoscaling import POLICY
 from rayapp.distributed.serve.deploy import IMPORT_PATH
 from rayapp.distributed.serve.exposure import check_exposure
 from rayapp.distributed.serve.settings import ServiceSettings
@@ -33,6 +35,9 @@ def test_a_serve_configuration_holds_valid_settings(name):
     settings = ServiceSettings.parse(application.args)
     assert settings.prefill.labels == {"role": "prefill"}
     assert settings.decode.replicas.is_elastic
+    assert application.autoscaling_policy == {"policy_function": POLICY}
+    reports = application.runtime_env["env_vars"]
+    assert {ENVIRONMENT[name] for name in reports} == set(reports.values()) == {"1"}
     check_exposure(settings, config.http_options.host)
     if not settings.api_key_digest:
         with pytest.raises(InputError, match="no API key is set"):

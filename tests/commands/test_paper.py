@@ -88,6 +88,18 @@ def test_the_dense_model_answers_questions_once(values, tmp_path, monkeypatch):
     assert sides.count("plan") == 3 * sides.count("dense") > 0
     dense, *others = [row.data["ARC-e"].metrics[0].dense for row in paper.rows]
     assert others == [dense, dense]
+    assert [row.only_decode for row in paper.rows] == [False, False, True]
+
+
+def test_a_searched_plan_sends_its_kv_as_int4_too(values, tmp_path):
+    rows = "late-p1-d0,late_int4-p1-d0"
+    wanted = {**values, "out": str(tmp_path), "rows": rows, "maps": 0, "evaluations": 2}
+    _, late, encoded = reproduce(ReproduceSettings.checked(**wanted), WATCH).rows
+    plan = PruningPlan.load(tmp_path / "rows" / encoded.name)
+    assert plan.prefill == PruningPlan.load(tmp_path / "rows" / late.name).prefill
+    assert {rule.encoding for rule in plan.kv_transfer.values()} == {"int4"}
+    assert encoded.search is None
+    assert encoded.timed_bytes[1] < late.timed_bytes[1]
 
 
 def test_a_plan_that_exists_is_a_row(values, tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ def reference(inputs) -> str:
 
 def without_times(found: list[object]) -> str:
     """Everything that was measured, in words, without a transfer's name and its seconds."""
-    unlike = r"(request_id|put_s|fetch_s|hidden_s|gb_per_s)=[^,)]*"
+    unlike = r"(request_id|queue_s|prefill_s|put_s|fetch_s|copy_s|hidden_s|gb_per_s)=[^,)]*"
     return re.sub(unlike, "", "\n".join(map(repr, found)))
 
 

@@ -1,6 +1,6 @@
 """The contract of every KV channel, over the calls that the ingress and the replicas make.
 
-Both twins run the same prefill: a call of one small item and one message, which waits or fails
+Both twins run the same prefill: a call of small items, each before a message, which waits or fails
 where a test wants it. In process it is a generator; over the object store it runs in an actor.
 """
 
@@ -17,6 +17,7 @@ import pytest
 
 from rayapp.engine.channel import KVChannel, LocalChannel, LocalStream
 from rayapp.errors import DeadlineError, TransferError
+from rayapp.kv.pieces import Message
 
 BUDGET = 1000
 INLINE, STORED = 100, 300_000  # bytes; Ray sends small values inside its own messages
@@ -24,6 +25,11 @@ INLINE, STORED = 100, 300_000  # bytes; Ray sends small values inside its own me
 
 def message(length: int = INLINE, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, length).astype(np.uint8)
+
+
+def sent(length: int, seed: int) -> Message:
+    """The same bytes in two pieces."""
+    return Message(tuple(np.array_split(message(length, seed), 2)))
 
 
 class Prefill:
@@ -43,11 +49,22 @@ class Prefill:
         self._gate.clear()
 
     async def items(
-        self, seed: int = 0, length: int = INLINE, waits: str = "", fails: str = ""
+        self,
+        seed: int = 0,
+        length: int = INLINE,
+        waits: str = "",
+        fails: str = "",
+        num_parts: int = 0,
     ) -> AsyncGenerator[Any, None]:
         self._active += 1
+        parts = [
+            (f"{kind} {part}", item)
+            for part in range(num_parts)
+            for kind, item in (("notice", "part"), ("part", sent(length, seed + part)))
+        ]
         try:
-            for name, item in (("first", "small"), ("message", message(length, seed))):
+            last = ("first", "small"), ("message", sent(length, seed + num_parts))
+            for name, item in (*parts, *last):
                 if waits == name:
                     await self._gate.wait()
                 if fails == name:
@@ -184,9 +201,9 @@ async def fetched(seam: Any, *arguments: Any, **options: Any) -> np.ndarray:
         seam.channel.reserved(INLINE),
         aclosing(seam.call(*arguments, **options)) as stream,
     ):
-        assert await stream.first() == "small"
+        assert await stream.item() == "small"
         async with seam.channel.received(stream) as handle:
-            return await seam.channel.fetch(handle)
+            return (await seam.channel.fetch(handle)).pieces
 
 
 @pytest.mark.parametrize("length", [0, INLINE, STORED])
@@ -197,19 +214,20 @@ def test_a_message_arrives_as_it_was_sent_and_cannot_be_written_to(seam, length)
         return arrived
 
     arrived = run(scenario())
-    assert arrived.dtype == np.uint8
-    assert np.array_equal(arrived, message(length, 1))
-    with pytest.raises(ValueError, match="read-only"):
-        arrived[:] = 1
+    assert np.array_equal(np.concatenate(arrived), message(length, 1))
+    for piece in arrived:
+        assert piece.dtype == np.uint8
+        with pytest.raises(ValueError, match="read-only"):
+            piece[:] = 1
 
 
 def test_a_message_is_there_as_often_as_it_is_asked_for_until_it_is_released(seam, channel):
     async def scenario():
         stream = seam.call(2)
-        await stream.first()
+        await stream.item()
         async with channel.received(stream) as handle:
             for _ in range(2):
-                assert np.array_equal(await channel.fetch(handle), message(seed=2))
+                assert np.array_equal((await channel.fetch(handle)).flat(), message(seed=2))
         with pytest.raises(TransferError, match="was released"):
             await channel.fetch(handle)
         await idle(seam)
@@ -224,17 +242,17 @@ def test_messages_do_not_mix(seam):
         return arrived
 
     for seed, arrived in enumerate(run(scenario())):
-        assert np.array_equal(arrived, message(STORED, seed))
+        assert np.array_equal(np.concatenate(arrived), message(STORED, seed))
 
 
 def test_the_first_item_does_not_wait_for_the_message(seam, channel):
     async def scenario():
         stream = seam.call(3, waits="message")
-        assert await stream.first() == "small"
+        assert await stream.item() == "small"
         assert await seam.num_active() == 1
         await seam.go_on()
         async with channel.received(stream) as handle:
-            assert np.array_equal(await channel.fetch(handle), message(seed=3))
+            assert np.array_equal((await channel.fetch(handle)).flat(), message(seed=3))
         await idle(seam)
 
     run(scenario())
@@ -243,11 +261,11 @@ def test_the_first_item_does_not_wait_for_the_message(seam, channel):
 def test_a_producer_that_dies_after_its_message_loses_nothing(seam, channel):
     async def scenario():
         stream = seam.call(4, STORED)
-        await stream.first()
+        await stream.item()
         async with channel.received(stream) as handle:
             await seam.die()
             await asyncio.sleep(0.2)
-            arrived = await channel.fetch(handle)
+            arrived = (await channel.fetch(handle)).flat()
         assert channel.pinned_bytes == 0
         return arrived
 
@@ -259,7 +277,7 @@ def test_a_producer_that_dies_before_its_message_is_a_lost_transfer(seam, channe
         async with AsyncExitStack() as held:
             await held.enter_async_context(channel.reserved(INLINE))
             stream = seam.call(waits="message")
-            await stream.first()
+            await stream.item()
             waiting = asyncio.ensure_future(held.enter_async_context(channel.received(stream)))
             await asyncio.sleep(0.05)
             await seam.die()
@@ -310,7 +328,7 @@ def test_whoever_stops_waiting_for_an_item_and_closes_the_stream_stops_the_call(
 def test_a_stream_that_is_left_between_its_items_and_closed_stops_the_call(seam):
     async def scenario():
         async with aclosing(seam.call(waits="message")) as stream:
-            await stream.first()
+            await stream.item()
         await stream.aclose()
         await idle(seam)
 
@@ -324,7 +342,7 @@ def test_what_fails_while_it_owns_a_message_gives_all_of_it_back(seam, channel):
         async def fail():
             async with channel.reserved(700):
                 stream = seam.call()
-                await stream.first()
+                await stream.item()
                 async with channel.received(stream) as handle:
                     handles.append(handle)
                     raise ZeroDivisionError
@@ -333,6 +351,83 @@ def test_what_fails_while_it_owns_a_message_gives_all_of_it_back(seam, channel):
             await fail()
         with pytest.raises(TransferError):
             await channel.fetch(handles[0])
+        await idle(seam)
+
+    run(scenario())
+
+
+async def in_parts(seam: Any, stream: Any) -> list[np.ndarray]:
+    """The parts of a message, each fetched and released before the next, and the last one."""
+    arrived = []
+    while (await stream.item()) == "part":
+        handle = await seam.channel.part(stream)
+        arrived.append((await seam.channel.fetch(handle)).flat())
+        seam.channel.release(handle)
+        with pytest.raises(TransferError, match="was released"):
+            await seam.channel.fetch(handle)
+    async with seam.channel.received(stream) as handle:
+        arrived.append((await seam.channel.fetch(handle)).flat())
+    return arrived
+
+
+@pytest.mark.parametrize("length", [INLINE, STORED])
+def test_parts_arrive_while_the_call_goes_on(seam, length):
+    async def scenario():
+        async with aclosing(seam.call(5, length, waits="first", num_parts=3)) as stream:
+            arriving = asyncio.ensure_future(in_parts(seam, stream))
+            await asyncio.sleep(0.3)
+            assert not arriving.done()
+            await seam.go_on()
+            arrived = await arriving
+        await idle(seam)
+        return arrived
+
+    arrived = run(scenario())
+    assert len(arrived) == 4
+    for number, part in enumerate(arrived):
+        assert np.array_equal(part, message(length, 5 + number))
+
+
+def test_parts_of_a_call_that_ended_outlive_their_producer(seam, channel):
+    """Decode may be far behind when prefill ends."""
+
+    async def scenario():
+        stream = seam.call(6, STORED, num_parts=2)
+        handles = []
+        while (await stream.item()) == "part":
+            handles.append(await channel.part(stream))
+        async with channel.received(stream) as last:
+            await seam.die()
+            await asyncio.sleep(0.2)
+            return [(await channel.fetch(handle)).flat() for handle in (*handles, last)]
+
+    arrived = run(scenario())
+    assert all(np.array_equal(part, message(STORED, 6 + n)) for n, part in enumerate(arrived))
+
+
+def test_a_producer_that_dies_before_a_part_is_a_lost_transfer(seam, channel):
+    """Ray gives up the parts of a call that did not end, but nobody can use them anyway."""
+
+    async def scenario():
+        stream = seam.call(6, STORED, waits="part 1", num_parts=2)
+        await stream.item()
+        await channel.part(stream)
+        await stream.item()
+        waiting = asyncio.ensure_future(channel.part(stream))
+        await asyncio.sleep(0.05)
+        await seam.die()
+        with pytest.raises(TransferError, match="prefill the prompt again"):
+            await channel.fetch(await waiting)
+
+    run(scenario())
+
+
+def test_an_exception_in_place_of_a_part_is_raised_as_it_was(seam, channel):
+    async def scenario():
+        async with aclosing(seam.call(fails="part 0", num_parts=1)) as stream:
+            await stream.item()
+            with pytest.raises(DeadlineError, match="no part 0 today"):
+                await channel.fetch(await channel.part(stream))
         await idle(seam)
 
     run(scenario())

@@ -60,7 +60,7 @@ def check_equal(found: PrefillOutput, alone: PrefillOutput) -> None:
         assert torch.equal(one.positions_N, other.positions_N)
         torch.testing.assert_close(one.keys_HND, other.keys_HND, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(one.values_HND, other.values_HND, rtol=1e-4, atol=1e-4)
-    assert found.segment.next_position == alone.segment.next_position
+    assert found.segment.extent == alone.segment.extent
     assert found.segment.num_visual_tokens_removed == alone.segment.num_visual_tokens_removed
 
 

@@ -18,6 +18,7 @@ from rayapp.engine.local import LocalPipeline
 from rayapp.engine.request import GenerationRequest
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.errors import DeadlineError, UnavailableError
+from rayapp.kv.pieces import Message
 
 pytestmark = pytest.mark.ray
 
@@ -41,10 +42,25 @@ def expected(tiny_model):
 
 
 class FlippingChannel(ObjectStoreChannel):
-    """Damages the first ``num_damaged`` messages on their way; counts all."""
+    """Damages the first ``num_damaged`` messages on their way, or parts of them; counts all."""
 
     num_damaged = 0
+    num_damaged_parts = 0
     num_received = 0
+    num_parts = 0
+
+    async def part(self, stream):
+        handle = await super().part(stream)
+        self.num_parts += 1
+        if self.num_damaged_parts:
+            self.num_damaged_parts -= 1
+            handle = await self._damaged(handle)
+        return handle
+
+    async def _damaged(self, handle):
+        message = (await self.fetch(handle)).flat()
+        message[len(message) // 2] ^= 4
+        return ObjectHandle(ray.put(Message((message,))))
 
     @asynccontextmanager
     async def received(self, stream):
@@ -52,9 +68,7 @@ class FlippingChannel(ObjectStoreChannel):
             self.num_received += 1
             if self.num_damaged:
                 self.num_damaged -= 1
-                message = (await self.fetch(handle)).copy()
-                message[len(message) // 2] ^= 4
-                yield ObjectHandle(ray.put(message))
+                yield await self._damaged(handle)
             else:
                 yield handle
 
@@ -112,6 +126,24 @@ def test_damaged_kv_is_never_used(service, expected):
     channel.num_damaged = 1
     assert run(answered(stage.generate([request_of("flipped")]))) == expected
     assert [record.attempt for record in stage.ledger.recent] == [1]
+
+
+def test_a_damaged_part_of_kv_is_never_used(service, expected):
+    stage, channel = opened(service)
+    channel.num_damaged_parts = 1
+    assert run(answered(stage.generate([request_of("part-flipped")]))) == expected
+    assert [record.attempt for record in stage.ledger.recent] == [1]
+    assert channel.num_parts > 2
+
+
+def test_parts_of_kv_equal_its_bytes_and_hide_behind_the_prefill(service, expected):
+    stage, channel = opened(service)
+    assert run(answered(stage.generate([request_of("parts")]))) == expected
+    assert channel.num_parts == 2  # of 64 tokens each; the last message has the rest of 180
+    (record,) = stage.ledger.recent
+    assert record.bytes_sent - record.overhead_bytes == record.bytes_full
+    assert min(record.prefill_s, record.put_s, record.fetch_s, record.copy_s) > 0
+    assert 0 <= record.hidden_s <= record.put_s + record.fetch_s + record.copy_s
 
 
 def test_kv_that_is_always_damaged_ends_in_a_clear_error(service):
@@ -217,6 +249,46 @@ def test_prefill_killed_before_it_answered_is_prefilled_again(service):
     assert killed
     assert all(answer == answers[0] for answer in answers)
     assert len(answers[0]) == 3
+    assert not any(stage.counts().values())
+
+
+def test_prefill_killed_between_two_parts_is_prefilled_again(service, expected):
+    """Every replica is frozen after the first part, and the one that has the prompt is killed."""
+    stage, channel = opened(service)
+
+    async def scenario():
+        prefill = service.replicas("prefill")
+        answer = asyncio.ensure_future(answered(stage.generate([request_of("between")])))
+        await until(lambda: channel.num_parts)
+        with service.stopped(*prefill.values()):
+            for pid in prefill.values():
+                os.kill(pid, signal.SIGKILL)
+            await until(lambda: not any(map(psutil.pid_exists, prefill.values())))
+        return await answer
+
+    assert run(scenario()) == expected
+    assert not any(stage.counts().values())
+
+
+def test_decode_killed_while_parts_come_is_replaced_by_another(service, expected):
+    """What it had copied is lost with it: the prompt is prefilled again, for another replica."""
+    stage, channel = opened(service)
+
+    async def scenario():
+        prefill, decode = service.replicas("prefill"), service.replicas("decode")
+        with service.stopped(*decode.values()):
+            answer = asyncio.ensure_future(answered(stage.generate([request_of("copying")])))
+            await until(lambda: channel.num_parts == 2)
+        with service.stopped(*prefill.values()):
+            busy: set[str] = set()
+            while not busy and not answer.done():
+                replicas = (await stage.health()).replicas
+                busy = {r.replica_id for r in replicas if r.num_running and r.pool == "decode"}
+            for replica_id in busy & set(decode):
+                os.kill(decode[replica_id], signal.SIGKILL)
+        return await answer
+
+    assert run(scenario()) == expected
     assert not any(stage.counts().values())
 
 

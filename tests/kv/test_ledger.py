@@ -41,8 +41,11 @@ FIELDS = [
     "saved_by_blocks_bytes",
     "saved_by_tokens_bytes",
     "saved_by_encoding_bytes",
+    "queue_s",
+    "prefill_s",
     "put_s",
     "fetch_s",
+    "copy_s",
     "hidden_s",
     "gb_per_s",
 ]
@@ -50,7 +53,7 @@ SAVINGS = [name for name in FIELDS if name.startswith("saved_by")]
 
 
 def record(request_id: str = "r", source: str = "a", destination: str = "b") -> TransferRecord:
-    numbers = (30, 0, 1000, 300, 50, 100, 400, 200, 50, 0.1, 0.2, 0.05, 1.5e-6)
+    numbers = (30, 0, 1000, 300, 50, 100, 400, 200, 50, 0.0, 0.3, 0.1, 0.2, 0.1, 0.05, 1.5e-6)
     return TransferRecord(request_id, 0, source, destination, *numbers)
 
 

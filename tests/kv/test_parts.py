@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayapp.errors import IntegrityError
-from rayapp.kv.ledger import KVShape, Route, account
-from rayapp.kv.parts import joined, part
+from rayapp.kv.cache import CaptureCache, held_entries
+from rayapp.kv.growing import PromptKV
+from rayapp.kv.parts import PartCutter, joined, kept_ranges
 from rayapp.kv.quantize import decode, encode, round_trip
-from rayapp.kv.segment import BlockKV, KVSegment
+from rayapp.kv.segment import KVExtent, KVSegment
 from rayapp.kv.select import kept_entries, select_segment
 from rayapp.kv.wire import Envelope, message_sizes, pack, unpack
 from rayapp.plan import KEY_GROUP, KVTransfer, ModelSignature, PruningPlan
@@ -53,32 +55,71 @@ def some_rules() -> st.SearchStrategy[KVTransfer]:
     )
 
 
-@settings(max_examples=30, deadline=None)
+def grown(cache: CaptureCache, num_tokens: int) -> Iterator[PromptKV]:
+    """The KV of a prompt as chunks of 1 to 70 tokens make it; what is unknown is NaN."""
+    kv = PromptKV(cache, torch.arange(num_tokens) * 2)
+    while kv.num_done < num_tokens:
+        count = min(1 + (kv.num_done * 7) % 70, num_tokens - kv.num_done)
+        for block in range(len(cache.windows)):
+            new = (t[:, :, kv.num_done : kv.num_done + count] for t in cache.whole[block])
+            kv.append(block, *new)
+            for tensor in kv.memory(block):
+                tensor[:, :, kv.num_done + count :] = float("nan")
+        kv.num_done += count
+        yield kv
+
+
+class Dense(CaptureCache):
+    """A cache that also keeps what fell out of a window."""
+
+    def __init__(self, cache: CaptureCache, num_tokens: int) -> None:
+        super().__init__(
+            cache.windows, num_kv_heads=cache.num_kv_heads, head_dim=cache.head_dim,
+            dtype=cache.dtype,
+        )  # fmt: skip
+        shape = (1, cache.num_kv_heads, num_tokens, cache.head_dim)
+        self.whole = {
+            block: tuple(torch.randn(shape).to(cache.dtype) for _ in range(2))
+            for block in range(len(cache.windows))
+        }
+        for block, entries in self.whole.items():
+            self.update(*entries, block)
+
+
+@settings(max_examples=40, deadline=None)
 @given(
     rules=st.lists(some_rules(), min_size=3, max_size=3),
     num_tokens=st.sampled_from([1, 2, KEY_GROUP, 131, 260]),
     dtype=st.sampled_from(DTYPES),
     windows=st.sampled_from([(None, None, None), (None, KEY_GROUP + 9, 20)]),
-    cuts=st.sets(st.integers(1, 5)),
+    every=st.integers(1, 4),
 )
-def test_parts_joined_equal_the_whole(capture, rules, num_tokens, dtype, windows, cuts) -> None:  # type: ignore[no-untyped-def]
-    """For any cut between groups, any rule, and blocks that keep different numbers of entries."""
-    cache = capture(windows, num_tokens, dim=3, dtype=dtype, seed=num_tokens)
+def test_parts_joined_equal_the_whole(capture, rules, num_tokens, dtype, windows, every) -> None:  # type: ignore[no-untyped-def]
+    """For any chunks, any rule, and blocks that keep different numbers of entries."""
+    cache = Dense(capture(windows, num_tokens, dim=3, dtype=dtype), num_tokens)
     plan = plan_of(dict(enumerate(rules)), 3)
-    segment = select_segment(plan, cache, torch.arange(num_tokens), num_tokens)
-    whole = unpack(pack(segment, SENT), SENT)
-    borders = [0, *(KEY_GROUP * cut for cut in sorted(cuts)), None]
-    messages = [
-        pack(part(segment, begin or 0, end), SENT) for begin, end in itertools.pairwise(borders)
+    segment = select_segment(plan, cache, torch.arange(num_tokens) * 2, num_tokens * 2)
+    segment = dataclasses.replace(segment, num_prefilled=num_tokens)
+    extent = KVExtent(num_tokens * 2, num_tokens, num_tokens)
+    segment = extent.segment(segment.blocks)
+    cutter = PartCutter(plan, cache, extent)
+    messages = []
+    for number, kv in enumerate(grown(cache, num_tokens)):
+        is_last = kv.num_done == num_tokens
+        if is_last or number % every == 0:
+            ready = cutter.num_ready_bytes(kv.num_done)
+            part = cutter.cut(kv)
+            assert part.nbytes == ready
+            messages.append(pack(part, dataclasses.replace(SENT, part=len(messages))))
+    received = [
+        unpack(message, dataclasses.replace(SENT, part=number))
+        for number, message in enumerate(messages)
     ]
-    assert_equal(joined([unpack(message, SENT) for message in messages]), whole)
+    assert_equal(joined(received), unpack(pack(segment, SENT), SENT))
     payloads = [message_sizes(message).payload_bytes for message in messages]
     sizes = message_sizes(pack(segment, SENT))
-    # Sizes agree but for the half byte that pads an odd number of int4 codes.
-    assert 0 <= sum(payloads) - sizes.payload_bytes <= 2 * 3 * len(payloads)
-    shape = KVShape(3, 2, 3, dtype.itemsize, windows)
-    record = account(shape, plan, sizes, Route("r", 0, "a", "b"), num_prompt_tokens=num_tokens)
-    assert record.saved_by_encoding_bytes == segment.nbytes - sizes.payload_bytes
+    assert sum(payloads) == sizes.payload_bytes
+    assert cutter.num_parts == len(messages)
 
 
 @pytest.mark.parametrize("encoding", ["int8", "int4"])
@@ -104,12 +145,6 @@ def test_groups_count_kept_entries_and_not_positions() -> None:
     assert float((found - keys[:, kept]).abs().max()) < 0.02
 
 
-@pytest.mark.parametrize("borders", [(1, None), (0, KEY_GROUP - 1), (-KEY_GROUP, 0), (128, 64)])
-def test_a_cut_inside_a_group_is_refused(segment, borders) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(IntegrityError, match=f"multiples of {KEY_GROUP}"):
-        part(segment, *borders)
-
-
 def test_parts_that_do_not_belong_together_are_not_joined(segment) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(IntegrityError, match="at least one part"):
         joined([])
@@ -121,6 +156,21 @@ def test_parts_that_do_not_belong_together_are_not_joined(segment) -> None:  # t
         joined([segment, segment])
 
 
-def test_a_part_is_a_view(segment) -> None:  # type: ignore[no-untyped-def]
-    cut: BlockKV = part(segment, 0, KEY_GROUP).blocks[0]
-    assert cut.keys_HND.data_ptr() == segment.blocks[0].keys_HND.data_ptr()
+def test_a_part_is_a_view(capture) -> None:  # type: ignore[no-untyped-def]
+    cache = Dense(capture((None,), 200), 200)
+    cutter = PartCutter(plan_of({}, 1), cache, KVExtent(200, 200))
+    for kv in grown(cache, 200):
+        if kv.num_done > KEY_GROUP:
+            entry = cutter.cut(kv).blocks[0]
+            assert entry.keys_HND.data_ptr() == kv.memory(0)[0].data_ptr()
+            break
+
+
+@pytest.mark.parametrize("rule", [(4, 8), (4, 0), (0, 8), (None, None), (0.5, 0.5)])
+def test_ranges_of_kept_tokens_are_those_of_kept_entries(rule) -> None:  # type: ignore[no-untyped-def]
+    transfer = KVTransfer(first=rule[0], last=rule[1])
+    for num_tokens, window in itertools.product((0, 1, 5, 30), (None, 11)):
+        held = held_entries(num_tokens, window)
+        kept = kept_entries(transfer, held) + num_tokens - held
+        ranges = kept_ranges(transfer, num_tokens, window)
+        assert [t for begin, end in ranges for t in range(begin, end)] == kept.tolist()

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import struct
 import warnings
-import zlib
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayapp.errors import IntegrityError, TransferError, WireError
+from rayapp.kv import wire
+from rayapp.kv.pieces import Bytes, Message
 from rayapp.kv.quantize import buffer_sizes, round_trip
 from rayapp.kv.segment import BlockKV, KVSegment
-from rayapp.kv.wire import PREFIX_BYTES, Envelope, Message, message_sizes, pack, unpack
+from rayapp.kv.wire import PREFIX_BYTES, Envelope, message_sizes, unpack
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
-def forge(message: Message, change) -> Message:  # type: ignore[no-untyped-def]
+def pack(segment: KVSegment, envelope: Envelope) -> Bytes:
+    """All bytes of a message in one row, which can be damaged."""
+    return wire.pack(segment, envelope).flat()
+
+
+def forge(message: Bytes, change) -> Bytes:  # type: ignore[no-untyped-def]
     """``message`` with its header rewritten by ``change``, sizes and checksum made right again."""
     (header_bytes,) = struct.unpack_from("<I", message, 12)
     header = json.loads(bytes(message[PREFIX_BYTES : PREFIX_BYTES + header_bytes]))
@@ -32,9 +40,9 @@ def forge(message: Message, change) -> Message:  # type: ignore[no-untyped-def]
     padded = text + bytes(-len(text) % 64)
     total = PREFIX_BYTES + len(padded) + len(body)
     prefix = bytearray(PREFIX_BYTES)
-    struct.pack_into("<8sIIQ", prefix, 0, b"RAYAPPKV", 2, len(text), total)
-    rest = prefix[60:] + padded + body
-    struct.pack_into("<I", prefix, 56, zlib.crc32(rest, zlib.crc32(prefix[:56])))
+    struct.pack_into("<8sIIQ", prefix, 0, b"RAYAPPKV", 3, len(text), total)
+    digest = xxhash.xxh3_64_intdigest(bytes(prefix[:56]) + padded + body)
+    struct.pack_into("<Q", prefix, 56, digest)
     return np.frombuffer(bytes(prefix) + padded + body, np.uint8)
 
 
@@ -103,6 +111,37 @@ def test_strided_tensors_are_packed_in_order(envelope: Envelope) -> None:
     (received,) = unpack(message, envelope).blocks
     assert torch.equal(received.keys_HND, keys)
     assert torch.equal(received.values_HND, values)
+
+
+@pytest.mark.parametrize("dtype", BITS)
+@pytest.mark.parametrize("dim", [5, 64])
+def test_pieces_are_views_on_both_sides(envelope: Envelope, dtype: torch.dtype, dim: int) -> None:
+    """Heads that lie apart in a prompt's memory travel without being copied together."""
+    keys_HTD, values_HTD = torch.randn(2, 3, 40, dim).to(dtype)
+    part = slice(8, 24)
+    entry = BlockKV(0, keys_HTD[:, part], values_HTD[:, part], torch.arange(8, 24))
+    message = wire.pack(KVSegment((entry,), 40, 40), envelope)
+    sent = [piece.__array_interface__["data"][0] for piece in message.pieces]
+    assert {t[h, 8].data_ptr() for t in (keys_HTD, values_HTD) for h in range(3)} <= {*sent}
+    (received,) = unpack(message, envelope).blocks
+    assert received.keys_HND.data_ptr() == keys_HTD[0, 8].data_ptr()
+    stored = pickle.loads(pickle.dumps(message))
+    for copied in (message.owned(), stored, Message(tuple(map(np.array, message.pieces)))):
+        (received,) = unpack(copied, envelope).blocks
+        assert torch.equal(received.keys_HND, keys_HTD[:, part])
+        assert torch.equal(received.values_HND, values_HTD[:, part])
+    assert np.array_equal(message.flat(), pack(KVSegment((entry,), 40, 40), envelope))
+
+
+def test_a_message_that_is_cut_elsewhere_is_refused(segment: KVSegment, envelope: Envelope) -> None:
+    flat = pack(segment, envelope)
+    body_at = wire.pack(segment, envelope).pieces[0].nbytes
+    for cut in (10, PREFIX_BYTES, body_at + 3, body_at + 50):
+        with pytest.raises(WireError, match=r"declares|at least|unequal|within a number"):
+            unpack(Message((flat[:cut], flat[cut:])), envelope)
+    for wrong in (Message(()), Message((flat, "text"))):  # type: ignore[arg-type]
+        with pytest.raises(WireError, match="rows of bytes"):
+            unpack(wrong, envelope)
 
 
 def test_empty_segments_travel(envelope: Envelope) -> None:
@@ -184,6 +223,8 @@ def test_garbage_headers_are_refused(text: bytes) -> None:
         ("attempt", 2),
         ("plan_fingerprint", "plan-b"),
         ("weights_fingerprint", "weights-b"),
+        ("part", 3),
+        ("is_last", False),
     ],
 )
 def test_another_envelope_is_refused_with_both_values(
@@ -258,13 +299,14 @@ def test_a_consistent_header_larger_than_its_message_is_refused(envelope: Envelo
         message_sizes(forge(message, grow))
 
 
-def test_a_message_of_the_first_format_is_refused_by_its_version(
-    segment: KVSegment, envelope: Envelope
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_message_of_an_earlier_format_is_refused_by_its_version(
+    segment: KVSegment, envelope: Envelope, version: int
 ) -> None:
-    """It may hold one scale per channel and message, and would be decoded to other numbers."""
+    """The first may hold one scale per channel and message, and would give other numbers."""
     message = pack(segment, envelope)
-    struct.pack_into("<I", message, 8, 1)
-    with pytest.raises(WireError, match=r"version 1, not .* version 2; run the same release"):
+    struct.pack_into("<I", message, 8, version)
+    with pytest.raises(WireError, match=rf"version {version}, not .* version 3; run the same"):
         unpack(message, envelope)
 
 

@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
+from rayapp.distributed.serve.autoscaling import POLICY
 from rayapp.distributed.serve.exposure import check_exposure, serving_host
 from rayapp.distributed.serve.ingress.ingress import Ingress
 from rayapp.distributed.serve.replicas.replicas import DecodeReplica, PrefillReplica, UnifiedReplica
@@ -25,7 +26,6 @@ from rayapp.distributed.serve.settings import (
     ServiceSettings,
 )
 
-_POLICIES = "rayapp.distributed.serve.autoscaling:"
 _SPARE_REQUESTS = 1000
 _SERVERS = {PREFILL: PrefillReplica, DECODE: DecodeReplica, UNIFIED: UnifiedReplica}
 
@@ -73,8 +73,11 @@ def deployment_options(settings: ServiceSettings, name: str, pool: PoolSettings)
     }
     if name != INGRESS:
         router = "rayapp.distributed.serve.ingress.router:AddressedRouter"
-        options["request_router_config"] = RequestRouterConfig(request_router_class=router)
-    if pool.replicas.is_elastic and name != INGRESS:
+        options["request_router_config"] = RequestRouterConfig(
+            request_router_class=router,
+            request_routing_stats_period_s=settings.scaling.interval_s,
+        )
+    if any(one.replicas.is_elastic for one in settings.pools.values()):
         options["autoscaling_config"] = _autoscaling(settings, name, pool)
     else:
         options["num_replicas"] = pool.replicas.minimum
@@ -82,19 +85,20 @@ def deployment_options(settings: ServiceSettings, name: str, pool: PoolSettings)
 
 
 def _autoscaling(settings: ServiceSettings, name: str, pool: PoolSettings) -> AutoscalingConfig:
-    scaling = settings.scaling
-    prefill = {"tokens_per_replica": scaling.queued_tokens_per_replica}
-    decode = {"target_usage": scaling.target_usage}
-    limits = {PREFILL: prefill, DECODE: decode, UNIFIED: {**prefill, **decode}}[name]
+    """Serve's configuration of a pool: bounds, and how often it reports; the policy has the rest.
+
+    The ingress never scales: its ledger would leave with a replica.
+    """
+    bounds, scaling = pool.replicas, settings.scaling
     return AutoscalingConfig(
-        min_replicas=pool.replicas.minimum,
-        max_replicas=pool.replicas.maximum,
-        initial_replicas=pool.replicas.minimum,
+        min_replicas=bounds.minimum,
+        max_replicas=bounds.minimum if name == INGRESS else bounds.maximum,
+        initial_replicas=bounds.minimum,
         policy=AutoscalingPolicy(
-            policy_function=f"{_POLICIES}{name.title()}Policy", policy_kwargs=limits
+            policy_function=POLICY, policy_kwargs={"scaling": scaling.model_dump(mode="json")}
         ),
-        upscale_delay_s=scaling.upscale_delay_s,
-        downscale_delay_s=scaling.downscale_delay_s,
-        look_back_period_s=scaling.look_back_s,
+        upscale_delay_s=0.0,
+        downscale_delay_s=0.0,
+        look_back_period_s=max(2.0, 2 * scaling.interval_s),
         metrics_interval_s=scaling.interval_s,
     )

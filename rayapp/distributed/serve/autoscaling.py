@@ -1,93 +1,101 @@
-"""Autoscaling policies: the number of replicas that a pool should have, from our own metrics.
+"""The autoscaling policy as Serve calls it: one decision over ingress, prefill and decode.
 
-Serve keeps the number within the pool's bounds and delays changes. The prefill pool follows the
-prompt tokens in its queues. The decode pool follows the share of slots and entries in use, and the
-requests that wait for a slot. Both sums are over the pool, so consolidation is counted before a
-pool shrinks. If a number is missing, the pool keeps its size. Nothing here may raise: Serve would
-silently fall back. Policies are classes because Serve passes ``policy_kwargs`` only to classes.
+Serve asks an application's policy with a context of every deployment that has an autoscaling
+configuration; pools of fixed size have one too, with equal bounds. The decision itself is
+:func:`rayapp.scaling.policy.decide`, whose settings travel as ``policy_kwargs`` of every
+deployment, so a Serve configuration names them once, in the arguments of the application. Serve's
+own delays are 0: the policy has its own.
+
+If a configuration names no policy for the application, Serve asks this one for every deployment
+alone. Nothing here may raise: Serve would silently fall back.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable
+import time
+from collections.abc import Mapping
 from typing import Any
+
+from rayapp.distributed.serve.decisions import publish
+from rayapp.scaling.policy import Memory, decide
+from rayapp.scaling.reports import DecodeReport, IngressReport, PrefillReport
+from rayapp.scaling.settings import ScalingSettings
+from rayapp.scaling.view import Decision, Heard, PoolView
 
 logger = logging.getLogger(__name__)
 
-Decision = tuple[int, dict[str, Any]]
+POLICY = f"{__name__}:ServicePolicy"
 
 
-class PrefillPolicy:
-    """Policy that allows a replica at most ``tokens_per_replica`` prompt tokens in its queue."""
+class ServicePolicy:
+    """The policy of a service, with its memory.
 
-    def __init__(self, tokens_per_replica: int) -> None:
-        self._tokens_per_replica = tokens_per_replica
+    Args:
+        scaling: The fields of :class:`rayapp.scaling.settings.ScalingSettings`; without them, those
+            that the deployments carry are used.
+    """
 
-    def __call__(self, context: Any) -> Decision:
-        """Answer Serve's question for the pool's number of replicas."""
-        return _decided(context, lambda: by_queued_tokens(context, self._tokens_per_replica))
+    def __init__(self, scaling: Mapping[str, Any] | None = None) -> None:
+        self._given = scaling
+        self._memory = Memory()
+        self._told: dict[str, str] = {}
 
+    def __call__(self, contexts: Any) -> tuple[Any, dict[Any, Any]]:
+        """Answer Serve's question for the number of replicas, of one deployment or of all."""
+        if not isinstance(contexts, Mapping):
+            numbers = self._numbers({contexts.deployment_name: contexts})
+            return numbers[contexts.deployment_name], {}
+        named = {str(context.deployment_name): context for context in contexts.values()}
+        numbers = self._numbers(named)
+        return {key: numbers[str(one.deployment_name)] for key, one in contexts.items()}, {}
 
-class DecodePolicy:
-    """Policy that uses a replica by at most ``target_usage``, waiting requests counted."""
+    def _numbers(self, contexts: Mapping[str, Any]) -> dict[str, int]:
+        """The number of replicas of every deployment; the present ones if a decision fails."""
+        try:
+            view = {name: view_of(context) for name, context in contexts.items()}
+            settings = self._settings(contexts)
+            decisions, self._memory = decide(settings, self._memory, view, time.time())
+            self._tell(decisions)
+            return {name: max(1, decisions[name].after) for name in contexts}
+        except Exception:
+            logger.exception("the autoscaling policy failed; the pools stay as they are")
+            return {name: context.target_num_replicas for name, context in contexts.items()}
 
-    def __init__(self, target_usage: float) -> None:
-        self._target_usage = target_usage
+    def _settings(self, contexts: Mapping[str, Any]) -> ScalingSettings:
+        carried = [context.config.policy.policy_kwargs for context in contexts.values()]
+        scaling = self._given or next((one["scaling"] for one in carried if one), {})
+        return ScalingSettings.model_validate(scaling)
 
-    def __call__(self, context: Any) -> Decision:
-        """Answer Serve's question for the pool's number of replicas."""
-        return _decided(context, lambda: by_usage(context, self._target_usage))
-
-
-class UnifiedPolicy:
-    """Policy that takes the larger of prefill's and decode's numbers."""
-
-    def __init__(self, tokens_per_replica: int, target_usage: float) -> None:
-        self._tokens_per_replica = tokens_per_replica
-        self._target_usage = target_usage
-
-    def __call__(self, context: Any) -> Decision:
-        """Answer Serve's question for the pool's number of replicas."""
-        return _decided(context, lambda: self._larger(context))
-
-    def _larger(self, context: Any) -> int | None:
-        queued = by_queued_tokens(context, self._tokens_per_replica)
-        used = by_usage(context, self._target_usage)
-        return None if queued is None or used is None else max(queued, used)
-
-
-def by_queued_tokens(context: Any, tokens_per_replica: int) -> int | None:
-    """Number of replicas for the tokens that wait; None if data is missing."""
-    queued = _total(context, "queued_tokens")
-    return None if queued is None else math.ceil(queued / tokens_per_replica)
-
-
-def by_usage(context: Any, target_usage: float) -> int | None:
-    """Number of replicas for the slots in use and wanted; None if data is missing."""
-    usage, waiting = _total(context, "usage"), _total(context, "waiting")
-    if usage is None or waiting is None:
-        return None
-    return math.ceil(round((usage + waiting) / target_usage, 6))
+    def _tell(self, decisions: Mapping[str, Decision]) -> None:
+        """Log every change with its reason, and publish it for people."""
+        for name, decision in decisions.items():
+            if decision.is_change:
+                logger.warning("%s", decision)
+                self._told[name] = str(decision)
+                publish(name, str(decision))
 
 
-def _total(context: Any, name: str) -> float | None:
-    """Sum of a metric over the running replicas, None unless all have reported it."""
-    reported = (context.aggregated_metrics or {}).get(name) or {}
-    values = [reported.get(replica) for replica in context.running_replicas]
-    if not values or any(value is None or not math.isfinite(value) for value in values):
-        return None
-    return float(sum(value for value in values if value is not None))
-
-
-def _decided(context: Any, decide: Callable[[], int | None]) -> Decision:
-    """The decided number of replicas, at least one; without a decision, the present number."""
-    try:
-        wanted = decide()
-    except Exception:
-        logger.exception("an autoscaling policy failed; the pool stays as it is")
-        wanted = None
-    if wanted is None:
-        return context.target_num_replicas, {}
-    return max(1, wanted), {}
+def view_of(context: Any) -> PoolView:
+    """One deployment of Serve's as the policy sees it: its bounds, and the newest reports."""
+    series = context.raw_metrics or {}
+    heard = {}
+    for replica in context.running_replicas:
+        points = {
+            name: values[replica][-1] for name, values in series.items() if values.get(replica)
+        }
+        if points:
+            numbers = {name: point.value for name, point in points.items()}
+            heard[str(replica)] = Heard(
+                at_s=max(point.timestamp for point in points.values()),
+                prefill=PrefillReport.read(numbers),
+                decode=DecodeReport.read(numbers),
+                ingress=IngressReport.read(numbers),
+            )
+    return PoolView(
+        minimum=context.capacity_adjusted_min_replicas,
+        maximum=context.capacity_adjusted_max_replicas,
+        target=context.target_num_replicas,
+        running=tuple(map(str, context.running_replicas)),
+        heard=heard,
+    )

@@ -1,25 +1,27 @@
 """The KV channel over Ray's object store; the receiver of a call's answer owns the message.
 
 Three measured facts rule this module. An object that a replica *puts* dies with the replica; one
-that it *returns* belongs to the caller and survives it. Awaiting the next reference of a stream
-that is still running also fetches its value, so the reference is taken only once the stream has
-ended, when nothing needs to be awaited. And a reference that is passed to a streaming call stays
-pinned until that stream ends, so messages are handed over in unary calls.
+that it *returns* belongs to the caller and survives it, once the call has ended. Awaiting the next
+reference of a stream that is still running also fetches its value, so the reference of a message is
+taken only once it is ready, when nothing needs to be awaited. And a reference that is passed to a
+streaming call stays pinned until that stream ends, so messages are handed over in unary calls.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from rayapp.engine.channel import ByteBudget, after_release, without_message
 from rayapp.errors import TransferError
+
+_LOOK_S = 0.001
 
 
 @dataclass(eq=False)
@@ -40,16 +42,35 @@ class ReplicaStream:
         self._response = response
         self._references: Any = None
 
-    async def first(self) -> Any:
-        """Return the value of the first item, which is small."""
-        # This is the only use of Serve's private way from a response to references; tests guard it.
-        self._references = await self._response._to_object_ref_gen()
-        return await (await anext(self._references))
+    async def item(self) -> Any:
+        """Return the value of the next item, which is small."""
+        if self._references is None:
+            # This is the only use of Serve's private way from a response to references; tests guard
+            # it.
+            self._references = await self._response._to_object_ref_gen()
+        try:
+            return await (await anext(self._references))
+        except StopAsyncIteration:
+            raise without_message() from None
+
+    async def message(self) -> ray.ObjectRef:
+        """Return the reference of the next item, which follows at once, without fetching its value.
+
+        Awaiting the reference would fetch the value, so this looks for it now and then.
+        """
+        while not self._references.next_ready():
+            if self._references.is_finished():
+                raise without_message()
+            await asyncio.sleep(_LOOK_S)
+        try:
+            return next(self._references)
+        except (StopIteration, RayError):
+            raise without_message() from None
 
     async def rest(self) -> ray.ObjectRef:
-        """Return the second item's reference once the call has ended, without fetching its value.
+        """Return the last item's reference once the call has ended, without fetching its value.
 
-        An exception that the call raises instead of its second item is that item's value.
+        An exception that the call raises instead of its last item is that item's value.
         """
         try:
             await self._references.completed()
@@ -82,6 +103,16 @@ class ObjectStoreChannel:
         """Count ``num_bytes`` as pinned while the context lasts."""
         return self._budget.reserved(num_bytes)
 
+    @staticmethod
+    async def part(stream: ReplicaStream) -> ObjectHandle:
+        """Own the message that the stream's latest item announced, until it is released."""
+        return ObjectHandle(await stream.message())
+
+    @staticmethod
+    def release(handle: ObjectHandle) -> None:
+        """Give a message up."""
+        handle.reference = None
+
     @asynccontextmanager
     async def received(self, stream: ReplicaStream) -> AsyncGenerator[ObjectHandle, None]:
         """Own the message at the end of a replica's stream while the context lasts."""
@@ -89,15 +120,15 @@ class ObjectStoreChannel:
         try:
             yield handle
         finally:
-            handle.reference = None
+            self.release(handle)
 
     @staticmethod
-    async def fetch(handle: ObjectHandle) -> np.ndarray:
+    async def fetch(handle: ObjectHandle) -> Any:
         """Return the message behind a handle, zero-copy and read-only, in any process."""
         if handle.reference is None:
             raise after_release()
         try:
-            return cast("np.ndarray", await handle.reference)
+            return await handle.reference
         except RayTaskError as error:
             raise error.cause from None
         except RayError as error:

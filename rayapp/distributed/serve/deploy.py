@@ -24,6 +24,8 @@ from ray.serve.schema import ServeDeploySchema
 from rayapp.distributed.cluster.connection import connected, hushed
 from rayapp.distributed.cluster.nodes import free_nodes
 from rayapp.distributed.cluster.patience import Patience
+from rayapp.distributed.serve import decisions
+from rayapp.distributed.serve.autoscaling import POLICY
 from rayapp.distributed.serve.placement import check_placement, check_readable, hopeless
 from rayapp.distributed.serve.replicas.stage import image_support
 from rayapp.distributed.serve.settings import APP_NAME, ServiceSettings
@@ -111,6 +113,7 @@ def configuration(settings: ServiceSettings) -> dict[str, Any]:
 
     Serve logs the arguments of an application, so they have the digest of the key, never the key.
     """
+    is_elastic = any(pool.replicas.is_elastic for pool in settings.pools.values())
     deployed = settings.model_copy(update={"api_key": None, "api_key_digest": settings.key_digest})
     return {
         "proxy_location": "HeadOnly",
@@ -121,6 +124,7 @@ def configuration(settings: ServiceSettings) -> dict[str, Any]:
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
                 "args": deployed.model_dump(mode="json", exclude_none=True),
+                **({"autoscaling_policy": {"policy_function": POLICY}} if is_elastic else {}),
             }
         ],
     }
@@ -181,6 +185,7 @@ def apply(settings: ServiceSettings) -> None:
             f"Serve runs on this cluster and listens on {running.host}:{running.port}; serve "
             f"there, not on {settings.host}:{settings.port}, or run `serve shutdown` first"
         )
+    decisions.clear()
     client.deploy_apps(ServeDeploySchema.model_validate(config))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from rayapp.engine.request import PromptLogprobs, PromptRequests, TokenBatch
 from rayapp.errors import UnavailableError
+from rayapp.kv.segment import KVExtent
 from rayapp.kv.wire import Envelope, MessageSizes
 from rayapp.plan import ModelSignature, PruningPlan
 
@@ -77,14 +78,31 @@ class Place:
 
 
 @dataclass(frozen=True)
+class KVPart:
+    """The small item before the message of a part of the KV, which leaves during the prefill.
+
+    Args:
+        place: The replica that prefills.
+        part: Number of the part, counted from 0.
+        extent: The lengths of the prompt.
+        pack_s: Seconds that packing the part took.
+    """
+
+    place: Place
+    part: int
+    extent: KVExtent
+    pack_s: float
+
+
+@dataclass(frozen=True)
 class PrefillAnswer:
-    """The first, small item of a prefill; the KV message follows unless ``kv_bytes`` is None.
+    """The small item at the end of a prefill; the last message follows unless ``kv_bytes`` is None.
 
     Args:
         place: The replica that prefilled.
         firsts: The first token of every answer, in the order of the requests, if prefill samples
             them.
-        kv_bytes: Bytes of the segment in the model's own type.
+        kv_bytes: Bytes, in the model's own type, of the KV in the message that follows.
         queue_s: Seconds that the request waited for its turn.
         prefill_s: Seconds that the prefill took.
         num_visual_tokens_removed: Number of image tokens that were not run.
@@ -101,20 +119,68 @@ class PrefillAnswer:
 
 
 @dataclass(frozen=True)
-class Admission:
-    """The answer of a decode replica that has taken over a segment, and computes an answer to it.
+class Seating:
+    """What decode needs to know to reserve slots and pages for KV that is still computed.
 
     Args:
-        place: The replica that decodes and delivers the tokens.
-        sizes: The sizes of the message.
-        wait_s: Seconds until a slot was free.
-        fetch_s: Seconds to fetch the message.
+        prompt: The requests for all answers, with their attempt.
+        versions: The plan, weights and type that prefill and decode must have.
+        extent: The lengths of the prompt.
+        wait_s: Longest wait for a slot, and then for pages, seconds.
+    """
+
+    prompt: PromptRequests
+    versions: Versions
+    extent: KVExtent
+    wait_s: float
+
+
+@dataclass(frozen=True)
+class Seat:
+    """The answer of a decode replica that has reserved slots and pages.
+
+    Args:
+        place: The replica, to which all parts of the KV go.
+        wait_s: Seconds until there were any.
     """
 
     place: Place
-    sizes: MessageSizes
     wait_s: float
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What became of a message of KV in a decode replica.
+
+    Args:
+        sizes: The sizes of the message.
+        fetch_s: Seconds to fetch it.
+        copy_s: Seconds to check it and copy it into pages.
+    """
+
+    sizes: MessageSizes
     fetch_s: float
+    copy_s: float
+
+    def __add__(self, other: Copied) -> Copied:
+        return Copied(
+            self.sizes + other.sizes, self.fetch_s + other.fetch_s, self.copy_s + other.copy_s
+        )
+
+
+@dataclass(frozen=True)
+class Admission:
+    """The answer of a decode replica that has all KV of a prompt, and computes answers to it.
+
+    Args:
+        place: The replica that decodes, from which the token stream is read.
+        copied: What became of the message.
+        wait_s: Seconds until a slot was free.
+    """
+
+    place: Place
+    copied: Copied
+    wait_s: float
 
 
 TokenRow = tuple[Any, ...]
@@ -181,12 +247,25 @@ class Handover:
         known: The tokens with which every answer begins, in the order of the requests: those that
             the client has, or else the one that prefill sampled.
         wait_s: Longest wait for a slot, seconds.
+        part: Number of the message that comes with it; the parts before it have been copied.
     """
 
     prompt: PromptRequests
     versions: Versions
     known: tuple[tuple[int, ...], ...]
     wait_s: float
+    part: int = 0
+
+    @property
+    def known_by_name(self) -> dict[str, tuple[int, ...]]:
+        """The tokens with which every answer begins, by request id."""
+        names = (request.request_id for request in self.prompt.requests)
+        return dict(zip(names, self.known, strict=True))
+
+    @property
+    def envelope(self) -> Envelope:
+        """The envelope of the message that comes with it."""
+        return replace(self.versions.envelope(*self.prompt.key), part=self.part)
 
     @classmethod
     def after(

@@ -21,6 +21,7 @@ from pydantic import (
 from rayapp.api.keys import digest_of
 from rayapp.engine.sequences.memory import BLOCK_SIZE
 from rayapp.errors import InputError
+from rayapp.scaling.settings import ScalingSettings
 from rayapp.settings import (
     DTypeName,
     MaxModelLen,
@@ -135,6 +136,11 @@ class PoolSettings(Strict):
         return max(1, int(self.num_cpus))
 
 
+KV_PART_MS = 5.0
+"""Milliseconds of packing that make a part of a prompt's KV worth the calls that it costs; about
+what these calls take (project default)."""
+
+
 class Deadlines(Strict):
     """Seconds that each phase of a request may last; after them it is freed and answered with 504.
 
@@ -155,26 +161,6 @@ class Deadlines(Strict):
     def longest_s(self) -> float:
         """Seconds that one attempt at an answer may take in all."""
         return 2 * self.queue_s + self.prefill_s + self.transfer_s + self.decode_s
-
-
-class ScalingSettings(Strict):
-    """Settings of pools with MIN:MAX replicas: when they grow and when they shrink.
-
-    Args:
-        queued_tokens_per_replica: Prompt tokens in the queue that one prefill replica can handle.
-        target_usage: Share of its slots that a decode replica should use.
-        upscale_delay_s: Time for which a pool must look too small before it grows.
-        downscale_delay_s: Time for which a pool must look too large before it shrinks.
-        look_back_s: Time over which the metrics are averaged.
-        interval_s: Time between two looks at the metrics.
-    """
-
-    queued_tokens_per_replica: int = Field(default=4096, ge=1)
-    target_usage: float = Field(default=0.8, gt=0.0, le=1.0)
-    upscale_delay_s: float = Field(default=10.0, ge=0.0)
-    downscale_delay_s: float = Field(default=120.0, ge=0.0)
-    look_back_s: float = Field(default=10.0, gt=0.0)
-    interval_s: float = Field(default=2.0, gt=0.0)
 
 
 class ServiceSettings(Strict):
@@ -222,6 +208,12 @@ class ServiceSettings(Strict):
         default=2 << 30,
         ge=1,
         description="Most bytes of KV that one ingress replica has under way.",
+    )
+    kv_part_ms: float = Field(
+        default=KV_PART_MS,
+        ge=0.0,
+        description="KV of a prompt of several chunks leaves in parts of at least so many "
+        "milliseconds of packing, while the rest is computed; 0 sends every chunk alone.",
     )
     images: ImageLimits = ImageLimits()
     image_cache_bytes: int = Field(

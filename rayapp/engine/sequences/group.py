@@ -166,18 +166,26 @@ class PagedGroup:
         size = sheet.pages * self.arena.block_size
         return sheet.pages if sheet.is_pinned else self._ahead(sheet.used, size, 8)
 
-    def load_answers(self, answers: Sequence[Entries], entries: Sequence[BlockKV]) -> None:
-        """Copy the group's part of a segment into pages from :meth:`take_answers`."""
+    def load_answers(
+        self, answers: Sequence[Entries], entries: Sequence[BlockKV], begin: int
+    ) -> None:
+        """Copy the group's part of a segment into pages from :meth:`take_answers`.
+
+        Args:
+            answers: The pages of every answer.
+            entries: The next entries of every block.
+            begin: Number of entries that were copied before.
+        """
         if answers[0].prompt is not None:
-            self._load(answers[0].prompt, entries)
+            self._load(answers[0].prompt, entries, begin)
             return
         for held in answers:
-            self._load(held.sheet, entries)
+            self._load(held.sheet, entries, begin)
             if self.window is not None:
-                held.positions = entries[0].positions_N.tolist()
+                held.positions += entries[0].positions_N.tolist()
 
-    def _load(self, sheet: Sheet, entries: Sequence[BlockKV]) -> None:
-        keys_HNLD, values_HNLD = self.arena.runs(sheet, 0, entries[0].num_entries)
+    def _load(self, sheet: Sheet, entries: Sequence[BlockKV], begin: int) -> None:
+        keys_HNLD, values_HNLD = self.arena.runs(sheet, begin, begin + entries[0].num_entries)
         for index, entry in enumerate(entries):
             keys_HNLD[:, index] = entry.keys_HND
             values_HNLD[:, index] = entry.values_HND

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -11,7 +12,8 @@ from rayapp.engine.sequences.entries import Entries, StoredEntries
 from rayapp.engine.sequences.group import PagedGroup
 from rayapp.engine.sequences.memory import KVMemory
 from rayapp.errors import InputError, WireError
-from rayapp.kv.segment import KVSegment
+from rayapp.kv.cache import held_entries
+from rayapp.kv.segment import BlockKV, KVExtent, KVSegment
 from rayapp.models.passes.single_token import AttendingCache
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
@@ -21,6 +23,22 @@ SequenceKV = tuple[Entries, ...]
 
 StoredKV = tuple[StoredEntries, ...]
 """The entries of a sequence that was set aside, by group."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What of a prompt's KV has been copied into pages: entries, and the position after them.
+
+    Both are by groups of blocks.
+    """
+
+    counts: tuple[int, ...]
+    ends: tuple[int, ...]
+
+    @classmethod
+    def none(cls, num_groups: int) -> Loaded:
+        """Nothing so far."""
+        return cls((0,) * num_groups, (0,) * num_groups)
 
 
 class PagedKV(AttendingCache):
@@ -74,6 +92,7 @@ class PagedKV(AttendingCache):
                 for n in here
             ]
         self.groups = tuple(groups)
+        self._rules = [plan.transfer(group.blocks[0]) for group in self.groups]
         self.blocks = tuple(sorted(block for group in self.groups for block in group.blocks))
         self._places = {
             block: (group, index)
@@ -115,34 +134,16 @@ class PagedKV(AttendingCache):
         """Number of tokens that the memory holds, in sequences of ``max_model_len`` tokens."""
         return self.num_pages * self._max_model_len // self._longest if self._longest else 0
 
-    def check(self, segment: KVSegment) -> None:
-        """Raise :class:`WireError` if a segment is not exactly the KV that this stage needs."""
-        blocks = tuple(entry.block for entry in segment.blocks)
-        if blocks != self.blocks:
-            raise WireError(
-                f"the KV segment holds blocks {list(blocks)}, decode attends in blocks "
-                f"{list(self.blocks)}; "
-                "prefill and decode must run the same plan"
-            )
-        by_block = {entry.block: entry for entry in segment.blocks}
-        heads, dim = self._shape_HD
-        for group in self.groups:
-            positions_N = by_block[group.blocks[0]].positions_N
-            shape = (heads, positions_N.shape[0], dim)
-            for block in group.blocks:
-                entry = by_block[block]
-                layouts = {(t.dtype, tuple(t.shape)) for t in (entry.keys_HND, entry.values_HND)}
-                if layouts != {(self._dtype, shape)} or not torch.equal(
-                    entry.positions_N, positions_N
-                ):
-                    raise WireError(
-                        f"block {block} has keys and values {layouts}, expected {self._dtype} "
-                        f"{shape} at the positions of block {group.blocks[0]}; prefill again"
-                    )
+    def num_entries(self, extent: KVExtent) -> tuple[int, ...]:
+        """Number of entries that the KV of a prompt has under the plan, by groups."""
+        return tuple(
+            sum(rule.counts(held_entries(extent.num_prefilled, group.window)))
+            for group, rule in zip(self.groups, self._rules, strict=True)
+        )
 
     def take(
         self,
-        segment: KVSegment,
+        extent: KVExtent,
         max_tokens: Sequence[int],
         num_free: int,
         *,
@@ -151,16 +152,14 @@ class PagedKV(AttendingCache):
         """Take pinned pages for answers to one prompt, all or none; None if there is no room.
 
         Args:
-            segment: The checked segment that will be loaded.
+            extent: The lengths of the prompt whose KV will be loaded.
             max_tokens: Most tokens of every answer.
             num_free: Free slots, which share the free pages.
             is_alone: True if there is no other sequence.
         """
-        by_block = {entry.block: entry for entry in segment.blocks}
         share = self._share(num_free)
         taken: list[list[Entries]] = [[] for _ in max_tokens]
-        for group in self.groups:
-            count = by_block[group.blocks[0]].num_entries
+        for group, count in zip(self.groups, self.num_entries(extent), strict=True):
             held = group.take_answers(count, max_tokens, share, is_alone=is_alone)
             for mine, entries in zip(taken, held, strict=False):
                 mine.append(entries)
@@ -173,13 +172,75 @@ class PagedKV(AttendingCache):
     def _share(self, num_free: int) -> float:
         return 1 / max(1, num_free)
 
-    def load(self, answers: Sequence[SequenceKV], segment: KVSegment) -> None:
-        """Copy a segment into the pages of answers from :meth:`take`, on any thread."""
+    def load(self, answers: Sequence[SequenceKV], segment: KVSegment, loaded: Loaded) -> Loaded:
+        """Copy a segment, or the next part of one, into pages from :meth:`take`, on any thread.
+
+        Args:
+            answers: The pages of all answers to the prompt.
+            segment: What follows the entries that have been copied.
+            loaded: What has been copied before.
+
+        Returns:
+            What has been copied then.
+
+        Raises:
+            WireError: The segment is not exactly what comes next; nothing was copied.
+        """
+        after = self._check_next(segment, loaded)
         by_block = {entry.block: entry for entry in segment.blocks}
         for number, group in enumerate(self.groups):
             group.load_answers(
-                [mine[number] for mine in answers], [by_block[block] for block in group.blocks]
+                [mine[number] for mine in answers],
+                [by_block[block] for block in group.blocks],
+                loaded.counts[number],
             )
+        return after
+
+    def _check_next(self, segment: KVSegment, loaded: Loaded) -> Loaded:
+        """What is loaded with this segment; :class:`WireError` if it is not what this stage needs.
+
+        Entries follow those before them, and there are never more than the plan sends.
+        """
+        blocks = tuple(entry.block for entry in segment.blocks)
+        if blocks != self.blocks:
+            raise WireError(
+                f"the KV segment holds blocks {list(blocks)}, decode attends in blocks "
+                f"{list(self.blocks)}; "
+                "prefill and decode must run the same plan"
+            )
+        by_block = {entry.block: entry for entry in segment.blocks}
+        counts, ends = list(loaded.counts), list(loaded.ends)
+        for number, (group, most) in enumerate(
+            zip(self.groups, self.num_entries(segment.extent), strict=True)
+        ):
+            positions_N = self._check_group(group, by_block)
+            counts[number] += len(positions_N)
+            is_next = not len(positions_N) or int(positions_N[0]) >= ends[number]
+            if counts[number] > most or not is_next:
+                raise WireError(
+                    f"blocks {list(group.blocks)}: {len(positions_N)} entries from position "
+                    f"{int(positions_N[0])} on came after {loaded.counts[number]} of {most}, which "
+                    f"end at {ends[number] - 1}; they came twice or are another prompt's: prefill "
+                    "again"
+                )
+            if len(positions_N):
+                ends[number] = int(positions_N[-1]) + 1
+        return Loaded(tuple(counts), tuple(ends))
+
+    def _check_group(self, group: PagedGroup, by_block: dict[int, BlockKV]) -> torch.Tensor:
+        """The positions of a group's entries; :class:`WireError` if its blocks are not alike."""
+        heads, dim = self._shape_HD
+        positions_N = by_block[group.blocks[0]].positions_N
+        shape = (heads, positions_N.shape[0], dim)
+        for block in group.blocks:
+            entry = by_block[block]
+            layouts = {(t.dtype, tuple(t.shape)) for t in (entry.keys_HND, entry.values_HND)}
+            if layouts != {(self._dtype, shape)} or not torch.equal(entry.positions_N, positions_N):
+                raise WireError(
+                    f"block {block} has keys and values {layouts}, expected {self._dtype} "
+                    f"{shape} at the positions of block {group.blocks[0]}; prefill again"
+                )
+        return positions_N
 
     def unpin(self, answers: Iterable[SequenceKV]) -> None:
         """Let pages be moved, once nobody copies into them any more."""

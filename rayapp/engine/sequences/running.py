@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rayapp.engine.answer import Answer
 from rayapp.engine.request import GenerationRequest, TokenBatch
-from rayapp.engine.sequences.paged_kv import PagedKV, SequenceKV, StoredKV
+from rayapp.engine.sequences.paged_kv import Loaded, PagedKV, SequenceKV, StoredKV
 from rayapp.errors import IntegrityError, RequestError, WireError
-from rayapp.kv.segment import KVSegment
+from rayapp.kv.segment import KVExtent, KVSegment
 from rayapp.kv.select import num_prefilled
 from rayapp.plan import PruningPlan
 
@@ -71,36 +71,72 @@ class Reservation:
     Nobody reads or moves the pages until they are committed, so :meth:`load` may run beside a step.
     """
 
-    sequences: list[RunningSequence]
+    requests: tuple[GenerationRequest, ...]
+    extent: KVExtent
+    held: list[SequenceKV]
     pages: PagedKV
     is_open: bool = True
 
+    def __post_init__(self) -> None:
+        self._loaded = Loaded.none(len(self.pages.groups))
+
     def load(self, segment: KVSegment) -> None:
-        """Copy the prompt's KV into the pages, on any thread; the segment may be released then."""
-        self.pages.load([sequence.kv for sequence in self.sequences], segment)
+        """Copy the prompt's KV, or its next part, into the pages, on any thread.
+
+        The segment may be released when this returns.
+
+        Raises:
+            WireError: The segment is not the KV that comes next; nothing was copied.
+        """
+        if segment.extent != self.extent:
+            raise WireError(
+                f"the KV segment is of {segment.extent}, pages were taken for {self.extent}; "
+                "prefill again"
+            )
+        self._loaded = self.pages.load(self.held, segment, self._loaded)
+
+    def check_complete(self) -> None:
+        """Raise :class:`WireError` if parts of the KV have not been copied."""
+        wanted = self.pages.num_entries(self.extent)
+        if self._loaded.counts != wanted:
+            raise WireError(
+                f"{list(self._loaded.counts)} of {list(wanted)} entries of KV have come, by groups "
+                "of blocks; prefill again"
+            )
 
 
-def check_segment(
-    request: GenerationRequest, segment: KVSegment, plan: PruningPlan, max_model_len: int
+def check_extent(
+    request: GenerationRequest,
+    extent: KVExtent,
+    num_entries: Iterable[int],
+    plan: PruningPlan,
+    max_model_len: int,
 ) -> None:
-    """Raise an error if a segment is not the KV of a request's prompt, or leaves too little room.
+    """Raise an error if the KV to come is not of a request's prompt, or leaves too little room.
+
+    Args:
+        request: The request that is answered.
+        extent: The lengths of the prompt whose KV comes.
+        num_entries: Entries that the KV has, by groups of blocks.
+        plan: The plan, which says which tokens prefill runs.
+        max_model_len: Most entries of a sequence in one block.
 
     Raises:
-        WireError: Its lengths are not those of the prompt under this plan.
+        WireError: The lengths are not those of the prompt under this plan.
         RequestError: Prompt and answer exceed ``max_model_len`` entries.
     """
-    kept = request.num_prompt_tokens - segment.num_visual_tokens_removed
+    kept = request.num_prompt_tokens - extent.num_visual_tokens_removed
     expected = num_prefilled(plan, kept)
-    lengths = (segment.num_prompt_tokens, segment.num_prefilled)
+    lengths = (extent.num_prompt_tokens, extent.num_prefilled)
     in_images = sum(image.num_tokens for image in request.images)
     if lengths != (request.num_prompt_tokens, expected) or (
-        segment.num_visual_tokens_removed > in_images
+        extent.num_visual_tokens_removed > in_images
     ):
         raise WireError(
             f"the KV segment is of {lengths[0]} prompt tokens, {lengths[1]} of them prefilled; "
             f"the request has {request.num_prompt_tokens}, {expected} to prefill: prefill again"
         )
-    entries = max((entry.num_entries for entry in segment.blocks), default=0)
+    entries = max(num_entries, default=0)
     if entries + request.sampling.max_tokens > max_model_len:
         raise RequestError(
             f"{entries} entries and max_tokens={request.sampling.max_tokens} exceed the "
@@ -111,7 +147,7 @@ def check_segment(
 def begun(
     start: AnswerStart,
     plan: PruningPlan,
-    segment: KVSegment,
+    extent: KVExtent,
     answer: Answer,
 ) -> RunningSequence:
     """Build a sequence; its first inputs are the last prompt token and tokens sent before.
@@ -135,7 +171,7 @@ def begun(
     pending = deque(sent)
     if decodes_first:
         pending.appendleft(request.prompt_token_ids[-1])
-    return RunningSequence(request, answer, pending, segment.next_position - decodes_first)
+    return RunningSequence(request, answer, pending, extent.next_position - decodes_first)
 
 
 def youngest(sequences: Sequence[RunningSequence]) -> RunningSequence:

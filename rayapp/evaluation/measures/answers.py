@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rayapp.data.final_numbers import final_number
 from rayapp.data.image_lines import prompt_of
 from rayapp.data.lines import TokenizedLine
 from rayapp.engine.local import Completion, LocalPipeline
@@ -33,40 +35,57 @@ def judge_answers(
     lines: Sequence[TokenizedLine],
     *,
     end_token_ids: Sequence[int] = (),
+    decode: Callable[[list[int]], str] | None = None,
 ) -> list[JudgedAnswer]:
     """Answer every prompt greedily and compare with its continuation, end marker included.
 
     Decode writes exactly as many tokens as the expected answer has, without stopping early. So the
     KV of every prompt travels and is counted, even if the first token is wrong. A completion of a
-    single token that is cut off gets two, since the KV of one is never sent.
+    single token that is cut off gets two, since the KV of one is never sent. A worked completion is
+    judged by its final number instead (:mod:`rayapp.data.final_numbers`).
 
     Args:
         pipeline: Prefill, wire and continuous decode of one plan.
         lines: Prompts with their expected continuations.
         end_token_ids: Tokens that may stand for the end marker beside the expected one.
+        decode: The text of token ids, for lines that are judged by a number.
     """
     sampling = [_greedy(line) for line in lines]
     completions = pipeline.generate([prompt_of(line) for line in lines], sampling)
     return [
-        _judge(line, completion, end_token_ids)
+        _judge(line, completion, end_token_ids, decode)
         for line, completion in zip(lines, completions, strict=True)
     ]
 
 
 def _greedy(line: TokenizedLine) -> SamplingParams:
-    max_tokens = max(2, len(line.continuation))
-    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    return SamplingParams(max_tokens=line.num_answer_tokens, temperature=0.0, ignore_eos=True)
 
 
 def _judge(
-    line: TokenizedLine, completion: Completion, end_token_ids: Sequence[int]
+    line: TokenizedLine,
+    completion: Completion,
+    end_token_ids: Sequence[int],
+    decode: Callable[[list[int]], str] | None,
 ) -> JudgedAnswer:
     if completion.transfer is None:
         raise IntegrityError(
             f"an answer of {len(line.continuation)} tokens came without a transfer"
         )
+    ends = (line.continuation[-1], *end_token_ids) if line.ends else tuple(end_token_ids)
+    if line.number:
+        is_right = _number(completion.token_ids, ends, decode) == line.number
+        return JudgedAnswer(is_right, completion.transfer, is_right)
     expected = line.continuation[:-1] if line.ends else line.continuation
     begins = completion.token_ids[: len(expected)] == expected
-    ends = (line.continuation[-1], *end_token_ids)
     is_match = begins and (not line.ends or completion.token_ids[-1] in ends)
     return JudgedAnswer(is_match, completion.transfer, begins)
+
+
+def _number(
+    token_ids: Sequence[int], ends: Sequence[int], decode: Callable[[list[int]], str] | None
+) -> str | None:
+    """The final number of an answer, up to its end marker."""
+    if decode is None:
+        raise IntegrityError("an answer is judged by its number, and no tokenizer reads it")
+    return final_number(decode(list(itertools.takewhile(lambda id_: id_ not in ends, token_ids))))

@@ -25,13 +25,13 @@ from rayapp.engine.decode import DecodeEngine
 from rayapp.engine.prefill import PrefillEngine, PrefillOutput
 from rayapp.engine.request import GenerationRequest
 from rayapp.engine.sampling_params import SamplingParams
-from rayapp.errors import IntegrityError
+from rayapp.errors import InputError, IntegrityError
 from rayapp.evaluation.bootstrap import CONFIDENCE
 from rayapp.evaluation.measures.likelihood import TwoStages
 from rayapp.evaluation.measures.prompt_bytes import PromptBytes
 from rayapp.evaluation.progress import ProgressCallback, silent
 from rayapp.evaluation.result import LatencyResult, StageTimes
-from rayapp.evaluation.settings import EvaluationSettings
+from rayapp.evaluation.settings import Clock, EvaluationSettings
 from rayapp.models.stack import BlockStack
 from rayapp.vision.inputs import ImageInput
 from rayapp.vision.reader import ImageReader
@@ -52,6 +52,7 @@ class RunTimes:
 
 
 Run = Callable[[], RunTimes]
+CLOCKS: dict[Clock, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,19 @@ def measure_latency(
 
     ``length`` are tokens of prompt and answer; None takes the first of the settings. The number of
     threads is torch's at the moment; this function does not change it.
+
+    Raises:
+        InputError: The CPU's clock is to time what a GPU computes.
     """
+    if settings.clock == "cpu" and dense.prefill.device.type != "cpu":
+        raise InputError(
+            f"clock=cpu with a model on {dense.prefill.device}: it does not see what the device "
+            "computes; give --clock wall"
+        )
     num_prompt, num_answer = length or settings.timed_lengths[0]
     requests = _requests(settings.seed, (num_prompt, num_answer), batch_size, plan, image)
-    sides = [_EngineRun(side, requests, image) for side in (dense, plan)]
+    clock = CLOCKS[settings.clock]
+    sides = [_EngineRun(side, requests, image, clock) for side in (dense, plan)]
     what = f"timing, batch {batch_size}"
     dense_runs, plan_runs = interleave(
         sides[0], sides[1], settings.num_runs, on_run=lambda n: progress(what, n, settings.num_runs)
@@ -97,6 +107,7 @@ def measure_latency(
         batch_size=batch_size,
         num_runs=settings.num_runs,
         num_threads=torch.get_num_threads(),
+        clock=settings.clock,
         dense=medians(dense_runs, num_answer, bytes_sent=sent[0]),
         plan=medians(plan_runs, num_answer, bytes_sent=sent[1]),
         link_gbps=None if image else settings.link_gbps,
@@ -175,8 +186,13 @@ class _EngineRun:
     """One side's engines, which answer the same requests every time that it is called."""
 
     def __init__(
-        self, side: TwoStages, requests: list[GenerationRequest], image: TimedImage | None
+        self,
+        side: TwoStages,
+        requests: list[GenerationRequest],
+        image: TimedImage | None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self._clock = clock
         first = requests[0]
         max_model_len = first.num_prompt_tokens + first.sampling.max_tokens
         self._requests = requests
@@ -194,12 +210,12 @@ class _EngineRun:
         )
 
     def __call__(self) -> RunTimes:
-        begun_s = time.perf_counter()
+        begun_s = self._clock()
         outputs = [self._prefill.run(request) for request in self._requests]
-        prefill_s = (time.perf_counter() - begun_s) / len(outputs)
-        begun_s = time.perf_counter()
+        prefill_s = (self._clock() - begun_s) / len(outputs)
+        begun_s = self._clock()
         self._admit(outputs)
-        admit_s = (time.perf_counter() - begun_s) / len(outputs)
+        admit_s = (self._clock() - begun_s) / len(outputs)
         if self._first_by_decode:
             prefill_s += self._steps(1)
         num_steps = self._requests[0].sampling.max_tokens - 1
@@ -215,7 +231,7 @@ class _EngineRun:
             self._decode.admit(request, output.segment, output.first)
 
     def _steps(self, count: int) -> float:
-        begun_s = time.perf_counter()
+        begun_s = self._clock()
         for _ in range(count):
             self._decode.step()
-        return time.perf_counter() - begun_s
+        return self._clock() - begun_s

@@ -2,7 +2,9 @@
 
 A task is admitted if the dense model's two-sided 95 % interval lies above chance and above the
 share of the commonest answer, and if decode computed some of its scored tokens: an answer of one
-letter is mostly prefill's, and says nothing about decode. Of an admitted task the plan keeps
+letter is mostly prefill's, and says nothing about decode. Where a plan changes decode alone, a
+task counts only if decode computed at least half of its scored tokens: most answers of another one
+are right or wrong whatever the plan does. Of an admitted task the plan keeps
 ``(plan - chance) / (dense - chance)``, resampled in pairs. The mean over tasks is resampled
 jointly, tasks counting alike.
 """
@@ -26,6 +28,9 @@ from rayapp.evaluation.quality import MarginRow, PerplexityRow, Quality
 from rayapp.evaluation.settings import EvaluationSettings
 
 Metric = Literal["acc", "acc_norm", "answer"]
+LEAST_SHARE = 0.5
+"""Share of a task's scored tokens that decode computes at least, for plans that change decode alone
+(project default)."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,8 @@ def quality_of(
     texts: Mapping[str, ScoredWindows],
     seen: Mapping[str, str],
     settings: EvaluationSettings,
+    *,
+    only_decode: bool = False,
 ) -> Quality:
     """The primary end points of a plan.
 
@@ -98,11 +105,13 @@ def quality_of(
         texts: The tasks of text.
         seen: How the plan has seen a task; empty if it has not.
         settings: The number of compared plans, seed and resamples.
+        only_decode: Whether the plan changes decode alone.
     """
     margins: list[MarginRow] = []
     kept: list[Resampled] = []
     for task, group in answers.items():
-        row, margin = _margin(task, group, seen.get(task, ""), settings)
+        least = LEAST_SHARE if only_decode else 0.0
+        row, margin = _margin(task, group, seen.get(task, ""), settings, least)
         margins.append(row)
         if margin is not None and not row.reason:
             kept.append(margin)
@@ -127,7 +136,7 @@ def quality_of(
 
 
 def _margin(
-    task: str, answers: Answers, seen: str, settings: EvaluationSettings
+    task: str, answers: Answers, seen: str, settings: EvaluationSettings, least_share: float
 ) -> tuple[MarginRow, Resampled | None]:
     """A task's row, and its kept margin if there is any margin to keep."""
     columns = [
@@ -141,7 +150,7 @@ def _margin(
         for mean, drawn_R in zip(means_K, drawn_KR, strict=True)
     )
     interval = dense.interval()
-    reason = _refusal(answers, interval, chance.mean)
+    reason = _refusal(answers, interval, chance.mean, least_share)
     margin = _kept(dense, plan, chance) if not reason else None
     row = MarginRow(
         task=task,
@@ -160,10 +169,15 @@ def _margin(
     return row, margin
 
 
-def _refusal(answers: Answers, dense: Interval, chance: float) -> str:
+def _refusal(answers: Answers, dense: Interval, chance: float, least_share: float) -> str:
     """Why a task is not admitted; empty if it is."""
     if not answers.decode_share:
         return "decode computed none of its scored tokens; score whole answers"
+    if answers.decode_share < least_share:
+        return (
+            f"decode computed {answers.decode_share:.0%} of its scored tokens, and the plan "
+            "changes decode alone"
+        )
     bars = (("chance", chance), ("the commonest answer", answers.majority))
     missed = [f"{name}, {bar:.1%}" for name, bar in bars if dense.lower <= bar]
     if not missed:

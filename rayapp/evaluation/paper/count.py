@@ -8,15 +8,15 @@ a rate that was measured, on rows that are done or on a few lines before the sta
 from __future__ import annotations
 
 import itertools
-import time
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rayapp.data.lines import TokenizedLine
 from rayapp.evaluation.cells import Table
 from rayapp.evaluation.data import EvaluationData
-from rayapp.evaluation.measures.likelihood import likelihoods
-from rayapp.evaluation.sides import Sides
+from rayapp.evaluation.pieces.compute import PieceCompute
+from rayapp.evaluation.pieces.piece import Piece
 from rayapp.pruning.methods.method import Setup
 from rayapp.pruning.methods.table import GRADIENT_METHODS, METHODS
 from rayapp.pruning.settings.search import SearchSettings
@@ -103,7 +103,9 @@ def tokens_of(data: EvaluationData) -> int:
     )
     lines = [line for task in data.completions.values() for line in task]
     windows = [line for task in data.texts.values() for line in task.lines]
-    twice = sum(2 * (len(line.prompt) + len(line.continuation)) for line in lines)
+    twice = sum(
+        2 * len(line.prompt) + len(line.continuation) + line.num_answer_tokens for line in lines
+    )
     return choices + twice + sum(len(one.prompt) + len(one.continuation) for one in windows)
 
 
@@ -118,12 +120,13 @@ def search_evaluations(search: SearchSettings, num_blocks: int) -> int:
     return METHODS[name](setup).evaluations_left + gradients * GRADIENT_PASSES
 
 
-def probed_rate(sides: Sides, lines: Sequence[TokenizedLine]) -> float:
-    """Tokens per second of both sides together, on a few lines."""
-    began_s = time.perf_counter()
-    scored = [sums.num_tokens for _, sums in likelihoods(sides.dense, sides.plan, lines)]
-    seconds = time.perf_counter() - began_s
-    return 2 * (sum(scored) + sum(len(line.prompt) for line in lines)) / seconds
+def probed_rate(compute: PieceCompute, lines: Sequence[TokenizedLine]) -> float:
+    """Tokens per second of both sides on all evaluators, which run the same few lines together."""
+    num_evaluators = compute.num_evaluators
+    probe = Piece("likelihood", tuple(range(len(lines))), tuple(lines))
+    seconds = [done.seconds for done in compute.run([probe] * num_evaluators)]
+    tokens = 2 * sum(len(line.prompt) + len(line.continuation) for line in lines)
+    return num_evaluators * tokens / statistics.mean(seconds)
 
 
 def few_lines(data_sets: Iterable[EvaluationData]) -> list[TokenizedLine]:

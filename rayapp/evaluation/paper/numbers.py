@@ -14,9 +14,10 @@ from rayapp.evaluation.result import MEAN, LatencyResult
 from rayapp.evaluation.settings import EvaluationSettings
 
 ACCURACY, MARGIN, PERPLEXITY = "accuracy", "margin kept", "perplexity"
+BY_DECODE = "by decode"
 ANSWER, TTFT, TPOT = "answer ms", "TTFT ms", "TPOT ms"
 WITH_TRANSFER = "answer ms with transfer"
-BYTES = "bytes per request"
+BYTES, TIMED_BYTES = "bytes per request", "bytes of a timed prompt"
 ALL_DATA = "all data"
 _ANSWERED: dict[str, Literal["acc", "acc_norm", "answer"]] = {
     "acc": "acc",
@@ -32,7 +33,8 @@ class Number:
 
     Attributes:
         data: Data set, ``mean``, ``all data``, or batch size.
-        metric: The name of the metric.
+        metric: The name of the metric; ``by decode`` is the share of the scored tokens that decode
+            computed, in per cent.
         num: Number of examples, windows, runs or requests that it rests on.
         dense: The dense model's value.
         plan: The plan's value.
@@ -69,6 +71,7 @@ def row_numbers(row: RowOutcome, *, link_gbps: float, seed: int) -> list[Number]
         for name, data in row.data.items()
         for metric in data.metrics
     ]
+    numbers += _shares(row)
     numbers += _mean(row, seed)
     numbers += margins(row, seed=seed)
     for timing in row.latency:
@@ -93,6 +96,19 @@ def _heading(row: RowOutcome) -> dict[str, DataOutcome]:
     return {name: data for name, data in row.data.items() if not name.endswith(IN_DOMAIN)}
 
 
+def _shares(row: RowOutcome) -> list[Number]:
+    """Shares that decode computed, of every data set with right answers."""
+    known = [
+        (n, d, 100 * d.decode_share) for n, d in row.data.items() if d.decode_share is not None
+    ]
+    return [Number(n, BY_DECODE, len(d.primary.dense), s, s, 0.0) for n, d, s in known]
+
+
+def decode_shares(numbers: Sequence[Number]) -> str:
+    """Shares that decode computed in one cell, in the order of the data sets."""
+    return ", ".join(f"{n.plan:.0f}" for n in numbers if n.metric == BY_DECODE)
+
+
 def _mean(row: RowOutcome, seed: int) -> list[Number]:
     """The mean over the data sets that have an accuracy; every data set counts alike."""
     metrics = [d.primary for d in _heading(row).values() if d.primary.is_accuracy]
@@ -107,13 +123,14 @@ def _mean(row: RowOutcome, seed: int) -> list[Number]:
 def margins(row: RowOutcome, *, seed: int) -> list[Number]:
     """The share of the dense model's margin above chance that a plan keeps, in per cent.
 
-    Data sets are admitted, and their mean is taken, by :mod:`rayapp.evaluation.measures.margins`.
-    Of ``acc`` and ``acc_norm`` that one counts in which dense is better.
+    Data sets that do not count for this row have none. They are admitted, and their mean is taken,
+    by :mod:`rayapp.evaluation.measures.margins`. Of ``acc`` and ``acc_norm`` that one counts in
+    which dense is better.
     """
     answers = {name: _answers(data) for name, data in row.data.items() if data.chance}
     seen = {name: "calibration domain" for name in answers if name.endswith(IN_DOMAIN)}
     settings = EvaluationSettings(seed=seed, num_resamples=NUM_RESAMPLES)
-    quality = quality_of(answers, {}, seen, settings)
+    quality = quality_of(answers, {}, seen, settings, only_decode=row.only_decode)
     rows = [(each.task, each.margin_kept) for each in quality.margins]
     return [_margin(name, kept) for name, kept in [*rows, (MEAN, quality.macro)] if kept]
 
@@ -174,7 +191,11 @@ def _bytes(row: RowOutcome) -> list[Number]:
     num = sum(data.num_prompts for data in row.data.values())
     full = sum(data.bytes_full for data in row.data.values())
     sent = sum(data.bytes_sent for data in row.data.values())
-    return [Number(ALL_DATA, BYTES, num, full / num, sent / num, full / sent)] if num else []
+    numbers = [Number(ALL_DATA, BYTES, num, full / num, sent / num, full / sent)] if num else []
+    dense, plan = row.timed_bytes
+    if plan:
+        numbers.append(Number(ALL_DATA, TIMED_BYTES, 1, dense, plan, dense / plan))
+    return numbers
 
 
 def beside_ours(peer: RowOutcome, ours: RowOutcome, *, seed: int) -> Number | None:

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, ValidationError
 
 from rayapp.errors import InputError
@@ -19,6 +20,10 @@ from rayapp.evaluation.measures.perplexity import ScoredWindows
 from rayapp.evaluation.measures.prompt_bytes import PromptBytes
 from rayapp.evaluation.pieces.measurer import Measurer
 from rayapp.evaluation.result import LatencyResult
+from rayapp.evaluation.sides import Sides
+from rayapp.models.architecture import text_config
+from rayapp.models.products.joined import named_weights
+from rayapp.models.products.packed import PackedLinear
 from rayapp.settings import Strict
 
 MetricName = Literal["acc", "acc_norm", "exact match", "answer", "perplexity"]
@@ -113,19 +118,39 @@ class WeightBytes(Strict):
     decode: int
     unified: int
 
+    @classmethod
+    def of(cls, sides: Sides) -> WeightBytes:
+        """The bytes of both stages' models of a plan."""
+        stages = [_weights(stage.model) for stage in (sides.plan.prefill, sides.plan.decode)]
+        prefill, decode, unified = (
+            sum(each.numel() * each.element_size() for each in tensors.values())
+            for tensors in (*stages, stages[0] | stages[1])
+        )
+        return cls(prefill=prefill, decode=decode, unified=unified)
+
+
+def _weights(model: Any) -> dict[int, torch.Tensor]:
+    """Weights by identity, without the packed copy of a head that is tied to the embeddings."""
+    head, is_tied = model.get_output_embeddings(), text_config(model.config).tie_word_embeddings
+    weights = {id(tensor): tensor for _, tensor in named_weights(model)}
+    if is_tied and isinstance(head, PackedLinear):
+        del weights[id(head.packed)]
+    return weights
+
 
 class RowOutcome(Strict):
     """All measurements of one row.
 
-    ``timed_bytes`` are the bytes that the dense model and the plan send of a prompt of the timed
-    length. ``tokens`` of both sides were evaluated in ``seconds``. ``base`` names the row whose
-    plan and numbers a unified row shares.
+    ``only_decode`` says whether the plan changes decode alone. ``timed_bytes`` are the bytes that
+    the dense model and the plan send of a prompt of the timed length. ``tokens`` of both sides were
+    evaluated in ``seconds``. ``base`` names the row whose plan and numbers a unified row shares.
     """
 
     name: str
     plan: str
     prefill_removed: float
     decode_removed: float
+    only_decode: bool = False
     search: SearchCost | None = None
     data: dict[str, DataOutcome] = Field(default_factory=dict)
     latency: tuple[LatencyResult, ...] = ()

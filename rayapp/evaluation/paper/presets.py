@@ -106,6 +106,22 @@ def _without_search(sizes: list[Size]) -> Iterator[Row]:
     yield from map(_fitted, rows)
 
 
+def _in_int4(row: Row) -> Row:
+    """A row whose plan sends all of its KV as int4."""
+    assert row.sizes is not None, "such rows have sizes"
+    family = f"{row.family}_int4"
+    return Row(
+        _name(family, (int(row.sizes[0]), int(row.sizes[1]))),
+        f"{row.title}, int4 KV",
+        row.source,
+        after=(row.name,),
+        family=family,
+        sizes=row.sizes,
+        first_token=row.first_token,
+        encoding="int4",
+    )
+
+
 def _fitted(row: Row) -> Row:
     """A row without a search, healed in closed form."""
     assert row.sizes is not None, "such rows have sizes"
@@ -124,14 +140,19 @@ def _fitted(row: Row) -> Row:
 
 
 def _searched(sizes: list[Size]) -> Iterator[Row]:
-    """Our searches: of blocks, of their parts, and with the first answer token from decode."""
+    """Our searches: of blocks, of their parts, and with the first answer token from decode.
+
+    Plans of the last kind are healed in closed form, too, as POP's are.
+    """
     for size in sizes:
         yield _sized("ours", "ours, blocks", "ours", size, _OURS)
     for size in sizes:
         yield _sized("parts", "ours, parts", "ours", size, {**_OURS, "unit": "part"})
-    for size in sizes:
-        if not size[1]:
-            yield _sized("late", "ours, first token from decode", "ours", size, _OURS, "decode")
+    title = "ours, first token from decode"
+    late = [_sized("late", title, "ours", s, _OURS, "decode") for s in sizes if not s[1]]
+    yield from late
+    yield from map(_fitted, late)
+    yield from map(_in_int4, late)
 
 
 def _peers(sizes: list[Size]) -> Iterator[Row]:
@@ -214,7 +235,10 @@ def cheapest_blocks(row: Row, model: ModelSignature, maps: Sequence[Sensitivity]
     return Candidate(parts[0], parts[1]).plan(model, first_token=row.first_token)
 
 
-def encoded(encoding: Encoding, model: ModelSignature) -> PruningPlan:
-    """The dense model with all of its KV in an encoding."""
-    rule = KVTransfer(encoding=encoding)
-    return PruningPlan(model=model, kv_transfer=dict.fromkeys(range(model.num_blocks), rule))
+def encoded(
+    encoding: Encoding, model: ModelSignature, plan: PruningPlan | None = None
+) -> PruningPlan:
+    """A plan, or the dense model, with all of its KV in an encoding."""
+    plan, rule = plan or PruningPlan(model=model), KVTransfer(encoding=encoding)
+    attending = [n for n in range(model.num_blocks) if plan.mode("decode", n).attends]
+    return plan.model_copy(update={"kv_transfer": dict.fromkeys(attending, rule)})

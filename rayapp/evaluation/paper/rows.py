@@ -15,7 +15,7 @@ from typing import Any
 
 from rayapp.errors import InputError
 from rayapp.evaluation.paper.settings import ReproduceSettings
-from rayapp.plan import ModelSignature, PruningPlan, Stage
+from rayapp.plan import Encoding, ModelSignature, PruningPlan, Stage
 from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.pruning.settings.search import SearchSettings
 
@@ -37,6 +37,7 @@ class Row:
         first_token: The stage that makes the first answer token.
         made: A plan of a rule, which needs no search.
         fitted: Whether the plan is that of the row ``after``, healed in closed form.
+        encoding: How the plan of the row ``after`` encodes all of its KV; None leaves it as it is.
         mapped: Whether the plan is that of the blocks that cost least alone, by the map of blocks.
         plan: A plan's directory or file, for a row of a plan that exists already.
     """
@@ -53,6 +54,7 @@ class Row:
     first_token: Stage = "prefill"
     made: Callable[[ModelSignature], PruningPlan] | None = None
     fitted: bool = False
+    encoding: Encoding | None = None
     mapped: bool = False
     plan: str = ""
 

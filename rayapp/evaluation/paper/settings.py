@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from rayapp.evaluation.settings import LINK_GBPS, EvaluationSettings, Spread
+from rayapp.evaluation.settings import LINK_GBPS, Clock, EvaluationSettings, Spread
 from rayapp.pruning.settings.compute import ComputeSettings
 from rayapp.pruning.settings.score import OptionalCalibrationFile, ScoreSettings
 from rayapp.pruning.settings.search import Heal, Method, SearchSettings
@@ -38,7 +38,7 @@ _NOT_IDENTITY = {
     "model", "calibration", "heal_data", "data", "out", "rows", "workers", "address", "resume",
     "allow_overlap", "link_gbps", "threads", "device", "num_runs", "num_prompt_tokens",
     "num_answer_tokens", "batch_sizes", "preset", "plans", "calibration_per_task", "text_tokens",
-    "maps", "count",
+    "maps", "count", "clock",
 }  # fmt: skip
 
 
@@ -170,6 +170,9 @@ class ReproduceSettings(Settings):
         description=EvaluationSettings.model_fields["batch_sizes"].description,
         json_schema_extra={"option": "batch_size"},
     )
+    clock: Clock = Field(
+        default="wall", description=EvaluationSettings.model_fields["clock"].description
+    )
     link_gbps: float = Field(
         default=LINK_GBPS,
         gt=0,
@@ -287,6 +290,7 @@ class ReproduceSettings(Settings):
             num_prompt_tokens=self.num_prompt_tokens or timed[0],
             num_answer_tokens=self.num_answer_tokens or timed[1],
             batch_sizes=self.batch_sizes,
+            clock=self.clock,
             link_gbps=self.link_gbps,
         )
 

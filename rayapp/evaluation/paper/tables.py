@@ -13,11 +13,13 @@ from typing import Any
 
 from rayapp.evaluation.cells import Table
 from rayapp.evaluation.machine import Machine
+from rayapp.evaluation.measures.margins import LEAST_SHARE
 from rayapp.evaluation.paper.marks import quality_speed
 from rayapp.evaluation.paper.numbers import (
     ACCURACY,
     ALL_DATA,
     ANSWER,
+    BY_DECODE,
     BYTES,
     MARGIN,
     TPOT,
@@ -25,6 +27,7 @@ from rayapp.evaluation.paper.numbers import (
     WITH_TRANSFER,
     Number,
     beside_ours,
+    decode_shares,
     row_numbers,
 )
 from rayapp.evaluation.paper.outcome import RowOutcome
@@ -160,15 +163,22 @@ class Paper:
 
     def _quality(self) -> Table:
         dense = self.numbers[self.rows[0].name]
-        kept = [n for n in dense if n.data not in (ALL_DATA,) and not n.data.startswith("batch ")]
+        kept = [
+            n
+            for n in dense
+            if n.data != ALL_DATA and not n.data.startswith("batch ") and n.metric != BY_DECODE
+        ]
         heads = [f"{n.data} {n.metric} (n={n.num:,})" for n in kept]
+        shares = [n.data for n in dense if n.metric == BY_DECODE]
+        told = [f"{BY_DECODE}, % ({', '.join(shares)})"] if shares else []
         rows = []
         for row in self.rows:
             cells = [self._lost(row.name, n.data, n.metric) for n in kept]
-            rows.append((self.title(row.name), _removed(row), *cells))
+            decoded = [decode_shares(self.numbers[row.name])] if shares else []
+            rows.append((self.title(row.name), _removed(row), *decoded, *cells))
         return Table(
             "Quality (lost against dense, at most so much with 95 %)",
-            ("row", "blocks removed, prefill and decode", *heads),
+            ("row", "blocks removed, prefill and decode", *told, *heads),
             tuple(rows),
         )
 
@@ -285,6 +295,8 @@ def definitions(
         "margin kept: share of dense's margin above chance that the plan keeps, in sets where "
         "dense is surely above chance and above the commonest answer; their mean leaves out "
         "calibration domains",
+        f"by decode: share of the scored tokens that decode computed; a row that changes decode "
+        f"alone has no margin of a set of which that is less than {LEAST_SHARE:.0%}",
         "bounds: one-sided, 95 %, paired bootstrap over examples, windows or runs",
         f"with transfer: bytes over {settings.link_gbps:g} Gb/s added to the median answer, "
         "reckoned, not measured",
@@ -326,8 +338,11 @@ def caveats(settings: ReproduceSettings, rows: Sequence[RowOutcome], dtype: str)
         )
     if dtype != "bfloat16":
         reasons.append(f"the engine ran in {dtype}; a reduction is quoted in bfloat16")
-    if 0 < settings.num_runs < 30:
-        reasons.append(f"{settings.num_runs} timed runs; a speed-up is quoted from 30")
+    runs = [timing.num_runs for row in rows for timing in row.latency]
+    if runs and min(runs) < 30:
+        reasons.append(f"{min(runs)} timed runs; a speed-up is quoted from 30")
+    if any(timing.clock == "cpu" for row in rows for timing in row.latency):
+        reasons.append("times are CPU seconds of one thread, which other load does not stretch")
     if not settings.split:
         reasons.append("the split of the data is not stated")
     return reasons

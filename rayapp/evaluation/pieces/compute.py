@@ -16,9 +16,12 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 from rayapp.evaluation.pieces.piece import Done, Piece
 from rayapp.evaluation.settings import EvaluationSettings
 from rayapp.evaluation.sides import Sides
+from rayapp.models.blocks import decoder_blocks
 from rayapp.models.checkpoint import Checkpoint
+from rayapp.models.healed import healed_parameters, keep_packed
 from rayapp.models.loading import LoadedModel, load_model
-from rayapp.plan import PruningPlan
+from rayapp.models.products.packed import pack_products
+from rayapp.plan import STAGES, PruningPlan
 from rayapp.settings import DType
 from rayapp.vision.llava import image_processor_of
 
@@ -97,11 +100,22 @@ class Here:
 
     def open(self, subject: Subject) -> AbstractContextManager[PieceCompute]:
         """Load the model into this process."""
-        loaded = load_model(subject.model, dtype=self.dtype, device=self.device)
-        return nullcontext(LocalPieces(subject, loaded))
+        return nullcontext(
+            LocalPieces(subject, loaded_packed(subject.model, self.dtype, self.device))
+        )
 
 
 HERE = Here()
+
+
+def loaded_packed(model: Path, dtype: DType, device: str) -> LoadedModel:
+    """A model whose products are packed, as those of a search are and those of the service.
+
+    One model computes both sides, so that no difference of products hides in a ratio of times.
+    """
+    loaded = load_model(model, dtype=dtype, device=device)
+    pack_products(loaded.model, decoder_blocks(loaded.model))
+    return loaded
 
 
 class LocalPieces:
@@ -114,7 +128,10 @@ class LocalPieces:
         self._sides: Sides | None = None
 
     def use(self, plan: PruningPlan) -> None:
-        """Put this plan beside the dense model."""
+        """Put this plan beside the dense model; its healed weights are packed, too."""
+        for stage in STAGES:
+            healed_parameters(self._loaded.model, plan, stage)
+            keep_packed(self._loaded.model, plan, stage)
         self._sides = self._subject.sides(self._loaded, plan)
 
     def run(self, pieces: Sequence[Piece]) -> Iterator[Done]:

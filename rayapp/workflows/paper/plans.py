@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rayapp.errors import InputError
 from rayapp.evaluation.paper.count import search_evaluations
-from rayapp.evaluation.paper.presets import cheapest_blocks
+from rayapp.evaluation.paper.presets import cheapest_blocks, encoded
 from rayapp.evaluation.paper.rows import (
     DENSE,
     Row,
@@ -148,6 +148,8 @@ class PaperPlans:
         if row.search is not None:
             return self._searched(row), None
         assert base is not None, "all other rows rest on one"
+        if row.encoding:
+            return self._kept(row, encoded(row.encoding, self._signature, plans[base][0])), None
         if row.fitted:
             return self._fitted(row, plans[base][0]), None
         if row.name == "unified":

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rayapp.errors import DataError, InputError
 from rayapp.evaluation.data import EvaluationData, read_data
 from rayapp.evaluation.evaluate import num_threads, piece_identity, placed
@@ -186,8 +184,7 @@ class _Reproduction:
         seconds = sum(outcome.seconds for outcome in known if outcome)
         if seconds:
             return tokens / seconds
-        lines = few_lines(self._data.values())
-        return compute.num_evaluators * compute.measure(probed_rate, lines)
+        return probed_rate(compute, few_lines(self._data.values()))
 
     def _claim_directory(self) -> None:
         """Record the subject of the rows, and refuse a directory with another subject."""
@@ -232,6 +229,9 @@ class _Reproduction:
                     f"{path}: outcomes are of plan {outcome.plan}, but the plan is "
                     f"{plan.fingerprint}; delete the row's directory to make it again"
                 )
+            # Files from before rows knew it learn it here.
+            only_decode = plan.only_changes_decode
+            outcome = outcome.model_copy(update={"only_decode": only_decode})
             with self.watch.evaluation() as progress:
                 compute.use(plan)
                 wanted, journal = (
@@ -290,7 +290,7 @@ class _Reproduction:
         update = {
             "latency": timings,
             "timed_bytes": (sent[0], sent[1]),
-            "weights": compute.measure(_weight_bytes),
+            "weights": compute.measure(WeightBytes.of),
         }
         return outcome.model_copy(update=update)
 
@@ -354,7 +354,7 @@ def _check_subject(file: Path, wanted: Mapping[str, Any]) -> None:
 def _begun(row: Row, plan: PruningPlan) -> RowOutcome:
     record = plan.provenance.get("kv_select", plan.provenance)
     cost = None
-    if row.search is not None or row.after:
+    if row.search is not None or (row.after and not row.encoding):
         cost = SearchCost(
             evaluations=record["evaluations"], seconds=record["seconds"], score=record["score"]
         )
@@ -365,16 +365,3 @@ def _begun(row: Row, plan: PruningPlan) -> RowOutcome:
         decode_removed=plan.removed("decode"),
         search=cost,
     )
-
-
-def _weight_bytes(sides: Sides) -> WeightBytes:
-    """Bytes of the parameters of both stages' models, and of their union."""
-    parameters: list[dict[int, torch.Tensor]] = [
-        {p.data_ptr(): p for p in stage.model.parameters()}
-        for stage in (sides.plan.prefill, sides.plan.decode)
-    ]
-    sums = [
-        sum(p.nbytes for p in tensors.values())
-        for tensors in (*parameters, parameters[0] | parameters[1])
-    ]
-    return WeightBytes(prefill=sums[0], decode=sums[1], unified=sums[2])

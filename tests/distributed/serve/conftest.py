@@ -27,10 +27,10 @@ MODES = {
 TRANSFER = {"0": {"first": 2, "last": 0.5}, "1": {"first": 1, "last": 6, "encoding": "int8"}}
 NUM_VISUAL = 6
 QUICK_SCALING = {
-    "queued_tokens_per_replica": 300,
-    "upscale_delay_s": 0.5,
-    "downscale_delay_s": 3.0,
-    "look_back_s": 2.0,
+    "targets": {"ttft_ms": 200, "tpot_ms": 20},
+    "fast_s": 3.0,
+    "slow_s": 6.0,
+    "downscale_delay_s": 4.0,
     "interval_s": 0.5,
 }
 
@@ -80,6 +80,8 @@ class PlannedModel:
             "plan": str(self.plan_path),
             "max_num_seqs": 4,
             "max_waiting": 40,
+            "max_num_batched_tokens": 64,
+            "kv_part_ms": 0.0,  # KV of every chunk leaves alone.
             "deadlines": {"lease_s": LEASE_S},
         }
 

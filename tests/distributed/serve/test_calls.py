@@ -29,6 +29,7 @@ from rayapp.distributed.serve.ingress.unified import UnifiedAttempts
 from rayapp.distributed.serve.messages import (
     Address,
     Admission,
+    Copied,
     Place,
     PrefillAnswer,
     Reader,
@@ -47,7 +48,7 @@ PROMPT, VERSIONS, PLACE = (1, 2), Versions("p", "w", "float32"), Place("replica"
 SHAPE = KVShape(num_blocks=1, num_kv_heads=1, head_dim=1, element_bytes=4, windows=(None,))
 NUM_BYTES = SHAPE.dense_bytes(len(PROMPT))
 PREFILLED = PrefillAnswer(PLACE, (), NUM_BYTES, queue_s=0.0, prefill_s=0.0)
-ADMITTED = Admission(PLACE, MessageSizes(NUM_BYTES, 0), wait_s=0.0, fetch_s=0.0)
+ADMITTED = Admission(PLACE, Copied(MessageSizes(NUM_BYTES, 0), 0.0, 0.0), wait_s=0.0)
 EVERYBODY = Address("every replica")
 # Ray keeps the task whose calls it cancels in such a variable, so a call outside has none.
 RAY_TASK: ContextVar[str | None] = ContextVar("RAY_TASK", default=None)

@@ -1,4 +1,4 @@
-"""Autoscaling decisions from metrics; no cluster."""
+"""The policy as Serve calls it, with contexts like Serve's; no cluster."""
 
 from __future__ import annotations
 
@@ -6,62 +6,112 @@ from types import SimpleNamespace
 
 import pytest
 
-from rayapp.distributed.serve.autoscaling import DecodePolicy, PrefillPolicy, UnifiedPolicy
+from rayapp.distributed.serve import autoscaling
+from rayapp.distributed.serve.app import deployment_options
+from rayapp.distributed.serve.autoscaling import POLICY, ServicePolicy, view_of
+from rayapp.distributed.serve.deploy import configuration
+from rayapp.distributed.serve.settings import DECODE, INGRESS, PREFILL, ServiceSettings
+from rayapp.scaling.reports import DecodeReport, PrefillReport
+from rayapp.scaling.settings import ScalingSettings
 
-NAN = float("nan")
+BUSY = PrefillReport(100.0, 10, 50.0, 300.0, 1e-3, 1.0)
+FULL = DecodeReport(30, 0, 3000, 32, 1e6, 0.02, 0.01, 0.0, 100.0, 30, 1.0)
 
 
-def context(metrics, replicas=("a", "b"), target=2):
+@pytest.fixture(autouse=True)
+def told(monkeypatch):
+    """What is published for people."""
+    lines = []
+    monkeypatch.setattr(autoscaling, "publish", lambda pool, text: lines.append(text))
+    return lines
+
+
+def context(name, report, *, target=2, bounds=(1, 8), at_s=None, replicas=("a", "b"), scaling=None):
+    """One deployment as Serve describes it, whose replicas all made the same report."""
+    import time
+
+    moment = time.time() if at_s is None else at_s
+    numbers = report.numbers() if report else {}
+    points = {
+        key: {replica: [SimpleNamespace(timestamp=moment, value=value)] for replica in replicas}
+        for key, value in numbers.items()
+    }
+    kwargs = {"scaling": (scaling or ScalingSettings()).model_dump(mode="json")}
     return SimpleNamespace(
-        aggregated_metrics=metrics, running_replicas=list(replicas), target_num_replicas=target
+        deployment_name=name,
+        raw_metrics=points,
+        running_replicas=list(replicas),
+        target_num_replicas=target,
+        capacity_adjusted_min_replicas=bounds[0],
+        capacity_adjusted_max_replicas=bounds[1],
+        config=SimpleNamespace(policy=SimpleNamespace(policy_kwargs=kwargs)),
     )
 
 
-@pytest.mark.parametrize(
-    ("queued", "wanted"), [((0, 0), 1), ((500, 500), 1), ((1500, 1), 2), ((2000, 2000), 4)]
-)
-def test_prefill_follows_the_tokens_in_its_queues(queued, wanted):
-    metrics = {"queued_tokens": dict(zip("ab", queued, strict=True))}
-    assert PrefillPolicy(tokens_per_replica=1000)(context(metrics))[0] == wanted
-
-
-@pytest.mark.parametrize(
-    ("usage", "waiting", "wanted"),
-    [
-        ((0, 0), (0, 0), 1),
-        ((0.4, 0.4), (0, 0), 1),  # one replica would hold both at the target
-        ((0.5, 0.4), (0, 0), 2),
-        ((1, 1), (0, 0), 3),
-        ((1, 1), (2, 0.4), 6),
-    ],
-)
-def test_decode_follows_slots_in_use_and_wanted(usage, waiting, wanted):
-    metrics = {
-        "usage": dict(zip("ab", usage, strict=True)),
-        "waiting": dict(zip("ab", waiting, strict=True)),
+def test_one_decision_is_made_over_all_deployments(told):
+    contexts = {
+        1: context(PREFILL, BUSY),
+        2: context(DECODE, FULL),
+        3: context(INGRESS, None, target=1, bounds=(1, 1), replicas=("i",)),
     }
-    assert DecodePolicy(target_usage=0.8)(context(metrics))[0] == wanted
+    numbers, state = ServicePolicy()(contexts)
+    assert numbers[1] > 2
+    assert numbers[2] > 2
+    assert numbers[3] == 1
+    assert state == {}
+    assert any(line.startswith("decode 2 -> ") and "s of work against a target" in line
+               for line in told)  # fmt: skip
+
+
+def test_a_deployment_alone_is_decided_too():
+    number, state = ServicePolicy()(context(PREFILL, BUSY))
+    assert number > 2
+    assert state == {}
+
+
+def test_settings_come_with_the_deployments():
+    patient = ScalingSettings.model_validate({"targets": {"ttft_ms": 10_000_000}})
+    assert ServicePolicy()(context(PREFILL, BUSY, scaling=patient))[0] == 2
+    given = {"scaling": patient.model_dump(mode="json")}
+    assert ServicePolicy(**given)(context(PREFILL, BUSY))[0] == 2
 
 
 @pytest.mark.parametrize(
-    "metrics",
-    [None, {}, {"queued_tokens": {"a": 9000}}, {"queued_tokens": {"a": 1, "b": NAN}}, 3],
+    "broken",
+    [{"raw_metrics": 3}, {"raw_metrics": None}, {"running_replicas": ()}, {"config": None}],
 )
-def test_a_pool_holds_where_numbers_are_missing(metrics):
-    """A replica that has just started has reported nothing; Serve may report nothing at all."""
-    for target in (1, 5):
-        seen = context(metrics, target=target)
-        assert PrefillPolicy(tokens_per_replica=1)(seen) == (target, {})
-        assert DecodePolicy(target_usage=0.8)(seen) == (target, {})
+def test_nothing_raises_and_pools_stay(broken):
+    """Serve would silently fall back to its own policy."""
+    seen = context(PREFILL, BUSY, target=5)
+    vars(seen).update(broken)
+    assert ServicePolicy()(seen) == (5, {})
 
 
-def test_no_replica_is_no_information():
-    assert PrefillPolicy(tokens_per_replica=1)(context({"queued_tokens": {}}, ())) == (2, {})
+def test_a_view_has_the_newest_report_of_every_replica():
+    seen = context(PREFILL, BUSY, at_s=7.0)
+    del seen.raw_metrics["queued_s"]["b"]
+    view = view_of(seen)
+    assert view.heard["a"].prefill == BUSY
+    assert view.heard["a"].at_s == 7.0
+    assert view.heard["b"].prefill is None
+    assert view.heard["a"].decode is None
 
 
-def test_unified_takes_the_larger():
-    metrics = {"queued_tokens": {"a": 3000}, "usage": {"a": 0.1}, "waiting": {"a": 0.0}}
-    seen = context(metrics, replicas="a")
-    limits = {"tokens_per_replica": 1000, "target_usage": 0.8}
-    assert UnifiedPolicy(**limits)(seen)[0] == 3
-    assert UnifiedPolicy(**limits)(context({**metrics, "usage": {}}, "a"))[0] == 2
+def test_fixed_pools_join_and_the_ingress_never_scales():
+    settings = ServiceSettings.parse(
+        {"model": "m", "prefill": {"replicas": 2}, "decode": {"replicas": "1:4"}}
+    )
+    for name, bounds in ((PREFILL, (2, 2)), (DECODE, (1, 4)), (INGRESS, (1, 1))):
+        pool = settings.ingress if name == INGRESS else settings.pools[name]
+        config = deployment_options(settings, name, pool)["autoscaling_config"]
+        assert (config.min_replicas, config.max_replicas) == bounds
+        assert (config.upscale_delay_s, config.downscale_delay_s) == (0.0, 0.0)
+        assert config.policy.policy_function == POLICY
+    (application,) = configuration(settings)["applications"]
+    assert application["autoscaling_policy"] == {"policy_function": POLICY}
+
+
+def test_pools_of_fixed_size_need_no_policy():
+    settings = ServiceSettings.parse({"model": "m"})
+    assert deployment_options(settings, PREFILL, settings.prefill)["num_replicas"] == 1
+    assert "autoscaling_policy" not in configuration(settings)["applications"][0]

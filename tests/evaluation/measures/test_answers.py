@@ -60,3 +60,28 @@ def test_an_answer_that_ends_at_once_is_accounted_for_too(tiny_model):
     (answer,) = judge_answers(LocalPipeline(model), [TokenizedLine(prompt, (first + 1, 256), "")])
     assert not answer.is_match
     assert answer.transfer.bytes_sent > 0
+
+
+def test_a_worked_answer_is_judged_by_its_final_number(tiny_model):
+    model = tiny_model("llama")
+    prompt = tuple(range(40, 60))
+    answer = generated(model, prompt, 12)
+    texts = {answer: "9 * 2 = 18, so", answer[:5]: "4 + 4 = 8"}
+
+    def judged(number: str, end: int | None = None) -> bool:
+        line = TokenizedLine(prompt, (1, 2, 256), "", number=number, longest=12)
+        ends = () if end is None else (end,)
+        (found,) = judge_answers(
+            LocalPipeline(model),
+            [line],
+            end_token_ids=ends,
+            decode=lambda ids: texts.get(tuple(ids), "nothing"),
+        )
+        assert found.is_match == found.begins
+        assert found.transfer.num_prompt_tokens == len(prompt)
+        return found.is_match
+
+    assert judged("18")
+    assert not judged("8")
+    if answer.index(answer[5]) == 5:
+        assert judged("8", answer[5]), "what stands behind the end marker does not count"

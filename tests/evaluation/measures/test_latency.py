@@ -6,7 +6,10 @@ import itertools
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from rayapp.errors import InputError
+from rayapp.evaluation.measures import latency
 from rayapp.evaluation.measures.latency import RunTimes, interleave, measure_latency, medians
 from rayapp.evaluation.measures.likelihood import TwoStages
 from rayapp.evaluation.result import LatencyResult, StageTimes
@@ -76,3 +79,29 @@ def test_engines_are_timed(tiny_model, first_token, batch_size):
     for side in (result.dense, result.plan):
         assert side.prefill_ms > 0
         assert side.answer_ms > side.prefill_ms
+
+
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_the_clock_is_the_one_that_was_asked_for(tiny_model, monkeypatch, clock):
+    ticks = iter(range(10_000))
+    monkeypatch.setitem(latency.CLOCKS, clock, lambda: next(ticks) * 0.5)
+    sides = [TwoStages(tiny_model("llama"), PruningPlan()) for _ in range(2)]
+    settings = EvaluationSettings(
+        num_runs=2, num_prompt_tokens=10, num_answer_tokens=5, clock=clock
+    )
+    result = measure_latency(*sides, settings, batch_size=1)
+    assert result.clock == clock
+    assert result.dense.prefill_ms == result.plan.prefill_ms == 500, "one tick between two looks"
+    assert result.dense.tpot_ms == 500 / 4
+
+
+def test_the_cpu_s_clock_times_one_thread():
+    with pytest.raises(ValidationError, match="clock=cpu with num_threads=2"):
+        EvaluationSettings(clock="cpu", num_threads=2)
+
+
+def test_the_cpu_s_clock_times_no_gpu(tiny_model, monkeypatch):
+    side = TwoStages(tiny_model("llama"), PruningPlan())
+    monkeypatch.setattr(type(side.prefill), "device", torch.device("cuda"))
+    with pytest.raises(InputError, match="clock=cpu with a model on cuda"):
+        measure_latency(side, side, EvaluationSettings(clock="cpu"), batch_size=1)

@@ -79,6 +79,18 @@ def test_tasks_that_do_not_count_say_why(task, reason):
     assert quality.macro.num_examples == counted.num_examples
 
 
+@pytest.mark.parametrize(("share", "counts"), [(0.28, False), (0.5, True), (1.0, True)])
+def test_a_plan_of_decode_alone_is_judged_by_what_decode_computed(share, counts):
+    tasks = {"last word": answers(0.6, 0.6, decode_share=share), "cloze": answers(0.6, 0.5)}
+    word, cloze = quality_of(tasks, {}, {}, SETTINGS, only_decode=True).margins
+    assert word.admitted == counts
+    told = "28% of its scored tokens, and the plan changes decode alone" in word.reason
+    assert told == (not counts)
+    assert cloze.admitted
+    both = quality_of(tasks, {}, {}, SETTINGS)
+    assert all(row.admitted for row in both.margins), "prefill decides the first token"
+
+
 def test_a_seen_task_is_shown_and_not_counted():
     tasks = {"seen": answers(0.6, 0.1), "new": answers(0.6, 0.5)}
     quality = quality_of(tasks, {}, {"seen": "the plan knows it"}, SETTINGS)

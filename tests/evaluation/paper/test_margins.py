@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from rayapp.data.published_sets import IN_DOMAIN
-from rayapp.evaluation.paper.numbers import MARGIN, margins
+from rayapp.evaluation.paper.numbers import MARGIN, decode_shares, margins, row_numbers
 from rayapp.evaluation.paper.outcome import DataOutcome, Metric, RowOutcome
 from rayapp.evaluation.result import MEAN
 
@@ -48,6 +48,21 @@ def test_the_margin_above_chance_is_what_counts():
     assert kept[MEAN].num == 400
     assert kept["good"].difference == pytest.approx(10.0)
     assert 10 < kept["good"].bound < 20, "at least 80 % is kept"
+
+
+@pytest.mark.parametrize("only_decode", [False, True])
+def test_a_row_of_decode_alone_leaves_out_what_prefill_answers(only_decode):
+    word = outcome(150, 150).model_copy(update={"decode_share": 0.28})
+    data = {"cloze": outcome(150, 140), "word": word}
+    row = RowOutcome(
+        name="any", plan="f", prefill_removed=0, decode_removed=2, data=data,
+        only_decode=only_decode,
+    )  # fmt: skip
+    kept = {number.data: number for number in margins(row, seed=0)}
+    counted = ["cloze"] if only_decode else ["cloze", "word"]
+    assert list(kept) == [*counted, MEAN]
+    assert kept[MEAN].num == 200 * len(counted)
+    assert decode_shares(row_numbers(row, link_gbps=10.0, seed=0)) == "90, 28"
 
 
 def test_texts_have_no_margin():

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from rayapp.evaluation.paper.count import search_evaluations
-from rayapp.evaluation.paper.presets import TABLES, cheapest_blocks, last_blocks, rows_of
+from rayapp.evaluation.paper.presets import TABLES, cheapest_blocks, encoded, last_blocks, rows_of
 from rayapp.evaluation.paper.rows import Row
-from rayapp.plan import Mode, ModelSignature
+from rayapp.plan import Mode, ModelSignature, PruningPlan, StagePlan
 from rayapp.pruning.search.sensitivity import Sensitivity, Singles
 from rayapp.pruning.settings.search import SearchSettings
 
@@ -54,6 +54,15 @@ def test_pops_rule_writes_the_kv_of_the_last_blocks():
     assert plan.prefill.blocks == {3: Mode.KV_ONLY, 4: Mode.KV_ONLY}
     assert not plan.decode.blocks
     assert plan.first_token == "decode"
+
+
+def test_a_plan_in_int4_keeps_its_blocks():
+    plan = encoded("int4", model(5), last_blocks(2, 0, model(5)))
+    assert plan.prefill == last_blocks(2, 0, model(5)).prefill
+    assert plan.first_token == "decode"
+    assert {plan.transfer(block).encoding for block in range(5)} == {"int4"}
+    removed = PruningPlan(model=model(5), decode=StagePlan(blocks={1: Mode.REMOVED}))
+    assert set(encoded("int8", model(5), removed).kv_transfer) == {0, 2, 3, 4}
 
 
 def test_the_cheapest_blocks_are_those_of_the_mean_over_sets():

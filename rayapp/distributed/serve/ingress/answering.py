@@ -80,7 +80,13 @@ class Answering:
 
 
 class Attempts(Protocol):
-    """Runs single attempts at the answers to a prompt."""
+    """Runs single attempts at the answers to a prompt.
+
+    Attributes:
+        waiting_tokens: Prompt tokens of attempts that have not reached a replica yet.
+    """
+
+    waiting_tokens: int
 
     def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
         """Generate the tokens of all answers; tokens that were sent may be repeated.

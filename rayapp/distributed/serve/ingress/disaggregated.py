@@ -7,22 +7,21 @@ reason, frees its resources.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
-from rayapp.distributed.serve.channel import ObjectHandle, ReplicaStream
+from rayapp.distributed.serve.channel import ReplicaStream
 from rayapp.distributed.serve.ingress.answering import Answering
 from rayapp.distributed.serve.ingress.calls import call
 from rayapp.distributed.serve.ingress.delivery import Delivery, Inbox
 from rayapp.distributed.serve.ingress.freeing import Freeing
-from rayapp.distributed.serve.ingress.losses import DIED, replica_died
+from rayapp.distributed.serve.ingress.handing_over import Delivered, HandingOver
 from rayapp.distributed.serve.ingress.phases import UPDATE_PAUSE_S, phase
 from rayapp.distributed.serve.messages import (
     Address,
-    Admission,
     Handover,
+    KVPart,
     Place,
     PrefillAnswer,
     Refusal,
@@ -31,10 +30,8 @@ from rayapp.distributed.serve.messages import (
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.channel import KVChannel
 from rayapp.engine.request import PromptRequests, TokenBatch
-from rayapp.kv.ledger import KVShape, Ledger, Route, TransferTimes, account
+from rayapp.kv.ledger import KVShape, Ledger, Route, account, payload_bytes
 from rayapp.plan import PruningPlan
-
-_MAX_LOST_REPLICAS = 3
 
 
 class DisaggregatedAttempts:
@@ -71,15 +68,19 @@ class DisaggregatedAttempts:
         self._shape = shape
         self._versions = versions
         self._deadlines = deadlines
+        self.waiting_tokens = 0
         self._freeing = Freeing(decode, within_s=deadlines.lease_s)
         self._delivery = Delivery(decode)
 
     async def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
-        """Prefill, hand the KV over while the first tokens leave, then stream the rest."""
+        """Prefill, hand the KV over while prefill goes on and first tokens leave, then stream."""
         with self._delivery.opened(answering.prompt) as inbox:
             async with AsyncExitStack() as resources:
                 await self._reserve(resources, answering.prompt)
-                stream, answer = await self._prefilled(answering.prompt)
+                handing = await resources.enter_async_context(
+                    self._handing_over(answering.prompt).undone_unless_whole()
+                )
+                stream, answer = await self._prefilled(resources, answering.prompt, handing)
                 answering.mark_prefill(answer)
                 if answer.kv_bytes is None:
                     for first in answer.firsts:
@@ -92,25 +93,42 @@ class DisaggregatedAttempts:
                     answering.sent,
                     self._deadlines.transfer_s,
                 )
-                admitting = await resources.enter_async_context(
-                    self._handing_over(handover, stream, answer)
-                )
+                ending = handing.end(handover, stream, answer)
                 for first in answer.firsts:
                     yield first
-                admission = await admitting
+                delivered = await ending
+                self._record(answering.prompt, answer, delivered)
             answering.mark_admission()
-            async with aclosing(self._decoded(handover.prompt, admission.place, inbox)) as batches:
+            async with aclosing(self._decoded(handover.prompt, delivered.place, inbox)) as batches:
                 async for batch in batches:
                     yield batch
 
-    async def _reserve(self, resources: AsyncExitStack, prompt: PromptRequests) -> None:
-        """Wait for room for the prompt's KV, counted as the dense cache of the prompt."""
-        num_bytes = self._shape.dense_bytes(prompt.prompt.num_prompt_tokens)
-        async with phase("queue", self._deadlines.queue_s):
-            await resources.enter_async_context(self._channel.reserved(num_bytes))
+    def _handing_over(self, prompt: PromptRequests) -> HandingOver:
+        return HandingOver(
+            self._decode,
+            self._delivery,
+            self._channel,
+            self._freeing,
+            prompt,
+            self._versions,
+            self._deadlines,
+        )
 
-    async def _prefilled(self, prompt: PromptRequests) -> tuple[ReplicaStream, PrefillAnswer]:
-        """Open a stream; its first item, which says that the prompt is prefilled, is awaited."""
+    async def _reserve(self, resources: AsyncExitStack, prompt: PromptRequests) -> None:
+        """Wait for room for the prompt's KV, counted as what the plan sends of it at most."""
+        num_tokens = prompt.prompt.num_prompt_tokens
+        num_bytes = payload_bytes(self._shape, self._plan, num_tokens)
+        self.waiting_tokens += num_tokens
+        try:
+            async with phase("queue", self._deadlines.queue_s):
+                await resources.enter_async_context(self._channel.reserved(num_bytes))
+        finally:
+            self.waiting_tokens -= num_tokens
+
+    async def _prefilled(
+        self, resources: AsyncExitStack, prompt: PromptRequests, handing: HandingOver
+    ) -> tuple[ReplicaStream, PrefillAnswer]:
+        """Prefill on a replica of this version, handing KV over that comes before the end."""
         limits = self._deadlines
         avoid: frozenset[str] = frozenset()
         async with phase("prefill", limits.queue_s + limits.prefill_s):
@@ -123,82 +141,25 @@ class DisaggregatedAttempts:
                     address=self._delivery.address(avoid=avoid),
                 )
                 stream = ReplicaStream(response)
-                try:
-                    answer: PrefillAnswer | Refusal = await stream.first()
-                except BaseException:
-                    await stream.aclose()
-                    raise
-                if isinstance(answer, PrefillAnswer):
-                    return stream, answer
-                avoid |= {answer.place.replica_id}
+                resources.push_async_exit(_closing(stream))
+                item: KVPart | PrefillAnswer | Refusal = await stream.item()
+                if not isinstance(item, Refusal):
+                    return stream, await handing.follow(stream, item)
+                avoid |= {item.place.replica_id}
                 await asyncio.sleep(UPDATE_PAUSE_S)
 
-    @asynccontextmanager
-    async def _handing_over(
-        self, handover: Handover, stream: ReplicaStream, answer: PrefillAnswer
-    ) -> AsyncGenerator[asyncio.Future[Admission], None]:
-        """Start the handover and yield its future; leaving the body early undoes the handover."""
-        admitting = asyncio.ensure_future(self._hand_over(handover, stream, answer))
-        try:
-            yield admitting
-        except BaseException:
-            await self._abandon(handover.prompt, stream, admitting)
-            raise
-
-    async def _abandon(
-        self, prompt: PromptRequests, stream: ReplicaStream, admitting: asyncio.Future[Admission]
-    ) -> None:
-        """Cancel a handover, or free the slots if it has been admitted."""
-        admitting.cancel()
-        (outcome,) = await asyncio.gather(admitting, return_exceptions=True)
-        await stream.aclose()
-        if isinstance(outcome, Admission):
-            await self._freeing.free(prompt, outcome.place)
-
-    async def _hand_over(
-        self, handover: Handover, stream: ReplicaStream, answer: PrefillAnswer
-    ) -> Admission:
-        """Own the KV until a decode replica has copied it; record the transfer in the ledger."""
-        began_s = time.monotonic()
-        async with (
-            phase("transfer", handover.wait_s),
-            self._channel.received(stream) as handle,
-        ):
-            put_s = time.monotonic() - began_s
-            admission = await self._admitted(handover, handle)
+    def _record(self, prompt: PromptRequests, answer: PrefillAnswer, delivered: Delivered) -> None:
+        """Enter the transfer in the ledger."""
         record = account(
             self._shape,
             self._plan,
-            admission.sizes,
-            Route(*handover.prompt.key, answer.place.node, admission.place.node),
-            num_prompt_tokens=handover.prompt.prompt.num_prompt_tokens,
+            delivered.copied.sizes,
+            Route(*prompt.key, answer.place.node, delivered.place.node),
+            num_prompt_tokens=prompt.prompt.num_prompt_tokens,
             num_visual_tokens_removed=answer.num_visual_tokens_removed,
-            times=TransferTimes(put_s=put_s, fetch_s=admission.fetch_s),
+            times=delivered.times,
         )
         self._ledger.add(record)
-        return admission
-
-    async def _admitted(self, handover: Handover, handle: ObjectHandle) -> Admission:
-        """Offer the same KV to decode replicas until one of this version takes it."""
-        avoid: frozenset[str] = frozenset()
-        num_lost = 0
-        while True:
-            address = self._delivery.address(avoid=avoid)
-            response = call(self._decode.admit, handover, [handle], address=address)
-            try:
-                answer: Admission | Refusal = await response
-            except asyncio.CancelledError:
-                await self._freeing.withdraw(handover.prompt, response)
-                raise
-            except DIED as error:
-                num_lost += 1
-                if num_lost >= _MAX_LOST_REPLICAS or not replica_died(error):
-                    raise
-                continue
-            if isinstance(answer, Admission):
-                return answer
-            avoid |= {answer.place.replica_id}
-            await asyncio.sleep(UPDATE_PAUSE_S)
 
     async def _decoded(
         self, prompt: PromptRequests, place: Place, inbox: Inbox
@@ -218,3 +179,13 @@ class DisaggregatedAttempts:
                 following.cancel()
                 response.cancel()
                 await self._freeing.free(prompt, place)
+
+
+def _closing(stream: ReplicaStream) -> Callable[..., Awaitable[None]]:
+    """What to do with a stream when its attempt ends: an attempt that failed cancels it."""
+
+    async def close(error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            await stream.aclose()
+
+    return close

@@ -60,6 +60,10 @@ class Ingress:
         """Refuse new requests from now on, and return the number of answers under way."""
         return self.service.drain()
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Numbers by which :class:`rayapp.distributed.serve.autoscaling.ServicePolicy` decides."""
+        return self.service.report.numbers()
+
     async def check_integrity(self) -> dict[str, int]:
         """Return the numbers of this replica's resources in use, all zero when idle."""
         return self.service.counts()
@@ -89,6 +93,8 @@ def open_service(
     plan.check_model(signature)
     versions = Versions.of(plan, signature, compute_dtype(checkpoint.config, settings.dtype))
     channel = channel or ObjectStoreChannel(max_pinned_bytes=settings.max_kv_bytes)
+    # Where Serve is told to call by gRPC, answers have no references, and are small.
+    pools = {name: handle.options(_by_reference=True) for name, handle in pools.items()}
     ledger = Ledger()
     return RayService(
         _description(settings, plan, checkpoint),

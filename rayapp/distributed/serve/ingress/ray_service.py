@@ -14,6 +14,7 @@ from typing import Any
 
 from rayapp.api.metrics import ApiMetrics
 from rayapp.api.service import Counts, HealthReport, ReplicaHealth, ServiceDescription
+from rayapp.distributed.serve import decisions
 from rayapp.distributed.serve.ingress.answering import Answering, Attempts
 from rayapp.distributed.serve.ingress.calls import ask_all
 from rayapp.distributed.serve.ingress.losses import explained, is_lost
@@ -29,6 +30,8 @@ from rayapp.errors import (
     UnavailableError,
 )
 from rayapp.kv.ledger import Ledger
+from rayapp.scaling.admission import Room, refusal
+from rayapp.scaling.reports import IngressReport
 
 logger = logging.getLogger(__name__)
 _RETRY_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
@@ -51,7 +54,7 @@ class WaitingRoom:
     """Counts the requests that have no decode slot yet, up to an exact limit."""
 
     def __init__(self, max_waiting: int) -> None:
-        self._max_waiting = max_waiting
+        self._room = Room(max_waiting)
         self._waiting: set[str] = set()
 
     def __len__(self) -> int:
@@ -59,11 +62,9 @@ class WaitingRoom:
 
     def enter(self, request_ids: Collection[str]) -> None:
         """Take a place for each; if they are too many, take none and raise."""
-        if len(self._waiting) + len(request_ids) > self._max_waiting:
-            raise OverloadedError(
-                f"{len(self._waiting)} requests are waiting, and at most {self._max_waiting} may; "
-                "try again later, or ask for fewer answers at once"
-            )
+        refused = refusal(self._room, len(self._waiting), len(request_ids))
+        if refused is not None:
+            raise OverloadedError(refused[0])
         self._waiting.update(request_ids)
 
     def leave(self, request_ids: Collection[str]) -> None:
@@ -196,7 +197,13 @@ class RayService:
         replicas = tuple(replica for members in pools.values() for replica in members)
         missing = [name for name, members in pools.items() if not any(map(self._fits, members))]
         reason = f"no {' and no '.join(missing)} replica answers yet" if missing else ""
-        return HealthReport(ready=not missing, reason=reason, replicas=replicas)
+        told = await asyncio.to_thread(decisions.read)
+        return HealthReport(
+            ready=not missing,
+            reason=reason,
+            replicas=replicas,
+            decisions=tuple(decision.text for decision in told),
+        )
 
     async def _describe_all(self) -> list[list[ReplicaHealth]]:
         return await asyncio.gather(*(ask_all(h, "describe") for h in self._pools.values()))
@@ -222,6 +229,16 @@ class RayService:
         """Refuse new requests from now on, and return the number of answers under way."""
         self._is_draining = True
         return self._num_answering
+
+    @property
+    def report(self) -> IngressReport:
+        """The work that waits here, and what the links have carried."""
+        sent = self.ledger.totals
+        return IngressReport(
+            waiting_tokens=self._attempts.waiting_tokens,
+            sent=sent.num_transfers,
+            sent_s=sent.put_s + sent.fetch_s,
+        )
 
     def counts(self) -> dict[str, int]:
         """Return the numbers of this ingress's resources in use, all zero when idle."""

@@ -32,6 +32,9 @@ class UnifiedAttempts:
         deadlines: The deadlines of all phases.
     """
 
+    # An attempt goes to a replica at once.
+    waiting_tokens = 0
+
     def __init__(self, unified: Any, *, versions: Versions, deadlines: Deadlines) -> None:
         self._unified = unified.options(stream=True)
         self._delivery = Delivery(unified)

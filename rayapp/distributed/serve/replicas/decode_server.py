@@ -6,60 +6,58 @@ the answers, so that the replica counts as busy with them, and is waited for whe
 Their tokens leave by ``deliver``, the one streaming call of an ingress, which outlives its
 requests. Between ``admit`` and ``follow`` a lease reserves the slots.
 
-A prompt with several answers is admitted as soon as one of them has a slot and pages. The others
-take what is free, and wait here for more, with a copy of the KV in host memory: more answers than
-there is room for run in turns, and nobody waits for room that it holds itself.
+KV that comes in parts is preceded by ``reserve``, and all parts but the last by ``load``; both are
+unary (:mod:`rayapp.distributed.serve.replicas.admission.admissions`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from functools import partial
-
-import numpy as np
 
 from rayapp.api.service import Pool, ReplicaHealth
 from rayapp.distributed.serve.messages import (
     ANY,
     Address,
     Admission,
+    Copied,
     Handover,
     Place,
-    Reader,
     Refusal,
+    Seat,
+    Seating,
     TokenRow,
     check_address,
     version_conflict,
 )
-from rayapp.distributed.serve.replicas.callers import Callers
+from rayapp.distributed.serve.replicas.admission.admissions import Admissions
+from rayapp.distributed.serve.replicas.admission.leases import Lease, Leases
+from rayapp.distributed.serve.replicas.admission.placing import Placing
+from rayapp.distributed.serve.replicas.admission.slots import Slots
 from rayapp.distributed.serve.replicas.engine_loop import (
     EngineLoop,
     failure_of,
     is_out_of_memory,
 )
-from rayapp.distributed.serve.replicas.leases import Lease, Leases
-from rayapp.distributed.serve.replicas.outbox import Outboxes
-from rayapp.distributed.serve.replicas.placing import Known, Placing
 from rayapp.distributed.serve.replicas.serial_thread import SerialThread
-from rayapp.distributed.serve.replicas.slots import Slots
 from rayapp.distributed.serve.replicas.stage import StageModel
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.decode import DecodeEngine
 from rayapp.engine.request import GenerationRequest, PromptRequests, TokenBatch
 from rayapp.engine.sequences.memory import KVMemory
 from rayapp.errors import (
-    DeadlineError,
     IntegrityError,
     PreemptedError,
     UnavailableError,
 )
-from rayapp.kv.segment import KVSegment
-from rayapp.kv.wire import Envelope, Message, MessageSizes, message_sizes, unpack
+from rayapp.kv.pieces import Message
 from rayapp.models.stack import BlockStack
+from rayapp.scaling.meters import DecodeMeter
+from rayapp.scaling.reports import DecodeReport, Standing
+from rayapp.scaling.settings import Targets
+from rayapp.scaling.work import decode_errand, decode_work_s
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +73,7 @@ class DecodeServer:
         max_num_seqs: Number of slots.
         deadlines: The deadlines of leases, answers and steps.
         memory: The memory for KV.
+        tpot_s: Seconds per token that its answers are to meet, by which its work is counted.
     """
 
     def __init__(
@@ -87,21 +86,19 @@ class DecodeServer:
         max_num_seqs: int,
         deadlines: Deadlines,
         memory: KVMemory = KVMemory(),  # noqa: B008 - frozen
+        tpot_s: float = Targets().tpot_s,
     ) -> None:
         self._stage = stage
+        self._tpot_s = tpot_s
+        self._meter = DecodeMeter()
         self._place = place
-        self._fetch = fetch
         self._deadlines = deadlines
         self._versions = stage.versions
         self._loop = loop
         self._thread = loop.thread
         self._unpacking = SerialThread("unpacking")
         self._slots = Slots(max_num_seqs)
-        self._num_applying = 0
         self._leases = Leases(self._let_all_go)
-        self._outboxes = Outboxes()
-        self._callers = Callers()
-        self._seating: set[asyncio.Task[None]] = set()
         self._engine = DecodeEngine(
             BlockStack(stage.loaded.model, stage.plan, "decode"),
             stage.plan,
@@ -112,46 +109,72 @@ class DecodeServer:
             memory=memory,
         )
         self._placing = Placing(self._engine, loop, self._unpacking, self._slots)
+        self._admissions = Admissions(
+            place,
+            stage.versions,
+            fetch=fetch,
+            slots=self._slots,
+            leases=self._leases,
+            placing=self._placing,
+            let_go=self._let_go,
+            deadlines=deadlines,
+        )
         loop.attach(sequences=self)
         logger.info(
             "pages: %d bytes hold %d tokens of %d sequences",
             *(self._engine.kv_bytes, self._engine.num_kv_tokens, max_num_seqs),
         )
 
+    async def reserve(self, seating: Seating, address: Address = ANY) -> Seat | Refusal:
+        """Reserve slots and pages for KV that comes in parts; :meth:`admit` follows the last one.
+
+        A replica of another version does nothing and answers with a :class:`Refusal`. Errors are
+        those of :meth:`Admissions.reserve`.
+        """
+        check_address(self._place, address)
+        refusal = version_conflict(self._place, self._versions, seating.versions)
+        if refusal is not None:
+            return refusal
+        self._meter.arrive(len(seating.prompt.requests))
+        return await self._admissions.reserve(seating, address.reader)
+
+    async def load(
+        self, name: str, attempt: int, part: int, handles: Sequence[object], address: Address = ANY
+    ) -> Copied:
+        """Copy one part of the KV, not the last, and return once the message is not needed.
+
+        Errors are those of :meth:`Admissions.load`.
+
+        Args:
+            name: The name of the prompt's requests.
+            attempt: Their attempt.
+            part: Number of the part.
+            handles: The message's handle, in a list so that Ray does not resolve it.
+            address: The address of the replica that the call is for.
+        """
+        check_address(self._place, address)
+        return await self._admissions.load(name, attempt, part, handles[0])
+
     async def admit(
         self, handover: Handover, handles: Sequence[object], address: Address = ANY
     ) -> Admission | Refusal:
-        """Copy KV into slots; return once the message is no longer needed.
+        """Copy KV, or its last part, into slots; return once the message is no longer needed.
 
-        A replica of another version does nothing and answers with a :class:`Refusal`.
+        A replica of another version does nothing and answers with a :class:`Refusal`. Errors are
+        those of :meth:`Admissions.admit`.
 
         Args:
             handover: The requests and the known parts of their answers.
             handles: The message's handle, in a list so that Ray does not resolve it.
             address: The address of the replica that the call is for.
-
-        Raises:
-            DeadlineError: No slot was free in time.
-            WireError: The message is not this prompt's KV, or is damaged.
-            TransferError: The message is lost.
-            UnavailableError: The attempt was cancelled, or replaced by a later one.
         """
         check_address(self._place, address)
         refusal = version_conflict(self._place, self._versions, handover.versions)
         if refusal is not None:
             return refusal
-        began_s = time.monotonic()
-        task = asyncio.current_task()
-        with self._callers.holding(address.reader, task.cancel if task else lambda: None):
-            lease = await self._take_lease(handover, address.reader)
-        wait_s = time.monotonic() - began_s
-        try:
-            sizes, fetch_s = await self._load(handover, handles[0], lease)
-        except BaseException:
-            self._leases.end(lease)
-            raise
-        self._leases.expect_reader(lease, self._deadlines.lease_s)
-        return Admission(place=self._place, sizes=sizes, wait_s=wait_s, fetch_s=fetch_s)
+        if not handover.part:
+            self._meter.arrive(len(handover.prompt.requests))
+        return await self._admissions.admit(handover, handles[0], address.reader)
 
     async def follow(self, name: str, attempt: int, address: Address = ANY) -> None:
         """Return once all answers have ended and left; the lease ends with this call.
@@ -176,7 +199,7 @@ class DecodeServer:
         again while it expects tokens.
         """
         check_address(self._place, address)
-        async with aclosing(self._outboxes.of(address.reader).items()) as items:
+        async with aclosing(self._leases.outboxes.of(address.reader).items()) as items:
             async for item in items:
                 yield item
 
@@ -188,99 +211,12 @@ class DecodeServer:
         """Raise :class:`UnavailableError` if this attempt has been cancelled."""
         self._leases.check_not_cancelled(prompt)
 
-    async def _take_lease(self, handover: Handover, reader: Reader) -> Lease:
-        """Wait for a slot; an older attempt of the prompt loses its slots first."""
-        prompt = handover.prompt
-        self._leases.check_not_cancelled(prompt)
-        older = self._leases.newest(prompt.name)
-        if older is not None and older.prompt.attempt < prompt.attempt:
-            older.fail(UnavailableError(f"{older.key} was replaced by a later attempt"))
-            self._leases.end(older)
-        self._num_applying += len(prompt.requests)
-        try:
-            async with asyncio.timeout(handover.wait_s):
-                await self._slots.take()
-        except TimeoutError:
-            raise DeadlineError(
-                f"no decode slot within {handover.wait_s:.1f} s; try again later, raise "
-                "max_num_seqs or add replicas"
-            ) from None
-        finally:
-            self._num_applying -= len(prompt.requests)
-        try:
-            lease = self._leases.grant(
-                prompt, total_s=self._deadlines.decode_s, outbox=self._outboxes.of(reader)
-            )
-        except BaseException:
-            self._slots.give()
-            raise
-        lease.seat()
-        lease.release = self._callers.hold(reader, partial(self._leases.cancel, *prompt.key))
-        return lease
-
     @property
     def num_waiting(self) -> int:
         """Number of answers that wait for a slot, of admitted prompts and of others."""
-        return self._num_applying + sum(len(lease.waiting) for lease in self._leases.all())
-
-    async def _load(
-        self, handover: Handover, handle: object, lease: Lease
-    ) -> tuple[MessageSizes, float]:
-        """Fetch, check and copy a message; no part of it is referenced when this returns.
-
-        A lease that ends before the copy begins prevents it. A lease that ends later frees its
-        slots on the engine's thread, and so after the copy.
-        """
-        began_s = time.monotonic()
-        message = await self._fetch(handle)
-        fetch_s = time.monotonic() - began_s
-        lease.check()
-        envelope = self._versions.envelope(*handover.prompt.key)
-        names = (request.request_id for request in handover.prompt.requests)
-        known = dict(zip(names, handover.known, strict=True))
-        seated = [handover.prompt.requests[0]]
-        while lease.waiting and self._slots.is_any_free:
-            await self._slots.take()  # It is free, so this does not wait.
-            seated.append(lease.seat())
-        segment = await self._unpacking.finish(unpack, message, envelope)
-        lease.check()
-        try:
-            async with asyncio.timeout(handover.wait_s):
-                left = await self._placing.place(segment, seated, known, lease.check)
-        except TimeoutError:
-            raise DeadlineError(
-                f"no room for the prompt's KV within {handover.wait_s:.1f} s; try again later, "
-                "raise kv_memory or add replicas"
-            ) from None
-        lease.check()
-        if left or lease.waiting:
-            segment = await self._unpacking.finish(_own_segment, message, envelope)
-            lease.check()
-            self._go_on_seating(lease, left, segment, known)
-        return message_sizes(message), fetch_s
-
-    def _go_on_seating(
-        self, lease: Lease, left: Sequence[GenerationRequest], segment: KVSegment, known: Known
-    ) -> None:
-        """Place the answers that found no room, then those without slots, as room is made."""
-        task = asyncio.get_running_loop().create_task(self._seat_rest(lease, left, segment, known))
-        self._seating.add(task)
-        task.add_done_callback(self._seating.discard)
-        lease.seating = task
-
-    async def _seat_rest(
-        self, lease: Lease, left: Sequence[GenerationRequest], segment: KVSegment, known: Known
-    ) -> None:
-        try:
-            while left or lease.waiting:
-                if not left:
-                    await self._slots.take()
-                    left = (lease.seat(),)
-                left = await self._placing.place(segment, left, known, lease.check)
-        except Exception as error:
-            logger.exception("an answer that waited for room could not begin")
-            lease.fail(failure_of(error, "decode"))
-            self._leases.end(lease)
+        return self._admissions.num_applying + sum(
+            len(lease.waiting) for lease in self._leases.all()
+        )
 
     @property
     def num_running(self) -> int:
@@ -291,7 +227,7 @@ class DecodeServer:
         """Compute a token of every running sequence and deliver it; an error ends them all."""
         num_aside = self._engine.num_aside
         try:
-            batches = await self._loop.run(self._engine.step)
+            batches = await self._loop.run(self._step)
         except Exception as error:
             logger.exception("a decode step failed")
             if is_out_of_memory(error):
@@ -304,6 +240,17 @@ class DecodeServer:
             self._hand_back(request)
         if self._engine.num_aside < num_aside:
             self._slots.tell()
+
+    def _step(self) -> list[TokenBatch]:
+        """Run a step on the engine's thread, and learn what it cost."""
+        began_s = time.perf_counter()
+        batches = self._engine.step()
+        seconds = time.perf_counter() - began_s
+        running = self._engine.running
+        entries = sum(sequence.position for sequence in running)
+        if running:
+            self._meter.observe(len(running), entries, seconds)
+        return batches
 
     def _hand_back(self, request: GenerationRequest) -> None:
         """Tell the reader of an answer that it found no room in pages or in host memory.
@@ -326,6 +273,7 @@ class DecodeServer:
             return  # It was cancelled during the step.
         lease.put(batch)
         if batch.finish_reason:
+            self._meter.end(batch.first_index + len(batch.token_ids))
             self._let_go(lease, batch.request_id)
 
     async def _fail_all(self, error: Exception) -> None:
@@ -339,6 +287,8 @@ class DecodeServer:
         """Free all slots of a lease that ends, and wait for no more."""
         if lease.seating is not None:
             lease.seating.cancel()
+        if lease.incoming is not None:
+            self._placing.release(lease.incoming)
         for request_id in tuple(lease.seated):
             self._let_go(lease, request_id)
 
@@ -366,13 +316,26 @@ class DecodeServer:
         )
 
     @property
-    def usage(self) -> float:
-        """The larger of the shares of slots and of entries in use."""
-        return max(self._slots.num_held / self._slots.num_slots, self._engine.usage)
+    def report(self) -> DecodeReport:
+        """The work of this replica, as routing and scaling count it."""
+        return self._meter.report(
+            rows=self._slots.num_held,
+            waiting=self.num_waiting,
+            entries=self._engine.usage * self._engine.num_kv_tokens,
+            max_rows=self._slots.num_slots,
+            max_entries=self._engine.num_kv_tokens,
+            start_s=self._stage.load_s,
+        )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Metrics by which :class:`rayapp.distributed.serve.autoscaling.DecodePolicy` decides."""
-        return {"usage": self.usage, "waiting": self.num_waiting / self._slots.num_slots}
+        """Numbers by which :class:`rayapp.distributed.serve.autoscaling.ServicePolicy` decides."""
+        return self.report.numbers()
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """Numbers by which the router chooses between replicas."""
+        report = self.report
+        work_s, errand = decode_work_s(report, self._tpot_s), decode_errand([report], self._tpot_s)
+        return Standing(time.time(), work_s, 0.0, errand.work_s, self._loop.num_failed).numbers()
 
     async def check_health(self) -> None:
         """Raise :class:`UnavailableError` if a call hangs; Serve asks this every few seconds."""
@@ -391,8 +354,3 @@ class DecodeServer:
         if min(counts.values()) < 0 or self._slots.num_held > self._slots.num_slots:
             raise IntegrityError(f"decode holds {counts} with {self._slots.num_slots} slots")
         return counts
-
-
-def _own_segment(message: Message, envelope: Envelope) -> KVSegment:
-    """The segment of a message, with memory of its own."""
-    return unpack(np.array(message), envelope)

@@ -46,6 +46,9 @@ class EngineLoop:
 
     Args:
         max_num_batched_tokens: Tokens that one step may compute.
+
+    Attributes:
+        num_failed: Steps that failed one after the other.
     """
 
     def __init__(self, max_num_batched_tokens: int) -> None:
@@ -53,7 +56,7 @@ class EngineLoop:
         self.scheduler = Scheduler(max_num_batched_tokens)
         self._sequences: Sequences | None = None
         self._run_chunks: RunChunks | None = None
-        self._num_failed = 0
+        self.num_failed = 0
         self._working: asyncio.Task[None] | None = None
 
     def attach(
@@ -73,9 +76,9 @@ class EngineLoop:
         try:
             result = await self.thread.run(call, *arguments)
         except Exception:
-            self._num_failed += 1
+            self.num_failed += 1
             raise
-        self._num_failed = 0
+        self.num_failed = 0
         return result
 
     def check_alive(self, limit_s: float) -> None:
@@ -85,9 +88,9 @@ class EngineLoop:
             limit_s: Seconds that one call on the thread may take.
         """
         self.thread.check_alive(limit_s)
-        if self._num_failed >= _MAX_FAILED:
+        if self.num_failed >= _MAX_FAILED:
             raise UnavailableError(
-                f"{self._num_failed} steps failed one after the other, and {_MAX_FAILED} are too "
+                f"{self.num_failed} steps failed one after the other, and {_MAX_FAILED} are too "
                 "many; the replica is replaced: see its log"
             )
 

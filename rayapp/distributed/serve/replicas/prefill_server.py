@@ -1,19 +1,24 @@
 """A prefill replica turns prompts into first tokens and KV messages.
 
-The answer has two items: a small one at once, then the KV. Serve makes every item an object that
-the *caller* owns, so the ingress keeps the KV of a replica that dies right after.
+The answer ends with two items: a small one at once, then the KV, or what has not been sent of it.
+KV of long prompts leaves in parts while the rest is computed: every part is announced by a small
+item, which the message follows. Serve makes every item an object that the *caller* owns, so the
+ingress keeps the KV of a replica that dies right after.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 
 from rayapp.api.service import Pool, ReplicaHealth
 from rayapp.distributed.serve.messages import (
     ANY,
     Address,
+    KVPart,
     Place,
     PrefillAnswer,
     Refusal,
@@ -23,14 +28,21 @@ from rayapp.distributed.serve.messages import (
 )
 from rayapp.distributed.serve.replicas.callers import Callers
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
+from rayapp.distributed.serve.replicas.part_sizes import PartSizes
 from rayapp.distributed.serve.replicas.prompt_queue import PromptQueue
 from rayapp.distributed.serve.replicas.serial_thread import SerialThread
 from rayapp.distributed.serve.replicas.stage import StageModel
-from rayapp.engine.prefill import PrefillEngine
+from rayapp.engine.prefill import PrefillEngine, PrefillOutput
 from rayapp.engine.request import PromptRequests
-from rayapp.kv.wire import Message, pack
+from rayapp.kv.pieces import Message
+from rayapp.kv.segment import KVSegment
+from rayapp.kv.wire import Envelope, pack
 from rayapp.models.stack import BlockStack
+from rayapp.scaling.reports import PrefillReport, Standing
 from rayapp.vision.reader import ImageReader
+
+PrefillItem = PrefillAnswer | Refusal | KVPart | Message
+"""An item of the stream of a prefill."""
 
 
 class PrefillServer:
@@ -42,6 +54,7 @@ class PrefillServer:
         loop: The loop that steps the engine, shared if both stages live in one replica.
         max_waiting: Prompts that may wait; further ones are refused.
         step_s: Seconds that a call of the engine or a packing may take.
+        parts: The sizes from which on KV leaves in parts; None sends it whole.
     """
 
     def __init__(
@@ -52,6 +65,7 @@ class PrefillServer:
         *,
         max_waiting: int,
         step_s: float,
+        parts: PartSizes | None = None,
     ) -> None:
         self._stage = stage
         self._place = place
@@ -69,7 +83,8 @@ class PrefillServer:
             tokenizer=stage.loaded.tokenizer,
             images=ImageReader(stage.loaded.model, stack, stage.images) if stage.images else None,
         )
-        self._queue = PromptQueue(self._engine, loop, max_waiting=max_waiting)
+        self._parts = parts
+        self._queue = PromptQueue(self._engine, loop, max_waiting=max_waiting, parts=parts)
 
     async def prefill(
         self,
@@ -77,10 +92,12 @@ class PrefillServer:
         versions: Versions,
         queue_s: float,
         address: Address = ANY,
-    ) -> AsyncGenerator[PrefillAnswer | Refusal | Message, None]:
+    ) -> AsyncGenerator[PrefillItem, None]:
         """Yield a :class:`PrefillAnswer`, then the KV message unless the answer is complete.
 
-        A replica of another version yields only a :class:`Refusal`.
+        Before them, every part of the KV that leaves early comes as a :class:`KVPart` and its
+        message; the last message then holds what is left. A replica of another version yields only
+        a :class:`Refusal`.
 
         Args:
             prompt: The prompt to prefill, with the requests for all its answers; its name and
@@ -100,10 +117,25 @@ class PrefillServer:
             yield refusal
             return
         began_s = time.monotonic()
-        with self._callers.holding(address.reader, partial(self._queue.cancel, *prompt.key)):
-            output = await self._queue.prefilled(prompt, queue_s)
+        envelope = versions.envelope(*prompt.key)
+        cancel = partial(self._queue.cancel, *prompt.key)
+        with self._callers.holding(address.reader, cancel):
+            async with aclosing(self._queue.results(prompt, queue_s)) as results:
+                async for result in results:
+                    if isinstance(result, PrefillOutput):
+                        yield self._answer(result, began_s)
+                        if result.segment is not None:
+                            yield (await self._packed(result.segment, envelope))[0]
+                    else:
+                        of_part = replace(envelope, is_last=False)
+                        message, pack_s = await self._packed(result, of_part)
+                        yield KVPart(self._place, envelope.part, result.extent, pack_s)
+                        yield message
+                        envelope = replace(envelope, part=envelope.part + 1)
+
+    def _answer(self, output: PrefillOutput, began_s: float) -> PrefillAnswer:
         segment = output.segment
-        yield PrefillAnswer(
+        return PrefillAnswer(
             place=self._place,
             firsts=output.firsts,
             kv_bytes=None if segment is None else segment.nbytes,
@@ -112,9 +144,13 @@ class PrefillServer:
             num_visual_tokens_removed=0 if segment is None else segment.num_visual_tokens_removed,
             prompt_logprobs=output.prompt_logprobs,
         )
-        if segment is not None:
-            envelope = versions.envelope(*prompt.key)
-            yield await self._packing.run(pack, segment, envelope)
+
+    async def _packed(self, segment: KVSegment, envelope: Envelope) -> tuple[Message, float]:
+        """Pack a segment beside the engine; return the message, and the seconds that it took."""
+        message, pack_s = await self._packing.run(_timed_pack, segment, envelope)
+        if self._parts is not None:
+            self._parts.measured(message.nbytes, pack_s)
+        return message, pack_s
 
     async def cancel(self, name: str, attempt: int, address: Address = ANY) -> None:
         """End the prefill of this attempt, if it is here."""
@@ -139,9 +175,21 @@ class PrefillServer:
         """Number of prompt tokens that are still to be computed."""
         return self._queue.num_tokens
 
+    @property
+    def report(self) -> PrefillReport:
+        """The work of this replica, as routing and scaling count it."""
+        return self._queue.report(self._stage.load_s)
+
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Metrics by which :class:`rayapp.distributed.serve.autoscaling.PrefillPolicy` decides."""
-        return {"queued_tokens": float(self.queued_tokens)}
+        """Numbers by which :class:`rayapp.distributed.serve.autoscaling.ServicePolicy` decides."""
+        return self.report.numbers()
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """Numbers by which the router chooses between replicas."""
+        report = self.report
+        return Standing(
+            time.time(), report.queued_s, report.token_s, 0.0, self._loop.num_failed
+        ).numbers()
 
     async def check_health(self) -> None:
         """Raise :class:`UnavailableError` if a call hangs; Serve asks this every few seconds."""
@@ -151,3 +199,9 @@ class PrefillServer:
     async def check_integrity(self) -> dict[str, int]:
         """Return the numbers of resources in use, all zero when idle."""
         return self._queue.check_integrity()
+
+
+def _timed_pack(segment: KVSegment, envelope: Envelope) -> tuple[Message, float]:
+    began_s = time.monotonic()
+    message = pack(segment, envelope)
+    return message, time.monotonic() - began_s

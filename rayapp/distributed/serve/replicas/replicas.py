@@ -16,6 +16,7 @@ from rayapp.distributed.serve.ray_metrics import StageGauges, log_as_serve
 from rayapp.distributed.serve.replicas.decode_server import DecodeServer
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
 from rayapp.distributed.serve.replicas.kv_memory import kv_memory
+from rayapp.distributed.serve.replicas.part_sizes import PartSizes
 from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
 from rayapp.distributed.serve.replicas.stage import load_stage, this_place
 from rayapp.distributed.serve.replicas.unified_server import UnifiedServer
@@ -37,6 +38,7 @@ class PrefillReplica(PrefillServer):
             EngineLoop(settings.max_num_batched_tokens),
             max_waiting=settings.max_waiting,
             step_s=settings.deadlines.step_s,
+            parts=PartSizes(settings.kv_part_ms / 1000),
         )
 
     async def check_health(self) -> None:
@@ -60,6 +62,7 @@ class DecodeReplica(DecodeServer):
             max_num_seqs=settings.max_num_seqs,
             deadlines=settings.deadlines,
             memory=kv_memory(settings, stage.loaded.model.device),
+            tpot_s=settings.scaling.targets.tpot_s,
         )
 
     async def check_health(self) -> None:
@@ -83,6 +86,7 @@ class UnifiedReplica(UnifiedServer):
             max_num_batched_tokens=settings.max_num_batched_tokens,
             deadlines=settings.deadlines,
             memory=kv_memory(settings, stage.loaded.model.device),
+            tpot_s=settings.scaling.targets.tpot_s,
         )
 
     async def check_health(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +29,15 @@ logger = logging.getLogger(__name__)
 class StageModel:
     """One stage's weights on a replica, with the plan and the limits to run them under.
 
-    ``images`` is set if this replica prefills a model that takes images.
+    ``images`` is set if this replica prefills a model that takes images; ``load_s`` is the time in
+    seconds that loading took.
     """
 
     loaded: LoadedModel
     plan: PruningPlan
     max_model_len: int
     images: ImageSupport | None = None
+    load_s: float = 0.0
 
     @property
     def versions(self) -> Versions:
@@ -65,6 +68,7 @@ def load_stage(
     settings: ServiceSettings, stage: Literal["prefill", "decode", "unified"]
 ) -> StageModel:
     """Read the tensors that ``stage`` runs; a replica computes with as many threads as CPUs."""
+    began_s = time.monotonic()
     torch.set_num_threads(settings.pools[stage].threads)
     plan = PruningPlan.load(settings.plan) if settings.plan else PruningPlan()
     device = settings.pools[stage].device
@@ -75,7 +79,7 @@ def load_stage(
     limit = settings.max_model_len or text_config(loaded.model.config).max_position_embeddings
     logger.info("%s: %d parameter bytes of %s", stage, loaded.parameter_bytes, settings.model)
     images = None if stage == "decode" else image_support(settings, path, loaded.model.config)
-    return StageModel(loaded, plan, limit, images)
+    return StageModel(loaded, plan, limit, images, load_s=time.monotonic() - began_s)
 
 
 def image_support(settings: ServiceSettings, path: Path, config: Any) -> ImageSupport | None:

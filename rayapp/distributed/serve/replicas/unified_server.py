@@ -29,6 +29,7 @@ from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.channel import KVChannel, LocalChannel, LocalStream
 from rayapp.engine.request import PromptRequests
 from rayapp.engine.sequences.memory import KVMemory
+from rayapp.scaling.settings import Targets
 
 UnifiedItem = PrefillAnswer | Refusal | Admission
 
@@ -44,6 +45,7 @@ class UnifiedServer:
         max_num_batched_tokens: Tokens that one step may compute.
         deadlines: The deadlines of leases, answers and steps.
         memory: The memory for KV.
+        tpot_s: Seconds per token that its answers are to meet.
     """
 
     def __init__(
@@ -56,12 +58,17 @@ class UnifiedServer:
         max_num_batched_tokens: int,
         deadlines: Deadlines,
         memory: KVMemory = KVMemory(),  # noqa: B008 - frozen
+        tpot_s: float = Targets().tpot_s,
     ) -> None:
         loop = EngineLoop(max_num_batched_tokens)
         self._deadlines = deadlines
         self._channel: KVChannel = LocalChannel()
         self._prefill = PrefillServer(
-            stage, place, loop, max_waiting=max_waiting, step_s=deadlines.step_s
+            stage,
+            place,
+            loop,
+            max_waiting=max_waiting,
+            step_s=deadlines.step_s,
         )
         self._decode = DecodeServer(
             stage,
@@ -71,6 +78,7 @@ class UnifiedServer:
             max_num_seqs=max_num_seqs,
             deadlines=deadlines,
             memory=memory,
+            tpot_s=tpot_s,
         )
 
     async def generate(
@@ -93,7 +101,7 @@ class UnifiedServer:
         self._decode.check_not_cancelled(prompt)
         items = self._prefill.prefill(prompt, versions, self._deadlines.queue_s, address)
         async with aclosing(LocalStream(items)) as stream:
-            answer: PrefillAnswer | Refusal = await stream.first()
+            answer: PrefillAnswer | Refusal = await stream.item()
             yield answer
             if isinstance(answer, Refusal) or answer.kv_bytes is None:
                 return
@@ -132,11 +140,17 @@ class UnifiedServer:
         )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Metrics by which both policies decide."""
+        """Numbers by which :class:`rayapp.distributed.serve.autoscaling.ServicePolicy` decides."""
         return {
             **self._prefill.record_autoscaling_stats(),
             **self._decode.record_autoscaling_stats(),
         }
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """Numbers by which the router chooses between replicas: the work of both stages."""
+        prefill, decode = (one.record_routing_stats() for one in (self._prefill, self._decode))
+        names = ("work_s", "token_s", "errand_s")
+        return {**prefill, **{name: prefill[name] + decode[name] for name in names}}
 
     async def check_health(self) -> None:
         """Raise :class:`UnavailableError` if a call hangs; Serve asks this every few seconds."""

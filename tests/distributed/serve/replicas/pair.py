@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
-from rayapp.distributed.serve.messages import Address, Handover, Place, Reader
+from rayapp.distributed.serve.messages import (
+    Address,
+    Handover,
+    KVPart,
+    Place,
+    Reader,
+    Seating,
+)
 from rayapp.distributed.serve.replicas.decode_server import DecodeServer
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
+from rayapp.distributed.serve.replicas.part_sizes import PartSizes
 from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.channel import LocalChannel, LocalStream
@@ -61,6 +70,7 @@ class Pair:
         max_waiting=8,
         max_num_batched_tokens=16,
         memory=None,
+        in_parts=False,
         **deadlines,
     ):
         self.versions = stage.versions
@@ -72,6 +82,7 @@ class Pair:
             EngineLoop(max_num_batched_tokens),
             max_waiting=max_waiting,
             step_s=limits.step_s,
+            parts=PartSizes(0) if in_parts else None,
         )
         self.decode = DecodeServer(
             stage,
@@ -87,7 +98,7 @@ class Pair:
     async def prefilled(self, *requests):
         items = self.prefill.prefill(prompt_of(*requests), self.versions, 5.0)
         async with aclosing(LocalStream(items)) as stream:
-            answer = await stream.first()
+            answer = await stream.item()
             async with self.channel.received(stream) as handle:
                 yield answer, handle
 
@@ -98,6 +109,14 @@ class Pair:
             )
             address = Address(reader=reader_of(handover.prompt))
             return answer, await self.decode.admit(handover, [handle], address)
+
+    @asynccontextmanager
+    async def begun(self, *requests):
+        """A prompt whose KV comes in parts: the stream, its first item, and what conducts them."""
+        prompt = prompt_of(*requests)
+        items = self.prefill.prefill(prompt, self.versions, 5.0)
+        async with aclosing(LocalStream(items)) as stream:
+            yield Parted(self, prompt, stream, await stream.item())
 
     async def rest(self, *requests):
         """The tokens of the first request, or those of several by name."""
@@ -115,6 +134,48 @@ class Pair:
                 return
             await asyncio.sleep(0.02)
         raise AssertionError(counts)
+
+
+class Parted:
+    """A handover in parts, step by step, as the ingress conducts it."""
+
+    def __init__(self, pair, prompt, stream, item):
+        self.pair, self.prompt, self.stream, self.item = pair, prompt, stream, item
+        self.num_parts = 0
+        self.copied = []
+
+    @property
+    def _address(self):
+        return Address(reader=reader_of(self.prompt))
+
+    async def reserve(self, wait_s=5.0):
+        seating = Seating(self.prompt, self.pair.versions, self.item.extent, wait_s)
+        return await self.pair.decode.reserve(seating, self._address)
+
+    async def part(self, number=None):
+        """Hand one part over; the item after it is read."""
+        handle = await self.pair.channel.part(self.stream)
+        number = self.num_parts if number is None else number
+        try:
+            copied = await self.pair.decode.load(*self.prompt.key, number, [handle])
+        finally:
+            self.pair.channel.release(handle)
+        self.copied.append(copied)
+        self.num_parts += 1
+        self.item = await self.stream.item()
+
+    async def parts(self):
+        while isinstance(self.item, KVPart):
+            await self.part()
+
+    async def end(self, sent=None):
+        firsts = self.item.firsts
+        handover = Handover.after(self.prompt, self.pair.versions, firsts, sent or {}, 5.0)
+        handover = replace(handover, part=self.num_parts)
+        async with self.pair.channel.received(self.stream) as handle:
+            admission = await self.pair.decode.admit(handover, [handle], self._address)
+        self.copied.append(admission.copied)
+        return admission
 
 
 def run(scenario):

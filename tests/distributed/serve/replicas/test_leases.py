@@ -123,13 +123,13 @@ def test_an_attempt_cancelled_while_its_kv_is_loaded_is_not_admitted(stage, copy
         release = threading.Event()
         blocking = pair.decode._thread.submit(release.wait)
         fetched = asyncio.Event()
-        fetch = pair.decode._fetch
+        fetch = pair.decode._admissions._fetch
 
         async def slowly(handle):
             await (asyncio.sleep(0) if copying else fetched.wait())
             return await fetch(handle)
 
-        pair.decode._fetch = slowly
+        pair.decode._admissions._fetch = slowly
         admission = asyncio.ensure_future(pair.admitted(request))
         while not pair.decode._slots.num_held:
             await asyncio.sleep(0.001)
@@ -181,7 +181,7 @@ def test_an_attempt_cancelled_while_it_waits_for_a_slot_gets_none(stage):
 
 
 def test_only_the_latest_cancellations_are_remembered(stage, monkeypatch):
-    monkeypatch.setattr("rayapp.distributed.serve.replicas.leases._MAX_CANCELLED", 2)
+    monkeypatch.setattr("rayapp.distributed.serve.replicas.admission.leases._MAX_CANCELLED", 2)
 
     async def scenario():
         pair = Pair(stage, max_num_seqs=1)

@@ -36,7 +36,7 @@ def test_a_cancelled_prompt_leaves_the_queue_at_once(stage, held):
             await prefilled("third")
         waiting[0].cancel()
         await asyncio.gather(waiting[0], return_exceptions=True)
-        assert pair.prefill.record_autoscaling_stats() == {"queued_tokens": len(PROMPT)}
+        assert pair.prefill.queued_tokens == len(PROMPT)
         with pytest.raises(DeadlineError, match="no turn"):
             await anext(pair.prefill.prefill(prompt_of(request_of("late")), pair.versions, 0.05))
         release.set()
@@ -111,7 +111,7 @@ def test_finished_kv_leaves_while_the_engine_is_busy(stage, held):
         pair = Pair(stage, max_num_batched_tokens=256)
         items = pair.prefill.prefill(prompt_of(request_of("done")), pair.versions, 5.0)
         async with aclosing(LocalStream(items)) as stream:
-            await stream.first()
+            await stream.item()
             held(pair.prefill._loop.thread)
             async with pair.channel.received(stream) as handle:
                 assert (await pair.channel.fetch(handle)).nbytes > 0

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
-from rayapp.distributed.serve.replicas.outbox import Outbox
+from rayapp.distributed.serve.messages import Reader
+from rayapp.distributed.serve.replicas.admission.placing import Incoming
+from rayapp.distributed.serve.replicas.callers import Callers
+from rayapp.distributed.serve.replicas.outbox import Outbox, Outboxes
 from rayapp.engine.request import GenerationRequest, PromptRequests, TokenBatch
 from rayapp.errors import DeadlineError, TransferError, UnavailableError
 
@@ -24,8 +29,9 @@ class Lease:
 
     ``waiting`` are requests that have no slot yet, ``seated`` the names of those that hold one, and
     ``unfinished`` of those whose answer goes on; ``seating`` is the task that gives slots to the
-    waiting ones. ``unread`` are batches that ``outbox`` has not sent yet;
-    ``error`` is the reason why no more will come. ``release`` is called when the lease ends.
+    waiting ones. ``incoming`` is the KV that comes in parts. ``unread`` are batches that ``outbox``
+    has not sent yet; ``error`` is the reason why no more will come. ``release`` is called when the
+    lease ends.
     """
 
     prompt: PromptRequests
@@ -38,6 +44,7 @@ class Lease:
     error: Exception | None = None
     has_reader: bool = False
     seating: asyncio.Task[None] | None = None
+    incoming: Incoming | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
@@ -60,6 +67,12 @@ class Lease:
         request = self.waiting.popleft()
         self.seated.add(request.request_id)
         return request
+
+    def let_ended_go(self, going_on: Collection[str]) -> list[str]:
+        """Forget answers that ended with their first token; return those that hold slots."""
+        self.waiting = deque(r for r in self.waiting if r.request_id in going_on)
+        self.unfinished &= set(going_on)
+        return [name for name in self.seated if name not in going_on]
 
     def put(self, batch: TokenBatch) -> None:
         """Add a batch for the reader."""
@@ -105,28 +118,41 @@ class Leases:
         self._of_answers: dict[tuple[str, int], Lease] = {}
         self._cancelled: dict[str, int] = {}
         self._on_end = on_end
+        self._callers = Callers()
+        self.outboxes = Outboxes()
 
     def __len__(self) -> int:
         return len(self._leases)
 
-    def grant(
-        self, prompt: PromptRequests, *, total_s: float, outbox: Outbox | None = None
-    ) -> Lease:
-        """Grant a new lease, which ends by itself after ``total_s``; its tokens go to ``outbox``.
+    def grant(self, prompt: PromptRequests, reader: Reader, *, total_s: float) -> Lease:
+        """Grant a new lease, which ends by itself after ``total_s``, or with its reader.
+
+        Args:
+            prompt: The requests for all answers, with their attempt.
+            reader: Who reads the tokens.
+            total_s: Longest time until the last token, seconds.
 
         Raises:
             TransferError: The attempt has a lease already.
             UnavailableError: The attempt was cancelled before it came.
         """
         self.check_not_cancelled(prompt)
-        lease = Lease(prompt, outbox or Outbox())
+        lease = Lease(prompt, self.outboxes.of(reader))
         if lease.key in self._leases:
             raise TransferError(f"{lease.key} holds a slot here already; prefill it again")
         self._leases[lease.key] = lease
         lease.outbox.add(lease)
+        lease.release = self._callers.hold(reader, partial(self.cancel, *prompt.key))
         self._of_answers.update(dict.fromkeys(_answers(lease), lease))
         self._limit(lease, "it did not finish", total_s)
         return lease
+
+    @contextmanager
+    def wanted_by(self, reader: Reader) -> Iterator[None]:
+        """Cancel the current task if the process of ``reader`` dies within the context."""
+        task = asyncio.current_task()
+        with self._callers.holding(reader, task.cancel if task else lambda: None):
+            yield
 
     def cancel(self, name: str, attempt: int) -> None:
         """End the lease of this attempt or an earlier one; an attempt that comes later gets none.

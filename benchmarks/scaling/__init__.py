@@ -1,0 +1,1 @@
+"""What the benchmark of autoscaling compares: policies of other systems, as we read them."""

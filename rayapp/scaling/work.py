@@ -1,0 +1,51 @@
+"""The work of decode in seconds, as routing and scaling count it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rayapp.scaling.reports import DecodeReport
+from rayapp.scaling.routing import Errand
+
+_UNMET = 1.5
+_PAGES_USED = 0.9
+
+
+def carried(report: DecodeReport, tpot_s: float, entries_each: float) -> tuple[float, float]:
+    """The sequences that a replica carries within a target, and the seconds of their step.
+
+    A target that one sequence alone misses is met by no number of replicas; then half again the
+    step of one sequence is the limit.
+
+    Args:
+        report: The report of the replica.
+        tpot_s: Longest time per token, seconds.
+        entries_each: Mean number of entries of KV of a sequence.
+    """
+    limit_s = max(tpot_s, _UNMET * report.cost.seconds(1, entries_each))
+    batch = min(report.max_rows, report.cost.largest_batch(limit_s, entries_each))
+    if entries_each > 0.0:
+        batch = min(batch, _PAGES_USED * report.max_entries / entries_each)
+    batch = max(1.0, float(batch))
+    return batch, report.cost.seconds(batch, batch * entries_each)
+
+
+def entries_each(reports: Sequence[DecodeReport]) -> float:
+    """Mean number of entries of KV of a running sequence; 0 if none runs."""
+    rows = sum(report.rows for report in reports)
+    return sum(report.entries for report in reports) / rows if rows else 0.0
+
+
+def decode_work_s(report: DecodeReport, tpot_s: float) -> float:
+    """Seconds in which a replica would end the sequences that it has, half done on average."""
+    batch, step_s = carried(report, tpot_s, entries_each([report]))
+    return (report.rows / 2 + report.waiting) / batch * report.answer_tokens * step_s
+
+
+def decode_errand(reports: Sequence[DecodeReport], tpot_s: float) -> Errand:
+    """The work of one more sequence, for the router."""
+    if not reports:
+        return Errand()
+    each = entries_each(reports)
+    batch, step_s = carried(reports[0], tpot_s, each)
+    return Errand(reports[0].answer_tokens * step_s / batch)

@@ -1,0 +1,76 @@
+"""The router's picture of the replicas, from what they tell and what it has sent; no cluster."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+from rayapp.distributed.serve.ingress.router import AddressedRouter
+from rayapp.distributed.serve.messages import Address
+from rayapp.engine.request import GenerationRequest, PromptRequests
+from rayapp.engine.sampling_params import SamplingParams
+from rayapp.scaling.reports import Standing
+
+
+def replica(name, work_s=None, *, at_s=None, num_failed=0):
+    standing = Standing(at_s or time.time(), work_s or 0.0, 1e-3, 0.0, num_failed)
+    stats = {} if work_s is None else standing.numbers()
+    return SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), routing_stats=stats)
+
+
+def pending(num_tokens, address=None):
+    prompt = PromptRequests.of([GenerationRequest("r", (1,) * num_tokens, SamplingParams())])
+    return SimpleNamespace(
+        args=[prompt], kwargs={"address": address or Address()}, routing_context=SimpleNamespace()
+    )
+
+
+def router():
+    made = object.__new__(AddressedRouter)
+    made.initialize_state()
+    return made
+
+
+async def order(made, replicas, request):
+    ranks = await made.choose_replicas(replicas, request)
+    return [[one.replica_id.unique_id for one in rank] for rank in ranks]
+
+
+def run(coroutine):
+    import asyncio
+
+    return asyncio.run(coroutine)
+
+
+def test_the_least_work_is_tried_first_then_the_next():
+    replicas = [replica("a", 3.0), replica("b", 1.0), replica("c", 2.0)]
+    assert run(order(router(), replicas, pending(10))) == [["b"], ["c"], ["a"]]
+
+
+def test_replicas_that_say_nothing_share_a_rank_for_serve_to_choose():
+    assert run(order(router(), [replica("a"), replica("b")], pending(10))) == [["a", "b"]]
+
+
+def test_what_was_sent_since_the_last_report_counts():
+    made, replicas = router(), [replica("a", 0.5), replica("b", 0.7)]
+    request = pending(1000)  # a second of work
+    assert run(order(made, replicas, request))[0] == ["a"]
+    made.on_request_routed(request, replicas[0].replica_id, None)
+    assert run(order(made, replicas, request))[0] == ["b"]
+    later = [replica("a", 0.1, at_s=time.time() + 1), replicas[1]]
+    assert run(order(made, later, request))[0] == ["a"]
+
+
+def test_calls_with_an_address_are_no_new_work():
+    made, replicas = router(), [replica("a", 0.5), replica("b", 0.7)]
+    made.on_request_routed(pending(9000, Address("a")), replicas[0].replica_id, None)
+    assert run(order(made, replicas, pending(10)))[0] == ["a"]
+    assert run(order(made, replicas, pending(10, Address("b")))) == [["b"]]
+
+
+def test_a_replica_whose_steps_fail_comes_last_for_a_while():
+    replicas = [replica("a", 0.0, num_failed=2), replica("b", 50.0)]
+    made = router()
+    assert run(order(made, replicas, pending(10))) == [["b"], ["a"]]
+    replicas[0] = replica("a", 0.0, at_s=time.time() + 1)
+    assert run(order(made, replicas, pending(10)))[0] == ["a"]
