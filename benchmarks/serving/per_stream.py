@@ -22,6 +22,8 @@ class PerStreamAttempts:
         versions: The versions that replicas are asked for.
     """
 
+    waiting_tokens = 0
+
     def __init__(self, pool: Any, versions: Versions) -> None:
         self._pool = pool.options(stream=True)
         self._versions = versions

@@ -16,19 +16,20 @@ from rayapp.distributed.serve.messages import (
     ANY,
     Address,
     Admission,
+    Copied,
+    Place,
     PrefillAnswer,
     TokenRow,
     Versions,
 )
 from rayapp.distributed.serve.replicas.admission.leases import Lease, Leases
-from rayapp.distributed.serve.replicas.callers import Callers
-from rayapp.distributed.serve.replicas.outbox import Outboxes
 from rayapp.distributed.serve.replicas.serial_thread import SerialThread
 from rayapp.distributed.serve.replicas.stage import this_place
 from rayapp.engine.request import PromptRequests, TokenBatch, merged_by_answer
 from rayapp.kv.wire import MessageSizes
 
 _LETTERS = 26
+_LONG_S = 600.0
 
 
 class StandIn:
@@ -36,15 +37,14 @@ class StandIn:
 
     Args:
         steps_per_s: Rate of its engine.
+        place: The replica and its node; None asks Serve.
     """
 
-    def __init__(self, steps_per_s: float) -> None:
+    def __init__(self, steps_per_s: float, place: Place | None = None) -> None:
         self._period_s = 1 / steps_per_s
-        self._place = this_place()
+        self._place = place or this_place()
         self._thread = SerialThread("engine")
         self._leases = Leases(lambda lease: None)
-        self._outboxes = Outboxes()
-        self._callers = Callers()
         self._next: dict[Lease, int] = {}
         self._stepping: asyncio.Task[None] | None = None
         self._versions: Versions | None = None
@@ -58,8 +58,7 @@ class StandIn:
     ) -> AsyncGenerator[PrefillAnswer | Admission, None]:
         """As a unified replica: the tokens leave by ``deliver``."""
         self._versions = versions
-        lease = self._leases.grant(prompt, total_s=600.0, outbox=self._outboxes.of(address.reader))
-        lease.release = self._callers.hold(address.reader, lambda: None)
+        lease = self._leases.grant(prompt, address.reader, total_s=_LONG_S)
         try:
             yield self._prefilled(prompt)
             yield self._admission
@@ -72,7 +71,7 @@ class StandIn:
         self, prompt: PromptRequests, versions: Versions, address: Address = ANY
     ) -> AsyncGenerator[PrefillAnswer | list[TokenBatch], None]:
         """The old way: the tokens of an attempt leave by its own call, an item per step."""
-        lease = self._leases.grant(prompt, total_s=600.0)
+        lease = self._leases.grant(prompt, address.reader, total_s=_LONG_S)
         try:
             yield self._prefilled(prompt)
             self._begin(lease)
@@ -86,7 +85,7 @@ class StandIn:
 
     async def deliver(self, address: Address = ANY) -> AsyncGenerator[list[TokenRow], None]:
         """As a real replica."""
-        async for item in self._outboxes.of(address.reader).items():
+        async for item in self._leases.outboxes.of(address.reader).items():
             yield item
 
     async def cancel(self, name: str, attempt: int, address: Address = ANY) -> None:
@@ -116,7 +115,8 @@ class StandIn:
 
     @property
     def _admission(self) -> Admission:
-        return Admission(self._place, MessageSizes(1, 0), wait_s=0.0, fetch_s=0.0)
+        nothing = Copied(MessageSizes(1, 0), fetch_s=0.0, copy_s=0.0)
+        return Admission(self._place, nothing, wait_s=0.0)
 
     def _prefilled(self, prompt: PromptRequests) -> PrefillAnswer:
         firsts = tuple(TokenBatch(r.request_id, r.attempt, 0, (97,)) for r in prompt.requests)

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
+from math import inf
 from typing import Any, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayapp.api.service import Counts, HealthReport, ReplicaHealth
@@ -48,17 +52,20 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
 class Mirror(Protocol):
     """Another place where the numbers of an app are to be seen."""
 
-    def observe(self, key: str, seconds: float) -> None:
-        """Take an observation of a histogram, by its key in ``HISTOGRAMS``."""
+    def observe(self, key: str, seconds: float, times: int) -> None:
+        """Take equal observations of a histogram, by its key in ``HISTOGRAMS``."""
         ...
 
-    def count(self, name: str, amount: float, labels: Mapping[str, str]) -> None:
-        """Take what a counter of ``COUNTERS`` has grown by."""
+    def count(self, name: str, amount: float, labels: tuple[str, ...]) -> None:
+        """Take what a counter of ``COUNTERS`` has grown by, with the values of its labels."""
         ...
 
 
 class ApiMetrics:
-    """Counters and histograms of one app, in a registry of its own.
+    """Counters and histograms of one app.
+
+    They are plain numbers, because every token counts: the client library's own metrics take
+    locks, and as long for a token as its text does. An app has one event loop, and so no race.
 
     Attributes:
         mirror: Another place that gets them as they grow, None if there is none.
@@ -67,30 +74,25 @@ class ApiMetrics:
     mirror: Mirror | None = None
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self._seconds = {
-            key: Histogram(f"rayapp_{name}", text, buckets=SECONDS, registry=self._registry)
-            for key, (name, text) in HISTOGRAMS.items()
-        }
-        self._counters = {
-            name: Counter(f"rayapp_{name}", text, labels, registry=self._registry)
-            for name, (text, labels) in COUNTERS.items()
+        self._seconds = {key: _Seconds() for key in HISTOGRAMS}
+        self._counters: dict[str, dict[tuple[str, ...], float]] = {
+            name: {} if labels else {(): 0.0} for name, (_, labels) in COUNTERS.items()
         }
 
-    def _count(self, name: str, amount: float = 1, **labels: str) -> None:
+    def _count(self, name: str, amount: float = 1, labels: tuple[str, ...] = ()) -> None:
         counter = self._counters[name]
-        (counter.labels(**labels) if labels else counter).inc(amount)
+        counter[labels] = counter.get(labels, 0.0) + amount
         if self.mirror is not None:
             self.mirror.count(name, amount, labels)
 
-    def _observe(self, key: str, seconds: float) -> None:
-        self._seconds[key].observe(seconds)
+    def _observe(self, key: str, seconds: float, times: int = 1) -> None:
+        self._seconds[key].observe(seconds, times)
         if self.mirror is not None:
-            self.mirror.observe(key, seconds)
+            self.mirror.observe(key, seconds, times)
 
     def count_response(self, path: str, status: int) -> None:
         """Count a response; ``path`` is a route's pattern, so there are few of them."""
-        self._count("http_responses", path=path, status=str(status))
+        self._count("http_responses", labels=(path, str(status)))
 
     def count_prompt(self, num_tokens: int) -> None:
         """Count the tokens of an accepted prompt."""
@@ -107,7 +109,7 @@ class ApiMetrics:
             self._observe(key, max(spans[key], 0.0))
         if num_tokens > 1 and {"e2e_s", "ttft_s"} <= spans.keys():
             self._observe("tpot_s", (spans["e2e_s"] - spans["ttft_s"]) / (num_tokens - 1))
-        self._count("request_success", finished_reason=reason)
+        self._count("request_success", labels=(reason,))
 
     def observe_tokens(self, gap_s: float, num_tokens: int, *, first: bool) -> None:
         """Record a batch of tokens and the time since the batch before it."""
@@ -115,17 +117,19 @@ class ApiMetrics:
         if first:
             self._observe("ttft_s", gap_s)
             return
-        for _ in range(num_tokens):
-            self._observe("itl_s", gap_s / num_tokens)
+        self._observe("itl_s", gap_s / num_tokens, num_tokens)
 
     def counts(self) -> Counts:
         """Return all counters and histograms of this process as plain numbers."""
-        return {
-            (family.name, sample.name, tuple(sample.labels.items())): sample.value
-            for family in self._registry.collect()
-            for sample in family.samples
-            if not sample.name.endswith("_created")
-        }
+        counts: Counts = {}
+        for key, (name, _) in HISTOGRAMS.items():
+            for sample, labels, value in self._seconds[key].samples():
+                counts[f"rayapp_{name}", f"rayapp_{name}{sample}", labels] = value
+        for name, (_, names) in COUNTERS.items():
+            for values, value in self._counters[name].items():
+                labels = tuple(zip(names, values, strict=True))
+                counts[f"rayapp_{name}", f"rayapp_{name}_total", labels] = value
+        return counts
 
     def render(
         self,
@@ -141,7 +145,7 @@ class ApiMetrics:
             elsewhere: What other processes of the service have counted.
         """
         snapshot = CollectorRegistry()
-        own = _summed(self._registry.collect(), [self.counts(), *elsewhere])
+        own = _summed([self.counts(), *elsewhere])
         families = [*own, *_pool_gauges(health), *_ledger_counters(transfers)]
         snapshot.register(_Snapshot(families))  # type: ignore[arg-type]
         return generate_latest(snapshot)
@@ -177,20 +181,40 @@ class AnswerObserver:
             )
 
 
-def _summed(families: Iterable[Metric], counted: Sequence[Counts]) -> list[Metric]:
-    """Families with the sums over all processes in place of one process's numbers."""
+class _Seconds:
+    """A histogram of seconds with the buckets ``SECONDS``."""
+
+    def __init__(self) -> None:
+        self._in_bucket = [0] * (len(SECONDS) + 1)
+        self._sum_s = 0.0
+
+    def observe(self, seconds: float, times: int) -> None:
+        self._in_bucket[bisect_left(SECONDS, seconds)] += times
+        self._sum_s += seconds * times
+
+    def samples(self) -> Iterator[tuple[str, tuple[tuple[str, str], ...], float]]:
+        """Ending of the sample's name, labels and value; every bucket counts those below it."""
+        up_to = list(accumulate(self._in_bucket))
+        for bound, count in zip((*SECONDS, inf), up_to, strict=True):
+            yield "_bucket", (("le", floatToGoString(bound)),), count
+        yield "_count", (), up_to[-1]
+        yield "_sum", (), self._sum_s
+
+
+def _summed(counted: Sequence[Counts]) -> list[Metric]:
+    """All families with the sums over all processes."""
     sums: Counts = {}
     for counts in counted:
         for key, value in counts.items():
             sums[key] = sums.get(key, 0.0) + value
-    summed = []
-    for family in families:
-        whole = Metric(family.name, family.documentation, family.type)
-        for (name, sample, labels), value in sums.items():
-            if name == family.name:
-                whole.add_sample(sample, dict(labels), value)
-        summed.append(whole)
-    return summed
+    families = {
+        **{f"rayapp_{name}": (text, "histogram") for name, text in HISTOGRAMS.values()},
+        **{f"rayapp_{name}": (text, "counter") for name, (text, _) in COUNTERS.items()},
+    }
+    summed = {name: Metric(name, *about) for name, about in families.items()}
+    for (name, sample, labels), value in sums.items():
+        summed[name].add_sample(sample, dict(labels), value)
+    return list(summed.values())
 
 
 class _Snapshot:

@@ -204,6 +204,8 @@ class Timeline:
 
 def merged_by_answer(batches: Sequence[TokenBatch]) -> list[TokenBatch]:
     """Merge the batches of every answer; within an answer they are consecutive."""
+    if len(batches) == 1:
+        return [batches[0]]
     answers: dict[str, list[TokenBatch]] = {}
     for batch in batches:
         answers.setdefault(batch.request_id, []).append(batch)
@@ -212,6 +214,8 @@ def merged_by_answer(batches: Sequence[TokenBatch]) -> list[TokenBatch]:
 
 def merged(batches: Sequence[TokenBatch]) -> TokenBatch:
     """Merge consecutive batches of one attempt into one."""
+    if len(batches) == 1:
+        return batches[0]
     first, last = batches[0], batches[-1]
     return TokenBatch(
         request_id=first.request_id,

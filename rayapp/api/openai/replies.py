@@ -227,13 +227,13 @@ class Reply:
     ) -> AsyncGenerator[bytes, None]:
         """Generate the reply as server-sent events; an error becomes the last event."""
         num_tokens = 0
-        empty = {"usage": None} if with_usage else {}
+        frame = self._chunk([]) | ({"usage": None} if with_usage else {})
         try:
             async for delta in _chained(first, rest):
                 num_tokens += len(delta.token_ids)
                 told = self._told(delta.timeline)
                 for piece in self._format.pieces(delta):
-                    yield _event({**self._chunk([{**piece, **told}]), **empty})
+                    yield _event(frame | {"choices": [piece | told]})
         except Exception as error:  # noqa: BLE001 - the status is sent: only an event can tell
             yield _event(error_body_of(error))
             return

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from ray.serve import metrics
@@ -29,7 +28,7 @@ _GAUGES = {
     "num_requests_waiting": "Requests that wait",
     "kv_cache_usage_perc": "Share of KV entries in use, 0 to 1",
 }
-Labels = tuple[tuple[str, str], ...]
+Labels = tuple[str, ...]
 
 
 class RayMirror:
@@ -44,6 +43,7 @@ class RayMirror:
         self._sent: dict[tuple[str, Labels], float] = {}
         self._amounts: dict[tuple[str, Labels], float] = {}
         self._seconds: dict[str, list[float]] = {}
+        self._labels = {name: labels for name, (_, labels) in {**COUNTERS, **_LEDGER}.items()}
         self._flushing: asyncio.TimerHandle | None = None
         self._counters = {
             name: metrics.Counter(f"rayapp_{name}", description=text, tag_keys=labels)
@@ -54,14 +54,14 @@ class RayMirror:
             for key, (name, text) in HISTOGRAMS.items()
         }
 
-    def observe(self, key: str, seconds: float) -> None:
-        """Take an observation of a histogram."""
-        self._seconds.setdefault(key, []).append(seconds)
+    def observe(self, key: str, seconds: float, times: int) -> None:
+        """Take equal observations of a histogram."""
+        self._seconds.setdefault(key, []).extend([seconds] * times)
         self._flush_soon()
 
-    def count(self, name: str, amount: float, labels: Mapping[str, str]) -> None:
-        """Take what a counter has grown by."""
-        key = (name, tuple(labels.items()))
+    def count(self, name: str, amount: float, labels: tuple[str, ...]) -> None:
+        """Take what a counter has grown by, with the values of its labels."""
+        key = (name, labels)
         self._amounts[key] = self._amounts.get(key, 0.0) + amount
         self._flush_soon()
 
@@ -76,7 +76,8 @@ class RayMirror:
         amounts, self._amounts = self._amounts, {}
         for (name, labels), amount in amounts.items():
             if amount > 0:
-                self._counters[name].inc(amount, tags=dict(labels))
+                tags = dict(zip(self._labels[name], labels, strict=True))
+                self._counters[name].inc(amount, tags=tags)
         seconds, self._seconds = self._seconds, {}
         for key, observed in seconds.items():
             for value in observed:
@@ -90,7 +91,7 @@ class RayMirror:
             ("kv_transfer_seconds", ()): totals["put_s"] + totals["fetch_s"],
         }
         for cause in SAVINGS:
-            now["kv_transfer_saved_bytes", (("by", cause),)] = totals[f"saved_by_{cause}_bytes"]
+            now["kv_transfer_saved_bytes", (cause,)] = totals[f"saved_by_{cause}_bytes"]
         for key, total in now.items():
             self._amounts[key] = total - self._sent.get(key, 0.0)
         self._sent = now
