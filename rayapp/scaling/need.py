@@ -77,7 +77,10 @@ def prefill_need(
     rest = max(waiting, in_time(late))
     work = f"{queued_s / ready:.1f} s of work against a target of {slack_s:.1f} s"
     if waiting < rest:
-        work += f", {ahead:.2f} s of prefill arrive per second"
+        work = (
+            f"{ahead:.2f} s of work arrive per second, and {settings.attainment:.0%} of it may "
+            f"wait {slack_s:.1f} s"
+        )
     return Need(max(waiting, in_time(_MARGIN * late)), rest, work)
 
 

@@ -22,6 +22,19 @@ from rayapp.engine.request import PromptRequests
 from rayapp.scaling.reports import Standing
 from rayapp.scaling.routing import Errand, Known, ranked
 
+_KNOWN: dict[str, dict[str, Known]] = {}
+"""What the routers of this process know of the replicas, by deployment; admission reads it."""
+
+
+def least_work_s(deployment: str) -> float:
+    """Seconds of work of the replica that has the least, as this process knows; 0 if it does not.
+
+    Args:
+        deployment: Name of the deployment.
+    """
+    known = _KNOWN.get(deployment, {})
+    return min((one.left_s(time.time()) for one in tuple(known.values())), default=0.0)
+
 
 class AddressedRouter(RequestRouter):
     """Routes to the addressed replica, else to the one that would be done first.
@@ -48,6 +61,7 @@ class AddressedRouter(RequestRouter):
         replicas = {r.replica_id.unique_id: r for r in candidate_replicas}
         self._hear(replicas)
         errand = self._errand(address, pending_request.args)
+        _KNOWN[self._deployment_id.name] = self._known
         return ranks(address, replicas, self._known, errand, time.time())
 
     def on_request_routed(
