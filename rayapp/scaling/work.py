@@ -42,6 +42,11 @@ def decode_work_s(report: DecodeReport, tpot_s: float) -> float:
     return (report.rows / 2 + report.waiting) / batch * report.answer_tokens * step_s
 
 
+def answer_lasts_s(report: DecodeReport, tpot_s: float) -> float:
+    """Seconds that an answer of usual length takes in a full batch."""
+    return report.answer_tokens * carried(report, tpot_s, entries_each([report]))[1]
+
+
 def decode_errand(reports: Sequence[DecodeReport], tpot_s: float) -> Errand:
     """The work of one more sequence, for the router."""
     if not reports:

@@ -82,7 +82,9 @@ class AddressedRouter(RequestRouter):
             standing = Standing.read(replica.routing_stats or {})
             if standing is None or standing == self._standings.get(name):
                 continue
-            known = self._known.get(name, Known()).reported(standing.at_s, standing.work_s)
+            known = self._known.get(name, Known()).reported(
+                standing.at_s, standing.work_s, standing.lasts_s
+            )
             if not standing.num_failed:
                 known = known.succeeded()
             elif standing.num_failed > known.num_failed:

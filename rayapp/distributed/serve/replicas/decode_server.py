@@ -55,7 +55,7 @@ from rayapp.models.stack import BlockStack
 from rayapp.scaling.meters import DecodeMeter
 from rayapp.scaling.reports import DecodeReport, Standing
 from rayapp.scaling.settings import Targets
-from rayapp.scaling.work import decode_errand, decode_work_s
+from rayapp.scaling.work import answer_lasts_s, decode_errand, decode_work_s
 
 logger = logging.getLogger(__name__)
 
@@ -385,7 +385,9 @@ class DecodeServer:
         """Numbers by which the router chooses between replicas."""
         report = self.report
         work_s, errand = decode_work_s(report, self._tpot_s), decode_errand([report], self._tpot_s)
-        return Standing(time.time(), work_s, 0.0, errand.work_s, self._loop.num_failed).numbers()
+        lasts_s = answer_lasts_s(report, self._tpot_s)
+        failed = self._loop.num_failed
+        return Standing(time.time(), work_s, 0.0, errand.work_s, failed, lasts_s).numbers()
 
     async def check_health(self) -> None:
         """Raise :class:`UnavailableError` if a call hangs; Serve asks this every few seconds."""
