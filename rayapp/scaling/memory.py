@@ -157,9 +157,14 @@ class PoolMemory:
         return max(usual_s, *loaded_s) if loaded_s else usual_s
 
     def heard(
-        self, now_s: float, reports: Mapping[str, Heard], read: Counter, keep_s: float
+        self,
+        now_s: float,
+        reports: Mapping[str, Heard],
+        read: Counter,
+        keep_s: float,
+        factor: float = 1.0,
     ) -> PoolMemory:
-        """The memory after these reports."""
+        """The memory after these reports, which stand for ``factor`` times as many replicas."""
         counters = dict(self.counters)
         requests = work_s = square_s = span_s = 0.0
         for name, report in reports.items():
@@ -178,7 +183,8 @@ class PoolMemory:
                 span_s = max(span_s, passed_s)
         samples = tuple(one for one in self.samples if one.at_s > now_s - keep_s)
         if span_s:
-            samples = (*samples, Sample(now_s, span_s, requests, work_s, square_s))
+            arrived = (factor * value for value in (requests, work_s, square_s))
+            samples = (*samples, Sample(now_s, span_s, *arrived))
         known = {name: value for name, value in counters.items() if name in reports}
         return replace(self, counters=known, samples=samples)
 
