@@ -42,7 +42,7 @@ def parser() -> ArgumentParser:
     options.add_argument("--requests", type=int, default=2000, help="of each trace")
     options.add_argument("--loads", nargs="*", choices=[*SHAPES, DEAD], default=[*SHAPES, DEAD])
     options.add_argument("--rate", type=float, default=4.0, help="requests/s of drawn loads")
-    options.add_argument("--span", type=float, default=450.0, help="seconds of drawn loads")
+    options.add_argument("--span", type=float, default=600.0, help="seconds of drawn loads")
     options.add_argument("--targets", type=float, nargs=2, default=[20000, 150], help="TTFT, TPOT")
     options.add_argument("--interval", type=float, default=2.0, help="seconds between reports")
     options.add_argument("--goal", type=float, default=0.99, help="share within targets")
