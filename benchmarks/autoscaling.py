@@ -39,7 +39,7 @@ def parser() -> ArgumentParser:
     options.add_argument("--costs", type=Path, required=True, help="measured stage costs, JSON")
     options.add_argument("--conversation", type=Path, help="trace of conversations, CSV")
     options.add_argument("--code", type=Path, help="trace of code completions, CSV")
-    options.add_argument("--requests", type=int, default=3000, help="of each trace")
+    options.add_argument("--requests", type=int, default=2000, help="of each trace")
     options.add_argument("--loads", nargs="*", choices=[*SHAPES, DEAD], default=[*SHAPES, DEAD])
     options.add_argument("--rate", type=float, default=4.0, help="requests/s of drawn loads")
     options.add_argument("--span", type=float, default=600.0, help="seconds of drawn loads")

@@ -156,7 +156,8 @@ class LlmD(_Stabilised):
         per_replica = setup.prompt_tokens_per_s * slack_s * self._knob
         return {
             PREFILL: facts[PREFILL].queued_tokens / per_replica,
-            DECODE: facts[DECODE].usage / 0.8,
+            # Usage counts slots as an operator would set them: the batch that meets the target.
+            DECODE: facts[DECODE].num_present / setup.batch / 0.8,
         }
 
 
@@ -271,11 +272,11 @@ class DynamoLoad(_Periodic):
 Maker = Callable[[Setup, float], Policy]
 
 POLICIES: dict[str, tuple[Maker, tuple[float, ...]]] = {
-    "Ray Serve, default": (ServeDefault, (1.0, 2.0, 4.0, 8.0)),
-    "llm-d": (LlmD, (0.1, 0.3, 0.65, 1.0)),
-    "Dynamo, throughput": (DynamoThroughput, (1.0, 1.5, 2.0, 3.0)),
-    "Dynamo, load": (DynamoLoad, (0.4, 0.6, 0.8, 1.0)),
-    "HeteroScale": (HeteroScale, (0.4, 0.55, 0.7, 0.85)),
-    "TokenScale": (TokenScale, (0.4, 0.55, 0.7, 0.85)),
+    "Ray Serve, default": (ServeDefault, (2.0, 4.0, 8.0)),
+    "llm-d": (LlmD, (0.1, 0.3, 0.65)),
+    "Dynamo, throughput": (DynamoThroughput, (1.5, 2.0, 3.0)),
+    "Dynamo, load": (DynamoLoad, (0.4, 0.6, 0.8)),
+    "HeteroScale": (HeteroScale, (0.4, 0.55, 0.7)),
+    "TokenScale": (TokenScale, (0.4, 0.55, 0.7)),
 }
 """Policies with the values of their knob that are tried; the cheapest good one is taken."""

@@ -22,6 +22,8 @@ RARE = 3.0
 anyway (project default)."""
 _MOST_PATIENT = 4.0
 _REGRET = 3.0
+# Serve decides ten times a second; memories are kept by the second.
+_GRAIN_S = 1.0
 _STARTS = 9
 
 
@@ -155,9 +157,14 @@ class PoolMemory:
         return max(usual_s, *loaded_s) if loaded_s else usual_s
 
     def heard(
-        self, now_s: float, reports: Mapping[str, Heard], read: Counter, keep_s: float
+        self,
+        now_s: float,
+        reports: Mapping[str, Heard],
+        read: Counter,
+        keep_s: float,
+        factor: float = 1.0,
     ) -> PoolMemory:
-        """The memory after these reports."""
+        """The memory after these reports, which stand for ``factor`` times as many replicas."""
         counters = dict(self.counters)
         requests = work_s = square_s = span_s = 0.0
         for name, report in reports.items():
@@ -176,17 +183,23 @@ class PoolMemory:
                 span_s = max(span_s, passed_s)
         samples = tuple(one for one in self.samples if one.at_s > now_s - keep_s)
         if span_s:
-            samples = (*samples, Sample(now_s, span_s, requests, work_s, square_s))
+            arrived = (factor * value for value in (requests, work_s, square_s))
+            samples = (*samples, Sample(now_s, span_s, *arrived))
         known = {name: value for name, value in counters.items() if name in reports}
         return replace(self, counters=known, samples=samples)
 
     def with_level(self, now_s: float, level: float, keep_s: float) -> PoolMemory:
         """The memory after the pool had ``level`` requests."""
+        if self.levels and now_s - self.levels[-1][0] < _GRAIN_S:
+            return replace(self, levels=(*self.levels[:-1], (self.levels[-1][0], level)))
         kept = tuple(one for one in self.levels if one[0] > now_s - keep_s)
         return replace(self, levels=(*kept, (now_s, level)))
 
     def with_enough(self, now_s: float, number: int, delay_s: float) -> PoolMemory:
         """The memory after ``number`` replicas were enough."""
+        if self.enough and now_s - self.enough[-1][0] < _GRAIN_S:
+            last_s, most = self.enough[-1]
+            return replace(self, enough=(*self.enough[:-1], (last_s, max(most, number))))
         keep_s = delay_s * _MOST_PATIENT
         kept = tuple(one for one in self.enough if one[0] > now_s - keep_s)
         return replace(self, enough=(*kept, (now_s, number)))

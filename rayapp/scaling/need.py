@@ -47,6 +47,7 @@ def prefill_need(
     *,
     cold_s: float,
     elsewhere_tokens: float = 0.0,
+    factor: float = 1.0,
 ) -> Need:
     """Replicas that prefill needs so that first tokens come in time.
 
@@ -61,27 +62,31 @@ def prefill_need(
         settings: Targets and limits.
         cold_s: Seconds until a replica that starts now works.
         elsewhere_tokens: Prompt tokens that wait in the ingress.
+        factor: Replicas that carry work over those that report.
     """
     mean_s = rates.mean_s or _mean_prompt_s(reports)
     slack_s = max(settings.targets.ttft_s - mean_s, _BUSY_WAIT * mean_s)
     token_s = max(report.token_s for report in reports)
-    queued_s = sum(report.queued_s for report in reports) + elsewhere_tokens * token_s
+    queued_s = factor * sum(report.queued_s for report in reports) + elsewhere_tokens * token_s
     # Work that may wait until a new replica works need not be foreseen.
     late, ahead = 1.0 - settings.attainment, rates.ahead(max(0.0, cold_s - slack_s), settings)
 
     def in_time(share: float) -> int:
         return replicas_in_time(ahead, mean_s, rates.spread, slack_s, late=share, usage=_FULL)
 
-    ready = len(reports)
+    ready = factor * len(reports)
     waiting = _for_work(queued_s, rates.fast, ready, cold_s, slack_s)
     rest = max(waiting, in_time(late))
     work = f"{queued_s / ready:.1f} s of work against a target of {slack_s:.1f} s"
     if waiting < rest:
-        work += f", {ahead:.2f} s of prefill arrive per second"
+        work = (
+            f"{ahead:.2f} s of work arrive per second, and {settings.attainment:.0%} of it may "
+            f"wait {slack_s:.1f} s"
+        )
     return Need(max(waiting, in_time(_MARGIN * late)), rest, work)
 
 
-def _for_work(queued_s: float, load: float, ready: int, cold_s: float, slack_s: float) -> int:
+def _for_work(queued_s: float, load: float, ready: float, cold_s: float, slack_s: float) -> int:
     """Replicas for the work that will be too much still once a replica that starts now is ready.
 
     Args:

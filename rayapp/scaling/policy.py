@@ -5,8 +5,8 @@ It is a pure function: the same settings, memory and view give the same decision
 - a pool grows as soon as the work that it has, or that arrives, needs more replicas than it has;
 - it shrinks once fewer replicas have been enough for the whole of ``downscale_delay_s``, down to
   the most that was needed in that time: the load after the consolidation is what was checked;
-- a replica that is silent holds the pool from shrinking, and never keeps it from growing for the
-  others; where none reports, the pool stays as it is;
+- a replica that falls silent is taken to carry as much as the others; it holds the pool from
+  shrinking, and never from growing; where none reports, the pool stays as it is;
 - the link is a stage of its own, which prefill needs enough replicas for;
 - ratios between pools only ever add replicas;
 - no pool loses more than ``largest_step`` replicas at once, or gains more than it has.
@@ -21,7 +21,16 @@ from dataclasses import dataclass, field, replace
 from rayapp.scaling.memory import PoolMemory
 from rayapp.scaling.need import Need, decode_need, prefill_need
 from rayapp.scaling.settings import ScalingSettings
-from rayapp.scaling.view import DECODE, INGRESS, PREFILL, UNIFIED, Decision, Heard, PoolView
+from rayapp.scaling.view import (
+    DECODE,
+    INGRESS,
+    PREFILL,
+    UNIFIED,
+    Decision,
+    Heard,
+    PoolView,
+    silent_factor,
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,9 @@ def decide(
     """
     fresh = {name: pool.fresh(now_s, settings.stale_s) for name, pool in view.items()}
     memory = _remembered(settings, memory, view, fresh, now_s)
-    needs = {name: _need(settings, memory, name, fresh, now_s) for name in view if name != INGRESS}
+    needs = {
+        name: _need(settings, memory, name, view, fresh, now_s) for name in view if name != INGRESS
+    }
     prompts, link = needs.get(PREFILL), _link_need(settings, memory, now_s)
     if prompts is not None and link is not None:
         needs[PREFILL] = _larger(prompts, link)
@@ -80,11 +91,14 @@ def _remembered(
 ) -> Memory:
     pools = dict(memory.pools)
     reports = {name: heard for pool in fresh.values() for name, heard in pool.items()}
-    for stage, read in _COUNTERS.items():
-        pools[stage] = memory.of(stage).heard(now_s, reports, read, settings.slow_s)
+    factors = {name: silent_factor(pool, fresh[name]) for name, pool in view.items()}
+    for stage, (read, name) in _COUNTERS.items():
+        factor = factors.get(name, factors.get(UNIFIED, 1.0))
+        pools[stage] = memory.of(stage).heard(now_s, reports, read, settings.slow_s, factor)
     sequences = [heard.decode for heard in reports.values() if heard.decode is not None]
     if sequences:
         present = sum(report.rows + report.waiting for report in sequences)
+        present *= factors.get(DECODE, factors.get(UNIFIED, 1.0))
         pools[ANSWERS] = pools[ANSWERS].with_level(now_s, present, settings.slow_s)
     for name, pool in view.items():
         pools[name] = memory.of(name).seen(now_s, len(pool.running), pool.target)
@@ -111,9 +125,9 @@ def _link_counters(heard: Heard) -> tuple[float, float, float] | None:
 
 PROMPTS, ANSWERS, TRANSFERS = "prompts", "answers", "transfers"
 _COUNTERS = {
-    PROMPTS: _prefill_counters,
-    ANSWERS: _decode_counters,
-    TRANSFERS: _link_counters,
+    PROMPTS: (_prefill_counters, PREFILL),
+    ANSWERS: (_decode_counters, DECODE),
+    TRANSFERS: (_link_counters, INGRESS),
 }
 
 
@@ -121,6 +135,7 @@ def _need(
     settings: ScalingSettings,
     memory: Memory,
     name: str,
+    view: Mapping[str, PoolView],
     fresh: Mapping[str, Mapping[str, Heard]],
     now_s: float,
 ) -> Need | None:
@@ -141,7 +156,14 @@ def _need(
     needs = []
     if name in (PREFILL, UNIFIED) and prompts:
         needs.append(
-            prefill_need(prompts, arrivals, settings, cold_s=cold_s, elsewhere_tokens=waiting)
+            prefill_need(
+                prompts,
+                arrivals,
+                settings,
+                cold_s=cold_s,
+                elsewhere_tokens=waiting,
+                factor=silent_factor(view[name], fresh[name]),
+            )
         )
     if name in (DECODE, UNIFIED) and sequences:
         level = answers.level(now_s, settings.fast_s)

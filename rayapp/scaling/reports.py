@@ -115,6 +115,7 @@ class Standing(_Flat):
         token_s: Seconds of work per prompt token that is sent to it.
         errand_s: Seconds of work of every request that is sent to it, whatever its length.
         num_failed: Steps that failed one after the other.
+        lasts_s: Seconds that an answer lasts, if many are made side by side; 0 if one by one.
     """
 
     at_s: float
@@ -122,6 +123,7 @@ class Standing(_Flat):
     token_s: float
     errand_s: float
     num_failed: float
+    lasts_s: float = 0.0
 
 
 Report = PrefillReport | DecodeReport | IngressReport

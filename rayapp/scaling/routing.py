@@ -25,6 +25,8 @@ class Known:
         sent: Work that was sent to it since, as moments and seconds, oldest first.
         num_failed: Failures one after the other.
         failed_s: When it failed last.
+        lasts_s: Seconds that one piece of work lasts where many are done side by side, as in
+            decode; 0 where they are done one after the other, as in prefill.
         prefix_tokens: Tokens of the prompt at hand whose KV it holds already.
     """
 
@@ -34,6 +36,7 @@ class Known:
     num_failed: int = 0
     failed_s: float = float("-inf")
     prefix_tokens: int = 0
+    lasts_s: float = 0.0
 
     def is_avoided(self, now_s: float) -> bool:
         """True while a failure is recent."""
@@ -42,21 +45,31 @@ class Known:
         return now_s - self.failed_s < min(FORGIVEN_S * 2 ** (self.num_failed - 1), _LONGEST_S)
 
     def left_s(self, now_s: float) -> float:
-        """Seconds of work that it has now, if it has worked without a pause since its report."""
-        since = [seconds for moment, seconds in self.sent if moment > self.at_s]
-        passed_s = max(0.0, now_s - self.at_s) if self.at_s > float("-inf") else 0.0
-        return max(0.0, self.work_s - passed_s) + sum(since)
+        """Seconds of work that it has now, if it has worked on whatever it had since its report.
 
-    def reported(self, at_s: float, work_s: float) -> Known:
+        A replica that falls silent is so taken to go on; it would look ever busier if what was sent
+        to it never ended.
+        """
+        if self.lasts_s > 0.0:
+            pieces = ((self.at_s, self.work_s), *self.sent)
+            return sum(s * max(0.0, 1.0 - (now_s - at) / self.lasts_s) for at, s in pieces if s)
+        left_s, at_s = self.work_s, self.at_s
+        for moment, seconds in (*self.sent, (now_s, 0.0)):
+            left_s = max(0.0, left_s - max(0.0, moment - at_s)) + seconds
+            at_s = max(at_s, moment)
+        return left_s
+
+    def reported(self, at_s: float, work_s: float, lasts_s: float = 0.0) -> Known:
         """Knowledge after a report; work that was sent before it is part of it."""
         if at_s <= self.at_s:
             return self
         later = tuple(one for one in self.sent if one[0] > at_s)
-        return replace(self, work_s=work_s, at_s=at_s, sent=later)
+        return replace(self, work_s=work_s, at_s=at_s, sent=later, lasts_s=lasts_s)
 
     def given(self, at_s: float, work_s: float) -> Known:
         """Knowledge after work was sent to it."""
-        return replace(self, sent=(*self.sent, (at_s, work_s)))
+        lately = tuple(one for one in self.sent if one[0] > at_s - _LONGEST_S)
+        return replace(self, sent=(*lately, (at_s, work_s)))
 
     def failed(self, at_s: float) -> Known:
         """Knowledge after a failure."""

@@ -47,6 +47,16 @@ class PoolView:
         }
 
 
+def silent_factor(pool: PoolView, fresh: Mapping[str, Heard]) -> float:
+    """The replicas that carry work over those that are heard.
+
+    A replica that reported once and does so no more carries as much as the others; one that never
+    did is new and carries nothing yet.
+    """
+    silent = [name for name in pool.running if name in pool.heard and name not in fresh]
+    return 1.0 + len(silent) / len(fresh) if fresh else 1.0
+
+
 @dataclass(frozen=True)
 class Decision:
     """The size of one pool from now on, and why.

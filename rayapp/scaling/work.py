@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rayapp.scaling.reports import DecodeReport
+from rayapp.scaling.reports import DecodeReport, Standing
 from rayapp.scaling.routing import Errand
 
 _UNMET = 1.5
@@ -42,6 +42,11 @@ def decode_work_s(report: DecodeReport, tpot_s: float) -> float:
     return (report.rows / 2 + report.waiting) / batch * report.answer_tokens * step_s
 
 
+def answer_lasts_s(report: DecodeReport, tpot_s: float) -> float:
+    """Seconds that an answer of usual length takes in a full batch."""
+    return report.answer_tokens * carried(report, tpot_s, entries_each([report]))[1]
+
+
 def decode_errand(reports: Sequence[DecodeReport], tpot_s: float) -> Errand:
     """The work of one more sequence, for the router."""
     if not reports:
@@ -49,3 +54,22 @@ def decode_errand(reports: Sequence[DecodeReport], tpot_s: float) -> Errand:
     each = entries_each(reports)
     batch, step_s = carried(reports[0], tpot_s, each)
     return Errand(reports[0].answer_tokens * step_s / batch)
+
+
+def decode_standing(report: DecodeReport, tpot_s: float, at_s: float, num_failed: int) -> Standing:
+    """The standing of a decode replica, for the router.
+
+    Args:
+        report: The report of the replica.
+        tpot_s: Longest time per token, seconds.
+        at_s: The present Unix time.
+        num_failed: Steps that failed one after the other.
+    """
+    return Standing(
+        at_s=at_s,
+        work_s=decode_work_s(report, tpot_s),
+        token_s=0.0,
+        errand_s=decode_errand([report], tpot_s).work_s,
+        num_failed=num_failed,
+        lasts_s=answer_lasts_s(report, tpot_s),
+    )

@@ -126,12 +126,14 @@ class SimulatedPool(Generic[R]):
         now_s = self._clock.now_s
         return min(self._known.get(name, Known()).left_s(now_s) for name in self.running)
 
-    def hear(self, reports: dict[str, Heard], work_s: Callable[[Heard], float]) -> None:
+    def hear(
+        self, reports: dict[str, Heard], work_of: Callable[[Heard], tuple[float, float]]
+    ) -> None:
         """Take the reports of replicas, for the policy and for the router."""
         self._heard.update(reports)
         for name, heard in reports.items():
             known = self._known.get(name, Known())
-            self._known[name] = known.reported(heard.at_s, work_s(heard))
+            self._known[name] = known.reported(heard.at_s, *work_of(heard))
 
     def view(self) -> PoolView:
         """The pool as a policy sees it."""

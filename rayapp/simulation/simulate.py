@@ -11,7 +11,7 @@ from rayapp.scaling.reports import IngressReport
 from rayapp.scaling.routing import Errand
 from rayapp.scaling.settings import ScalingSettings
 from rayapp.scaling.view import DECODE, INGRESS, PREFILL, Heard, PoolView
-from rayapp.scaling.work import decode_errand, decode_work_s
+from rayapp.scaling.work import answer_lasts_s, decode_errand, decode_work_s
 from rayapp.simulation.clock import Clock
 from rayapp.simulation.decode_replica import DecodeReplica, TokenCount
 from rayapp.simulation.outcome import Moment, Outcome
@@ -182,11 +182,16 @@ class _Simulation:
             [one.decode for one in sequences.values() if one.decode], tpot_s
         )
         self.prefill.hear(
-            self._audible(PREFILL, prompts), lambda one: one.prefill.queued_s if one.prefill else 0
+            self._audible(PREFILL, prompts),
+            lambda one: (one.prefill.queued_s if one.prefill else 0.0, 0.0),
         )
         self.decode.hear(
             self._audible(DECODE, sequences),
-            lambda one: decode_work_s(one.decode, tpot_s) if one.decode else 0.0,
+            lambda one: (
+                (decode_work_s(one.decode, tpot_s), answer_lasts_s(one.decode, tpot_s))
+                if one.decode
+                else (0.0, 0.0)
+            ),
         )
 
     def _audible(self, pool: str, reports: dict[str, Heard]) -> dict[str, Heard]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
+from itertools import pairwise
 
 from rayapp.simulation.outcome import Moment, Outcome
 
@@ -65,14 +66,18 @@ def _panel(outcome: Outcome, top: int, lines: Sequence[tuple[str, str, Value]]) 
 
 def _steps(moments: Sequence[Moment], value: Value, most: float, top: int, span_s: float) -> str:
     """The points of a line that stays until it changes."""
-    points, before = [], None
-    for one in moments:
-        x = _LEFT + _WIDTH * one.at_s / max(span_s, 1e-9)
-        y = top + _HEIGHT * (1 - value(one) / most)
-        if before is not None:
-            points.append(f"{x:.1f},{before:.1f}")
-        points.append(f"{x:.1f},{y:.1f}")
-        before = y
+    places = [
+        (
+            _LEFT + _WIDTH * one.at_s / max(span_s, 1e-9),
+            top + _HEIGHT * (1 - value(one) / most),
+        )
+        for one in moments
+    ]
+    points = [f"{x:.1f},{y:.1f}" for x, y in places[:1]]
+    for (_, before), (x, y) in pairwise(places):
+        if y != before:
+            points += [f"{x:.1f},{before:.1f}", f"{x:.1f},{y:.1f}"]
+    points += [f"{x:.1f},{y:.1f}" for x, y in places[-1:]]
     return " ".join(points)
 
 

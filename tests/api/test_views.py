@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rayapp.api.routes import build_app
-from rayapp.api.service import ServiceDescription
-from rayapp.api.status_page import readable_bytes
+from rayapp.api.service import HealthReport, ServiceDescription
+from rayapp.api.status_page import readable_bytes, status_page
 from rayapp.errors import UnavailableError
 from rayapp.plan import ModelSignature, PruningPlan
 
@@ -137,6 +139,17 @@ def test_the_page_of_a_pruned_model_escapes_names(http, service, serve_app, byte
     assert "4.00 \N{MULTIPLICATION SIGN}" in page
     assert "node-0" in page
     assert plan.fingerprint in page
+
+
+def test_the_page_tells_why_pools_have_their_size():
+    description = SimpleNamespace(
+        model_name="m", mode="disaggregated", max_model_len=9, plan=PruningPlan()
+    )
+    lines = ("decode 1 -> 2: 4.1 s of work against a target of 2.0 s", "decode 2 -> 1: <later>")
+    page = status_page(description, HealthReport(ready=True, decisions=lines), None)
+    later, earlier = page.index("2 -&gt; 1: &lt;later&gt;"), page.index("decode 1 -&gt; 2: 4.1 s")
+    assert later < earlier
+    assert "Sizes of pools" not in status_page(description, HealthReport(ready=True), None)
 
 
 def test_readable_bytes():

@@ -183,6 +183,29 @@ def test_unified_replicas_need_room_for_both(settings):
     assert decisions["unified"].after >= 4  # 1.5 replicas of prefill, and 1.4 of decode
 
 
+def test_decisions_ten_times_a_second_fill_no_memory(service, settings):
+    memory, view = Memory(), service.view()
+    for number in range(300):
+        _, memory = decide(settings, memory, view, service.now_s + number / 10)
+    assert len(memory.of("decode").enough) <= 31
+    assert len(memory.of("answers").levels) <= 31
+
+
+def test_a_cold_start_is_measured_from_the_decision(service, settings):
+    memory = Memory()
+    service.prompts(0.1, queued_s=500.0)
+    decisions, memory = decide(settings, memory, service.view(), service.now_s)
+    grown = decisions["prefill"].after
+    assert grown > 1
+    for _ in range(7):  # The replicas are not there yet.
+        view = service.view()
+        view["prefill"] = replace(view["prefill"], target=grown)
+        _, memory = decide(settings, memory, view, service.now_s)
+    service.targets["prefill"] = grown
+    _, memory = decide(settings, memory, service.view(), service.now_s)
+    assert memory.of("prefill").cold_start_s((), settings.cold_start_s) == 8.0
+
+
 def test_the_same_view_gives_the_same_decision(service, settings):
     service.prompts(3.0)
     view, memory = service.view(), Memory()

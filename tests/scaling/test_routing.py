@@ -17,8 +17,24 @@ def test_work_sent_since_a_report_counts_and_work_done_does_not():
     replicas["a"] = replicas["a"].given(10.5, 1.0)
     assert first(ranked(replicas, Errand(), 11.0)) == "b"
     assert replicas["a"].left_s(11.0) == 2.0
+    assert replicas["a"].left_s(13.5) == 0.0
     assert replicas["a"].reported(11.0, 0.4).left_s(11.0) == 0.4
     assert replicas["a"].reported(9.0, 9.0) == replicas["a"]
+
+
+def test_a_silent_replica_does_not_look_ever_busier():
+    silent = Known(1.0, 0.0)
+    for second in range(100):
+        silent = silent.given(float(second), 0.5)
+    assert silent.left_s(100.0) == 0.0
+    assert silent.left_s(99.0) == 0.5
+
+
+def test_answers_side_by_side_end_with_their_length():
+    decode = Known().reported(0.0, 4.0, lasts_s=20.0)
+    assert decode.left_s(10.0) == 2.0
+    assert decode.given(10.0, 1.0).left_s(15.0) == 1.0 + 0.75
+    assert decode.left_s(30.0) == 0.0
 
 
 def test_many_requests_at_once_spread_over_the_pool():

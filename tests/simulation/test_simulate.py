@@ -117,7 +117,7 @@ def test_admission_refuses_in_the_simulation_too():
 
 @pytest.mark.parametrize("shape", ["burst", "ramp", "diurnal"])
 def test_pools_follow_a_load_and_do_not_waver(shape):
-    arrivals = drawn(shape, per_s=2.0, span_s=900, seed=1)
+    arrivals = drawn(shape, per_s=2.0, span_s=400, seed=1)
     outcome = own(arrivals)
     assert all(request.finished_s is not None for request in outcome.requests)
     assert outcome.share_within() > 0.9
@@ -127,10 +127,10 @@ def test_pools_follow_a_load_and_do_not_waver(shape):
 
 
 def test_deaf_replicas_lose_no_request():
-    arrivals = drawn("poisson", per_s=3.0, span_s=400, seed=2)
-    outcome = own(arrivals, deaf=[Deaf("prefill", 100, 250), Deaf("decode", 150, 300, 0.5)])
+    arrivals = drawn("poisson", per_s=3.0, span_s=300, seed=2)
+    outcome = own(arrivals, deaf=[Deaf("prefill", 80, 200), Deaf("decode", 100, 240, 0.5)])
     assert all(request.finished_s is not None for request in outcome.requests)
-    assert not [c for c in outcome.changes["prefill"] if 120 < c.at_s < 250]
+    assert not [c for c in outcome.changes["prefill"] if 100 < c.at_s < 200]
 
 
 def test_traces(tmp_path):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from types import SimpleNamespace
 
-from rayapp.distributed.serve.ingress.router import AddressedRouter
+import pytest
+
+from rayapp.distributed.serve.ingress.router import AddressedRouter, least_work_s
 from rayapp.distributed.serve.messages import Address
 from rayapp.engine.request import GenerationRequest, PromptRequests
 from rayapp.engine.sampling_params import SamplingParams
@@ -27,6 +29,7 @@ def pending(num_tokens, address=None):
 
 def router():
     made = object.__new__(AddressedRouter)
+    made._deployment_id = SimpleNamespace(name="tested")
     made.initialize_state()
     return made
 
@@ -59,6 +62,12 @@ def test_what_was_sent_since_the_last_report_counts():
     assert run(order(made, replicas, request))[0] == ["b"]
     later = [replica("a", 0.1, at_s=time.time() + 1), replicas[1]]
     assert run(order(made, later, request))[0] == ["a"]
+
+
+def test_admission_reads_the_least_work_that_the_router_knows():
+    assert least_work_s("unknown") == 0.0
+    run(order(router(), [replica("a", 30.0), replica("b", 50.0)], pending(10)))
+    assert least_work_s("tested") == pytest.approx(30.0, abs=1.0)
 
 
 def test_calls_with_an_address_are_no_new_work():

@@ -108,7 +108,7 @@ def open_service(
         channel=channel,
         ledger=ledger,
         versions=versions,
-        limits=Limits(settings.max_waiting, settings.max_attempts),
+        limits=Limits(settings.max_waiting, settings.max_attempts, settings.deadlines.queue_s),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import uuid
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
@@ -18,8 +19,10 @@ from rayapp.distributed.serve import decisions
 from rayapp.distributed.serve.ingress.answering import Answering, Attempts
 from rayapp.distributed.serve.ingress.calls import ask_all
 from rayapp.distributed.serve.ingress.losses import explained, is_lost
+from rayapp.distributed.serve.ingress.router import least_work_s
 from rayapp.distributed.serve.ingress.siblings import Siblings, Tallies
 from rayapp.distributed.serve.messages import Versions
+from rayapp.distributed.serve.settings import PREFILL
 from rayapp.engine.channel import KVChannel
 from rayapp.engine.request import GenerationRequest, PromptRequests, Timeline, TokenBatch
 from rayapp.errors import (
@@ -44,25 +47,32 @@ class Limits:
     Args:
         max_waiting: Requests that may be without a decode slot; further ones are refused.
         max_attempts: Attempts after which a request whose work is lost again and again fails.
+        queue_s: Longest wait for prefill; requests that would wait for longer are refused.
     """
 
     max_waiting: int
     max_attempts: int
+    queue_s: float = math.inf
 
 
 class WaitingRoom:
     """Counts the requests that have no decode slot yet, up to an exact limit."""
 
-    def __init__(self, max_waiting: int) -> None:
-        self._room = Room(max_waiting)
+    def __init__(self, max_waiting: int, queue_s: float = math.inf) -> None:
+        self._room = Room(max_waiting, queue_s)
         self._waiting: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def enter(self, request_ids: Collection[str]) -> None:
-        """Take a place for each; if they are too many, take none and raise."""
-        refused = refusal(self._room, len(self._waiting), len(request_ids))
+    def enter(self, request_ids: Collection[str], least_work_s: float = 0.0) -> None:
+        """Take a place for each; if they are too many, or would wait too long, take none and raise.
+
+        Args:
+            request_ids: The requests.
+            least_work_s: Seconds of work before the replica that has least.
+        """
+        refused = refusal(self._room, len(self._waiting), len(request_ids), least_work_s)
         if refused is not None:
             raise OverloadedError(refused[0])
         self._waiting.update(request_ids)
@@ -106,7 +116,9 @@ class RayService:
         self._attempts = attempts
         self._channel = channel
         self._versions = versions
-        self._waiting = WaitingRoom(limits.max_waiting)
+        self._waiting = WaitingRoom(limits.max_waiting, limits.queue_s)
+        # A unified replica's work is mostly answers that others do not wait for.
+        self._queue = PREFILL if PREFILL in pools else ""
         self._max_attempts = limits.max_attempts
         self._num_answering = 0
         self._is_draining = False
@@ -128,7 +140,7 @@ class RayService:
         names = [request.request_id for request in requests]
         for request in requests:
             self._description.check(request)
-        self._waiting.enter(names)
+        self._waiting.enter(names, least_work_s(self._queue))
         self._num_answering += len(names)
         try:
             marks = timelines or [Timeline() for _ in names]

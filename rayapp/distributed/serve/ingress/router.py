@@ -22,6 +22,19 @@ from rayapp.engine.request import PromptRequests
 from rayapp.scaling.reports import Standing
 from rayapp.scaling.routing import Errand, Known, ranked
 
+_KNOWN: dict[str, dict[str, Known]] = {}
+"""What the routers of this process know of the replicas, by deployment; admission reads it."""
+
+
+def least_work_s(deployment: str) -> float:
+    """Seconds of work of the replica that has the least, as this process knows; 0 if it does not.
+
+    Args:
+        deployment: Name of the deployment.
+    """
+    known = _KNOWN.get(deployment, {})
+    return min((one.left_s(time.time()) for one in tuple(known.values())), default=0.0)
+
 
 class AddressedRouter(RequestRouter):
     """Routes to the addressed replica, else to the one that would be done first.
@@ -48,6 +61,7 @@ class AddressedRouter(RequestRouter):
         replicas = {r.replica_id.unique_id: r for r in candidate_replicas}
         self._hear(replicas)
         errand = self._errand(address, pending_request.args)
+        _KNOWN[self._deployment_id.name] = self._known
         return ranks(address, replicas, self._known, errand, time.time())
 
     def on_request_routed(
@@ -68,7 +82,9 @@ class AddressedRouter(RequestRouter):
             standing = Standing.read(replica.routing_stats or {})
             if standing is None or standing == self._standings.get(name):
                 continue
-            known = self._known.get(name, Known()).reported(standing.at_s, standing.work_s)
+            known = self._known.get(name, Known()).reported(
+                standing.at_s, standing.work_s, standing.lasts_s
+            )
             if not standing.num_failed:
                 known = known.succeeded()
             elif standing.num_failed > known.num_failed:

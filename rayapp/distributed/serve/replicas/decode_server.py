@@ -55,9 +55,9 @@ from rayapp.errors import (
 from rayapp.kv.pieces import Message
 from rayapp.models.stack import BlockStack
 from rayapp.scaling.meters import DecodeMeter
-from rayapp.scaling.reports import DecodeReport, Standing
+from rayapp.scaling.reports import DecodeReport
 from rayapp.scaling.settings import Targets
-from rayapp.scaling.work import decode_errand, decode_work_s
+from rayapp.scaling.work import decode_standing
 
 logger = logging.getLogger(__name__)
 
@@ -333,9 +333,8 @@ class DecodeServer:
 
     def record_routing_stats(self) -> dict[str, float]:
         """Numbers by which the router chooses between replicas."""
-        report = self.report
-        work_s, errand = decode_work_s(report, self._tpot_s), decode_errand([report], self._tpot_s)
-        return Standing(time.time(), work_s, 0.0, errand.work_s, self._loop.num_failed).numbers()
+        standing = decode_standing(self.report, self._tpot_s, time.time(), self._loop.num_failed)
+        return standing.numbers()
 
     async def check_health(self) -> None:
         """Raise :class:`UnavailableError` if a call hangs; Serve asks this every few seconds."""

@@ -149,7 +149,7 @@ class UnifiedServer:
     def record_routing_stats(self) -> dict[str, float]:
         """Numbers by which the router chooses between replicas: the work of both stages."""
         prefill, decode = (one.record_routing_stats() for one in (self._prefill, self._decode))
-        names = ("work_s", "token_s", "errand_s")
+        names = ("work_s", "token_s", "errand_s", "lasts_s")
         return {**prefill, **{name: prefill[name] + decode[name] for name in names}}
 
     async def check_health(self) -> None:
