@@ -91,6 +91,30 @@ def chosen(rows: Sequence[dict[str, Any]], goal: float) -> list[dict[str, Any]]:
     return result
 
 
+def single_settings(loads: Sequence[Sequence[dict[str, Any]]], goal: float) -> list[dict[str, Any]]:
+    """Each policy with the one setting that meets the goal on most loads, then for the least."""
+    sums: dict[tuple[str, float | None], dict[str, Any]] = {}
+    for rows in loads:
+        for row in rows:
+            name, knob = row["policy"], row["knob"]
+            one = sums.setdefault(
+                (name, knob),
+                {"policy": name, "knob": knob, "met": 0, "lowest": 1.0, "replica_s": 0.0},
+            )
+            one["met"] += row["within"] >= goal
+            one["lowest"] = min(one["lowest"], row["within"])
+            one["replica_s"] += row["replica_s"]
+    best: dict[str, dict[str, Any]] = {}
+    for one in sums.values():
+        before = best.get(one["policy"])
+        if before is None or (one["met"], -one["replica_s"]) > (
+            before["met"],
+            -before["replica_s"],
+        ):
+            best[one["policy"]] = one
+    return list(best.values())
+
+
 def setup_of(arrivals: Sequence[Arrival], **known: Any) -> Setup:
     """What all policies know beforehand: the mean lengths of the load, too."""
     prompt = sum(arrival.num_prompt for arrival in arrivals) / len(arrivals)
