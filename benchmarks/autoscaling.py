@@ -24,6 +24,7 @@ from recorder.run import Recorder, run
 from recorder.table import Table
 from scaling.trials import CEILING, OURS, Trial, chosen, row_of, setup_of, single_settings
 
+from rayapp.errors import InputError
 from rayapp.scaling.settings import ScalingSettings, Targets
 from rayapp.scaling.view import DECODE, PREFILL
 from rayapp.simulation.simulate import Deaf
@@ -36,7 +37,7 @@ DEAD = "dead metrics"
 def parser() -> ArgumentParser:
     options = benchmark_parser(__doc__)
     add_seed(options, "drawn loads")
-    options.add_argument("--costs", type=Path, required=True, help="measured stage costs, JSON")
+    options.add_argument("--costs", type=Path, help="measured stage costs, JSON; needed")
     options.add_argument("--conversation", type=Path, help="trace of conversations, CSV")
     options.add_argument("--code", type=Path, help="trace of code completions, CSV")
     options.add_argument("--requests", type=int, default=2000, help="of each trace")
@@ -53,6 +54,8 @@ def parser() -> ArgumentParser:
 def measure(recorder: Recorder) -> None:
     arguments = recorder.arguments
     ttft_ms, tpot_ms = arguments.targets
+    if arguments.costs is None:
+        raise InputError("--costs: there are none; measure them with rayapp plan-capacity")
     costs = StageCosts.load(arguments.costs)
     targets = Targets(ttft_ms=ttft_ms, tpot_ms=tpot_ms)
     settings = ScalingSettings(

@@ -157,7 +157,8 @@ class DecodeReplica:
         while self._rows and self._rows[0][0] <= self._steps:
             request = heapq.heappop(self._rows)[2]
             self._leave(request)
-            request.finished_s = self._boundary_s
+            # Whatever an answer takes beside its stages delays its last token as it did its first.
+            request.finished_s = self._boundary_s + self._costs.overhead_s
             length = request.arrival.num_answer
             self._answer_tokens = _FADE * self._answer_tokens + (1 - _FADE) * length
             self._finished(request)

@@ -35,7 +35,7 @@ def test_every_policy_runs_and_the_page_says_who_was_cheapest(tmp_path, monkeypa
     assert all(row["requests"] == rows[0]["requests"] for row in rows)
     page = (tmp_path / "autoscaling.md").read_text()
     assert "Simulated pools of tested" in page
-    assert page.count("| rayapp |") == 1
+    assert page.count("| rayapp |") == 2
 
 
 def test_the_cheapest_setting_that_is_good_is_taken():

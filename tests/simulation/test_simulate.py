@@ -54,6 +54,13 @@ def test_one_request_alone():
     assert outcome.total_replica_s == pytest.approx(2 * request.finished_s)
 
 
+def test_what_is_beside_the_stages_delays_all_tokens_alike():
+    late = COSTS.model_copy(update={"overhead_s": 0.5})
+    (plain,), (request,) = (fixed([Arrival(0.0, 100, 10)], c).requests for c in (COSTS, late))
+    assert request.ttft_s == pytest.approx(plain.ttft_s + 0.5)
+    assert request.tpot_s == pytest.approx(plain.tpot_s)
+
+
 def test_a_short_prompt_passes_a_long_one_as_in_the_service():
     outcome = fixed([Arrival(0.0, 5000, 1), Arrival(0.1, 10, 1)])
     long, short = outcome.requests
