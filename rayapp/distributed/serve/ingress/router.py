@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
@@ -117,7 +118,7 @@ def ranks(
     """Sort ``replicas`` (by id) into ranks, in the order in which they are to be tried.
 
     Serve chooses within a rank by its own count of calls, so replicas whose work differs have ranks
-    of their own; those of which nothing is known share one.
+    of their own; those with equal work share one, as do those of which nothing is known.
 
     Args:
         address: The replica that a call is for, or those that it is to avoid.
@@ -134,8 +135,6 @@ def ranks(
     everyone = {name: known.get(name, Known()) for name in replicas}
     result: list[list[RunningReplica]] = []
     for rank in ranked(everyone, errand, now_s):
-        if any(name in known for name in rank):
-            result.extend([replicas[name]] for name in rank)
-        else:
-            result.append([replicas[name] for name in rank])
+        for _, alike in groupby(rank, key=lambda name: round(everyone[name].left_s(now_s), 3)):
+            result.append([replicas[name] for name in alike])
     return result
