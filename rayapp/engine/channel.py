@@ -13,7 +13,9 @@ owns the message at the end of that call until a decode stage has fetched it::
         async with channel.received(stream) as handle:
             ...  # the last message, or the only one
 
-A channel moves opaque bytes; :func:`rayapp.kv.wire.unpack` checks their meaning. The in-process
+A channel moves the pieces of messages; :func:`rayapp.kv.wire.unpack` checks their meaning. What a
+stream yields for a message is what :meth:`KVChannel.publish` makes of it, so a faster link sends a
+descriptor of memory that it has registered, and fetches from there. The in-process
 channel is the twin of the one over Ray's object store; both must pass the same contract test.
 """
 
@@ -26,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rayapp.errors import TransferError
+from rayapp.kv.pieces import Message
 
 
 class MessageStream(Protocol):
@@ -84,6 +87,15 @@ class KVChannel(Protocol):
 
     def release(self, handle: Any) -> None:
         """Give a message up; a second call is harmless."""
+        ...
+
+    @staticmethod
+    def publish(message: Message) -> Any:
+        """Put a message where a receiver gets it; return what the producer's stream yields for it.
+
+        That is the message itself where the stream carries the bytes, or a small descriptor of
+        memory that a faster link reads. The pieces of the message stay as they are until then.
+        """
         ...
 
     def received(self, stream: Any) -> AbstractAsyncContextManager[Any]:
@@ -211,6 +223,11 @@ class LocalChannel:
     def reserved(self, num_bytes: int) -> AbstractAsyncContextManager[None]:
         """Count ``num_bytes`` as pinned while the context lasts; see :class:`KVChannel`."""
         return self._budget.reserved(num_bytes)
+
+    @staticmethod
+    def publish(message: Message) -> Message:
+        """Return the message itself; see :class:`KVChannel`."""
+        return message
 
     @staticmethod
     async def part(stream: LocalStream) -> LocalHandle:

@@ -18,6 +18,7 @@ import pytest
 from rayapp.engine.channel import KVChannel, LocalChannel, LocalStream
 from rayapp.errors import DeadlineError, TransferError
 from rayapp.kv.pieces import Message
+from tests.contracts.registered import RegisteredChannel
 
 BUDGET = 1000
 INLINE, STORED = 100, 300_000  # bytes; Ray sends small values inside its own messages
@@ -38,7 +39,8 @@ class Prefill:
     It fails by an exception; with ``fails="silently"`` it ends before its message.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, publish: Any = LocalChannel.publish) -> None:
+        self._publish = publish
         self._active = 0
         self._gate = asyncio.Event()
         self._dead = False
@@ -71,7 +73,7 @@ class Prefill:
                     raise DeadlineError(f"no {name} today")
                 if self._dead or (fails == "silently" and name == "message"):
                     return
-                yield item
+                yield self._publish(item) if isinstance(item, Message) else item
         finally:
             self._active -= 1
 
@@ -88,11 +90,11 @@ class Prefill:
 
 
 class InProcess:
-    """The twin within one process."""
+    """The twin within one process, by hand or over registered buffers."""
 
-    def __init__(self) -> None:
-        self.channel: KVChannel = LocalChannel(max_pinned_bytes=BUDGET)
-        self._prefill = Prefill()
+    def __init__(self, kind: Any = LocalChannel) -> None:
+        self.channel: KVChannel = kind(max_pinned_bytes=BUDGET)
+        self._prefill = Prefill(kind.publish)
         self.num_active = self._prefill.num_active
         self.go_on = self._prefill.go_on
         self.die = self._prefill.die
@@ -162,11 +164,14 @@ def actor(cluster: Any) -> Any:
     return renewed
 
 
-@pytest.fixture(params=["local", pytest.param("cluster", marks=pytest.mark.ray)])
+@pytest.fixture(params=["local", "registered", pytest.param("cluster", marks=pytest.mark.ray)])
 def seam(request: pytest.FixtureRequest) -> Any:
-    if request.param == "local":
-        return InProcess()
-    return OverTheStore(request.getfixturevalue("actor")())
+    if request.param == "cluster":
+        yield OverTheStore(request.getfixturevalue("actor")())
+        return
+    kinds = {"local": LocalChannel, "registered": RegisteredChannel}
+    yield InProcess(kinds[request.param])
+    RegisteredChannel.close()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from rayapp.engine.channel import ByteBudget, after_release, without_message
 from rayapp.errors import TransferError
+from rayapp.kv.pieces import Message
 
 _LOOK_S = 0.001
 
@@ -102,6 +103,11 @@ class ObjectStoreChannel:
     def reserved(self, num_bytes: int) -> AbstractAsyncContextManager[None]:
         """Count ``num_bytes`` as pinned while the context lasts."""
         return self._budget.reserved(num_bytes)
+
+    @staticmethod
+    def publish(message: Message) -> Message:
+        """Return the message itself: Serve stores what a replica's stream yields."""
+        return message
 
     @staticmethod
     async def part(stream: ReplicaStream) -> ObjectHandle:

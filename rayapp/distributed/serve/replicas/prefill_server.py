@@ -9,10 +9,11 @@ ingress keeps the KV of a replica that dies right after.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from rayapp.api.service import Pool, ReplicaHealth
 from rayapp.distributed.serve.messages import (
@@ -21,7 +22,6 @@ from rayapp.distributed.serve.messages import (
     KVPart,
     Place,
     PrefillAnswer,
-    Refusal,
     Versions,
     check_address,
     version_conflict,
@@ -32,6 +32,7 @@ from rayapp.distributed.serve.replicas.part_sizes import PartSizes
 from rayapp.distributed.serve.replicas.prompt_queue import PromptQueue
 from rayapp.distributed.serve.replicas.serial_thread import SerialThread
 from rayapp.distributed.serve.replicas.stage import StageModel
+from rayapp.engine.channel import LocalChannel
 from rayapp.engine.prefill import PrefillEngine, PrefillOutput
 from rayapp.engine.request import PromptRequests
 from rayapp.kv.pieces import Message
@@ -41,8 +42,9 @@ from rayapp.models.stack import BlockStack
 from rayapp.scaling.reports import PrefillReport, Standing
 from rayapp.vision.reader import ImageReader
 
-PrefillItem = PrefillAnswer | Refusal | KVPart | Message
-"""An item of the stream of a prefill."""
+PrefillItem = Any
+"""An item of the stream of a prefill: a :class:`PrefillAnswer`, a :class:`Refusal`, a
+:class:`KVPart`, or what a channel makes of a message."""
 
 
 class PrefillServer:
@@ -55,6 +57,7 @@ class PrefillServer:
         max_waiting: Prompts that may wait; further ones are refused.
         step_s: Seconds that a call of the engine or a packing may take.
         parts: The sizes from which on KV leaves in parts; None sends it whole.
+        publish: The channel's way to a message that its receiver can get.
     """
 
     def __init__(
@@ -66,7 +69,9 @@ class PrefillServer:
         max_waiting: int,
         step_s: float,
         parts: PartSizes | None = None,
+        publish: Callable[[Message], Any] = LocalChannel.publish,
     ) -> None:
+        self._publish = publish
         self._stage = stage
         self._place = place
         self._loop = loop
@@ -125,12 +130,12 @@ class PrefillServer:
                     if isinstance(result, PrefillOutput):
                         yield self._answer(result, began_s)
                         if result.segment is not None:
-                            yield (await self._packed(result.segment, envelope))[0]
+                            yield self._publish((await self._packed(result.segment, envelope))[0])
                     else:
                         of_part = replace(envelope, is_last=False)
                         message, pack_s = await self._packed(result, of_part)
                         yield KVPart(self._place, envelope.part, result.extent, pack_s)
-                        yield message
+                        yield self._publish(message)
                         envelope = replace(envelope, part=envelope.part + 1)
 
     def _answer(self, output: PrefillOutput, began_s: float) -> PrefillAnswer:

@@ -39,6 +39,7 @@ class PrefillReplica(PrefillServer):
             max_waiting=settings.max_waiting,
             step_s=settings.deadlines.step_s,
             parts=PartSizes(settings.kv_part_ms / 1000),
+            publish=ObjectStoreChannel.publish,
         )
 
     async def check_health(self) -> None:
