@@ -156,8 +156,8 @@ def report(record: Record) -> list[Block]:
         f"KV of one prompt of a {asked['shape']} shape in bfloat16 from one Ray node to the pages "
         f"of another, on one machine; medians of {asked['runs']} runs in turns. Bare is put and "
         f"get of as many bytes; whole and parts (of {asked['part_tokens']} tokens) cut, pack, "
-        "check and copy too. CPU is that of both actors, for whole. The last column is the rate of a "
-        "link that moves the dense KV, and nothing else, in the time that the plan takes here.",
+        "check and copy too. CPU is that of both actors, for whole. The last column is the rate of "
+        "a link that moves the dense KV, and nothing else, in the time that the plan takes here.",
         Table(heads, rows),
     ]
 
