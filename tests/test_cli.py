@@ -16,7 +16,7 @@ from rayapp.models.loading import load_model, read_signature
 from rayapp.plan import PruningPlan
 
 COMMANDS = {
-    "demo", "prune", "kv-select", "evaluate", "report", "export", "serve", "generate", "transfers",
+    "demo", "plan-capacity", "prune", "kv-select", "evaluate", "report", "export", "serve", "generate", "transfers",
     "plan", "doctor", "reproduce", "smollm2", "train-testbed", "train-vision-testbed",
 }  # fmt: skip
 

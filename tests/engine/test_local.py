@@ -128,8 +128,8 @@ def test_each_answer_has_its_transfer_record(tiny_model, make_plan):
 def test_the_timeline_of_an_answer_ascends(tiny_model):
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     (answer,) = LocalPipeline(tiny_model("llama")).generate([prompt(5)], params)
-    marks = list(vars(answer.timeline).values())
-    assert None not in marks
+    marks = {name: mark for name, mark in vars(answer.timeline).items() if name != "transfer"}
+    assert None not in marks.values()
     intervals = answer.timeline.intervals()
     assert min(intervals.values()) >= 0
     assert intervals["e2e_s"] >= intervals["ttft_s"] + intervals["decode_s"] * 0.5
