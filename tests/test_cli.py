@@ -16,8 +16,8 @@ from rayapp.models.loading import load_model, read_signature
 from rayapp.plan import PruningPlan
 
 COMMANDS = {
-    "demo", "plan-capacity", "prune", "kv-select", "evaluate", "report", "export", "serve", "generate", "transfers",
-    "plan", "doctor", "reproduce", "smollm2", "train-testbed", "train-vision-testbed",
+    "demo", "prune", "kv-select", "evaluate", "report", "export", "serve", "generate", "transfers",
+    "plan", "plan-capacity", "doctor", "reproduce", "smollm2", "train-testbed", "train-vision-testbed",
 }  # fmt: skip
 
 
