@@ -17,7 +17,8 @@ from rayapp.plan import PruningPlan
 
 COMMANDS = {
     "demo", "prune", "kv-select", "evaluate", "report", "export", "serve", "generate", "transfers",
-    "plan", "plan-capacity", "doctor", "reproduce", "smollm2", "train-testbed", "train-vision-testbed",
+    "plan", "plan-capacity", "doctor", "reproduce", "smollm2", "train-testbed",
+    "train-vision-testbed",
 }  # fmt: skip
 
 
