@@ -91,6 +91,7 @@ def test_the_dense_model_answers_questions_once(values, tmp_path, monkeypatch):
     assert [row.only_decode for row in paper.rows] == [False, False, True]
 
 
+@pytest.mark.slow
 def test_a_searched_plan_sends_its_kv_as_int4_too(values, tmp_path):
     rows = "late-p1-d0,late_int4-p1-d0"
     wanted = {**values, "out": str(tmp_path), "rows": rows, "maps": 0, "evaluations": 2}
@@ -102,6 +103,7 @@ def test_a_searched_plan_sends_its_kv_as_int4_too(values, tmp_path):
     assert encoded.timed_bytes[1] < late.timed_bytes[1]
 
 
+@pytest.mark.slow
 def test_a_plan_that_exists_is_a_row(values, tmp_path, monkeypatch):
     monkeypatch.setattr(paper_plans, "prune", None)
     first = {**values, "out": str(tmp_path / "a"), "rows": "pop-p2-d0", "maps": 0}

@@ -252,6 +252,7 @@ def test_prefill_killed_before_it_answered_is_prefilled_again(service):
     assert not any(stage.counts().values())
 
 
+@pytest.mark.slow
 def test_prefill_killed_between_two_parts_is_prefilled_again(service, expected):
     """Every replica is frozen after the first part, and the one that has the prompt is killed."""
     stage, channel = opened(service)

@@ -24,6 +24,7 @@ def test_served_answers_equal_generate(family, deploy, save_tiny, tmp_path):
         check_answers(service, path)
 
 
+@pytest.mark.slow
 def test_answers_of_a_deep_qwen3_equal_generate(elastic, deep_model):
     """Pools may grow meanwhile; ``rayapp serve`` is tried with the shipped model."""
     check_answers(elastic, deep_model)

@@ -164,6 +164,7 @@ def test_a_node_that_never_answers_is_given_up(cluster, monkeypatch):
         check_readable(settings_of(model="/m"))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_node_that_dies_before_it_answers_is_named(cluster, monkeypatch):
     """At once, whatever other nodes still look at."""

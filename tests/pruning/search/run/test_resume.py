@@ -144,6 +144,7 @@ run_search(told.score, told.search, scorer, prepared.signature)
 """
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_process_and_resume(tmp_path, settings, search, elsewhere, journal, outcome):
     """A kill in the middle of a real process changes no plan, however far the search had come."""
     whole = elsewhere(settings, tmp_path / "whole", evaluations=150)
