@@ -16,10 +16,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
 def record_of(out, name, *arguments):
-    subprocess.run(
+    ended = subprocess.run(
         [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, arguments), "--out", str(out)],
-        check=True, timeout=400, capture_output=True,
+        check=False, timeout=400, capture_output=True, text=True,
     )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
     (found,) = out.glob("*.json")
     assert found.with_suffix(".md").read_text().count("|")
     return json.loads(found.read_text())
