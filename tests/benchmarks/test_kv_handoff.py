@@ -16,17 +16,21 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
 def record_of(out, name, *arguments):
-    ended = subprocess.run(
-        [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, arguments), "--out", str(out)],
-        check=False, timeout=400, capture_output=True, text=True,
-    )  # fmt: skip
+    """Run a benchmark, twice if its cluster of its own does not come up beside the others."""
+    for _ in range(2):
+        ended = subprocess.run(
+            [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, arguments), "--out", out],
+            check=False, timeout=400, capture_output=True, text=True,
+        )  # fmt: skip
+        if ended.returncode == 0:
+            break
     assert ended.returncode == 0, ended.stderr[-3000:]
     (found,) = out.glob("*.json")
     assert found.with_suffix(".md").read_text().count("|")
     return json.loads(found.read_text())
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_kv_between_two_nodes_beside_bare_bytes(tmp_path):
     sizes = ("--shape", "tiny", "--tokens", 64, 300, "--part-tokens", 128, "--runs", 2)
     rows = record_of(tmp_path, "kv_transfer", *sizes, "--plans", "dense", "all")["results"]
@@ -39,7 +43,7 @@ def test_kv_between_two_nodes_beside_bare_bytes(tmp_path):
     assert all(row[f"{way}_s"] > 0 for row in rows for way in ("bare", "whole", "parts"))
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_what_parts_hide(tmp_path, save_tiny):
     model = save_tiny(tmp_path / "model", "llama")
     arguments = ("--model", model, "--dtype", "float32", "--tokens", 20, 200, "--runs", 2)
