@@ -34,7 +34,6 @@ from recorder.page import Block
 from recorder.record import Record
 from recorder.run import Recorder, run
 from recorder.table import Table
-from serving.arrivals import Arrival, at_rate, drawn, in_bursts, read_trace, scaled
 from serving.client import Client, Reply, Server
 from serving.load import load_numbers
 
@@ -44,6 +43,7 @@ from rayapp.distributed.serve.deploy import running_service
 from rayapp.distributed.serve.settings import ServiceSettings
 from rayapp.errors import InputError
 from rayapp.models.tokenizer import load_tokenizer
+from rayapp.simulation.traces import Arrival, at_rate, drawn, in_bursts, read_trace, scaled
 
 _MODES = ("unified", "disaggregated")
 Load = Callable[[Client], Coroutine[Any, Any, list[Reply]]]
@@ -91,9 +91,11 @@ def measure(recorder: Recorder) -> None:
 
 def arrivals_of(arguments: Namespace) -> list[Arrival]:
     count = arguments.requests
-    arrivals = (
-        read_trace(arguments.trace, count) if arguments.trace else drawn(count, arguments.seed)
-    )
+    if arguments.trace:
+        arrivals = read_trace(arguments.trace, count)
+    else:
+        twice_s = 2.0 * count  # A draw that is long enough for all of them, one a second.
+        arrivals = drawn("poisson", per_s=1.0, span_s=twice_s, seed=arguments.seed)[:count]
     arrivals = in_bursts(arrivals, arguments.burst)
     return scaled(arrivals, arguments.divisor, arguments.max_model_len)
 

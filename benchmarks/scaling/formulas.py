@@ -9,6 +9,7 @@ which is that autoscaler's default.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ class ServeDefault:
         return decisions
 
 
-class _Stabilised:
+class _Stabilised(ABC):
     """Kubernetes' autoscaler: grows at once, shrinks to the most of the last five minutes."""
 
     def __init__(self, setup: Setup, knob: float, span_s: float = 300.0) -> None:
@@ -140,8 +141,9 @@ class _Stabilised:
             self._wanted[name].add(now_s, number)
         return _sizes(view, {name: self._wanted[name].most for name in wanted})
 
+    @abstractmethod
     def wanted(self, view: Views, facts: AllFacts) -> dict[str, float]:
-        raise NotImplementedError
+        """The replicas of both pools that the formula asks for, before they are rounded."""
 
 
 class LlmD(_Stabilised):
@@ -193,7 +195,7 @@ class HeteroScale(_Stabilised):
         return {DECODE: decode, PREFILL: math.ceil(max(1.0, decode) - 1e-9) * ratio}
 
 
-class _Periodic:
+class _Periodic(ABC):
     """A planner that decides once per interval."""
 
     interval_s = 60.0
@@ -209,8 +211,9 @@ class _Periodic:
         self._next_s = now_s + self.interval_s
         return _sizes(view, self.wanted(view, facts))
 
+    @abstractmethod
     def wanted(self, view: Views, facts: AllFacts) -> dict[str, float]:
-        raise NotImplementedError
+        """The replicas of both pools that the formula asks for, before they are rounded."""
 
 
 class DynamoThroughput(_Periodic):

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from transformers import PreTrainedTokenizerBase
 
-from serving.arrivals import Arrival
+from rayapp.simulation.traces import Arrival
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rayapp.engine.answer import Answer
-from rayapp.engine.request import FinishReason, GenerationRequest, TokenBatch, TokenLogprobs
+from rayapp.engine.request import GenerationRequest, TokenBatch
 from rayapp.engine.sampling import sample
 from rayapp.engine.sequences.memory import KVMemory
 from rayapp.engine.sequences.paged_kv import PagedKV, SequenceKV
@@ -27,10 +27,12 @@ from rayapp.engine.sequences.running import (
     Reservation,
     RunningSequence,
     begun,
+    came_late,
     check_extent,
+    reported,
     youngest,
 )
-from rayapp.errors import IntegrityError, OverloadedError, TransferError
+from rayapp.errors import IntegrityError, OverloadedError
 from rayapp.kv.segment import KVExtent, KVSegment
 from rayapp.models.passes.single_token import SingleTokenStack
 from rayapp.models.stack import BlockStack
@@ -218,7 +220,7 @@ class DecodeEngine:
             newest = self._find(sequence.request.request_id)
             if newest is not None and newest.request.attempt >= sequence.request.attempt:
                 self._free_all(reservation.held)
-                raise _late(sequence.request, newest.request)
+                raise came_late(sequence.request, newest.request)
         for sequence in sequences:
             self._supersede(sequence.request)
             sequence.kv, sequence.age = held.pop(sequence.request.request_id), self._num_admitted
@@ -257,7 +259,7 @@ class DecodeEngine:
         if running is None:
             return
         if running.request.attempt >= request.attempt:
-            raise _late(request, running.request)
+            raise came_late(request, running.request)
         self.cancel(request.request_id)
 
     def step(self) -> list[TokenBatch]:
@@ -346,7 +348,7 @@ class DecodeEngine:
         adjustments = [sequence.answer.adjustment for sequence in sequences]
         tokens, logprobs = sample(logits_BV, params, indices, adjustments) if due else ([], [])
         batches = [
-            _batch(sequence, token_id, logprob)
+            reported(sequence, token_id, logprob)
             for sequence, token_id, logprob in zip(sequences, tokens, logprobs, strict=True)
         ]
         for sequence, batch in zip(sequences, batches, strict=True):
@@ -381,25 +383,3 @@ class DecodeEngine:
             )
         reserved = [kv for reservation in self._reserved for kv in reservation.held]
         self.pages.check_integrity([*(s.kv for s in self._sequences), *reserved])
-
-
-def _late(request: GenerationRequest, running: GenerationRequest) -> TransferError:
-    return TransferError(
-        f"request {request.request_id}: attempt {running.attempt} is running, attempt "
-        f"{request.attempt} came late and was dropped"
-    )
-
-
-def _batch(sequence: RunningSequence, token_id: int, logprob: TokenLogprobs | None) -> TokenBatch:
-    """Add a sampled token to its answer; return the batch to report."""
-    request, index = sequence.request, sequence.answer.num_tokens
-    reason: FinishReason | None = sequence.answer.take(token_id)
-    sequence.pending.append(token_id)
-    return TokenBatch(
-        request_id=request.request_id,
-        attempt=request.attempt,
-        first_index=index,
-        token_ids=(token_id,),
-        finish_reason=reason,
-        logprobs=() if logprob is None else (logprob,),
-    )

@@ -88,6 +88,14 @@ def at_rate(arrivals: Sequence[Arrival], per_s: float) -> list[Arrival]:
     return [replace(arrival, at_s=arrival.at_s * stretch) for arrival in arrivals]
 
 
+def in_bursts(arrivals: Sequence[Arrival], size: int) -> list[Arrival]:
+    """The arrivals in groups of ``size`` that come at once, at the time of their first."""
+    return [
+        replace(arrival, at_s=arrivals[number - number % size].at_s)
+        for number, arrival in enumerate(arrivals)
+    ]
+
+
 @dataclass(frozen=True)
 class Shape:
     """How a drawn load changes: factors of its rate, its prompts and its answers over time.

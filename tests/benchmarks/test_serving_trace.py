@@ -31,7 +31,7 @@ def _benchmarks_are_importable(monkeypatch):
 
 
 def test_a_trace_is_read_scaled_and_brought_to_a_rate(tmp_path):
-    from serving.arrivals import at_rate, in_bursts, read_trace, scaled
+    from rayapp.simulation.traces import at_rate, in_bursts, read_trace, scaled
 
     file = tmp_path / "trace.csv"
     file.write_text(TRACE)
@@ -82,8 +82,9 @@ def served(app):
 
 
 def test_the_client_gets_every_answer_at_its_length(tiny_model, byte_tokenizer):
-    from serving.arrivals import Arrival
     from serving.client import Client, Server
+
+    from rayapp.simulation.traces import Arrival
 
     service = InProcessService(tiny_model("llama"), byte_tokenizer, max_num_seqs=2)
     arrivals = [Arrival(0.05 * n, 5 + n, 3 + n) for n in range(5)]

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rayapp.engine.answer import Answer
-from rayapp.engine.request import GenerationRequest, TokenBatch
+from rayapp.engine.request import FinishReason, GenerationRequest, TokenBatch, TokenLogprobs
 from rayapp.engine.sequences.paged_kv import Loaded, PagedKV, SequenceKV, StoredKV
-from rayapp.errors import IntegrityError, RequestError, WireError
+from rayapp.errors import IntegrityError, RequestError, TransferError, WireError
 from rayapp.kv.segment import KVExtent, KVSegment
 from rayapp.kv.select import num_prefilled
 from rayapp.plan import PruningPlan
@@ -177,3 +177,26 @@ def begun(
 def youngest(sequences: Sequence[RunningSequence]) -> RunningSequence:
     """The sequence that came last."""
     return max(sequences, key=lambda sequence: sequence.age)
+
+
+def came_late(request: GenerationRequest, running: GenerationRequest) -> TransferError:
+    """The error for an attempt that comes after a later one, or twice."""
+    return TransferError(
+        f"request {request.request_id}: attempt {running.attempt} is running, attempt "
+        f"{request.attempt} came late and was dropped"
+    )
+
+
+def reported(sequence: RunningSequence, token_id: int, logprob: TokenLogprobs | None) -> TokenBatch:
+    """Add a sampled token to its answer; return the batch to report."""
+    request, index = sequence.request, sequence.answer.num_tokens
+    reason: FinishReason | None = sequence.answer.take(token_id)
+    sequence.pending.append(token_id)
+    return TokenBatch(
+        request_id=request.request_id,
+        attempt=request.attempt,
+        first_index=index,
+        token_ids=(token_id,),
+        finish_reason=reason,
+        logprobs=() if logprob is None else (logprob,),
+    )

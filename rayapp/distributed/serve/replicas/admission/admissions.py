@@ -16,7 +16,6 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
 
 from rayapp.distributed.serve.messages import (
     Admission,
@@ -34,7 +33,7 @@ from rayapp.distributed.serve.replicas.admission.slots import Slots
 from rayapp.distributed.serve.replicas.engine_loop import failure_of
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.request import GenerationRequest, PromptRequests
-from rayapp.errors import DeadlineError, TransferError, UnavailableError
+from rayapp.errors import DeadlineError, UnavailableError
 from rayapp.kv.parts import joined
 from rayapp.kv.pieces import Message
 from rayapp.kv.segment import KVSegment
@@ -112,7 +111,8 @@ class Admissions:
         """
         lease = self._leases.find(name, attempt)
         envelope = self._versions.envelope(name, attempt)
-        return await self._load_part(lease, replace(envelope, part=part, is_last=False), handle)
+        envelope = replace(envelope, part=part, is_last=False)
+        return await self._load_part(lease, lease.expect_part(part), envelope, handle)
 
     async def admit(self, handover: Handover, handle: object, reader: Reader) -> Admission:
         """Copy the KV, or its last part, into slots; return once the message is no longer needed.
@@ -219,15 +219,10 @@ class Admissions:
             self._go_on_seating(lease, left, segment, known)
         return Copied(message_sizes(message), fetch_s, time.monotonic() - began_s)
 
-    async def _load_part(self, lease: Lease, envelope: Envelope, handle: object) -> Copied:
+    async def _load_part(
+        self, lease: Lease, incoming: Incoming, envelope: Envelope, handle: object
+    ) -> Copied:
         """Fetch, check and copy one part; the lease ends if that fails."""
-        incoming = lease.incoming
-        if incoming is None or incoming.num_parts != envelope.part:
-            raise TransferError(
-                f"part {envelope.part} of the KV of {lease.key} came, expected part "
-                f"{None if incoming is None else incoming.num_parts}; prefill the prompt again"
-            )
-        incoming.num_parts += 1
         try:
             message, fetch_s = await self._fetched(lease, handle)
             began_s = time.monotonic()
@@ -240,9 +235,8 @@ class Admissions:
 
     async def _load_last(self, handover: Handover, handle: object, lease: Lease) -> Copied:
         """Copy the last part, and let the answers that go on begin."""
-        copied = await self._load_part(lease, handover.envelope, handle)
-        incoming = _expected(lease)
-        known = handover.known_by_name
+        incoming, known = lease.expect_part(handover.part), handover.known_by_name
+        copied = await self._load_part(lease, incoming, handover.envelope, handle)
         try:
             await self._placing.commit(incoming, known)
             lease.check()
@@ -279,9 +273,3 @@ class Admissions:
             logger.exception("an answer that waited for room could not begin")
             lease.fail(failure_of(error, "decode"))
             self._leases.end(lease)
-
-
-def _expected(lease: Lease) -> Incoming:
-    """The KV that comes for a lease that was reserved."""
-    incoming: Any = lease.incoming
-    return incoming

@@ -68,6 +68,21 @@ class Lease:
         self.seated.add(request.request_id)
         return request
 
+    def expect_part(self, part: int) -> Incoming:
+        """The KV that comes in parts, of which this one is to come next; it is counted as come.
+
+        Raises:
+            TransferError: Another part is to come next, or none.
+        """
+        expected = None if self.incoming is None else self.incoming.num_parts
+        if self.incoming is None or part != expected:
+            raise TransferError(
+                f"part {part} of the KV of {self.key} came, expected part {expected}; prefill the "
+                "prompt again"
+            )
+        self.incoming.num_parts += 1
+        return self.incoming
+
     def let_ended_go(self, going_on: Collection[str]) -> list[str]:
         """Forget answers that ended with their first token; return those that hold slots."""
         self.waiting = deque(r for r in self.waiting if r.request_id in going_on)
