@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from itertools import islice, product
 
+import httpx
 import pytest
 import ray
 import torch
@@ -132,12 +134,16 @@ def test_the_ledger_agrees_with_the_stores_of_both_nodes(service, cluster):
     assert made == (pytest.approx(sent, rel=0.02), pytest.approx(sent, rel=0.02))
 
 
-def test_clients_that_leave_free_everything_at_once(service):
+@pytest.mark.parametrize("num_tokens", [9, 440], ids=["whole", "parts"])
+def test_clients_that_leave_free_everything_at_once(service, num_tokens):
     """They leave in all phases, often enough for races with Serve's own cancellation to happen."""
     body = {
-        "model": "tested", "prompt": "on and on", "max_tokens": 400, "ignore_eos": True,
-        "stream": True, "temperature": 0,
+        "model": "tested", "prompt": [(7 * i) % 250 for i in range(num_tokens)], "max_tokens": 60,
+        "ignore_eos": True, "stream": True, "temperature": 0,
     }  # fmt: skip
+    for pause_s in (0.005, 0.01, 0.02, 0.04) * 5:  # before the first line, too
+        with suppress(httpx.TimeoutException):
+            service.client.post("/v1/completions", json=body, timeout=pause_s)
     for num_lines, pause_s in product((0, 0, 1, 1, 2, 9), (0, 0, 0.002, 0.01, 0.03)):
         with service.client.stream("POST", "/v1/completions", json=body) as answer:
             lines = answer.iter_lines()

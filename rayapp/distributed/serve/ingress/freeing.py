@@ -37,11 +37,11 @@ class Freeing:
 
     async def free(self, prompt: PromptRequests, place: Place) -> None:
         """Tell the replica that works on the attempt."""
-        await self._to_the_end(self._free(prompt, place))
+        await self.to_the_end(self._free(prompt, place))
 
-    async def withdraw(self, prompt: PromptRequests, response: Any) -> None:
-        """Cancel a call, and tell all replicas: which of them has it, if any, is not known."""
-        await self._to_the_end(self._withdraw(prompt, response))
+    async def withdraw(self, prompt: PromptRequests, response: Any = None) -> None:
+        """Cancel a call, if one is given, and tell all replicas: who has it is not known."""
+        await self.to_the_end(self._withdraw(prompt, response))
 
     async def _free(self, prompt: PromptRequests, place: Place) -> None:
         response = call(self._pool.cancel, *prompt.key, address=Address(place.replica_id))
@@ -50,12 +50,16 @@ class Freeing:
                 await response
 
     async def _withdraw(self, prompt: PromptRequests, response: Any) -> None:
-        with suppress(*DIED):
-            response.cancel()
+        if response is not None:
+            with suppress(*DIED):
+                response.cancel()
         await ask_all(self._pool, "cancel", *prompt.key, within_s=self._within_s)
 
-    async def _to_the_end(self, freeing: Coroutine[Any, Any, None]) -> None:
+    async def to_the_end(self, freeing: Coroutine[Any, Any, None]) -> None:
         """Finish freeing resources, even if the caller is cancelled once more in the meantime.
+
+        Args:
+            freeing: What frees them; it goes on in a task of its own.
 
         A client that leaves may cause two cancellations: one by our own watch, and one by Serve.
         A replica on a busy node may answer late: the caller waits for a moment only, and the call

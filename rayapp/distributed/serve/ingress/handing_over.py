@@ -96,7 +96,8 @@ class HandingOver:
             is_whole = self._ending is not None and self._ending.done()
         finally:
             if not is_whole:
-                await self._undo()
+                # A client that leaves may cause two cancellations; this must outlive both.
+                await self._freeing.to_the_end(self._undo())
 
     async def follow(self, stream: MessageStream, item: KVPart | PrefillAnswer) -> PrefillAnswer:
         """Hand over all parts that come before the answer; return the answer.
@@ -188,12 +189,10 @@ class HandingOver:
         avoid: frozenset[str] = frozenset()
         num_lost = 0
         while True:
-            response = call(method, *arguments, address=self._delivery.address(avoid=avoid))
             try:
-                answer = await response
-            except asyncio.CancelledError:
-                await self._freeing.withdraw(self._prompt, response)
-                raise
+                answer = await self._called(
+                    method, *arguments, address=self._delivery.address(avoid=avoid)
+                )
             except DIED as error:
                 num_lost += 1
                 if num_lost >= _MAX_LOST_REPLICAS or not replica_died(error):
@@ -206,7 +205,7 @@ class HandingOver:
 
     @staticmethod
     async def _called(method: Any, *arguments: Any, address: Address) -> Any:
-        """The answer of the replica that holds the seat; a call that nobody awaits is cancelled."""
+        """The answer to a call, which is cancelled when nobody awaits it any more."""
         response = call(method, *arguments, address=address)
         try:
             return await response
@@ -228,3 +227,5 @@ class HandingOver:
         place = taken[0].place if taken else self._place
         if place is not None:
             await self._freeing.free(self._prompt, place)
+        elif running:  # A replica may hold a seat whose answer never came.
+            await self._freeing.withdraw(self._prompt)
