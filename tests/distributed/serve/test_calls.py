@@ -256,7 +256,7 @@ def test_every_call_of_one_http_request_has_an_id_of_its_own(byte_tokenizer):
     ],
 )
 def test_a_call_that_is_never_routed_ends_in_its_phases_deadline(
-    byte_tokenizer, monkeypatch, mode, method, phase
+    byte_tokenizer, mode, method, phase
 ):
     async def scenario():
         router = Router()
@@ -268,9 +268,10 @@ def test_a_call_that_is_never_routed_ends_in_its_phases_deadline(
         assert time.monotonic() - begun < 20
         assert not any(service.counts().values())
         await asyncio.sleep(0.05)
-        assert [c.found.cancelled() for c in router.calls if c.name == method] == [True]
+        # Of a request's own calls; the shared one waits for whoever comes next.
+        found = [call.found.cancelled() for call in router.calls if call.name == method]
+        assert found == [method != "deliver"]
 
-    monkeypatch.setattr("rayapp.distributed.serve.ingress.delivery.LEAVE_S", 0.01)
     asyncio.run(scenario())
 
 

@@ -174,21 +174,33 @@ def test_an_answer_has_a_deadline():
     run(scenario())
 
 
-def test_a_call_that_its_replica_does_not_end_is_cancelled(monkeypatch):
-    monkeypatch.setattr(delivering, "LEAVE_S", 0.02)
-
+def test_only_its_replica_ends_a_call_so_that_none_takes_tokens_which_nobody_reads():
     async def scenario():
         replica = Replica()
         delivery = Delivery(replica)
         with delivery.opened(prompt_of("r")) as inbox:
             delivery.listen(inbox, PLACE, pending())
             await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
         with delivery.opened(prompt_of("s")) as inbox:
             delivery.listen(inbox, PLACE, pending())
-            await asyncio.sleep(0.04)
-            assert not replica.calls[0].cancelled
-        await asyncio.sleep(0.04)
-        assert replica.calls[0].cancelled
-        assert not delivery._reading
+            replica.calls[0].put(batch_of("s", 0, last=True))
+            assert await tokens_of(inbox, "s") == [(0,)]
+        (call,) = replica.calls
+        assert not call.cancelled
+
+    run(scenario())
+
+
+def test_tokens_that_are_lost_on_their_way_are_an_error(monkeypatch):
+    monkeypatch.setattr(delivering, "ARRIVE_S", 0.05)
+
+    async def scenario():
+        delivery, following = Delivery(Replica()), pending()
+        with delivery.opened(prompt_of("r")) as inbox:
+            delivery.listen(inbox, PLACE, following)
+            following.set_result(None)
+            with pytest.raises(UnavailableError, match="tokens did not arrive within 0 s"):
+                await tokens_of(inbox, "r")
 
     run(scenario())

@@ -26,9 +26,10 @@ from rayapp.distributed.serve.ingress.calls import call
 from rayapp.distributed.serve.ingress.phases import deadline_error
 from rayapp.distributed.serve.messages import Address, Place, Reader
 from rayapp.engine.request import PromptRequests, TokenBatch, merged_by_answer
+from rayapp.errors import UnavailableError
 
-LEAVE_S = 5.0
-"""How long a call may outlive the answers that it is for (project default)."""
+ARRIVE_S = 10.0
+"""How long tokens may be on their way after their replica has sent the last (project default)."""
 
 
 class Inbox:
@@ -50,9 +51,18 @@ class Inbox:
         self._wake()
 
     def note_end(self, following: asyncio.Future[Any]) -> None:
-        """Take the error of a call, if it has ended with one."""
-        if not following.cancelled() and (error := following.exception()) is not None:
+        """Take the error of a call that has ended; without one, all tokens are about to arrive."""
+        if following.cancelled():
+            return
+        error = following.exception()
+        if error is not None:
             self.fail(error)
+            return
+        lost = UnavailableError(
+            f"tokens did not arrive within {ARRIVE_S:.0f} s after their replica had sent them; ask "
+            "again"
+        )
+        asyncio.get_running_loop().call_later(ARRIVE_S, self.fail, lost)
 
     def _wake(self) -> None:
         if self._arrival is not None and not self._arrival.done():
@@ -116,10 +126,8 @@ class Delivery:
         finally:
             for key in keys:
                 del self._inboxes[key]
-            for name, inboxes in self._expected.items():
-                if inbox in inboxes:
-                    inboxes.remove(inbox)
-                    asyncio.get_running_loop().call_later(LEAVE_S, self._leave, name)
+            for inboxes in self._expected.values():
+                inboxes.discard(inbox)
 
     def listen(self, inbox: Inbox, place: Place, following: Awaitable[Any]) -> asyncio.Future[Any]:
         """Have the replica at ``place`` deliver into an inbox, and watch the attempt's own call.
@@ -156,11 +164,6 @@ class Delivery:
                 inbox.fail(error)
         finally:
             del self._expected[replica_id], self._reading[replica_id]
-
-    def _leave(self, replica_id: str) -> None:
-        """End a call that nobody needs and that its replica has not ended."""
-        if replica_id in self._reading and not self._expected[replica_id]:
-            self._reading[replica_id].cancel()
 
     def _sort_in(self, batch: TokenBatch) -> None:
         inbox = self._inboxes.get((batch.request_id, batch.attempt))
