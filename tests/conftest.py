@@ -351,5 +351,6 @@ def _leave_nothing_behind() -> object:
     """A module leaves no garbage, and none of what training sets for its whole process."""
     yield
     gc.collect()
+    gc.freeze()  # What is alive now lives until the end, and need not be looked at again.
     torch.set_flush_denormal(False)
     torch.set_num_threads(1)

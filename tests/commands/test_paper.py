@@ -41,6 +41,7 @@ def values(tmp_path_factory, save_tiny, published_sets):
     }
 
 
+@pytest.mark.slow
 def test_a_paper_is_counted_made_and_gone_on_with(values, tmp_path, monkeypatch):
     out = tmp_path / "out"
     rows = "pop-p2-d0,singles-p1-d0,pop_healed-p2-d0"

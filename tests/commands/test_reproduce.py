@@ -165,6 +165,7 @@ def test_on_the_test_bed_a_plan_with_kv_modes_loses_least(testbed_path, tmp_path
     assert ours.bound >= ours.difference
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(settings, monkeypatch):
     whole = reproduce(settings.model_copy(update={"out": settings.out + "-whole"}), WATCH)
     count = 0

@@ -98,6 +98,7 @@ def test_the_rate_of_a_paper_is_that_of_all_evaluators_together():
     assert probed_rate(Evaluators(4), lines) == pytest.approx(2000), "four, each half as fast"
 
 
+@pytest.mark.slow
 def test_what_is_told_is_what_is_run(checkpoint, data):
     settings = SETTINGS.model_copy(update={"limit": 3})
     before = forecast(checkpoint, None, [data], settings=settings)

@@ -135,6 +135,7 @@ def test_the_dense_side_is_the_plain_model(home, write) -> None:
     assert "visual" not in markdown(result)
 
 
+@pytest.mark.slow
 def test_a_plan_prunes_visual_tokens_and_says_what_that_saved(home, write) -> None:
     path = write(*(question(n, task=f"t{n % 2}") for n in range(4)))
     plan = PruningPlan(
@@ -201,6 +202,7 @@ def test_text_beside_images_counts_as_it_does_alone(home, write, tmp_path) -> No
     assert limited.tasks[1].dense_nll == only.mean.dense_nll
 
 
+@pytest.mark.slow
 def test_timed_prompts_hold_an_image_that_is_encoded_every_time(home, write, monkeypatch) -> None:
     loaded = load_model(home)
     monkeypatch.setattr(compute, "load_model", lambda *_, **__: loaded)

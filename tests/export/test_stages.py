@@ -52,6 +52,7 @@ def test_each_stage_gives_its_own_logits(
     assert not torch.equal(plain_logits(tmp_path / "prefill"), plain_logits(path))
 
 
+@pytest.mark.slow
 def test_plain_transformers_without_rayapp(save_tiny, tmp_path, plan_for, stage_logits, ids):
     plans = {}
     for family, tied in (("mistral", False), ("qwen2", True)):

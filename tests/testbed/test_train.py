@@ -127,6 +127,7 @@ def test_batches_repeat_and_mark_text() -> None:
     assert torch.equal(one.inputs_BT[:, 1:], one.targets_BT[:, :-1])
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, monkeypatch) -> None:
     whole = train(start_run(RECIPE), tmp_path / "whole", num_ranks=1, pace=PACE)
     take_step = Trainer.step

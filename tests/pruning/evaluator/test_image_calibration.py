@@ -190,6 +190,7 @@ def test_images_shared_by_lines_are_encoded_once(home, path):
     assert len(ids) == len(whole.words.rows_WE)
 
 
+@pytest.mark.slow
 def test_other_images_are_another_calibration(home, path, tmp_path, encoded_image):
     other = lines_of(tmp_path, lambda seed, width: encoded_image(seed + 7, width))
     (_, one), (_, two) = (read(home, each, None) for each in (path, other))
@@ -200,7 +201,7 @@ def test_other_images_are_another_calibration(home, path, tmp_path, encoded_imag
     )
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 200])
+@pytest.mark.parametrize("chunk_tokens", [pytest.param(1, marks=pytest.mark.slow), 200])
 def test_gates_see_the_images(home, path, chunk_tokens):
     """Gates of 1 are the dense model, wherever visual tokens left gaps."""
     loaded, calibration = read(home, path, SEARCHES["original"])
@@ -229,6 +230,7 @@ def settings_of(home: Path, path: Path, out: Path, **others: object) -> Told:
     return Told.of(model=str(home), calibration=str(path), out=str(out), **given)
 
 
+@pytest.mark.slow
 def test_healing_trains_on_images_too(home, path, tmp_path, encoded_image):
     heal = lines_of(tmp_path, lambda seed, width: encoded_image(seed + 9, width), 8)
     text = heal.read_text().splitlines()
@@ -259,6 +261,7 @@ def test_the_same_question_about_another_image_may_train(home, path, tmp_path, e
         prepare(*settings)
 
 
+@pytest.mark.slow
 def test_a_search_writes_a_plan_that_prunes(home, path, tmp_path):
     run = CliRunner().invoke(
         app,

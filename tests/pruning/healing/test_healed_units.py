@@ -177,6 +177,7 @@ def test_killed_while_healing_and_resumed_ends_with_the_same_plan(
     assert (tmp_path / HEALED_FILE).read_bytes() == Path(settings.out, HEALED_FILE).read_bytes()
 
 
+@pytest.mark.slow
 def test_later_searches_reuse_what_is_whole(tmp_path, settings, undisturbed):
     first, second = (elsewhere(settings, tmp_path / name) for name in "ab")
     search(first)
@@ -194,6 +195,7 @@ def test_later_searches_reuse_what_is_whole(tmp_path, settings, undisturbed):
     assert len(search(others)[1].trained) == len(undisturbed[1].trained)
 
 
+@pytest.mark.slow
 def test_only_the_distillation_set_is_healed(tmp_path, settings):
     """With ``pair``, blocks below the threshold are healed, whatever part of them is removed."""
     none = search(elsewhere(settings, tmp_path / "1", heal="pair", distillation_threshold=-1))

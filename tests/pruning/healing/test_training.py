@@ -126,7 +126,12 @@ CANDIDATES = [
 
 @pytest.mark.parametrize(
     ("family", "first_token"),
-    [("llama", "prefill"), ("mistral", "decode"), ("qwen2", "decode"), ("qwen3", "prefill")],
+    [
+        ("llama", "prefill"),
+        pytest.param("mistral", "decode", marks=pytest.mark.slow),
+        ("qwen2", "decode"),
+        pytest.param("qwen3", "prefill", marks=pytest.mark.slow),
+    ],
 )
 def test_reuse_equals_the_naive_score(tiny_model, few, tmp_path, family, first_token):
     model, objective = tiny_model(family), Objective(first_token=first_token)

@@ -138,7 +138,11 @@ def test_gradients_are_finite_differences(small, first_token):
 
 
 @pytest.mark.parametrize(
-    "objective", [Objective(), Objective(score_by="token", first_token="decode")]
+    "objective",
+    [
+        pytest.param(Objective(), marks=pytest.mark.slow),
+        Objective(score_by="token", first_token="decode"),
+    ],
 )
 def test_the_hessian_is_the_expectation_over_enumerated_labels(small, objective):
     model, calibration = small

@@ -35,6 +35,7 @@ def test_a_picture_is_576_tokens(model) -> None:
     assert model.config.text_config.max_position_embeddings >= 1024
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_it_answers_about_pictures_that_training_never_showed(model) -> None:
     """The card has thousands of questions; these are enough that a broken export or generator

@@ -258,6 +258,7 @@ def test_the_second_stage_leaves_the_tower_alone() -> None:
     assert any(".language_model.layers." in name for name in changed)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     whole = train(start_run(RECIPE), tmp_path / "whole")
     assert whole.step == RECIPE.num_steps

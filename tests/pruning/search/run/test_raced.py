@@ -56,7 +56,7 @@ def test_a_raced_search_scores_its_winners_on_all_chunks(raced, race):
     assert result.score.value <= min(trial.score.value for trial in verified)
 
 
-@pytest.mark.parametrize("limit", [20, 45])
+@pytest.mark.parametrize("limit", [20, pytest.param(45, marks=pytest.mark.slow)])
 def test_a_raced_search_resumes_to_the_same_plan(tmp_path, raced, race, limit, elsewhere, outcome):
     whole, _ = race(elsewhere(raced, tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
