@@ -29,14 +29,15 @@ test-on-clusters:
 test-alone:
 	$(BIN)/python -m pytest -m "not (ray or script or slow)"
 
+# Scripts start clusters of their own, so they run beside the shared one.
 slow: $(VENV)/.test
 	$(MAKE) --no-print-directory -j 2 slow-on-clusters slow-alone
 
 slow-on-clusters:
-	$(BIN)/python -m pytest -m "ray and slow" $(WITH_CLUSTERS)
+	$(BIN)/python -m pytest -m "slow and ray and not script" $(WITH_CLUSTERS)
 
 slow-alone:
-	$(BIN)/python -m pytest -m "not ray and slow"
+	$(BIN)/python -m pytest -m "slow and (script or not ray)"
 
 # Their dependencies contradict one another and ours, so each client has an environment of its own.
 PEERS = aiperf openai schemathesis

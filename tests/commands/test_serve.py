@@ -101,14 +101,20 @@ def all_gone(processes: list[psutil.Process]) -> bool:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("mode", "number"), [
-    ("disaggregated", signal.SIGINT),
-    pytest.param("unified", signal.SIGTERM, marks=pytest.mark.slow),
+@pytest.mark.parametrize(("number", "environment"), [
+    pytest.param(signal.SIGINT, {}, id="SIGINT"),
+    # Serve's deployments would call each other by gRPC then, which takes no references.
+    pytest.param(
+        signal.SIGTERM, {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
+        id="SIGTERM-throughput", marks=pytest.mark.slow,
+    ),
 ])  # fmt: skip
-def test_from_ready_line_to_interrupt(testbed_path, served, mode, number):
+def test_from_ready_line_to_signal(testbed_path, served, monkeypatch, number, environment):
     """The shipped model, whose answers to several clients at once are those of ``generate``."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     service = served(
-        "--model", str(testbed_path), "--served-model-name", "shipped", "--mode", mode,
+        "--model", str(testbed_path), "--served-model-name", "shipped",
         "--max-model-len", "96", "--max-num-seqs", "2", "--dtype", "float32",
     )  # fmt: skip
     service.wait_ready()
@@ -132,9 +138,8 @@ def test_from_ready_line_to_interrupt(testbed_path, served, mode, number):
         answers = list(pool.map(ask, prompts))
     assert answers == [generated(loaded, prompt, 10) for prompt in prompts]
     ledger = httpx.get(f"{service.url}/v1/transfers").json()
-    assert ledger["totals"]["num_transfers"] == (len(prompts) if mode == "disaggregated" else 0)
-    if ledger["recent"]:
-        assert ledger["recent"][0]["source_node"] != ledger["recent"][0]["destination_node"]
+    assert ledger["totals"]["num_transfers"] == len(prompts)
+    assert ledger["recent"][0]["source_node"] != ledger["recent"][0]["destination_node"]
 
     processes = service.descendants()
     assert len(processes) > 5
@@ -143,6 +148,7 @@ def test_from_ready_line_to_interrupt(testbed_path, served, mode, number):
     assert all_gone(processes)
 
 
+@pytest.mark.script
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_demo_twice(tmp_path):

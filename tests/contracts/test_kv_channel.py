@@ -436,3 +436,29 @@ def test_an_exception_in_place_of_a_part_is_raised_as_it_was(seam, channel):
         await idle(seam)
 
     run(scenario())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("seam", [pytest.param("cluster", marks=pytest.mark.ray)], indirect=True)
+def test_a_message_that_ray_moved_to_disk_arrives(seam, channel):
+    """A store that others fill spills what nobody reads at the moment."""
+    import ray
+    from ray._private.internal_api import memory_summary
+
+    async def scenario():
+        async with aclosing(seam.call(7, 10 * STORED)) as stream:
+            assert await stream.item() == "small"
+            async with channel.received(stream) as handle:
+                others = await asyncio.to_thread(filled)
+                told = await asyncio.to_thread(memory_summary, None, stats_only=True)
+                assert "Spilled" in told, told
+                arrived = (await channel.fetch(handle)).flat()
+        del others
+        return arrived
+
+    def filled():
+        size = int(ray.nodes()[0]["Resources"]["object_store_memory"] / 8)
+        return [ray.put(np.zeros(size, np.uint8)) for _ in range(12)]
+
+    assert np.array_equal(run(scenario()), message(10 * STORED, 7))

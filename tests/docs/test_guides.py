@@ -149,6 +149,7 @@ def test_options_in_prose_exist(guide):
 
 
 @pytest.mark.ray
+@pytest.mark.script
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("guide", RUN, ids=named)
