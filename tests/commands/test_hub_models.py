@@ -77,6 +77,7 @@ def test_a_miss_is_one_clear_line(run, options, said):
     assert len(missed.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_evaluators_of_a_cluster_find_the_model_by_its_id(
     hub, hub_cache, cluster, monkeypatch, tmp_path

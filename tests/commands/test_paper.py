@@ -136,6 +136,7 @@ def test_bad_input_is_named(values, tmp_path, update, error, message):
         reproduce(ReproduceSettings.checked(**changed), WATCH)
 
 
+@pytest.mark.slow
 def test_plans_are_healed_by_linear_maps_alone(values, tmp_path):
     wanted = {**values, "out": str(tmp_path / "out"), "rows": "pop-p2-d0,pop_healed-p2-d0"}
     paper = reproduce(ReproduceSettings.checked(**wanted, heal="pair"), WATCH)

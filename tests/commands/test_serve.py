@@ -100,13 +100,13 @@ def all_gone(processes: list[psutil.Process]) -> bool:
     return not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("number", "environment"), [
     pytest.param(signal.SIGINT, {}, id="SIGINT"),
     # Serve's deployments would call each other by gRPC then, which takes no references.
     pytest.param(
-        signal.SIGTERM, {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
-        id="SIGTERM-throughput", marks=pytest.mark.slow,
+        signal.SIGTERM, {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}, id="SIGTERM-throughput"
     ),
 ])  # fmt: skip
 def test_from_ready_line_to_signal(testbed_path, served, monkeypatch, number, environment):

@@ -69,6 +69,7 @@ def result_of(settings, out, **changes):
     return result.plan.healed, trials, (out / HEALED_FILE).read_bytes()
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_a_search(tmp_path, told, cluster):
     """The whole of a search, with evaluators that it starts and ends by itself."""
     alone = result_of(told, tmp_path / "alone", workers=0)

@@ -68,6 +68,7 @@ def test_workers_do_not_change_a_race(tmp_path, settings, on_evaluators):
     assert result.score.num_chunks == max(chunks)
 
 
+@pytest.mark.slow
 def test_workers_know_images_and_train_on_them(tmp_path, tiny_llava_path, encoded_image, cluster):
     """Evaluators get the visual tokens, not the files."""
     for split in ("calibration", "heal"):
@@ -125,6 +126,7 @@ def die_once(evaluator: Evaluator, marker: Path) -> int:
     return evaluator.runner.num_blocks
 
 
+@pytest.mark.slow
 def test_a_measure_lost_with_its_evaluator_is_taken_on_another(
     tmp_path, prepared, evaluators, caplog
 ):

@@ -155,6 +155,7 @@ def test_finished_tasks_survive_a_failure(checkpoint, data, plan, tmp_path, monk
     assert "the evaluation did not finish" in kept.caveats
 
 
+@pytest.mark.slow
 def test_lines_without_a_task_and_a_second_file(checkpoint, tmp_path, data):
     more = tmp_path / "more.jsonl"
     more.write_text('{"prompt": "abcabc", "completion": "x"}\n')

@@ -149,6 +149,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, monkeypatch) -
         assert torch.equal(weight, resumed.weights[name]), name
 
 
+@pytest.mark.slow
 def test_a_time_limit_brings_the_decay_forward(tmp_path: Path) -> None:
     pace = dataclasses.replace(PACE, minutes=0.0)
     run = train(start_run(RECIPE), tmp_path, num_ranks=1, pace=pace)

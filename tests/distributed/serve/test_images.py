@@ -44,6 +44,7 @@ def test_answers_apart_equal_the_pipeline(planned, planned_model, encoded_image)
     check_parameters(planned, planned_model.loaded)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_answers_together_equal_the_pipeline(unified, unified_model, encoded_image):
     check_answers(unified, unified_model, encoded_image)

@@ -33,6 +33,7 @@ def test_answers_apart_equal_the_local_ones(planned, planned_model):
     check_parameters(planned, planned_model)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_answers_together_equal_the_local_ones(unified, unified_model):
     check_answers(unified, unified_model)

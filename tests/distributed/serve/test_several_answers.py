@@ -112,7 +112,11 @@ COMPLETIONS = [
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param("one_of_each", marks=pytest.mark.slow), "standard", "unified"],
+    params=[
+        pytest.param("one_of_each", marks=pytest.mark.slow),
+        "standard",
+        pytest.param("unified", marks=pytest.mark.slow),
+    ],
 )
 def service(request):
     deployed = request.getfixturevalue(request.param)

@@ -98,7 +98,7 @@ def test_a_batch_gives_the_logits_of_the_serving_path(kind, text, opened, images
                 assert torch.allclose(row, alone, atol=2e-5)
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 200, 4_096])
+@pytest.mark.parametrize("batch_tokens", [pytest.param(1, marks=pytest.mark.slow), 200, 4_096])
 def test_matches_are_those_of_greedy_answers(opened, images, monkeypatch, batch_tokens) -> None:
     monkeypatch.setattr(module, "BATCH_TOKENS", batch_tokens)
     prompts, pipe = opened("llava", "llama")

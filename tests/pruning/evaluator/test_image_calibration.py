@@ -132,14 +132,14 @@ def served(home: Path, path: Path, plan: PruningPlan) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("kind", "name", "first_token"),
     [
-        ("llava", "all", "prefill"),
+        pytest.param("llava", "all", "prefill", marks=pytest.mark.slow),
         ("llava", "all", "decode"),
-        ("llava", "original", "prefill"),
-        ("llava", "compact", "decode"),
+        pytest.param("llava", "original", "prefill", marks=pytest.mark.slow),
+        pytest.param("llava", "compact", "decode", marks=pytest.mark.slow),
         ("llava", "by words", "prefill"),
         ("llava", "fastv", "prefill"),
         ("llava_next", "original", "decode"),
-        ("llava_next", "compact", "prefill"),
+        pytest.param("llava_next", "compact", "prefill", marks=pytest.mark.slow),
     ],
 )
 def test_scores_are_those_of_what_is_served(homes, path, kind, name, first_token):
@@ -163,7 +163,9 @@ def test_scores_are_those_of_what_is_served(homes, path, kind, name, first_token
         assert score.tasks == pytest.approx(tasks, rel=1e-3, abs=1e-7)
 
 
-@pytest.mark.parametrize("name", ["all", "original", "compact"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("all", marks=pytest.mark.slow), "original", "compact"]
+)
 def test_bytes_are_those_of_the_ledger(home, path, name):
     rule = SEARCHES[name]
     loaded, calibration = read(home, path, rule)

@@ -220,7 +220,7 @@ def test_windows_hold_every_patch_once() -> None:
     assert first[0, 7] == 5 * GRID
 
 
-@pytest.mark.parametrize("word_targets", [True, False])
+@pytest.mark.parametrize("word_targets", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_few_steps_lower_both_losses(word_targets: bool) -> None:
     recipe = dataclasses.replace(
         RECIPE,
