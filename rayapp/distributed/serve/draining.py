@@ -32,6 +32,8 @@ def drain(limit_s: float, say: Callable[[str], None]) -> bool:
     until_s, said = time.monotonic() + limit_s, False
     with suppress(RayError, RayServeException, TimeoutError):
         handle = serve.get_deployment_handle(INGRESS, APP_NAME)
+        # No event loop runs here, and in its throughput mode Serve gives a handle none of its own.
+        handle._init(_run_router_in_separate_loop=True)
         while True:
             num_answers = sum(_ask(handle, "drain"))
             if not num_answers or time.monotonic() > until_s:

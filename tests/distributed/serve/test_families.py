@@ -11,15 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param("qwen2", marks=pytest.mark.slow),
-        pytest.param("mistral", marks=pytest.mark.slow),
-    ],
-)
-def test_served_answers_equal_generate(family, deploy, save_tiny, tmp_path):
-    path = save_tiny(tmp_path, family)
+@pytest.mark.slow
+def test_answers_under_sliding_windows_equal_generate(deploy, save_tiny, tmp_path):
+    path = save_tiny(tmp_path, "mistral")
     with deploy(model=str(path), max_num_seqs=6) as service:
         check_answers(service, path)
 
