@@ -8,6 +8,8 @@ PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11; d
 VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
+# Each of the many processes of a cluster would compile all of rayapp again, for 1.5 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo smollm2 peers test test-on-clusters test-alone slow slow-on-clusters slow-alone check lint types format clean
 

@@ -130,6 +130,7 @@ def die_once(sides: Sides, marker: Path) -> int:
     return sides.loaded.signature.num_blocks
 
 
+@pytest.mark.slow
 def test_what_a_lost_evaluator_held_is_measured_on_another(
     inputs, home, tmp_path, reference, cluster, caplog
 ):

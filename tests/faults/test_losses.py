@@ -271,6 +271,7 @@ def test_prefill_killed_between_two_parts_is_prefilled_again(service, expected):
     assert not any(stage.counts().values())
 
 
+@pytest.mark.slow
 def test_decode_killed_while_parts_come_is_replaced_by_another(service, expected):
     """What it had copied is lost with it: the prompt is prefilled again, for another replica."""
     stage, channel = opened(service)
@@ -310,6 +311,7 @@ def test_decode_killed_in_the_middle_of_an_answer(service, expected):
     assert [record.attempt for record in stage.ledger.recent] == [0, 1]
 
 
+@pytest.mark.slow
 def test_decode_killed_before_it_admitted_hands_the_same_kv_to_another(service, expected):
     """Both decode replicas are frozen, so nobody admits; then one dies, and the other goes on."""
     stage, channel = opened(service)

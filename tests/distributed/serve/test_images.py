@@ -37,6 +37,7 @@ def ask(service, text, images, **options):
     return service.client.post("/v1/chat/completions", json=body)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_answers_apart_equal_the_pipeline(planned, planned_model, encoded_image):
     expected = check_answers(planned, planned_model, encoded_image)

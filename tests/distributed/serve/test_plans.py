@@ -24,6 +24,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_answers_apart_equal_the_local_ones(planned, planned_model):
     """Decode makes the first token."""
