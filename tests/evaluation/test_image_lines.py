@@ -184,6 +184,7 @@ def test_exact_match_is_what_plain_generate_answers(home, write) -> None:
         assert [answer.is_match for answer in judge_answers(pipe, told)] == [True, False]
 
 
+@pytest.mark.slow
 def test_text_beside_images_counts_as_it_does_alone(home, write, tmp_path) -> None:
     texts = [{"prompt": "abcabc" * (1 + n), "completion": "z", "task": "t"} for n in range(3)]
     alone = tmp_path / "alone.jsonl"
@@ -283,6 +284,7 @@ def test_text_models_and_unfit_plans_are_refused(home, write, save_tiny, tmp_pat
         evaluate(home, plan, [path], settings=QUALITY)
 
 
+@pytest.mark.slow
 def test_every_stage_of_a_first_token_by_decode(home, write) -> None:
     rule = VisualTokens(num_keep=4, positions="compact")
     signature = read_signature(home)

@@ -21,7 +21,7 @@ from rayapp.models.products.stages import pack_stages
 from rayapp.models.stack import BlockStack
 from rayapp.plan import STAGES, PruningPlan
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+QWENS = ("qwen2", "qwen3")
 PROMPTS = [list(range(3, 40)), [7, 9, 11], list(range(250, 200, -3))]
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 PLAN = {
@@ -46,7 +46,9 @@ def packed(model, plan=None):
 
 
 @pytest.mark.parametrize("fields", [{}, PLAN])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", *(pytest.param(f, marks=pytest.mark.slow) for f in QWENS)]
+)
 def test_answers_are_those_of_plain_weights(tiny_model, family, fields):
     plain = tiny_model(family)
     plan = plan_of(plain, **fields)

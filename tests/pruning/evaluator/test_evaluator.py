@@ -28,8 +28,8 @@ RULES = {
 CASES = [
     *((family, stage, rules) for family in ("llama", "mistral") for stage in STAGES
       for rules in ({}, RULES)),
-    ("qwen2", "prefill", RULES),
-    ("qwen3", "decode", RULES),
+    pytest.param("qwen2", "prefill", RULES, marks=pytest.mark.slow),
+    pytest.param("qwen3", "decode", RULES, marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
@@ -162,7 +162,12 @@ def kv_sets() -> list[Candidate]:
 
 @pytest.mark.parametrize(
     ("family", "first_token"),
-    [("llama", "prefill"), ("mistral", "decode"), ("qwen2", "decode"), ("qwen3", "prefill")],
+    [
+        ("llama", "prefill"),
+        ("mistral", "decode"),
+        pytest.param("qwen2", "decode", marks=pytest.mark.slow),
+        pytest.param("qwen3", "prefill", marks=pytest.mark.slow),
+    ],
 )
 def test_own_rules_with_reuse_equal_the_naive_score(tiny_model, few, family, first_token):
     model = tiny_model(family)

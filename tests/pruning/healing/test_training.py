@@ -180,7 +180,7 @@ QUICK = Training(steps=40, learning_rate=3e-3, step_tokens=64)
 PAIRS = [Pair(s, *b) for s in STAGES for b in ((1, 2), (2, 1))]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_training_helps_and_leaves_keys_and_values_alone(tiny_model, lines, family):
     model = tiny_model(family)
     before = {name: p.clone() for name, p in model.named_parameters()}
