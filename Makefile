@@ -21,7 +21,7 @@ smollm2: $(VENV)/.gguf
 
 # Two processes side by side: one for benchmarks and for tests on clusters, which share a cluster, and
 # one for the others. The first reads only files that have such tests, which saves importing the rest.
-WITH_CLUSTERS = $(shell grep -rlE "mark\.ray" tests)
+WITH_CLUSTERS = $(shell grep -rlE --include='*.py' "mark\.ray" tests)
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory -j 2 test-on-clusters test-alone
 
