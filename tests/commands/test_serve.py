@@ -100,6 +100,7 @@ def all_gone(processes: list[psutil.Process]) -> bool:
     return not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.script
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_from_ready_line_to_interrupt_in_throughput_mode(testbed_path, served, monkeypatch):
@@ -147,10 +148,10 @@ def test_from_ready_line_to_interrupt_in_throughput_mode(testbed_path, served, m
 @pytest.mark.script
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_demo(tmp_path):
-    """The whole loop; ``RAYAPP_DEMOS=2`` runs it at once again over what it left."""
+def test_the_demo_twice(tmp_path):
+    """The whole loop, and at once again over what it left."""
     mark = f"RAYAPP_TEST_{os.getpid()}"
-    for _ in range(int(os.environ.get("RAYAPP_DEMOS", "1"))):
+    for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-m", "rayapp.cli", "demo", "--out", str(tmp_path / "demo")],
             capture_output=True, text=True, timeout=700, check=False,

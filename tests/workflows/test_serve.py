@@ -30,8 +30,10 @@ def test_local_nodes_offer_the_gpus_that_their_pool_reserves(num_gpus, replicas,
 
 
 @pytest.mark.ray
+@pytest.mark.script
 @pytest.mark.slow
-def test_answers_under_way_end_before_the_service_does(free_port_of_tests):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_answers_under_way_end_before_the_service_does(free_port_of_tests, number):
     port = free_port_of_tests
     command = [
         *(sys.executable, "-c", "from rayapp.cli import main; main()"),
@@ -47,7 +49,7 @@ def test_answers_under_way_end_before_the_service_does(free_port_of_tests):
         with httpx.stream("POST", url, json=body, timeout=60) as answer:
             events = answer.iter_lines()
             next(events)
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
             assert any("1 answers go on" in line for line in lines)
             assert httpx.post(url, json={"prompt": "b"}, timeout=30).status_code == 503
             *_, last = filter(None, events)

@@ -12,8 +12,9 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.mark.slow
-def test_answers_under_sliding_windows_equal_generate(deploy, save_tiny, tmp_path):
-    path = save_tiny(tmp_path, "mistral")
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_served_answers_equal_generate(family, deploy, save_tiny, tmp_path):
+    path = save_tiny(tmp_path, family)
     with deploy(model=str(path), max_num_seqs=6) as service:
         check_answers(service, path)
 
