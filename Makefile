@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 # Each of the many processes of a cluster would compile all of rayapp again, for 1.5 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo smollm2 peers test test-on-clusters test-alone slow slow-on-clusters slow-alone check lint types format clean
+.PHONY: demo smollm2 peers test test-on-clusters test-of-plans test-of-the-rest slow slow-on-clusters slow-alone check lint types format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rayapp demo --out out/demo
@@ -19,17 +19,22 @@ demo: $(VENV)/.demo
 smollm2: $(VENV)/.gguf
 	$(BIN)/rayapp smollm2 --out out/models/smollm2-135m
 
-# Two processes side by side: one for benchmarks and for tests on clusters, which share a cluster, and
-# one for the others. The first reads only files that have such tests, which saves importing the rest.
+# Three processes side by side, because tests on clusters often wait: one for them, which share a
+# cluster, and for benchmarks; one for finding plans; one for all others. The first reads only files
+# that have such tests, which saves importing the rest.
 WITH_CLUSTERS = $(shell grep -rlE --include='*.py' "mark\.ray" tests)
+OF_PLANS = tests/pruning tests/evaluation tests/export
 test: $(VENV)/.test
-	$(MAKE) --no-print-directory -j 2 test-on-clusters test-alone
+	$(MAKE) --no-print-directory -j 3 test-on-clusters test-of-plans test-of-the-rest
 
 test-on-clusters:
 	$(BIN)/python -m pytest -m "(ray or script) and not slow" $(WITH_CLUSTERS) tests/benchmarks
 
-test-alone:
-	$(BIN)/python -m pytest -m "not (ray or script or slow)"
+test-of-plans:
+	$(BIN)/python -m pytest -m "not (ray or script or slow)" $(OF_PLANS)
+
+test-of-the-rest:
+	$(BIN)/python -m pytest -m "not (ray or script or slow)" tests $(OF_PLANS:%=--ignore=%)
 
 # Scripts start clusters of their own, so they run beside the shared one.
 slow: $(VENV)/.test

@@ -302,6 +302,7 @@ def test_every_stage_of_a_first_token_by_decode(home, write) -> None:
     assert rows[0].saved_by_visual_tokens_bytes == rows[1].saved_by_visual_tokens_bytes
 
 
+@pytest.mark.slow
 def test_the_job_evaluates_lines_about_images(home, write, tmp_path, run_job_here) -> None:
     plan = PruningPlan(model=read_signature(home), visual_tokens=VisualTokens(num_keep=3))
     plan.save(tmp_path / "plan")

@@ -44,6 +44,7 @@ def test_healed_tensors_replace_those_of_their_stage(
         export_stage(path, plan, "unified", tmp_path / "unified")
 
 
+@pytest.mark.slow
 def test_unified_where_both_stages_are_healed_alike(
     save_tiny, tmp_path, plan_for, stage_logits, plain_logits
 ):

@@ -52,7 +52,7 @@ def picture(kind):
     return torch.tensor([[5, *[299] * count, 7, 8, 9]]), inputs
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+@pytest.mark.parametrize("kind", [pytest.param("llava", marks=pytest.mark.slow), "llava_next"])
 @torch.no_grad()
 def test_llava_keeps_its_vision_tower_for_prefill(
     byte_tokenizer, tmp_path, kind, plan_for, stage_logits, plain_logits

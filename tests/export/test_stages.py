@@ -17,7 +17,11 @@ from rayapp.models.blocks import apply_stage
 from rayapp.models.loading import load_model
 from rayapp.plan import PruningPlan
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+CASES = [
+    *(("llama", True), ("mistral", False), ("qwen2", True), ("qwen3", False)),
+    *(pytest.param(family, tied, marks=pytest.mark.slow) for family, tied in
+      (("llama", False), ("mistral", True), ("qwen2", False), ("qwen3", True))),
+]  # fmt: skip
 
 # Run in another process, which must never see rayapp: logits of directories.
 PLAIN = """
@@ -35,8 +39,7 @@ for directory in sys.argv[2:]:
 """
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "tied"), CASES)
 def test_each_stage_gives_its_own_logits(
     save_tiny, tmp_path, family, tied, plan_for, stage_logits, plain_logits, names_in
 ):

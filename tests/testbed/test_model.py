@@ -93,6 +93,7 @@ def test_held_out_questions_are_answered(model, tokenizer, task: str) -> None:
     assert score(model, tokenizer, examples) >= 0.9
 
 
+@pytest.mark.slow
 def test_evidence_is_found_in_long_prompts(model, tokenizer) -> None:
     examples = [
         example for task in TASKS for example in of_few_lengths(task, "long", range(398, 402), 200)

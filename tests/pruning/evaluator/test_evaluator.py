@@ -26,8 +26,11 @@ RULES = {
 # Stages and rules meet in the plainest family and in that with windows; the others differ in their
 # projections only.
 CASES = [
-    *((family, stage, rules) for family in ("llama", "mistral") for stage in STAGES
-      for rules in ({}, RULES)),
+    *((family, stage, RULES) for family in ("llama", "mistral") for stage in STAGES),
+    ("llama", "prefill", {}),
+    pytest.param("llama", "decode", {}, marks=pytest.mark.slow),
+    ("mistral", "decode", {}),
+    pytest.param("mistral", "prefill", {}, marks=pytest.mark.slow),
     pytest.param("qwen2", "prefill", RULES, marks=pytest.mark.slow),
     pytest.param("qwen3", "decode", RULES, marks=pytest.mark.slow),
 ]  # fmt: skip

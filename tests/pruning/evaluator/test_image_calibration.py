@@ -136,7 +136,7 @@ def served(home: Path, path: Path, plan: PruningPlan) -> list[torch.Tensor]:
         ("llava", "all", "decode"),
         pytest.param("llava", "original", "prefill", marks=pytest.mark.slow),
         pytest.param("llava", "compact", "decode", marks=pytest.mark.slow),
-        ("llava", "by words", "prefill"),
+        pytest.param("llava", "by words", "prefill", marks=pytest.mark.slow),
         ("llava", "fastv", "prefill"),
         ("llava_next", "original", "decode"),
         pytest.param("llava_next", "compact", "prefill", marks=pytest.mark.slow),

@@ -161,7 +161,7 @@ def test_maps_are_searched_with_written_and_served(settings, tmp_path):
     assert not solved.trained
 
 
-@pytest.mark.parametrize("limit", [0, 3])
+@pytest.mark.parametrize("limit", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_killed_while_healing_and_resumed_ends_with_the_same_plan(
     tmp_path, settings, undisturbed, limit
 ):

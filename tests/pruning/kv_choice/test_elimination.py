@@ -131,7 +131,7 @@ def test_a_score_that_no_set_reaches_gives_the_nearest():
     assert found == some_levels().full
 
 
-@pytest.mark.parametrize("first_token", ["prefill", "decode"])
+@pytest.mark.parametrize("first_token", [pytest.param("prefill", marks=pytest.mark.slow), "decode"])
 def test_brute_force_on_a_model(tiny_model, calibration, first_token):
     """Three blocks where decode attends, two cuts and all, two encodings: 216 sets."""
     model = tiny_model("llama")
