@@ -15,6 +15,9 @@ group (keys) or of the token (values) over 127 (int8) or 7 (int4), rounded to fl
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from rayapp.errors import TransferError
@@ -24,6 +27,7 @@ LEVELS: dict[Encoding, int] = {"int8": 127, "int4": 7}
 SCALE_DTYPE = torch.float16
 MIN_SCALE = 2.0**-16  # Below it float16 is so coarse that a rounded scale could overflow codes.
 _MAX_SCALE = torch.finfo(SCALE_DTYPE).max
+_PIECE = 1 << 17  # Numbers that are encoded at once on a CPU: their work space fits its caches.
 
 
 def num_groups(num_entries: int) -> int:
@@ -59,11 +63,11 @@ def encode(
     """
     if encoding == "model":
         return keys_HND, values_HND
-    key_codes, key_scales = _quantize(_grouped(keys_HND), encoding, dim=-2)
-    value_codes, value_scales = _quantize(values_HND, encoding, dim=-1)
-    key_codes = _ungrouped(key_codes, keys_HND.shape[-2])
-    pack = _pack_nibbles if encoding == "int4" else torch.Tensor.contiguous
-    return pack(key_codes), key_scales, pack(value_codes), value_scales
+    key_codes, key_scales = _quantize(keys_HND, encoding, of_keys=True)
+    value_codes, value_scales = _quantize(values_HND, encoding, of_keys=False)
+    if encoding == "int4":
+        key_codes, value_codes = _pack_nibbles(key_codes), _pack_nibbles(value_codes)
+    return key_codes, key_scales, value_codes, value_scales
 
 
 def decode(
@@ -86,11 +90,11 @@ def decode(
             _unpack_nibbles(key_codes, numbers),
             _unpack_nibbles(value_codes, numbers),
         )
-    grouped_codes = _grouped(key_codes.view(shape_HND))
-    key_scales_HG1D = key_scales.view(heads, num_groups(entries), 1, dim)
+    key_scales_HGD = key_scales.view(heads, num_groups(entries), dim)
+    value_scales_HN1 = value_scales.view(heads, entries, 1)
     return (
-        _ungrouped(_dequantize(grouped_codes, key_scales_HG1D, dtype), entries),
-        _dequantize(value_codes.view(shape_HND), value_scales.view(heads, entries, 1), dtype),
+        _dequantize(key_codes.view(shape_HND), key_scales_HGD, dtype, of_keys=True),
+        _dequantize(value_codes.view(shape_HND), value_scales_HN1, dtype, of_keys=False),
     )
 
 
@@ -100,56 +104,112 @@ def round_trip(
     """Encode and decode: the result equals the received KV bit for bit; any leading dimensions."""
     if encoding == "model" or not keys_BHND.shape[-2]:
         return keys_BHND, values_BHND
-    grouped = _dequantize(*_quantize(_grouped(keys_BHND), encoding, dim=-2), keys_BHND.dtype)
-    values = _dequantize(*_quantize(values_BHND, encoding, dim=-1), values_BHND.dtype)
-    return _ungrouped(grouped, keys_BHND.shape[-2]), values
+    keys, values = (
+        _dequantize(*_quantize(numbers, encoding, of_keys=of_keys), numbers.dtype, of_keys=of_keys)
+        for numbers, of_keys in ((keys_BHND, True), (values_BHND, False))
+    )
+    return keys, values
 
 
-def _grouped(keys: torch.Tensor) -> torch.Tensor:
-    """Keys or codes ``(..., N, D)`` as ``(..., G, KEY_GROUP, D)``; zeros fill the last group up.
+def _pieces(
+    numbers: torch.Tensor, num_works: int = 1
+) -> Iterator[tuple[slice, Sequence[torch.Tensor]]]:
+    """Slices of the entries of ``(..., N, D)``, a whole number of groups each, with work spaces.
 
-    Zeros never raise a largest magnitude, so scales are those of the entries alone.
+    A work space is float32 and has room for whole groups. It is the same memory for all slices: on
+    a CPU, fresh memory for every step of every block costs more than the arithmetic.
     """
-    num_entries = keys.shape[-2]
-    missing = -num_entries % KEY_GROUP
-    filled = torch.nn.functional.pad(keys, (0, 0, 0, missing)) if missing else keys
-    return filled.unflatten(-2, (num_groups(num_entries), KEY_GROUP))
-
-
-def _ungrouped(grouped: torch.Tensor, num_entries: int) -> torch.Tensor:
-    """The inverse of :func:`_grouped`."""
-    return grouped.flatten(-3, -2)[..., :num_entries, :]
+    *leading, num_entries, dim = numbers.shape
+    row = max(math.prod(leading) * dim, 1)
+    most = num_entries if numbers.is_cuda else _PIECE // row
+    step = max(most // KEY_GROUP, 1) * KEY_GROUP
+    room = min(step, num_groups(num_entries) * KEY_GROUP)
+    works = torch.empty((num_works, room * row), dtype=torch.float32, device=numbers.device)
+    for start in range(0, num_entries, step):
+        stop = min(start + step, num_entries)
+        filled = num_groups(stop - start) * KEY_GROUP
+        shape = (*leading, filled, dim)
+        yield slice(start, stop), [work[: filled * row].view(shape) for work in works]
 
 
 def _quantize(
-    numbers: torch.Tensor, encoding: Encoding, *, dim: int
+    numbers: torch.Tensor, encoding: Encoding, *, of_keys: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int8 codes and float16 scales; a scale belongs to all numbers along ``dim``."""
+    """Return int8 codes ``(..., N, D)`` and float16 scales, ``(..., G, D)`` or ``(..., N, 1)``."""
+    *leading, num_entries, dim = numbers.shape
+    codes = torch.empty(numbers.shape, dtype=torch.int8, device=numbers.device)
+    shape = (num_groups(num_entries), dim) if of_keys else (num_entries, 1)
+    scales = torch.empty((*leading, *shape), dtype=SCALE_DTYPE, device=numbers.device)
+    for entries, (work, magnitudes) in _pieces(numbers, 2):
+        count = entries.stop - entries.start
+        exact = work[..., :count, :]
+        exact.copy_(numbers[..., entries, :])
+        # Zeros never raise a largest magnitude, so scales are those of the entries alone.
+        work[..., count:, :].zero_()
+        torch.abs(work, out=magnitudes)
+        if of_keys:
+            used = _scales(_grouped(magnitudes).amax(dim=-2), encoding)
+            _grouped(work).div_(used.unsqueeze(-2).float())
+            scales[..., _groups(entries), :].copy_(used)
+        else:
+            used = _scales(magnitudes[..., :count, :].amax(dim=-1, keepdim=True), encoding)
+            exact.div_(used.float())
+            scales[..., entries, :].copy_(used)
+        codes[..., entries, :].copy_(exact.round_())
+    return codes, scales
+
+
+def _scales(largest: torch.Tensor, encoding: Encoding) -> torch.Tensor:
+    """Scales of numbers with these largest magnitudes."""
     levels = LEVELS[encoding]
-    exact = numbers.float()
-    largest = exact.abs().amax(dim=dim, keepdim=True)
     peak = float(largest.max()) if largest.numel() else 0.0
     if not peak / levels <= _MAX_SCALE:
         raise TransferError(
             f"KV of magnitude {peak} cannot be sent as {encoding}: scales end at {_MAX_SCALE:g}; "
             f"send this block with encoding model"
         )
-    scales = (largest / levels).clamp(min=MIN_SCALE).to(SCALE_DTYPE)
-    return (exact / scales.float()).round_().to(torch.int8), scales
+    return (largest / levels).clamp(min=MIN_SCALE).to(SCALE_DTYPE)
 
 
-def _dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (codes.float() * scales.float()).to(dtype)
+def _dequantize(
+    codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, *, of_keys: bool
+) -> torch.Tensor:
+    """The inverse of :func:`_quantize`, in ``dtype``."""
+    numbers = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for entries, (work,) in _pieces(codes):
+        exact = work[..., : entries.stop - entries.start, :]
+        exact.copy_(codes[..., entries, :])
+        if of_keys:
+            _grouped(work).mul_(scales[..., _groups(entries), :].unsqueeze(-2).float())
+        else:
+            exact.mul_(scales[..., entries, :].float())
+        numbers[..., entries, :].copy_(exact)
+    return numbers
+
+
+def _grouped(whole: torch.Tensor) -> torch.Tensor:
+    """Numbers ``(..., G * KEY_GROUP, D)`` as ``(..., G, KEY_GROUP, D)``."""
+    return whole.unflatten(-2, (-1, KEY_GROUP))
+
+
+def _groups(entries: slice) -> slice:
+    """The groups of entries from one border of groups to another, or to the end."""
+    return slice(entries.start // KEY_GROUP, num_groups(entries.stop))
 
 
 def _pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """Pack codes in -7..7 as offset nibbles, two per byte, the earlier one low; pad an odd end."""
-    nibbles = (codes.flatten() + 8).to(torch.uint8)
+    """Pack codes in -7..7 as offset nibbles, two per byte, the earlier one low; pad an odd end.
+
+    The codes are changed.
+    """
+    nibbles = codes.flatten().add_(8).view(torch.uint8)
     if nibbles.numel() % 2:
         nibbles = torch.cat([nibbles, nibbles.new_zeros(1)])
-    return nibbles[0::2] | (nibbles[1::2] << 4)
+    return (nibbles[1::2] << 4).bitwise_or_(nibbles[0::2])
 
 
 def _unpack_nibbles(packed: torch.Tensor, numbers: int) -> torch.Tensor:
-    nibbles = torch.stack([packed & 0x0F, packed >> 4], dim=-1).flatten()[:numbers]
-    return nibbles.to(torch.int8) - 8
+    nibbles = packed.new_empty(2 * packed.numel())
+    nibbles[0::2].copy_(packed & 0x0F)
+    nibbles[1::2].copy_(packed >> 4)
+    return nibbles[:numbers].view(torch.int8).sub_(8)

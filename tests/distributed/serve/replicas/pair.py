@@ -47,8 +47,10 @@ async def delivered(server, following, reader):
     batches = []
 
     async def read():
-        async for rows in server.deliver(Address(reader=reader)):
-            batches.extend(TokenBatch(*row) for row in rows)
+        # A call ends by itself where no answer comes for a while; an ingress asks again, too.
+        while True:
+            async for rows in server.deliver(Address(reader=reader)):
+                batches.extend(TokenBatch(*row) for row in rows)
 
     reading = asyncio.ensure_future(read())
     try:
