@@ -1,10 +1,11 @@
 """Claim: KV that leaves in parts hides behind the prefill, and short prompts lose nothing by it.
 
 A service of the model runs on local nodes for every size of parts: whole prompts, the default, and
-every chunk alone; then again in the reverse order, so that a machine that grows slower favours
-none. Random prompts of several lengths are asked over HTTP. Measured are the time from an answer's
-first token, which prefill makes, to its second, which needs the KV in decode; and what the ledger
-says of the same requests, `hidden_s` among it.
+all that is finished at once; then again in the reverse order, so that a machine that grows slower
+favours none. Random prompts of several lengths are asked over HTTP. Measured are the time from an
+answer's first token, which prefill makes, to its second, which needs the KV in decode; and what the
+ledger says of the same requests, `hidden_s` among it. With chunks that are longer than the prompts,
+parts are groups of blocks.
 
     python benchmarks/kv_overlap.py --model DIR --tokens 256 1000 3500 --max-model-len 8192
 """
@@ -31,7 +32,7 @@ from rayapp.distributed.serve.deploy import running_service
 from rayapp.distributed.serve.settings import KV_PART_MS, ServiceSettings
 
 WHOLE_MS = 1e9
-WAYS = {"whole": WHOLE_MS, "parts": KV_PART_MS, "every chunk": 0.0}
+WAYS = {"whole": WHOLE_MS, "parts": KV_PART_MS, "at once": 0.0}
 _TOLD = ("prefill_s", "put_s", "fetch_s", "copy_s", "hidden_s", "bytes_sent")
 
 

@@ -121,7 +121,8 @@ def standard(services: Services, tiny_llama: Path) -> Deployed:
         max_num_seqs=4,
         max_waiting=40,
         max_num_batched_tokens=128,
-        kv_part_ms=0.0,  # KV of every chunk leaves alone, as it does of long prompts.
+        kv_part_ms=0.0,  # KV leaves as it is made, as it does of long prompts.
+        max_node_kv_bytes="1GiB",  # It is counted, and nobody waits.
         api_key=KEY,
         deadlines={"lease_s": LEASE_S},
         **TWO_OF_EACH,

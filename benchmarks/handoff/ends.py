@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from rayapp.engine.sequences.memory import KVMemory
-from rayapp.engine.sequences.paged_kv import Loaded, PagedKV
+from rayapp.engine.sequences.paged_kv import PagedKV
 from rayapp.kv.growing import PromptKV
 from rayapp.kv.ledger import KVShape
 from rayapp.kv.parts import PartCutter
@@ -82,8 +82,9 @@ class Sender(_End):
                 shape = (1, stack.num_kv_heads, count, stack.head_dim)
                 kv.append(block, *(torch.randn(shape).to(stack.dtype) for _ in range(2)))
             kv.num_done += count
-            self._parts.append(cutter.cut(kv))
-        self._whole = PartCutter(stack.plan, stack, extent).cut(kv)
+            part = cutter.cut(kv, least_bytes=0)
+            self._parts.append((part or cutter.rest(kv)).segment())
+        self._whole = PartCutter(stack.plan, stack, extent).rest(kv).segment()
         return len(self._parts)
 
     def whole(self) -> Any:
@@ -116,16 +117,16 @@ class Receiver(_End):
         extent = KVExtent(num_tokens, num_tokens)
         self._held = pages.take(extent, [16], 1, is_alone=True)
         self._pages, self._extent = pages, extent
-        self._loaded = Loaded.none(len(pages.groups))
+        self._loaded = pages.nothing_loaded()
 
     async def load(self, references: list[Any], part: int = 0, is_last: bool = True) -> tuple:
         """Fetch a message, check it and copy it; return its payload and its overhead in bytes."""
         if not part:
-            self._loaded = Loaded.none(len(self._pages.groups))
+            self._loaded = self._pages.nothing_loaded()
         message = await references[0]
         segment = unpack(message, Envelope("r", 0, "p", "w", part, is_last))
         self._loaded = self._pages.load(self._held, segment, self._loaded)
-        if is_last and self._loaded.counts != self._pages.num_entries(self._extent):
+        if is_last and self._pages.num_missing(self._extent, self._loaded):
             raise AssertionError(f"{self._loaded.counts} entries came")
         sizes = message_sizes(message)
         return sizes.payload_bytes, sizes.overhead_bytes

@@ -21,12 +21,12 @@ channel is the twin of the one over Ray's object store; both must pass the same 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from rayapp.engine.budget import ByteBudget
 from rayapp.errors import TransferError
 from rayapp.kv.pieces import Message
 
@@ -121,39 +121,6 @@ class KVChannel(Protocol):
                 instead of a message is raised unchanged.
         """
         ...
-
-
-class ByteBudget:
-    """Counts pinned bytes against a limit; every channel uses it for its accounting.
-
-    Args:
-        max_bytes: Limit of pinned bytes, None for no limit.
-    """
-
-    def __init__(self, max_bytes: int | None = None) -> None:
-        self.max_bytes = max_bytes
-        self.pinned_bytes = 0
-        self._turn = asyncio.Lock()  # A lock serves its waiters in the order of their arrival.
-        self._given = asyncio.Event()
-
-    @asynccontextmanager
-    async def reserved(self, num_bytes: int) -> AsyncGenerator[None, None]:
-        """Count ``num_bytes`` as pinned while the context lasts; see :class:`KVChannel`."""
-        async with self._turn:
-            while not self._fits(num_bytes):
-                self._given.clear()
-                await self._given.wait()
-            self.pinned_bytes += num_bytes
-        try:
-            yield
-        finally:
-            self.pinned_bytes -= num_bytes
-            self._given.set()
-
-    def _fits(self, num_bytes: int) -> bool:
-        if self.max_bytes is None or not self.pinned_bytes:
-            return True
-        return self.pinned_bytes + num_bytes <= self.max_bytes
 
 
 def without_message() -> TransferError:

@@ -11,7 +11,7 @@ E = hidden size, V = vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +27,7 @@ from rayapp.engine.request import (
 from rayapp.engine.sampling import prompt_logprobs, sample
 from rayapp.errors import PlanError, RequestError
 from rayapp.kv.growing import Pass, PromptKV
-from rayapp.kv.parts import PartCutter
+from rayapp.kv.parts import Part, PartCutter
 from rayapp.kv.segment import KVExtent, KVSegment
 from rayapp.kv.select import num_prefilled, select_segment
 from rayapp.models.passes.many_tokens import ManyTokensStack
@@ -47,8 +47,8 @@ class PrefillOutput:
 
     ``firsts`` is empty if decode samples the first tokens (``first_token: decode``). ``segment`` is
     None if every answer ended with its first token (their ``finish_reason`` is set): then no KV
-    travels. Where parts were cut before, it is the last of ``num_parts``. ``prompt_logprobs`` are
-    those that the answers' requests ask for.
+    travels. Where parts were cut before, it is the last of them. ``prompt_logprobs`` are those that
+    the answers' requests ask for.
     """
 
     firsts: tuple[TokenBatch, ...]
@@ -56,7 +56,6 @@ class PrefillOutput:
     num_prompt_tokens: int
     prefill_s: float
     prompt_logprobs: PromptLogprobs = ()
-    num_parts: int = 1
 
     @property
     def first(self) -> TokenBatch | None:
@@ -73,7 +72,7 @@ class PrefillOutput:
 class PrefillRun:
     """A prompt on its way through prefill: its embeddings, its answers, and its KV so far.
 
-    ``cutter`` is there once a part of the KV has been cut.
+    ``cutter`` is there if parts of the KV may be cut before the prompt's end.
     """
 
     requests: tuple[GenerationRequest, ...]
@@ -95,9 +94,29 @@ class PrefillRun:
         """Number of tokens that are still to be run."""
         return self.kv.num_tokens - self.kv.num_done
 
+    @property
+    def num_parts_bytes(self) -> int:
+        """Bytes, in the model's own type, of all KV that may leave in parts; 0 if it goes whole."""
+        return 0 if self.cutter is None else self.cutter.num_bytes
+
     def hidden_CE(self, count: int) -> torch.Tensor:
         """Embeddings of the next ``count`` tokens."""
         return self.prompt.hidden_TE[self.kv.num_done : self.kv.num_done + count]
+
+    def cut(self, *, least_bytes: int) -> Part | None:
+        """Cut the next part of the KV, on any thread, while the rest of it is computed.
+
+        The segment of :class:`PrefillOutput` then holds what follows the parts that were cut.
+
+        Args:
+            least_bytes: Bytes, in the model's own type, that make a part worth sending.
+
+        Returns:
+            The part, which shares the prompt's memory; None if it would be too small.
+        """
+        if self.cutter is None:
+            return None
+        return self.cutter.cut(self.kv, least_bytes=max(1, least_bytes))
 
 
 def check_prunable(*, takes_images: bool) -> None:
@@ -164,18 +183,24 @@ class PrefillEngine:
         (output,) = self.advance([(run, run.num_left)])
         return output
 
-    def begin(self, request: GenerationRequest, *others: GenerationRequest) -> PrefillRun:
+    def begin(
+        self, request: GenerationRequest, *others: GenerationRequest, in_parts: bool = False
+    ) -> PrefillRun:
         """Embed a prompt, to be prefilled by calls of :meth:`advance`; raises as :meth:`run`.
 
         Args:
             request: The request to prefill.
             others: Requests for other answers to the same prompt, which get first tokens of their
                 own from the same logits.
+            in_parts: True if parts of the KV may leave before the prompt's end.
         """
         begun_s = time.monotonic()
         for each in (request, *others):
             self._check(each)
-        return self._begin((request, *others), self.embed(request), begun_s)
+        run = self._begin((request, *others), self.embed(request), begun_s)
+        if in_parts and self._may_travel(run):
+            run.cutter = PartCutter(self.plan, self.stack, run.extent)
+        return run
 
     def run_embedded(
         self, requests: Sequence[GenerationRequest], prompts: Sequence[PromptEmbeddings]
@@ -218,16 +243,27 @@ class PrefillEngine:
             run.prompt_logprobs.append(None)  # Nothing predicts the first token.
         return run
 
-    def advance(self, chunks: Sequence[tuple[PrefillRun, int]]) -> list[PrefillOutput]:
+    @property
+    def num_writing(self) -> int:
+        """Number of blocks that write KV."""
+        return sum(self.stack.writes_kv)
+
+    def advance(
+        self,
+        chunks: Sequence[tuple[PrefillRun, int]],
+        noted: Callable[[], None] | None = None,
+    ) -> list[PrefillOutput]:
         """Run the next tokens of several prompts in one pass.
 
         Args:
             chunks: Every prompt with the number of its tokens to run, at most those that are left.
+            noted: Called within the pass whenever one more block has written its KV. The engine
+                waits for it, so it may only take note.
 
         Returns:
             The outputs of the prompts that are complete, in the order of ``chunks``.
         """
-        logits_BV = self._advance(chunks)
+        logits_BV = self._advance(chunks, noted)
         ended = [run for run, _ in chunks if not run.num_left]
         firsts: Sequence[tuple[TokenBatch, ...]] = [()] * len(ended)
         if logits_BV is not None and self.plan.first_token == "prefill":
@@ -240,19 +276,22 @@ class PrefillEngine:
                 num_prompt_tokens=run.requests[0].num_prompt_tokens,
                 prefill_s=ended_s - run.begun_s,
                 prompt_logprobs=tuple(run.prompt_logprobs),
-                num_parts=run.cutter.num_parts if run.cutter else 1,
             )
             for run, of_run in zip(ended, firsts, strict=True)
         ]
 
     @torch.inference_mode()
-    def _advance(self, chunks: Sequence[tuple[PrefillRun, int]]) -> torch.Tensor | None:
+    def _advance(
+        self,
+        chunks: Sequence[tuple[PrefillRun, int]],
+        noted: Callable[[], None] | None = None,
+    ) -> torch.Tensor | None:
         """Run a pass; return the logits ``(B, V)`` after the last token of every ended prompt."""
         chunks = [(run, count) for run, count in chunks if count]
         if not chunks:
             return None
         runs, counts = [run for run, _ in chunks], [count for _, count in chunks]
-        row = Pass([run.kv for run in runs], counts, self.stack)
+        row = Pass([run.kv for run in runs], counts, self.stack, noted)
         hidden_1TE = torch.cat([run.hidden_CE(count) for run, count in chunks])[None]
         hidden_1TE = self._blocks.run(
             hidden_1TE, row.positions_1T, row, row.masks, real_tokens=row.real_tokens
@@ -276,26 +315,6 @@ class PrefillEngine:
             logits_TV = self.stack.logits(hidden_CE[start : start + len(part), None])[:, 0]
             run.prompt_logprobs += prompt_logprobs(logits_TV, part, num_best)
 
-    def cut(self, run: PrefillRun, *, least_bytes: int) -> KVSegment | None:
-        """Cut the next part of a prompt's KV, to be sent while the rest of it is computed.
-
-        The segment of :class:`PrefillOutput` then holds what follows the parts that were cut.
-
-        Args:
-            run: A prompt of which some tokens have been run, and not all.
-            least_bytes: Bytes, in the model's own type, that make a part worth sending.
-
-        Returns:
-            The part, which shares the prompt's memory; None if it would be too small.
-        """
-        if not run.num_left or not run.kv.num_done or not self._may_travel(run):
-            return None
-        cutter = run.cutter or PartCutter(self.plan, self.stack, run.extent)
-        if cutter.num_ready_bytes(run.kv.num_done) < max(1, least_bytes):
-            return None
-        run.cutter = cutter
-        return cutter.cut(run.kv)
-
     def _may_travel(self, run: PrefillRun) -> bool:
         """Whether an answer may go on after what prefill samples of it."""
         longest = max(request.sampling.max_tokens for request in run.requests)
@@ -304,7 +323,7 @@ class PrefillEngine:
     @torch.inference_mode()
     def _segment(self, run: PrefillRun) -> KVSegment:
         if run.cutter is not None:
-            return run.cutter.cut(run.kv)
+            return run.cutter.rest(run.kv).segment()
         prompt = run.prompt
         return select_segment(
             self.plan,

@@ -9,7 +9,7 @@ K = entries attended to, D = head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,6 +19,8 @@ from rayapp.models.real_tokens import RealTokens
 
 class PromptKV:
     """The KV of one prompt while it is prefilled, of every block that writes KV.
+
+    Entries that are known never change, so other threads may read them while a pass goes on.
 
     Args:
         stack: The shape of the model.
@@ -30,6 +32,7 @@ class PromptKV:
         self.positions_T = positions_T
         self.num_done = 0
         self._entries: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._num_known: dict[int, int] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -43,6 +46,7 @@ class PromptKV:
         count = keys_1HCD.shape[2]
         if count == self.num_tokens:  # The whole prompt in one chunk needs no copy.
             self._entries[block] = (keys_1HCD, values_1HCD)
+            self._num_known[block] = count
             return keys_1HCD, values_1HCD
         if block not in self._entries:
             shape = (*keys_1HCD.shape[:2], self.num_tokens, keys_1HCD.shape[3])
@@ -51,11 +55,20 @@ class PromptKV:
         keys, values = self._entries[block]
         keys[:, :, self.num_done : stop] = keys_1HCD
         values[:, :, self.num_done : stop] = values_1HCD
+        self._num_known[block] = stop  # It comes last: whoever reads it finds the entries.
         return keys[:, :, :stop], values[:, :, :stop]
 
+    def num_known(self, block: int) -> int:
+        """Number of tokens whose entries of a block are known, at any moment of a pass."""
+        return self._num_known.get(block, 0)
+
     def memory(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``(1, H, T, D)`` of a block; those from ``num_done`` on are unknown."""
-        return self._entries[block]
+        """Keys and values ``(1, H, T, D)`` of a block; T is 0 while none of them is known."""
+        if block in self._entries:
+            return self._entries[block]
+        shape = (1, self._stack.num_kv_heads, 0, self._stack.head_dim)
+        none_1H0D = torch.empty(shape, dtype=self._stack.dtype)
+        return none_1H0D, none_1H0D
 
     def captured(self) -> CaptureCache:
         """Return the cache that one pass over the whole prompt would have filled."""
@@ -69,11 +82,22 @@ class Pass:
     """The next ``counts`` tokens of ``prompts`` in one row, and the cache that a run of it fills.
 
     ``BlockStack.run`` takes it as the cache, with its :attr:`masks` and :attr:`real_tokens`.
+
+    Args:
+        prompts: The KV of every prompt.
+        counts: Number of tokens of every prompt to run.
+        stack: The shape of the model.
+        noted: Called whenever the entries of one more block are known, within the pass.
     """
 
     def __init__(
-        self, prompts: Sequence[PromptKV], counts: Sequence[int], stack: StackShape
+        self,
+        prompts: Sequence[PromptKV],
+        counts: Sequence[int],
+        stack: StackShape,
+        noted: Callable[[], None] | None = None,
     ) -> None:
+        self._noted = noted
         self._prompts = tuple(prompts)
         self._counts = tuple(counts)
         parts = list(zip(self._prompts, self._counts, strict=True))
@@ -98,6 +122,8 @@ class Pass:
             strict=True,
         )
         attended = [kv.append(block, keys, values) for kv, keys, values in pieces]
+        if self._noted is not None:
+            self._noted()
         return [keys for keys, _ in attended], [values for _, values in attended]
 
     def finish(self) -> None:

@@ -4,7 +4,8 @@ Encoded keys share scales within groups of kept entries (:mod:`rayapp.kv.quantiz
 is cut only between groups may therefore be packed part by part, each as soon as its entries are
 known: the parts, received and joined, equal the segment sent whole, bit for bit. A part is an
 ordinary segment, so :func:`rayapp.kv.wire.pack` and :func:`rayapp.kv.wire.unpack` know nothing of
-parts.
+parts. Blocks are computed one after the other, so within a pass a part has entries of the blocks
+that have run, and none of the others.
 
 Shapes: H = KV heads, T = tokens that prefill runs, N = entries of a part in one block, D = head
 dimension.
@@ -12,8 +13,9 @@ dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -22,22 +24,60 @@ from rayapp.errors import IntegrityError
 from rayapp.kv.cache import StackShape, held_entries
 from rayapp.kv.segment import BlockKV, KVExtent, KVSegment
 from rayapp.kv.select import sent_blocks
-from rayapp.plan import KEY_GROUP, KVTransfer, PruningPlan
+from rayapp.plan import KEY_GROUP, Encoding, KVTransfer, PruningPlan
 
 
 class PartialKV(Protocol):
-    """The KV of one prompt, of which the first ``num_done`` of T tokens have been run."""
+    """The KV of one prompt while its T tokens are run; what is known of it never changes."""
 
-    num_done: int
     positions_T: torch.Tensor
 
+    def num_known(self, block: int) -> int:
+        """Number of tokens, from the first on, whose entries of a block are known."""
+        ...
+
     def memory(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``(1, H, T, D)`` of a block; those from ``num_done`` on are unknown."""
+        """Keys and values ``(1, H, T, D)`` of a block, known or not; T is 0 if none is known."""
         ...
 
 
+@dataclass(frozen=True)
+class Span:
+    """Neighbours among the kept entries of one block, as the slices of tokens that made them."""
+
+    block: int
+    slices: tuple[slice, ...]
+    encoding: Encoding
+
+    def of(self, kv: PartialKV) -> BlockKV:
+        """The entries, as views of the KV if their tokens are neighbours too."""
+        slices = self.slices or (slice(0),)
+        keys_HND, values_HND = (
+            _joined([tensor_1HTD[0, :, part] for part in slices], dim=1)
+            for tensor_1HTD in kv.memory(self.block)
+        )
+        positions_N = _joined([kv.positions_T[part] for part in slices], dim=0)
+        positions_N = positions_N.to("cpu", torch.int64)
+        return BlockKV(self.block, keys_HND, values_HND, positions_N, self.encoding)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a prompt's KV that has been cut; its segment can be made on any thread."""
+
+    extent: KVExtent
+    kv: PartialKV
+    spans: tuple[Span, ...]
+
+    def segment(self) -> KVSegment:
+        """The part's entries, while the pass goes on that computes later ones."""
+        return self.extent.segment(span.of(self.kv) for span in self.spans)
+
+
 class PartCutter:
-    """Cuts the KV of one prompt into parts, in the order in which its tokens are run.
+    """Cuts the KV of one prompt into parts, in the order in which its entries come to be known.
+
+    Parts may be cut beside the engine while a pass runs; cutting only counts entries.
 
     Args:
         plan: The plan, which says where decode attends, what travels and how it is encoded.
@@ -47,50 +87,64 @@ class PartCutter:
 
     def __init__(self, plan: PruningPlan, stack: StackShape, extent: KVExtent) -> None:
         self._plan = plan
-        self._stack = stack
         self._extent = extent
         self._ranges = {
             block: kept_ranges(plan.transfer(block), extent.num_prefilled, stack.windows[block])
             for block in sent_blocks(plan, len(stack.windows))
         }
+        self._sizes = {b: sum(map(_size, ranges)) for b, ranges in self._ranges.items()}
+        self._entry_bytes = 2 * stack.num_kv_heads * stack.head_dim * stack.dtype.itemsize
         self._cut = dict.fromkeys(self._ranges, 0)
-        self.num_parts = 0
+        self._is_open = True
+        self._lock = threading.Lock()
 
-    def num_ready_bytes(self, num_done: int) -> int:
+    @property
+    def num_bytes(self) -> int:
+        """Bytes, in the model's own type, of all entries that travel."""
+        return self._entry_bytes * sum(self._sizes.values())
+
+    def num_ready_bytes(self, kv: PartialKV) -> int:
         """Bytes, in the model's own type, of the entries that the next part would have."""
-        entry_bytes = 2 * self._stack.num_kv_heads * self._stack.head_dim
-        count = sum(self._known(b, num_done) - begin for b, begin in self._cut.items())
-        return count * entry_bytes * self._stack.dtype.itemsize
+        return self._entry_bytes * sum(self._known(kv, b) - cut for b, cut in self._cut.items())
 
-    def cut(self, kv: PartialKV) -> KVSegment:
-        """The next part: every kept entry that is known and in no earlier part, up to whole groups.
+    def cut(self, kv: PartialKV, *, least_bytes: int = 1) -> Part | None:
+        """The next part: every kept entry that is known and in no earlier part, in whole groups.
 
-        Tensors are views of the KV where a block's entries of the part are neighbours. The part
-        that follows the last token is the last one, whatever groups it ends in.
+        It names blocks without such entries too. None if it would be smaller than ``least_bytes``
+        in the model's own type, if nothing would be left for :meth:`rest`, or after that.
         """
-        blocks = []
-        for block, begin in self._cut.items():
-            end = self._known(block, kv.num_done)
-            blocks.append(self._block(kv, block, begin, end))
-            self._cut[block] = end
-        self.num_parts += 1
-        return self._extent.segment(blocks)
+        with self._lock:
+            known = {block: self._known(kv, block) for block in self._cut}
+            num_new = sum(known.values()) - sum(self._cut.values())
+            is_small = self._entry_bytes * num_new < least_bytes
+            if not self._is_open or is_small or known == self._sizes:
+                return None
+            return self._next(kv, known)
 
-    def _known(self, block: int, num_done: int) -> int:
-        """Number of kept entries of a block that the first tokens have made, in whole groups."""
-        counts = (max(0, min(num_done, end) - begin) for begin, end in self._ranges[block])
-        known = sum(counts)
-        return known if num_done >= self._extent.num_prefilled else known - known % KEY_GROUP
+    def rest(self, kv: PartialKV) -> Part:
+        """The last part, once all tokens have been run: whatever is in no part, or everything."""
+        with self._lock:
+            self._is_open = False
+            return self._next(kv, self._sizes)
 
-    def _block(self, kv: PartialKV, block: int, begin: int, end: int) -> BlockKV:
-        slices = _slices(self._ranges[block], begin, end) or [slice(0)]
-        keys_HND, values_HND = (
-            _joined([tensor_1HTD[0, :, part] for part in slices], dim=1)
-            for tensor_1HTD in kv.memory(block)
+    def _next(self, kv: PartialKV, ends: dict[int, int]) -> Part:
+        spans = tuple(
+            Span(
+                block,
+                tuple(_slices(self._ranges[block], begin, ends[block])),
+                self._plan.transfer(block).encoding,
+            )
+            for block, begin in self._cut.items()
         )
-        positions_N = _joined([kv.positions_T[part] for part in slices], dim=0)
-        encoding = self._plan.transfer(block).encoding
-        return BlockKV(block, keys_HND, values_HND, positions_N.to("cpu", torch.int64), encoding)
+        self._cut = dict(ends)
+        return Part(self._extent, kv, spans)
+
+    def _known(self, kv: PartialKV, block: int) -> int:
+        """Number of kept entries of a block that are known, in whole groups."""
+        num_tokens = kv.num_known(block)
+        counts = (max(0, min(num_tokens, end) - begin) for begin, end in self._ranges[block])
+        known = sum(counts)
+        return known if num_tokens >= self._extent.num_prefilled else known - known % KEY_GROUP
 
 
 def kept_ranges(
@@ -125,16 +179,18 @@ def joined(parts: Sequence[KVSegment]) -> KVSegment:
     return replace(whole, blocks=tuple(map(_joined_block, *(each.blocks for each in parts))))
 
 
-def _slices(ranges: Sequence[tuple[int, int]], begin: int, end: int) -> list[slice]:
+def _slices(ranges: Sequence[tuple[int, int]], begin: int, end: int) -> Iterator[slice]:
     """Kept entries ``begin`` to ``end`` of some ranges of tokens, as slices of tokens."""
-    slices, before = [], 0
-    for first, last in ranges:
-        size = last - first
-        low, high = max(0, begin - before), min(size, end - before)
+    before = 0
+    for tokens in ranges:
+        low, high = max(0, begin - before), min(_size(tokens), end - before)
         if low < high:
-            slices.append(slice(first + low, first + high))
-        before += size
-    return slices
+            yield slice(tokens[0] + low, tokens[0] + high)
+        before += _size(tokens)
+
+
+def _size(tokens: tuple[int, int]) -> int:
+    return tokens[1] - tokens[0]
 
 
 def _joined(pieces: Sequence[torch.Tensor], dim: int) -> torch.Tensor:

@@ -51,7 +51,7 @@ def test_what_parts_hide(tmp_path, save_tiny):
     out = tmp_path / "out"
     rows = record_of(out, "kv_overlap", *arguments, "--chunk-tokens", 64, "--max-model-len", 256)
     by = {(row["way"], row["tokens"]): row for row in rows["results"]}
-    assert {way for way, _ in by} == {"whole", "parts", "every chunk"}
+    assert {way for way, _ in by} == {"whole", "parts", "at once"}
     assert by["whole", 200]["hidden_s"] == 0
     assert all(row["second_s"] > 0 for row in by.values())
-    assert by["whole", 200]["bytes_sent"] < by["every chunk", 200]["bytes_sent"]  # more headers
+    assert by["whole", 200]["bytes_sent"] < by["at once", 200]["bytes_sent"]  # more headers

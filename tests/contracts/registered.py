@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from rayapp.engine.channel import ByteBudget, LocalStream, after_release
+from rayapp.engine.budget import ByteBudget
+from rayapp.engine.channel import LocalStream, after_release
 from rayapp.kv.pieces import Message
 
 

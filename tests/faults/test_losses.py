@@ -139,7 +139,7 @@ def test_a_damaged_part_of_kv_is_never_used(service, expected):
 def test_parts_of_kv_equal_its_bytes_and_hide_behind_the_prefill(service, expected):
     stage, channel = opened(service)
     assert run(answered(stage.generate([request_of("parts")]))) == expected
-    assert channel.num_parts == 2  # of 128 tokens each; the last message has the rest of 360
+    assert channel.num_parts >= 2  # of 128 tokens or fewer, at least; then comes the rest of 360
     (record,) = stage.ledger.recent
     assert record.bytes_sent - record.overhead_bytes == record.bytes_full
     assert min(record.prefill_s, record.put_s, record.fetch_s, record.copy_s) > 0
@@ -280,7 +280,7 @@ def test_decode_killed_while_parts_come_is_replaced_by_another(service, expected
         prefill, decode = service.replicas("prefill"), service.replicas("decode")
         with service.stopped(*decode.values()):
             answer = asyncio.ensure_future(answered(stage.generate([request_of("copying")])))
-            await until(lambda: channel.num_parts == 2)
+            await until(lambda: channel.num_parts >= 2)
         with service.stopped(*prefill.values()):
             busy: set[str] = set()
             while not busy and not answer.done():

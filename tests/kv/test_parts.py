@@ -55,18 +55,23 @@ def some_rules() -> st.SearchStrategy[KVTransfer]:
     )
 
 
-def grown(cache: CaptureCache, num_tokens: int) -> Iterator[PromptKV]:
-    """The KV of a prompt as chunks of 1 to 70 tokens make it; what is unknown is NaN."""
+def grown(cache: CaptureCache, num_tokens: int, most: int = 70) -> Iterator[PromptKV]:
+    """The KV of a prompt as chunks of 1 to ``most`` tokens make it, yielded after every block.
+
+    What is unknown is NaN.
+    """
     kv = PromptKV(cache, torch.arange(num_tokens) * 2)
     while kv.num_done < num_tokens:
-        count = min(1 + (kv.num_done * 7) % 70, num_tokens - kv.num_done)
+        count = min(1 + (kv.num_done * 7) % 70, num_tokens - kv.num_done, most)
+        count = num_tokens if most > num_tokens else count
         for block in range(len(cache.windows)):
             new = (t[:, :, kv.num_done : kv.num_done + count] for t in cache.whole[block])
             kv.append(block, *new)
             for tensor in kv.memory(block):
                 tensor[:, :, kv.num_done + count :] = float("nan")
+            assert kv.num_known(block) == kv.num_done + count
+            yield kv
         kv.num_done += count
-        yield kv
 
 
 class Dense(CaptureCache):
@@ -92,10 +97,13 @@ class Dense(CaptureCache):
     num_tokens=st.sampled_from([1, 2, KEY_GROUP, 131, 260]),
     dtype=st.sampled_from(DTYPES),
     windows=st.sampled_from([(None, None, None), (None, KEY_GROUP + 9, 20)]),
-    every=st.integers(1, 4),
+    every=st.integers(1, 5),
+    most=st.sampled_from([70, 1000]),
 )
-def test_parts_joined_equal_the_whole(capture, rules, num_tokens, dtype, windows, every) -> None:  # type: ignore[no-untyped-def]
-    """For any chunks, any rule, and blocks that keep different numbers of entries."""
+def test_parts_joined_equal_the_whole(  # type: ignore[no-untyped-def]
+    capture, rules, num_tokens, dtype, windows, every, most
+) -> None:
+    """For any chunks or one, any blocks of them, any rule, and blocks that keep unlike numbers."""
     cache = Dense(capture(windows, num_tokens, dim=3, dtype=dtype), num_tokens)
     plan = plan_of(dict(enumerate(rules)), 3)
     segment = select_segment(plan, cache, torch.arange(num_tokens) * 2, num_tokens * 2)
@@ -104,13 +112,25 @@ def test_parts_joined_equal_the_whole(capture, rules, num_tokens, dtype, windows
     segment = extent.segment(segment.blocks)
     cutter = PartCutter(plan, cache, extent)
     messages = []
-    for number, kv in enumerate(grown(cache, num_tokens)):
-        is_last = kv.num_done == num_tokens
-        if is_last or number % every == 0:
-            ready = cutter.num_ready_bytes(kv.num_done)
-            part = cutter.cut(kv)
-            assert part.nbytes == ready
-            messages.append(pack(part, dataclasses.replace(SENT, part=len(messages))))
+    packed_bytes = 0
+
+    def add(part) -> None:  # type: ignore[no-untyped-def]
+        nonlocal packed_bytes
+        packed_bytes += part.segment().nbytes
+        sent = dataclasses.replace(SENT, part=len(messages))
+        messages.append(pack(part.segment(), sent))
+
+    for number, kv in enumerate(grown(cache, num_tokens, most)):
+        if number % every == 0:
+            ready = cutter.num_ready_bytes(kv)
+            assert cutter.cut(kv, least_bytes=ready + 1) is None
+            part = cutter.cut(kv, least_bytes=max(1, ready))
+            if part is not None:
+                assert part.segment().nbytes == ready > 0
+                add(part)
+    add(cutter.rest(kv))
+    assert packed_bytes == segment.nbytes == cutter.num_bytes
+    assert cutter.cut(kv, least_bytes=0) is None  # Nothing follows the last part.
     received = [
         unpack(message, dataclasses.replace(SENT, part=number))
         for number, message in enumerate(messages)
@@ -119,7 +139,6 @@ def test_parts_joined_equal_the_whole(capture, rules, num_tokens, dtype, windows
     payloads = [message_sizes(message).payload_bytes for message in messages]
     sizes = message_sizes(pack(segment, SENT))
     assert sum(payloads) == sizes.payload_bytes
-    assert cutter.num_parts == len(messages)
 
 
 @pytest.mark.parametrize("encoding", ["int8", "int4"])
@@ -160,8 +179,8 @@ def test_a_part_is_a_view(capture) -> None:  # type: ignore[no-untyped-def]
     cache = Dense(capture((None,), 200), 200)
     cutter = PartCutter(plan_of({}, 1), cache, KVExtent(200, 200))
     for kv in grown(cache, 200):
-        if kv.num_done > KEY_GROUP:
-            entry = cutter.cut(kv).blocks[0]
+        if kv.num_known(0) > KEY_GROUP:
+            entry = cutter.cut(kv).segment().blocks[0]
             assert entry.keys_HND.data_ptr() == kv.memory(0)[0].data_ptr()
             break
 

@@ -18,7 +18,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from rayapp.engine.channel import ByteBudget, after_release, without_message
+from rayapp.engine.budget import ByteBudget
+from rayapp.engine.channel import after_release, without_message
 from rayapp.errors import TransferError
 from rayapp.kv.pieces import Message
 

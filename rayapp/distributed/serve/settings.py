@@ -137,8 +137,7 @@ class PoolSettings(Strict):
 
 
 KV_PART_MS = 5.0
-"""Milliseconds of packing that make a part of a prompt's KV worth the calls that it costs; about
-what these calls take (project default)."""
+"""Milliseconds that the calls for one part of a prompt's KV take (project default)."""
 
 
 class Deadlines(Strict):
@@ -209,6 +208,13 @@ class ServiceSettings(Strict):
         ge=1,
         description="Most bytes of KV that one ingress replica has under way.",
     )
+    max_node_kv_bytes: ByteSize | None = Field(
+        default=None,
+        ge=1,
+        description="Most KV that all prefill replicas of one node have under way together, such "
+        "as 2GiB, whichever ingress asks; a larger prompt goes alone. Without it, no limit.",
+        json_schema_extra={"as_text": True},
+    )
     ledger_dir: str | None = Field(
         default=None,
         description="Directory to which every ingress replica writes its KV transfers as Parquet.",
@@ -216,8 +222,8 @@ class ServiceSettings(Strict):
     kv_part_ms: float = Field(
         default=KV_PART_MS,
         ge=0.0,
-        description="KV of a prompt of several chunks leaves in parts of at least so many "
-        "milliseconds of packing, while the rest is computed; 0 sends every chunk alone.",
+        description="Milliseconds that sending a part of a prompt's KV alone costs, by which parts "
+        "are sized that leave while later chunks or blocks are computed; 0 sends each at once.",
     )
     images: ImageLimits = ImageLimits()
     image_cache_bytes: int = Field(

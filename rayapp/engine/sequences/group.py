@@ -167,28 +167,27 @@ class PagedGroup:
         return sheet.pages if sheet.is_pinned else self._ahead(sheet.used, size, 8)
 
     def load_answers(
-        self, answers: Sequence[Entries], entries: Sequence[BlockKV], begin: int
+        self, answers: Sequence[Entries], entries: Sequence[BlockKV], begins: Sequence[int]
     ) -> None:
         """Copy the group's part of a segment into pages from :meth:`take_answers`.
 
         Args:
             answers: The pages of every answer.
-            entries: The next entries of every block.
-            begin: Number of entries that were copied before.
+            entries: The next entries of every block, of some blocks perhaps none.
+            begins: Number of entries of every block that were copied before.
         """
-        if answers[0].prompt is not None:
-            self._load(answers[0].prompt, entries, begin)
-            return
-        for held in answers:
-            self._load(held.sheet, entries, begin)
-            if self.window is not None:
-                held.positions += entries[0].positions_N.tolist()
+        prompt = answers[0].prompt
+        for sheet in [held.sheet for held in answers] if prompt is None else [prompt]:
+            for index, (entry, begin) in enumerate(zip(entries, begins, strict=True)):
+                keys_HNLD, values_HNLD = self.arena.runs(sheet, begin, begin + entry.num_entries)
+                keys_HNLD[:, index] = entry.keys_HND
+                values_HNLD[:, index] = entry.values_HND
 
-    def _load(self, sheet: Sheet, entries: Sequence[BlockKV], begin: int) -> None:
-        keys_HNLD, values_HNLD = self.arena.runs(sheet, begin, begin + entries[0].num_entries)
-        for index, entry in enumerate(entries):
-            keys_HNLD[:, index] = entry.keys_HND
-            values_HNLD[:, index] = entry.values_HND
+    def note_positions(self, answers: Sequence[Entries], positions_N: torch.Tensor) -> None:
+        """Take note of the positions of the next entries, which a window asks for."""
+        if self.window is not None:
+            for held in answers:
+                held.positions += positions_N.tolist()
 
     def free(self, held: Entries) -> None:
         """Give up a sequence's pages."""

@@ -27,18 +27,14 @@ StoredKV = tuple[StoredEntries, ...]
 
 @dataclass(frozen=True)
 class Loaded:
-    """What of a prompt's KV has been copied into pages: entries, and the position after them.
+    """What of a prompt's KV has been copied into pages.
 
-    Both are by groups of blocks.
+    ``counts`` are entries by block, in ascending order of blocks. ``positions`` are those of the
+    entries by group of blocks; blocks of a group are alike, but some may be behind others.
     """
 
     counts: tuple[int, ...]
-    ends: tuple[int, ...]
-
-    @classmethod
-    def none(cls, num_groups: int) -> Loaded:
-        """Nothing so far."""
-        return cls((0,) * num_groups, (0,) * num_groups)
+    positions: tuple[torch.Tensor, ...]
 
 
 class PagedKV(AttendingCache):
@@ -172,12 +168,23 @@ class PagedKV(AttendingCache):
     def _share(self, num_free: int) -> float:
         return 1 / max(1, num_free)
 
+    def nothing_loaded(self) -> Loaded:
+        """The beginning of copying a prompt's KV."""
+        none_N = torch.empty(0, dtype=torch.int64)
+        return Loaded((0,) * len(self.blocks), (none_N,) * len(self.groups))
+
+    def num_missing(self, extent: KVExtent, loaded: Loaded) -> int:
+        """Number of entries of a prompt, over all blocks, that have not been copied."""
+        counts = zip(self.groups, self.num_entries(extent), strict=True)
+        return sum(len(group.blocks) * count for group, count in counts) - sum(loaded.counts)
+
     def load(self, answers: Sequence[SequenceKV], segment: KVSegment, loaded: Loaded) -> Loaded:
         """Copy a segment, or the next part of one, into pages from :meth:`take`, on any thread.
 
         Args:
             answers: The pages of all answers to the prompt.
-            segment: What follows the entries that have been copied.
+            segment: What follows the entries that have been copied; blocks may be at different
+                entries, and some may have none.
             loaded: What has been copied before.
 
         Returns:
@@ -188,18 +195,20 @@ class PagedKV(AttendingCache):
         """
         after = self._check_next(segment, loaded)
         by_block = {entry.block: entry for entry in segment.blocks}
+        begins = dict(zip(self.blocks, loaded.counts, strict=True))
         for number, group in enumerate(self.groups):
+            held = [mine[number] for mine in answers]
             group.load_answers(
-                [mine[number] for mine in answers],
-                [by_block[block] for block in group.blocks],
-                loaded.counts[number],
+                held, [by_block[b] for b in group.blocks], [begins[b] for b in group.blocks]
             )
+            group.note_positions(held, after.positions[number][len(loaded.positions[number]) :])
         return after
 
     def _check_next(self, segment: KVSegment, loaded: Loaded) -> Loaded:
         """What is loaded with this segment; :class:`WireError` if it is not what this stage needs.
 
-        Entries follow those before them, and there are never more than the plan sends.
+        Entries of a block follow those before them, at the positions of the other blocks of its
+        group, and there are never more than the plan sends.
         """
         blocks = tuple(entry.block for entry in segment.blocks)
         if blocks != self.blocks:
@@ -209,38 +218,26 @@ class PagedKV(AttendingCache):
                 "prefill and decode must run the same plan"
             )
         by_block = {entry.block: entry for entry in segment.blocks}
-        counts, ends = list(loaded.counts), list(loaded.ends)
+        counts, positions = dict(zip(blocks, loaded.counts, strict=True)), list(loaded.positions)
         for number, (group, most) in enumerate(
             zip(self.groups, self.num_entries(segment.extent), strict=True)
         ):
-            positions_N = self._check_group(group, by_block)
-            counts[number] += len(positions_N)
-            is_next = not len(positions_N) or int(positions_N[0]) >= ends[number]
-            if counts[number] > most or not is_next:
-                raise WireError(
-                    f"blocks {list(group.blocks)}: {len(positions_N)} entries from position "
-                    f"{int(positions_N[0])} on came after {loaded.counts[number]} of {most}, which "
-                    f"end at {ends[number] - 1}; they came twice or are another prompt's: prefill "
-                    "again"
-                )
-            if len(positions_N):
-                ends[number] = int(positions_N[-1]) + 1
-        return Loaded(tuple(counts), tuple(ends))
+            for block in group.blocks:
+                entry = by_block[block]
+                self._check_layout(entry)
+                positions[number] = _with_next(positions[number], entry, counts[block], most)
+                counts[block] += entry.num_entries
+        return Loaded(tuple(counts.values()), tuple(positions))
 
-    def _check_group(self, group: PagedGroup, by_block: dict[int, BlockKV]) -> torch.Tensor:
-        """The positions of a group's entries; :class:`WireError` if its blocks are not alike."""
+    def _check_layout(self, entry: BlockKV) -> None:
         heads, dim = self._shape_HD
-        positions_N = by_block[group.blocks[0]].positions_N
-        shape = (heads, positions_N.shape[0], dim)
-        for block in group.blocks:
-            entry = by_block[block]
-            layouts = {(t.dtype, tuple(t.shape)) for t in (entry.keys_HND, entry.values_HND)}
-            if layouts != {(self._dtype, shape)} or not torch.equal(entry.positions_N, positions_N):
-                raise WireError(
-                    f"block {block} has keys and values {layouts}, expected {self._dtype} "
-                    f"{shape} at the positions of block {group.blocks[0]}; prefill again"
-                )
-        return positions_N
+        shape = (heads, entry.num_entries, dim)
+        layouts = {(t.dtype, tuple(t.shape)) for t in (entry.keys_HND, entry.values_HND)}
+        if layouts != {(self._dtype, shape)}:
+            raise WireError(
+                f"block {entry.block} has keys and values {layouts}, expected {self._dtype} "
+                f"{shape}; prefill again"
+            )
 
     def unpin(self, answers: Iterable[SequenceKV]) -> None:
         """Let pages be moved, once nobody copies into them any more."""
@@ -328,6 +325,28 @@ class PagedKV(AttendingCache):
         for row in tables:
             for group, entries in zip(self.groups, row, strict=True):
                 group.check(entries)
+
+
+def _with_next(known_N: torch.Tensor, entry: BlockKV, begin: int, most: int) -> torch.Tensor:
+    """The positions of a group's entries once a block has its next ones, from ``begin`` on.
+
+    Raises:
+        WireError: They are not those that other blocks have there, do not follow the last, or are
+            more than ``most``.
+    """
+    here_N = known_N[begin : begin + entry.num_entries]
+    tail_N = entry.positions_N[len(here_N) :]
+    is_next = not len(tail_N) or not len(known_N) or bool(tail_N[0] > known_N[-1])
+    is_alike = torch.equal(entry.positions_N[: len(here_N)], here_N)
+    if not is_next or not is_alike or begin + entry.num_entries > most:
+        first = int(entry.positions_N[0]) if entry.num_entries else -1
+        raise WireError(
+            f"block {entry.block}: {entry.num_entries} entries from position {first} on came after "
+            f"{begin} of {most}, and the block's group has {len(known_N)}; they came twice, are "
+            "another prompt's, or are not at the positions of the group's other blocks: prefill "
+            "again"
+        )
+    return torch.cat([known_N, tail_N]) if len(tail_N) else known_N
 
 
 def _max_entries(window: int | None, max_model_len: int, block_size: int) -> int:

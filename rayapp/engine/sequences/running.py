@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rayapp.engine.answer import Answer
 from rayapp.engine.request import FinishReason, GenerationRequest, TokenBatch, TokenLogprobs
-from rayapp.engine.sequences.paged_kv import Loaded, PagedKV, SequenceKV, StoredKV
+from rayapp.engine.sequences.paged_kv import PagedKV, SequenceKV, StoredKV
 from rayapp.errors import IntegrityError, RequestError, TransferError, WireError
 from rayapp.kv.segment import KVExtent, KVSegment
 from rayapp.kv.select import num_prefilled
@@ -78,7 +78,7 @@ class Reservation:
     is_open: bool = True
 
     def __post_init__(self) -> None:
-        self._loaded = Loaded.none(len(self.pages.groups))
+        self._loaded = self.pages.nothing_loaded()
 
     def load(self, segment: KVSegment) -> None:
         """Copy the prompt's KV, or its next part, into the pages, on any thread.
@@ -97,11 +97,11 @@ class Reservation:
 
     def check_complete(self) -> None:
         """Raise :class:`WireError` if parts of the KV have not been copied."""
-        wanted = self.pages.num_entries(self.extent)
-        if self._loaded.counts != wanted:
+        num_missing = self.pages.num_missing(self.extent, self._loaded)
+        if num_missing:
             raise WireError(
-                f"{list(self._loaded.counts)} of {list(wanted)} entries of KV have come, by groups "
-                "of blocks; prefill again"
+                f"{num_missing} entries of KV have not come, after {sum(self._loaded.counts)}, "
+                "over all blocks; prefill again"
             )
 
 

@@ -81,7 +81,7 @@ class PlannedModel:
             "max_num_seqs": 4,
             "max_waiting": 40,
             "max_num_batched_tokens": 64,
-            "kv_part_ms": 0.0,  # KV of every chunk leaves alone.
+            "kv_part_ms": 0.0,  # KV leaves as it is made.
             "deadlines": {"lease_s": LEASE_S},
         }
 

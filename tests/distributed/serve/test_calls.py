@@ -37,7 +37,7 @@ from rayapp.distributed.serve.messages import (
     Versions,
     row_of,
 )
-from rayapp.distributed.serve.settings import Deadlines
+from rayapp.distributed.serve.settings import Deadlines, ServiceSettings
 from rayapp.engine.request import GenerationRequest, SamplingParams, TokenBatch
 from rayapp.errors import DeadlineError
 from rayapp.kv.ledger import KVShape, Ledger
@@ -200,7 +200,7 @@ def service_over(router, tokenizer, *, mode="disaggregated", deadlines=Deadlines
             plan=PruningPlan(),
             shape=SHAPE,
             versions=VERSIONS,
-            deadlines=deadlines,
+            settings=ServiceSettings(model="m", deadlines=deadlines),
         )
     return RayService(
         ServiceDescription("m", 64, 300, tokenizer),

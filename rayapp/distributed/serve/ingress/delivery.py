@@ -20,8 +20,7 @@ from contextlib import contextmanager
 from contextvars import Context
 from typing import Any
 
-import ray
-
+from rayapp.distributed.serve.callers import this_actor
 from rayapp.distributed.serve.ingress.calls import call
 from rayapp.distributed.serve.ingress.phases import deadline_error
 from rayapp.distributed.serve.messages import Address, Place, Reader
@@ -169,10 +168,3 @@ class Delivery:
         inbox = self._inboxes.get((batch.request_id, batch.attempt))
         if inbox is not None:  # None: its reader has left, and the replica will hear of it.
             inbox.put(batch)
-
-
-def this_actor() -> str:
-    """The name of the actor that this process is; empty if it is none."""
-    if not ray.is_initialized():
-        return ""
-    return ray.get_runtime_context().get_actor_name() or ""

@@ -18,6 +18,7 @@ from rayapp.distributed.serve.ingress.calls import call
 from rayapp.distributed.serve.ingress.delivery import Delivery, Inbox
 from rayapp.distributed.serve.ingress.freeing import Freeing
 from rayapp.distributed.serve.ingress.handing_over import Delivered, HandingOver
+from rayapp.distributed.serve.ingress.origins import Origin, Origins
 from rayapp.distributed.serve.ingress.phases import UPDATE_PAUSE_S, phase
 from rayapp.distributed.serve.messages import (
     Address,
@@ -28,11 +29,14 @@ from rayapp.distributed.serve.messages import (
     Refusal,
     Versions,
 )
-from rayapp.distributed.serve.settings import Deadlines
+from rayapp.distributed.serve.settings import ServiceSettings
 from rayapp.engine.channel import KVChannel
 from rayapp.engine.request import PromptRequests, TokenBatch
 from rayapp.kv.ledger import KVShape, Ledger, Route, account, payload_bytes
 from rayapp.plan import PruningPlan
+from rayapp.scaling.fitting import LinearFit
+
+_USUAL_BYTES = 1e7
 
 
 class DisaggregatedAttempts:
@@ -46,7 +50,7 @@ class DisaggregatedAttempts:
         plan: The plan under which KV is sent.
         shape: The shape of the model's cache.
         versions: The plan, weights and type that replicas must have.
-        deadlines: The deadlines of all phases.
+        settings: The settings of the service: its deadlines, and whether nodes count their KV.
     """
 
     def __init__(
@@ -59,18 +63,22 @@ class DisaggregatedAttempts:
         plan: PruningPlan,
         shape: KVShape,
         versions: Versions,
-        deadlines: Deadlines,
+        settings: ServiceSettings,
     ) -> None:
+        deadlines = settings.deadlines
+        counts = settings.max_node_kv_bytes is not None
         self._prefill = prefill.options(stream=True)
         self._decode = decode
         self._channel = channel
         self._ledger = ledger
         self._plan = plan
         self._shape = shape
+        self._pace = LinearFit((1.0, _USUAL_BYTES))
         self._versions = versions
         self._deadlines = deadlines
         self.waiting_tokens = 0
         self._freeing = Freeing(decode, within_s=deadlines.lease_s)
+        self._origins = Origins(prefill, within_s=deadlines.lease_s, counts=counts)
         self._delivery = Delivery(decode)
 
     async def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
@@ -78,10 +86,11 @@ class DisaggregatedAttempts:
         with self._delivery.opened(answering.prompt) as inbox:
             async with AsyncExitStack() as resources:
                 await self._reserve(resources, answering.prompt)
+                origin = await resources.enter_async_context(self._origins.of(answering.prompt))
                 handing = await resources.enter_async_context(
                     self._handing_over(answering.prompt).undone_unless_whole()
                 )
-                stream, answer = await self._prefilled(resources, answering.prompt, handing)
+                stream, answer = await self._prefilled(resources, answering.prompt, handing, origin)
                 answering.mark_prefill(answer)
                 if answer.kv_bytes is None:
                     for first in answer.firsts:
@@ -127,7 +136,11 @@ class DisaggregatedAttempts:
             self.waiting_tokens -= num_tokens
 
     async def _prefilled(
-        self, resources: AsyncExitStack, prompt: PromptRequests, handing: HandingOver
+        self,
+        resources: AsyncExitStack,
+        prompt: PromptRequests,
+        handing: HandingOver,
+        origin: Origin,
     ) -> tuple[ReplicaStream, PrefillAnswer]:
         """Prefill on a replica of this version, handing KV over that comes before the end."""
         limits = self._deadlines
@@ -139,12 +152,14 @@ class DisaggregatedAttempts:
                     prompt,
                     self._versions,
                     limits.queue_s,
+                    self._pace.coefficients[1],
                     address=self._delivery.address(avoid=avoid),
                 )
                 stream = ReplicaStream(response)
                 resources.push_async_exit(_closing(stream))
                 item: KVPart | PrefillAnswer | Refusal = await stream.item()
                 if not isinstance(item, Refusal):
+                    origin.node = item.place.node
                     return stream, await handing.follow(stream, item)
                 avoid |= {item.place.replica_id}
                 await asyncio.sleep(UPDATE_PAUSE_S)
@@ -162,6 +177,10 @@ class DisaggregatedAttempts:
             times=delivered.times,
         )
         self._ledger.add(record)
+        # Bytes before they were encoded, so that replicas know them before they encode.
+        num_bytes = record.bytes_sent - record.overhead_bytes + record.saved_by_encoding_bytes
+        seconds = record.put_s + record.fetch_s + record.copy_s
+        self._pace.observe((delivered.num_messages, num_bytes), seconds)
         for request in prompt.requests:
             answering.timelines[request.request_id].transfer = asdict(record)
 

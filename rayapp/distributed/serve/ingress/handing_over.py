@@ -47,6 +47,7 @@ class Delivered:
     place: Place
     copied: Copied
     times: TransferTimes
+    num_messages: int
 
 
 class HandingOver:
@@ -147,7 +148,7 @@ class HandingOver:
             copy_s=copied.copy_s,
             hidden_s=max(0.0, work_s - waited_s),
         )
-        return Delivered(admission.place, copied, times)
+        return Delivered(admission.place, copied, times, self._num_parts + 1)
 
     async def _admitted(self, handover: Handover, handle: Any) -> Admission:
         """Let decode begin: the replica that has the other parts, or any if this is all."""

@@ -147,5 +147,5 @@ def _attempts(
         plan=plan,
         shape=KVShape.of_config(config, compute_dtype(config, settings.dtype)),
         versions=versions,
-        deadlines=settings.deadlines,
+        settings=settings,
     )

@@ -11,16 +11,16 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop, failure_of
-from rayapp.distributed.serve.replicas.part_sizes import PartSizes
+from rayapp.distributed.serve.replicas.part_sizes import PartSizes, PassProgress
 from rayapp.engine.prefill import PrefillEngine, PrefillOutput, PrefillRun
 from rayapp.engine.request import PromptRequests
 from rayapp.engine.scheduler import Chunk
 from rayapp.errors import DeadlineError, IntegrityError, OverloadedError, UnavailableError
-from rayapp.kv.segment import KVSegment
+from rayapp.kv.parts import Part
 from rayapp.kv.select import num_prefilled
 from rayapp.scaling.meters import PrefillMeter
 from rayapp.scaling.reports import PrefillReport
@@ -28,45 +28,49 @@ from rayapp.scaling.reports import PrefillReport
 logger = logging.getLogger(__name__)
 
 
-Result = KVSegment | PrefillOutput
+Result = Part | PrefillOutput
 """A part of a prompt's KV, or all that is left of it at its end."""
+
+Outcome = PrefillOutput | Exception
+"""The end of a prompt's prefill."""
 
 
 @dataclass(eq=False)
 class _Ticket:
-    """One prompt in the queue; ``run`` is set by its first step.
+    """One prompt in the queue; ``run`` is set by its first step, ``outcome`` by its last.
 
     ``num_tokens`` are to be computed in all, ``num_running`` of them in the step that runs now.
+    Steps may take it once it ``is_scheduled``, for which it may have to wait for room. ``changed``
+    is set when the prompt ends, and when more of its KV is known.
     """
 
     prompt: PromptRequests
     num_tokens: int
-    results: asyncio.Queue[Result | Exception] = field(default_factory=asyncio.Queue)
     begun: asyncio.Event = field(default_factory=asyncio.Event)
-    has_ended: bool = False
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    outcome: Outcome | None = None
     run: PrefillRun | None = None
     num_running: int = 0
+    is_scheduled: bool = False
 
-    def put(self, result: Result | Exception) -> None:
-        """Hand a result to the one who waits; nothing follows an output or an error."""
-        if not self.has_ended:
-            self.has_ended = not isinstance(result, KVSegment)
-            self.results.put_nowait(result)
+    def end(self, outcome: Outcome) -> None:
+        """Tell the one who waits how it ended; only the first outcome counts."""
+        self.outcome = self.outcome or outcome
+        self.changed.set()
         self.begun.set()
-
-
-Results = dict[str, Result | Exception]
-"""What one step made, by prompt: parts, outputs of prompts that ended, errors of single prompts."""
 
 
 class PromptQueue:
     """Runs prompts through a prefill engine, shortest first, in steps of bounded size.
 
+    While a pass runs, the engine notes that blocks have written their KV. Whether that makes a part
+    worth sending is decided beside it, by the one who waits for the prompt.
+
     Args:
         engine: The prefill engine; only the loop's thread touches it.
         loop: The loop whose steps run the prompts.
         max_waiting: Prompts that may wait for their first step; further ones are refused.
-        parts: The sizes from which on KV leaves in parts; None sends it whole.
+        parts: The rule by which KV leaves in parts; None sends it whole.
 
     Attributes:
         meter: The meter of the engine's steps.
@@ -84,6 +88,7 @@ class PromptQueue:
         self._loop = loop
         self._max_waiting = max_waiting
         self._parts = parts
+        self._progress = PassProgress(0, 0)
         self._tickets: dict[str, _Ticket] = {}
         self._names = map(str, itertools.count())
         self.meter = PrefillMeter(loop.scheduler.max_tokens)
@@ -102,17 +107,25 @@ class PromptQueue:
     @property
     def num_tokens(self) -> int:
         """Number of tokens that no step has taken yet."""
-        return self._loop.scheduler.num_tokens
+        waiting = sum(t.num_tokens for t in self._tickets.values() if not t.is_scheduled)
+        return self._loop.scheduler.num_tokens + waiting
 
     def report(self, start_s: float) -> PrefillReport:
         """The report of a replica that took ``start_s`` seconds to start."""
         prompts = []
         for name, ticket in self._tickets.items():
             left = self._loop.scheduler.num_left(name) + ticket.num_running
+            if not ticket.is_scheduled:
+                left = ticket.num_tokens
             prompts.append((left, max(0, ticket.num_tokens - left)))
         return self.meter.report(prompts, start_s)
 
-    async def results(self, prompt: PromptRequests, queue_s: float) -> AsyncGenerator[Result, None]:
+    async def results(
+        self,
+        prompt: PromptRequests,
+        queue_s: float,
+        room: Callable[[], Awaitable[None]] | None = None,
+    ) -> AsyncGenerator[Result, None]:
         """Yield the parts of a prompt's KV that are worth sending alone, then the output.
 
         A caller that leaves takes its prompt out.
@@ -120,6 +133,7 @@ class PromptQueue:
         Args:
             prompt: The prompt to prefill, with the requests for all its answers.
             queue_s: Longest wait for the first step, seconds.
+            room: Awaited before the first step, while the prompt counts as waiting.
 
         Raises:
             OverloadedError: Every waiting place is taken.
@@ -136,28 +150,50 @@ class PromptQueue:
         num_tokens = max(1, num_prefilled(self._engine.plan, prompt.prompt.num_prompt_tokens))
         ticket = _Ticket(prompt, num_tokens)
         self._tickets[name] = ticket
-        self._loop.scheduler.add(name, num_tokens)
         self.meter.arrive(num_tokens)
-        self._loop.wake()
+        entering = None
+        if room is None:
+            self._schedule(name, ticket)
+        else:
+            entering = asyncio.ensure_future(self._enter(name, ticket, room))
         try:
             await self._first_step(ticket, queue_s)
-            while True:
-                result = await ticket.results.get()
-                if isinstance(result, Exception):
-                    raise result
-                yield result
-                if isinstance(result, PrefillOutput):
-                    return
+            while ticket.outcome is None:
+                await ticket.changed.wait()
+                ticket.changed.clear()
+                part = self._cut(name, ticket)
+                if part is not None:
+                    yield part
+            if isinstance(ticket.outcome, Exception):
+                raise ticket.outcome
+            yield ticket.outcome
         finally:
+            if entering is not None:
+                entering.cancel()
             del self._tickets[name]
             self._loop.scheduler.remove(name)
-            ticket.has_ended = True
+            ticket.outcome = ticket.outcome or UnavailableError("the caller has left")
+
+    def _schedule(self, name: str, ticket: _Ticket) -> None:
+        """Let steps take a prompt from now on."""
+        ticket.is_scheduled = True
+        self._loop.scheduler.add(name, ticket.num_tokens)
+        self._loop.wake()
+
+    async def _enter(self, name: str, ticket: _Ticket, room: Callable[[], Awaitable[None]]) -> None:
+        """Schedule a prompt once there is room for it; without room it ends."""
+        try:
+            await room()
+        except Exception as error:  # noqa: BLE001 - raised to the one that waits for this prompt
+            ticket.end(error)
+        else:
+            self._schedule(name, ticket)
 
     def cancel(self, name: str, attempt: int) -> None:
         """End the prefill of this attempt or an earlier one; its caller gets an error."""
         for ticket in self._tickets.values():
             if ticket.prompt.name == name and ticket.prompt.attempt <= attempt:
-                ticket.put(UnavailableError(f"request {name} was cancelled"))
+                ticket.end(UnavailableError(f"request {name} was cancelled"))
 
     async def _first_step(self, ticket: _Ticket, queue_s: float) -> None:
         try:
@@ -175,54 +211,93 @@ class PromptQueue:
         for chunk, ticket in tickets.items():
             ticket.begun.set()
             ticket.num_running = chunk.num_tokens
+        num_tokens = sum(chunk.num_tokens for chunk in tickets)
+        self._progress = PassProgress(num_tokens, self._engine.num_writing)
+        tell = asyncio.get_running_loop().call_soon_threadsafe
         try:
-            results = await self._loop.run(self._step, tickets)
+            outcomes = await self._loop.run(self._step, tickets, self._progress, tell)
         except Exception as error:
             logger.exception("a prefill step failed")
-            results = dict.fromkeys((c.name for c in tickets), failure_of(error, "prefill"))
+            outcomes = dict.fromkeys((c.name for c in tickets), failure_of(error, "prefill"))
         for ticket in tickets.values():
             ticket.num_running = 0
-        for name, result in results.items():
-            self._deliver(name, result)
+            ticket.changed.set()
+        for name, outcome in outcomes.items():
+            self._deliver(name, outcome)
 
-    def _step(self, tickets: Mapping[Chunk, _Ticket]) -> Results:
-        """Run one step on the engine's thread; a prompt that cannot begin fails alone."""
-        results: Results = {}
-        parts: list[tuple[str, PrefillRun, int]] = []
+    def _step(
+        self,
+        tickets: Mapping[Chunk, _Ticket],
+        progress: PassProgress,
+        tell: Callable[..., object],
+    ) -> dict[str, Outcome]:
+        """Run one step on the engine's thread; a prompt that cannot begin fails alone.
+
+        Args:
+            tickets: The prompts of the step.
+            progress: What notes how far the pass has come.
+            tell: Makes the event loop call a function.
+
+        Returns:
+            Outputs of prompts that ended, and errors of single prompts, by name.
+        """
+        outcomes: dict[str, Outcome] = {}
+        chunks: list[tuple[str, PrefillRun, int]] = []
         for chunk, ticket in tickets.items():
             try:
-                ticket.run = ticket.run or self._engine.begin(*ticket.prompt.requests)
+                run = ticket.run or self._begin(ticket)
             except Exception as error:  # noqa: BLE001 - raised to the one that waits for this prompt
-                results[chunk.name] = error
+                outcomes[chunk.name] = error
                 continue
             # Visual pruning makes a prompt shorter than the scheduler knows.
-            left = ticket.run.num_left
-            parts.append(
-                (chunk.name, ticket.run, left if chunk.is_last else min(left, chunk.num_tokens))
-            )
-        timed = [(count, run.kv.num_done) for _, run, count in parts]
+            count = run.num_left if chunk.is_last else min(run.num_left, chunk.num_tokens)
+            chunks.append((chunk.name, run, count))
+        told = [t.changed for t in tickets.values() if self._may_leave(t)]
+
+        def noted() -> None:
+            progress.note()
+            tell(_set_all, told)
+
+        timed = [(count, run.kv.num_done) for _, run, count in chunks]
+        noting = {"noted": noted} if told else {}
         began_s = time.perf_counter()
-        outputs = iter(self._engine.advance([(run, count) for _, run, count in parts]))
+        progress.begin()
+        outputs = self._engine.advance([(run, count) for _, run, count in chunks], **noting)
+        progress.end()
         self.meter.observe(timed, time.perf_counter() - began_s)
-        for name, run, _ in parts:
-            result = self._cut(run) if run.num_left else next(outputs)
-            if result is not None:
-                results[name] = result
-        return results
+        ended = [name for name, run, _ in chunks if not run.num_left]
+        return {**outcomes, **dict(zip(ended, outputs, strict=True))}
 
-    def _cut(self, run: PrefillRun) -> KVSegment | None:
-        """The next part of a prompt's KV if it is large enough to be sent alone."""
-        if self._parts is None:
+    def _begin(self, ticket: _Ticket) -> PrefillRun:
+        in_parts = self._parts is not None
+        ticket.run = self._engine.begin(*ticket.prompt.requests, in_parts=in_parts)
+        return ticket.run
+
+    def _may_leave(self, ticket: _Ticket) -> bool:
+        """Whether a prompt has more KV than makes a part worth sending."""
+        if self._parts is None or ticket.run is None:
+            return False
+        num_bytes = ticket.run.num_parts_bytes
+        return num_bytes > self._parts.least_bytes(num_bytes)
+
+    def _cut(self, name: str, ticket: _Ticket) -> Part | None:
+        """The next part of a prompt's KV, if it is large enough and in time to be sent alone."""
+        if self._parts is None or ticket.run is None or ticket.outcome is not None:
             return None
-        return self._engine.cut(run, least_bytes=self._parts.least_bytes)
+        left_s = self._loop.scheduler.num_left(name) * self._progress.token_s
+        if ticket.num_running:
+            left_s += self._progress.left_s
+        if not self._parts.is_in_time(left_s):
+            return None
+        least_bytes = self._parts.least_bytes(ticket.run.num_parts_bytes)
+        return ticket.run.cut(least_bytes=least_bytes)
 
-    def _deliver(self, name: str, result: Result | Exception) -> None:
-        """Hand a result to the one who waits, if anybody does; a prompt that ended leaves."""
-        if not isinstance(result, KVSegment):
-            self._loop.scheduler.remove(name)
+    def _deliver(self, name: str, outcome: Outcome) -> None:
+        """Tell the one who waits, if anybody does, how a prompt ended; it leaves."""
+        self._loop.scheduler.remove(name)
         ticket = self._tickets.get(name)
         if ticket is not None:
-            ticket.put(result)
+            ticket.end(outcome)
 
     def check_integrity(self) -> dict[str, int]:
         """Return the numbers of resources in use, all zero when idle; raise if they disagree."""
@@ -231,3 +306,8 @@ class PromptQueue:
         if num_scheduled > len(self._tickets):
             raise IntegrityError(f"prefill has {counts} prompts and {num_scheduled} scheduled")
         return {**counts, "queued_tokens": self.num_tokens}
+
+
+def _set_all(events: Sequence[asyncio.Event]) -> None:
+    for event in events:
+        event.set()

@@ -11,7 +11,9 @@ import logging
 import os
 from collections.abc import Awaitable
 
+from rayapp.distributed.serve.callers import this_actor
 from rayapp.distributed.serve.channel import ObjectStoreChannel
+from rayapp.distributed.serve.node_room import NodeRoom
 from rayapp.distributed.serve.ray_metrics import StageGauges, log_as_serve
 from rayapp.distributed.serve.replicas.decode_server import DecodeServer
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
@@ -32,14 +34,16 @@ class PrefillReplica(PrefillServer):
     def __init__(self, settings: ServiceSettings) -> None:
         log_as_serve()
         self._gauges = StageGauges()
+        place, most = this_place(), settings.max_node_kv_bytes
         super().__init__(
             load_stage(settings, "prefill"),
-            this_place(),
+            place,
             EngineLoop(settings.max_num_batched_tokens),
             max_waiting=settings.max_waiting,
             step_s=settings.deadlines.step_s,
             parts=PartSizes(settings.kv_part_ms / 1000),
             publish=ObjectStoreChannel.publish,
+            room=None if most is None else NodeRoom(place.node, most, this_actor()),
         )
 
     async def check_health(self) -> None:

@@ -99,7 +99,8 @@ class UnifiedServer:
             address: The address of the replica that the call is for.
         """
         self._decode.check_not_cancelled(prompt)
-        items = self._prefill.prefill(prompt, versions, self._deadlines.queue_s, address)
+        queue_s = self._deadlines.queue_s
+        items = self._prefill.prefill(prompt, versions, queue_s, address=address)
         async with aclosing(LocalStream(items)) as stream:
             answer: PrefillAnswer | Refusal = await stream.item()
             yield answer

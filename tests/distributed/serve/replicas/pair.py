@@ -120,6 +120,15 @@ class Pair:
         async with aclosing(LocalStream(items)) as stream:
             yield Parted(self, prompt, stream, await stream.item())
 
+    async def handed_over(self, *requests, wait_s=60.0):
+        """Prefill, hand over in parts or whole, and return the first token of every answer."""
+        async with self.begun(*requests) as parted:
+            if isinstance(parted.item, KVPart):
+                await parted.reserve(wait_s)
+                await parted.parts()
+            await parted.end(wait_s=wait_s)
+            return [token for first in parted.item.firsts for token in first.token_ids]
+
     async def rest(self, *requests):
         """The tokens of the first request, or those of several by name."""
         tokens = {request.request_id: [] for request in requests}
@@ -170,9 +179,9 @@ class Parted:
         while isinstance(self.item, KVPart):
             await self.part()
 
-    async def end(self, sent=None):
+    async def end(self, sent=None, wait_s=60.0):
         firsts = self.item.firsts
-        handover = Handover.after(self.prompt, self.pair.versions, firsts, sent or {}, 60.0)
+        handover = Handover.after(self.prompt, self.pair.versions, firsts, sent or {}, wait_s)
         handover = replace(handover, part=self.num_parts)
         async with self.pair.channel.received(self.stream) as handle:
             admission = await self.pair.decode.admit(handover, [handle], self._address)

@@ -10,7 +10,8 @@ from operator import add
 import pytest
 
 from rayapp.distributed.serve.messages import KVPart, PrefillAnswer
-from rayapp.distributed.serve.replicas.part_sizes import PartSizes
+from rayapp.distributed.serve.replicas import part_sizes
+from rayapp.distributed.serve.replicas.part_sizes import PartSizes, PassProgress
 from rayapp.engine.request import GenerationRequest
 from rayapp.errors import DeadlineError, TransferError, UnavailableError, WireError
 from rayapp.kv.ledger import KVShape, payload_bytes
@@ -44,9 +45,36 @@ def planned(request, stage):
     return replace(stage, plan=plan)
 
 
-def test_answers_are_those_of_kv_that_is_sent_whole(planned):
+@pytest.fixture
+def looking(monkeypatch):
+    """``looking(pair)``: the engine lets the event loop run between any two blocks.
+
+    A pass of a tiny model is over before anybody could have looked at its blocks.
+    """
+
+    def look(pair):
+        advance = pair.prefill._engine.advance
+        loop = asyncio.get_running_loop()
+
+        def slowly(chunks, noted=None):
+            def note():
+                noted()
+                asyncio.run_coroutine_threadsafe(asyncio.sleep(0.03), loop).result(10)
+
+            return advance(chunks, noted and note)
+
+        monkeypatch.setattr(pair.prefill._engine, "advance", slowly)
+
+    return look
+
+
+@pytest.mark.parametrize("chunk", [40, 1000])
+def test_answers_are_those_of_kv_that_is_sent_whole(planned, looking, chunk):
+    """In several chunks, and in groups of blocks of one chunk."""
+
     async def scenario():
-        pair = Pair(planned, in_parts=True, max_num_batched_tokens=40)
+        pair = Pair(planned, in_parts=True, max_num_batched_tokens=chunk)
+        looking(pair)
         asked = long_request("parts")
         async with pair.begun(asked) as parted:
             await parted.reserve()
@@ -65,11 +93,13 @@ def test_answers_are_those_of_kv_that_is_sent_whole(planned):
     assert sizes.payload_bytes == payload_bytes(shape, planned.plan, len(LONG))
 
 
-def test_several_answers_share_parts_and_later_ones_begin_from_a_copy(stage):
+@pytest.mark.parametrize("chunk", [64, 1000])
+def test_several_answers_share_parts_and_later_ones_begin_from_a_copy(stage, looking, chunk):
     requests = [long_request(f"n{seed}", temperature=1.0, seed=seed) for seed in range(4)]
 
     async def scenario():
-        pair = Pair(stage, in_parts=True, max_num_batched_tokens=64, max_num_seqs=2)
+        pair = Pair(stage, in_parts=True, max_num_batched_tokens=chunk, max_num_seqs=2)
+        looking(pair)
         async with pair.begun(*requests) as parted:
             await parted.reserve()
             await parted.parts()
@@ -143,10 +173,8 @@ def test_leaving_at_any_point_gives_everything_back(stage, held, point):
                     await parted.part()
         await pair.check_idle()
         asked = request_of("next")
-        first, _ = await pair.admitted(asked)
-        assert [*first.firsts[0].token_ids, *await pair.rest(asked)] == expected_tokens(
-            stage, asked
-        )
+        firsts = await pair.handed_over(asked)
+        assert [*firsts, *await pair.rest(asked)] == expected_tokens(stage, asked)
         await pair.check_idle()
 
     run(scenario())
@@ -192,17 +220,94 @@ def test_a_seat_that_nobody_fills_is_given_back(stage):
         async with pair.begun(long_request("orphan")) as parted:
             await parted.reserve()
             with pytest.raises(DeadlineError, match="no decode slot"):
-                await pair.admitted(request_of("waits"), wait_s=0.01)
+                await pair.handed_over(request_of("waits"), wait_s=0.01)
             await asyncio.sleep(0.6)
             await pair.check_idle()
 
     run(scenario())
 
 
-def test_parts_hold_as_much_as_is_packed_while_their_calls_run():
+@pytest.mark.parametrize("fault", ["twice", "late", "missing", "another attempt"])
+def test_groups_of_blocks_that_do_not_follow_one_another_are_never_decoded(stage, looking, fault):
+    """Whoever delivers them: the lease ends with the fault, and its pages are as good as new."""
+
+    async def scenario():
+        pair = Pair(stage, in_parts=True, max_num_batched_tokens=1000, max_num_seqs=2)
+        looking(pair)
+        load, channel = pair.decode.load, pair.channel
+        async with pair.begun(long_request("mine")) as parted:
+            await parted.reserve()
+            first = await channel.part(parted.stream)
+            if fault != "missing":
+                await load("mine", 0, 0, [first])
+            assert isinstance(await parted.stream.item(), KVPart)  # There is a second group.
+            message = first if fault == "twice" else await channel.part(parted.stream)
+            number = {"twice": 0, "late": 2}.get(fault, 1)
+            attempt = 1 if fault == "another attempt" else 0
+            with pytest.raises((TransferError, UnavailableError)):
+                await load("mine", attempt, number, [message])
+        await pair.decode.cancel("mine", 0)
+        await pair.check_idle()
+        asked = long_request("next")
+        firsts = await pair.handed_over(asked)
+        assert [*firsts, *await pair.rest(asked)] == expected_tokens(stage, asked)
+        await pair.check_idle()
+
+    run(scenario())
+
+
+def test_short_prompts_go_whole_whatever_else_leaves_in_parts(stage, looking):
+    """A part must be worth its calls, and nobody even notes the blocks of a prompt that is not."""
+
+    async def scenario():
+        pair = Pair(stage, in_parts=True, max_num_batched_tokens=1000)
+        pair.prefill._queue._parts = PartSizes(cost_s=0.005)  # 5 MB at first, far more than this.
+        noted = []
+        advance = pair.prefill._engine.advance
+        pair.prefill._engine.advance = lambda chunks, **note: noted.append(note) or advance(chunks)
+        async with pair.begun(long_request("whole")) as parted:
+            assert isinstance(parted.item, PrefillAnswer)
+        assert noted == [{}]
+
+    run(scenario())
+
+
+def test_a_part_leaves_only_if_its_calls_are_over_before_the_prompt(monkeypatch):
     sizes = PartSizes(cost_s=0.01)
-    before = sizes.least_bytes
+    assert not sizes.is_in_time(0.019)
+    assert sizes.is_in_time(0.021)
+    assert PartSizes(0).is_in_time(0.0)
+
+
+def test_the_time_that_a_pass_has_left_follows_from_its_blocks(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(part_sizes.time, "monotonic", lambda: now[0])
+    progress = PassProgress(num_tokens=50, num_blocks=10)
+    progress.begin()
+    assert progress.left_s == progress.token_s == 0.0  # Nothing is known yet.
+    for _ in range(4):
+        now[0] += 2.0
+        progress.note()
+    assert progress.left_s == pytest.approx(6 * 2.0)
+    assert progress.token_s == pytest.approx(10 * 2.0 / 50)
+    now[0] += 3.0
+    assert progress.left_s == pytest.approx(6 * 2.0 - 3.0)
+    now[0] += 50.0
+    assert progress.left_s == 0.0
+    progress.end()
+    assert progress.left_s == 0.0
+    assert progress.token_s == pytest.approx(61.0 / 50)
+
+
+def test_parts_balance_their_calls_against_what_is_left_at_the_end():
+    sizes = PartSizes(cost_s=0.01)
     for _ in range(100):
-        sizes.measured(2_000_000, 0.001)  # 2 GB/s
-    assert before < sizes.least_bytes == pytest.approx(20_000_000, rel=0.01)
-    assert PartSizes(0).least_bytes == 0
+        sizes.packed(2_000_000, 0.001)  # 2 GB/s
+    assert sizes.least_bytes(20_000_000) == pytest.approx(20_000_000, rel=0.01)
+    assert sizes.least_bytes(80_000_000) == pytest.approx(40_000_000, rel=0.01)
+    assert sizes.least_bytes(5_000_000) > 5_000_000  # It goes whole.
+    sizes.handed_over(0.0)  # Nobody knows.
+    assert sizes.least_bytes(80_000_000) == pytest.approx(40_000_000, rel=0.01)
+    sizes.handed_over(1 / 500e6)  # The way is slower than packing.
+    assert sizes.least_bytes(80_000_000) == pytest.approx(20_000_000, rel=0.01)
+    assert PartSizes(0).least_bytes(80_000_000) == 0

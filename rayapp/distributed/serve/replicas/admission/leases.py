@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
+from rayapp.distributed.serve.callers import Callers
 from rayapp.distributed.serve.messages import Reader
 from rayapp.distributed.serve.replicas.admission.placing import Incoming
-from rayapp.distributed.serve.replicas.callers import Callers
 from rayapp.distributed.serve.replicas.outbox import Outbox, Outboxes
 from rayapp.engine.request import GenerationRequest, PromptRequests, TokenBatch
 from rayapp.errors import DeadlineError, TransferError, UnavailableError
@@ -157,7 +157,7 @@ class Leases:
             raise TransferError(f"{lease.key} holds a slot here already; prefill it again")
         self._leases[lease.key] = lease
         lease.outbox.add(lease)
-        lease.release = self._callers.hold(reader, partial(self.cancel, *prompt.key))
+        lease.release = self._callers.hold(reader.actor, partial(self.cancel, *prompt.key))
         self._of_answers.update(dict.fromkeys(_answers(lease), lease))
         self._limit(lease, "it did not finish", total_s)
         return lease
@@ -166,7 +166,7 @@ class Leases:
     def wanted_by(self, reader: Reader) -> Iterator[None]:
         """Cancel the current task if the process of ``reader`` dies within the context."""
         task = asyncio.current_task()
-        with self._callers.holding(reader, task.cancel if task else lambda: None):
+        with self._callers.holding(reader.actor, task.cancel if task else lambda: None):
             yield
 
     def cancel(self, name: str, attempt: int) -> None:

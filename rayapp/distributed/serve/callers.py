@@ -1,4 +1,4 @@
-"""What a replica holds for a process that has died is freed at once, not when its time is up.
+"""What a process holds for another one that has died is freed at once, not when its time is up.
 
 Ray tells a caller that its replica has died, but no replica that its caller has: a call goes on for
 nobody. Serve's replicas are named actors, and the name of a dead one is unknown, so asking for it
@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
-
-from rayapp.distributed.serve.messages import Reader
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +31,15 @@ def is_alive(actor: str) -> bool:
     return True
 
 
+def this_actor() -> str:
+    """The name of the actor that this process is; empty if it is none."""
+    if not ray.is_initialized():
+        return ""
+    return ray.get_runtime_context().get_actor_name() or ""
+
+
 class Callers:
-    """Watches the processes for which this replica holds something.
+    """Watches the processes for which this one holds something.
 
     Args:
         is_alive: Tells whether an actor lives, by its name.
@@ -45,23 +50,23 @@ class Callers:
         self._ends: dict[str, dict[object, Callable[[], object]]] = {}
         self._watching: asyncio.Task[None] | None = None
 
-    def hold(self, reader: Reader, end: Callable[[], object]) -> Callable[[], None]:
-        """Call ``end`` once the process of ``reader`` has died, unless the result is called first.
+    def hold(self, actor: str, end: Callable[[], object]) -> Callable[[], None]:
+        """Call ``end`` once the actor of this name has died, unless the result is called first.
 
-        The result may be called more than once.
+        The result may be called more than once. A process without a name is not watched.
         """
-        if not reader.actor:
+        if not actor:
             return lambda: None
         key = object()
-        self._ends.setdefault(reader.actor, {})[key] = end
+        self._ends.setdefault(actor, {})[key] = end
         if self._watching is None:
             self._watching = asyncio.get_running_loop().create_task(self._watch())
-        return lambda: self._release(reader.actor, key)
+        return lambda: self._release(actor, key)
 
     @contextmanager
-    def holding(self, reader: Reader, end: Callable[[], object]) -> Iterator[None]:
-        """Call ``end`` if the process of ``reader`` dies within the context."""
-        release = self.hold(reader, end)
+    def holding(self, actor: str, end: Callable[[], object]) -> Iterator[None]:
+        """Call ``end`` if the actor of this name dies within the context."""
+        release = self.hold(actor, end)
         try:
             yield
         finally:

@@ -6,9 +6,8 @@ import asyncio
 
 import pytest
 
-from rayapp.distributed.serve.messages import Reader
-from rayapp.distributed.serve.replicas import callers as watched
-from rayapp.distributed.serve.replicas.callers import Callers
+from rayapp.distributed.serve import callers as watched
+from rayapp.distributed.serve.callers import Callers
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +29,7 @@ def test_what_a_dead_caller_holds_ends_and_the_rest_stays():
         dead, ended = {"gone"}, []
         callers = Callers(lambda name: name not in dead)
         releases = [
-            callers.hold(Reader("r", actor), lambda actor=actor: ended.append(actor))
+            callers.hold(actor, lambda actor=actor: ended.append(actor))
             for actor in ("gone", "here", "gone", "")
         ]
         releases[2]()
@@ -55,7 +54,7 @@ def test_a_cluster_that_cannot_be_asked_ends_nothing():
             return answer
 
         callers = Callers(is_alive)
-        callers.hold(Reader("r", "actor"), lambda: ended.append(1))
+        callers.hold("actor", lambda: ended.append(1))
         await settled(callers)
         assert ended == [1]
         assert next(answers, None) is None
@@ -67,7 +66,7 @@ def test_nobody_is_watched_while_nothing_is_held():
     async def scenario():
         asked = []
         callers = Callers(lambda name: bool(asked.append(name)) or True)
-        with callers.holding(Reader("r", "actor"), lambda: None):
+        with callers.holding("actor", lambda: None):
             await asyncio.sleep(0.03)
             assert asked
         await settled(callers)
