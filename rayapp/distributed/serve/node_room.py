@@ -30,6 +30,8 @@ _NAMESPACE = "rayapp"
 _MANY = 100_000
 """More calls than can wait for room at once, beside those that give it back."""
 _TRIES = 2
+_MAX_OVER = 4096
+"""Attempts that are remembered as over, the latest ones: far more than can be on their way."""
 
 Key = tuple[str, int]
 """The name of a prompt's requests, and their attempt."""
@@ -57,6 +59,7 @@ class RoomKeeper:
     def __init__(self, callers: Callers | None = None) -> None:
         self._budget = ByteBudget()
         self._claims: dict[Key, _Claim] = {}
+        self._over: dict[Key, None] = {}
         self._replicas: set[str] = set()
         self._callers = callers or Callers()
 
@@ -81,6 +84,8 @@ class RoomKeeper:
             num_bytes: Bytes of its KV, as the plan forecasts them.
             owners: Names of the actors whose death gives the bytes back.
         """
+        if self._over.pop(key, self) is None:
+            return False
         taking = asyncio.ensure_future(self._budget.take(num_bytes))
         claim = _Claim(num_bytes, taking)
         self._claims[key] = claim
@@ -89,7 +94,15 @@ class RoomKeeper:
         return self._claims.get(key) is claim
 
     async def give(self, key: Key) -> None:
-        """Count an attempt's bytes no more, or have it wait no more; a second call is harmless."""
+        """Count an attempt's bytes no more, or have it wait no more; a second call is harmless.
+
+        Nothing orders calls on their way here: an attempt that is over before it has asked for room
+        gets none.
+        """
+        if key not in self._claims:
+            self._over[key] = None
+            if len(self._over) > _MAX_OVER:
+                del self._over[next(iter(self._over))]
         self._give(key)
 
     async def counts(self) -> dict[str, int]:

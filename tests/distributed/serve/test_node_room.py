@@ -9,6 +9,7 @@ from contextlib import aclosing
 import pytest
 
 from rayapp.distributed.serve import callers as watched
+from rayapp.distributed.serve import node_room
 from rayapp.distributed.serve.callers import Callers
 from rayapp.distributed.serve.ingress.ingress import open_service
 from rayapp.distributed.serve.node_room import _NAMESPACE, NodeRoom, NodeRooms, RoomKeeper, _name
@@ -122,6 +123,22 @@ def test_room_is_given_once_however_often_it_is_told():
             await keeping.give("one")
         await keeping.give("nobody")
         assert await keeping.keeper.counts() == {"bytes": 300, "attempts": 1}
+
+    run(scenario())
+
+
+def test_an_attempt_that_is_over_before_it_asks_gets_no_room(monkeypatch):
+    monkeypatch.setattr(node_room, "_MAX_OVER", 2)
+
+    async def scenario():
+        keeping = Keeping()
+        await keeping.keeper.join("", LIMIT)
+        for name in ("forgotten", "late", "later"):
+            await keeping.give(name)
+        for name in ("late", "later", "forgotten"):
+            await keeping.ask(name, 1)
+        assert keeping.inside == {"forgotten"}
+        assert await keeping.keeper.counts() == {"bytes": 1, "attempts": 1}
 
     run(scenario())
 
