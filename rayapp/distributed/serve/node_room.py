@@ -1,7 +1,7 @@
 """Room for KV on a node that prefills: one account, which all prefill replicas of the node share.
 
 KV of a prompt is in the memory of its node from its first step until decode has copied it, whoever
-asked for it. The replica takes room before that step, and the ingress gives it back. The account is
+wants it. The replica takes room before that step, and the ingress gives it back. The account is
 an actor on the node: it belongs to no replica, so that it outlives the one that started it, and it
 ends by itself when none is left. It knows nothing of models, so it starts without their machinery.
 """
@@ -96,7 +96,7 @@ class RoomKeeper:
     async def give(self, key: Key) -> None:
         """Count an attempt's bytes no more, or have it wait no more; a second call is harmless.
 
-        Nothing orders calls on their way here: an attempt that is over before it has asked for room
+        Nothing orders calls on their way here: an attempt that is over before it wants room
         gets none.
         """
         if key not in self._claims:

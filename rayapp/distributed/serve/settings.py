@@ -222,8 +222,8 @@ class ServiceSettings(Strict):
     kv_part_ms: float = Field(
         default=KV_PART_MS,
         ge=0.0,
-        description="Milliseconds that sending a part of a prompt's KV alone costs, by which parts "
-        "are sized that leave while later chunks or blocks are computed; 0 sends each at once.",
+        description="Milliseconds that the calls for a part of a prompt's KV take, which decides "
+        "how large parts leave while the rest is computed; 0 sends all that is finished.",
     )
     images: ImageLimits = ImageLimits()
     image_cache_bytes: int = Field(

@@ -1,4 +1,4 @@
-"""The nodes that prefilled are told when KV of an attempt is under way no more.
+"""The nodes that prefilled learn when KV of an attempt is under way no more.
 
 A replica that prefills takes room on its node (:mod:`rayapp.distributed.serve.node_room`), and
 knows nothing of what becomes of KV that has left: the ingress owns it, so the ingress gives the
@@ -42,7 +42,7 @@ class Origins:
     async def of(self, prompt: PromptRequests) -> AsyncGenerator[Origin, None]:
         """Note the origin of an attempt; its room there is given back as the context ends.
 
-        If the attempt ends before anybody has answered, all replicas are told.
+        If the attempt ends before anybody has answered, all replicas hear of it.
         """
         origin = Origin()
         try:
