@@ -19,6 +19,7 @@ from rayapp.distributed.serve.ingress.delivery import Delivery, Inbox
 from rayapp.distributed.serve.ingress.freeing import Freeing
 from rayapp.distributed.serve.ingress.handing_over import Delivered, HandingOver
 from rayapp.distributed.serve.ingress.phases import UPDATE_PAUSE_S, phase
+from rayapp.distributed.serve.ingress.router import wait_s
 from rayapp.distributed.serve.messages import (
     Address,
     Handover,
@@ -28,7 +29,7 @@ from rayapp.distributed.serve.messages import (
     Refusal,
     Versions,
 )
-from rayapp.distributed.serve.settings import Deadlines
+from rayapp.distributed.serve.settings import DECODE, Deadlines
 from rayapp.engine.channel import KVChannel
 from rayapp.engine.request import PromptRequests, TokenBatch
 from rayapp.kv.ledger import KVShape, Ledger, Route, account, payload_bytes
@@ -69,18 +70,20 @@ class DisaggregatedAttempts:
         self._shape = shape
         self._versions = versions
         self._deadlines = deadlines
-        self.waiting_tokens = 0
+        self._unsent_tokens = self._unbooked_tokens = 0
         self._freeing = Freeing(decode, within_s=deadlines.lease_s)
         self._delivery = Delivery(decode)
 
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens that wait for prefill here; those that wait for decode are its own work."""
+        return self._unsent_tokens + (0 if wait_s(DECODE) else self._unbooked_tokens)
+
     async def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
-        """Prefill, hand the KV over while prefill goes on and first tokens leave, then stream."""
+        """Book room, prefill, hand the KV over meanwhile, let first tokens leave, then stream."""
         with self._delivery.opened(answering.prompt) as inbox:
             async with AsyncExitStack() as resources:
-                await self._reserve(resources, answering.prompt)
-                handing = await resources.enter_async_context(
-                    self._handing_over(answering.prompt).undone_unless_whole()
-                )
+                handing = await self._begun(resources, answering.prompt)
                 stream, answer = await self._prefilled(resources, answering.prompt, handing)
                 answering.mark_prefill(answer)
                 if answer.kv_bytes is None:
@@ -115,16 +118,28 @@ class DisaggregatedAttempts:
             self._deadlines,
         )
 
-    async def _reserve(self, resources: AsyncExitStack, prompt: PromptRequests) -> None:
-        """Wait for room for the prompt's KV, counted as what the plan sends of it at most."""
+    async def _begun(self, resources: AsyncExitStack, prompt: PromptRequests) -> HandingOver:
+        """Begin a handover: wait for room for the prompt's KV on its way, and then in decode.
+
+        KV on its way is counted as what the plan sends of it at most.
+        """
         num_tokens = prompt.prompt.num_prompt_tokens
         num_bytes = payload_bytes(self._shape, self._plan, num_tokens)
-        self.waiting_tokens += num_tokens
-        try:
-            async with phase("queue", self._deadlines.queue_s):
+        async with phase("queue", self._deadlines.queue_s):
+            self._unsent_tokens += num_tokens
+            try:
                 await resources.enter_async_context(self._channel.reserved(num_bytes))
-        finally:
-            self.waiting_tokens -= num_tokens
+            finally:
+                self._unsent_tokens -= num_tokens
+            handing = self._handing_over(prompt)
+            await resources.enter_async_context(handing.undone_unless_whole())
+            if prompt.needs_decode(self._plan.first_token):
+                self._unbooked_tokens += num_tokens
+                try:
+                    await handing.book()
+                finally:
+                    self._unbooked_tokens -= num_tokens
+        return handing
 
     async def _prefilled(
         self, resources: AsyncExitStack, prompt: PromptRequests, handing: HandingOver
