@@ -47,13 +47,22 @@ slow-alone:
 	$(BIN)/python -m pytest -m "slow and (script or not ray)"
 
 # Their dependencies contradict one another and ours, so each client has an environment of its own.
-PEERS = aiperf openai schemathesis
+PEERS = aiperf guidellm lm-eval openai schemathesis
 peers: $(VENV)/.test $(PEERS:%=.peers/%/.installed)
 	$(BIN)/python -m pytest tests/peers
 
 .peers/%/.installed: | $(BIN)/python
 	$(BIN)/python -m venv .peers/$*
 	.peers/$*/bin/python -m pip --disable-pip-version-check install --quiet $*
+	touch $@
+
+# Those that compute with torch find ours, where pip would bring gigabytes of CUDA.
+EXTRA_lm-eval = [api]
+PLACE = import site; print(site.getsitepackages()[0])
+.peers/guidellm/.installed .peers/lm-eval/.installed: .peers/%/.installed: | $(VENV)/.test
+	$(BIN)/python -m venv .peers/$*
+	$(BIN)/python -c "$(PLACE)" > $$(.peers/$*/bin/python -c "$(PLACE)")/ours.pth
+	.peers/$*/bin/python -m pip --disable-pip-version-check install --quiet '$*$(EXTRA_$*)'
 	touch $@
 
 check: lint types test

@@ -41,9 +41,18 @@ class NotFoundError(InputError):
 
 
 class OverloadedError(RayappError):
-    """Every waiting place is taken; try again later."""
+    """There is no room for more requests at the moment; try again later.
+
+    Args:
+        message: The value, the limit and the remedy.
+        retry_after_s: Seconds after which there may be room.
+    """
 
     status = 429
+
+    def __init__(self, message: str = "", retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineError(RayappError):

@@ -38,7 +38,7 @@ class Reply:
 
     ``gaps_s`` are the seconds between its pieces, each of which holds a token or more.
     ``first_s`` is None if no text came. ``num_counted`` is None where a server counts nothing, and
-    ``error`` says why an answer failed.
+    ``error`` says why an answer failed. ``text`` is all of it.
     """
 
     num_answer: int
@@ -47,6 +47,7 @@ class Reply:
     num_counted: int | None = None
     error: str | None = None
     gaps_s: tuple[float, ...] = ()
+    text: str = ""
 
     @property
     def per_token_s(self) -> float | None:
@@ -108,7 +109,7 @@ class Client:
         body = self._body(number, num_prompt, num_answer)
         began_s, first_s, counted = time.monotonic(), None, None
         error: str | None = None
-        last_s, gaps_s = 0.0, []
+        last_s, gaps_s, texts = 0.0, [], []
         try:
             async with self._http.stream("POST", "/v1/completions", json=body) as answer:
                 if answer.status_code != 200:
@@ -121,13 +122,15 @@ class Client:
                     counted = (event.get("usage") or {}).get("completion_tokens", counted)
                     if event.get("choices"):
                         before_s, last_s = last_s, time.monotonic() - began_s
+                        texts.append(event["choices"][0].get("text") or "")
                         if first_s is None:
                             first_s = last_s
                         else:
                             gaps_s.append(last_s - before_s)
         except httpx.HTTPError as failure:
             error = repr(failure)
-        return Reply(num_answer, first_s, last_s, counted, error, tuple(gaps_s))
+        text = "".join(texts)
+        return Reply(num_answer, first_s, last_s, counted, error, tuple(gaps_s), text)
 
     def _body(self, number: int, num_prompt: int, num_answer: int) -> dict[str, Any]:
         rng = random.Random(f"{self._seed}-{number}")

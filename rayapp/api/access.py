@@ -12,6 +12,8 @@ from rayapp.api.keys import digest_of
 from rayapp.api.refusals import error_response
 
 OPEN_PATHS = frozenset({"/health"})
+MAX_BODIES = 16
+"""Number of bodies of the largest size that may be kept at once (project default)."""
 
 
 def is_authorized(headers: Headers, key_digest: str | None) -> bool:
@@ -51,33 +53,58 @@ class RequireKey:
 
 
 class LimitBody:
-    """ASGI layer that refuses bodies of more than ``max_bytes`` without keeping them."""
+    """ASGI layer that bounds the bytes of one body, and of all bodies that are held at once.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    A body that is too large is refused without being kept. One that comes while those of requests
+    under way leave too little room is refused for the moment, before anybody reads it.
+
+    Args:
+        app: The app behind.
+        max_bytes: Most bytes of one body.
+        max_bodies: Number of bodies of that size that may be kept at once.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_bodies: int = MAX_BODIES) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_held = max_bodies * max_bytes
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 413 if the declared length is too large; else count the bytes being read."""
+        """Answer 413 or 429 if the declared length is too large; else count what is read."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared[:20]) > self._max_bytes:
-            await error_response(self._message, 413)(scope, receive, send)
+        refused = self._refusal(int(declared[:20]) if declared.isdecimal() else 0)
+        if refused is not None:
+            await error_response(refused[1], refused[0])(scope, receive, send)
             return
         num_bytes = 0
 
         async def counted() -> Message:
             nonlocal num_bytes
             message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
-                raise HTTPException(413, self._message)
+            size = len(message.get("body", b""))
+            refused = self._refusal(num_bytes + size, num_bytes)
+            if refused is not None:
+                raise HTTPException(*refused)
+            num_bytes += size
+            self._held += size
             return message
 
-        await self._app(scope, counted, send)
+        try:
+            await self._app(scope, counted, send)
+        finally:
+            self._held -= num_bytes
 
-    @property
-    def _message(self) -> str:
-        return f"a body has at most {self._max_bytes} bytes; send less at once"
+    def _refusal(self, num_bytes: int, num_held: int = 0) -> tuple[int, str] | None:
+        """Status and message that refuse a body, of which ``num_held`` bytes are held already."""
+        if num_bytes > self._max_bytes:
+            return 413, f"a body has at most {self._max_bytes} bytes; send less at once"
+        if self._held + num_bytes - num_held > self._max_held:
+            return 429, (
+                f"requests under way hold {self._held} bytes of at most {self._max_held}; "
+                "try again later"
+            )
+        return None

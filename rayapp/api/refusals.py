@@ -46,9 +46,10 @@ def error_response(
     param: str | None = None,
     code: str | None = None,
     headers: dict[str, str] | None = None,
+    retry_after_s: int = RETRY_AFTER_S,
 ) -> JSONResponse:
     """An error response; a status that may pass by itself carries the header ``Retry-After``."""
-    retry = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+    retry = {"Retry-After": str(retry_after_s)} if status in (429, 503) else {}
     body = error_body(message, status, param=param, code=code)
     return JSONResponse(body, status_code=status, headers=retry | (headers or {}))
 
@@ -73,7 +74,9 @@ def _on_rayapp_error(_: Request, error: Exception) -> JSONResponse:
     status = getattr(error, "status", 500)
     if status >= 500:
         _LOG.warning("%s: %s", type(error).__name__, error)
-    return error_response(str(error), status, param=getattr(error, "param", None))
+    again_s = getattr(error, "retry_after_s", RETRY_AFTER_S)
+    param = getattr(error, "param", None)
+    return error_response(str(error), status, param=param, retry_after_s=again_s)
 
 
 def _on_http_exception(_: Request, error: Exception) -> JSONResponse:

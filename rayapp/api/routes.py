@@ -14,7 +14,14 @@ from rayapp.api.access import LimitBody, RequireKey, is_authorized
 from rayapp.api.disconnect import EventStream, unless_disconnected
 from rayapp.api.document import document
 from rayapp.api.metrics import ApiMetrics, CountResponses
-from rayapp.api.openai.answers import Delta, answer_deltas, collected, merged
+from rayapp.api.openai.answers import (
+    BatchObserver,
+    Delta,
+    admitted_together,
+    answer_deltas,
+    collected,
+    merged,
+)
 from rayapp.api.openai.prompts import Prompt, PromptReader
 from rayapp.api.openai.replies import (
     ChatFormat,
@@ -35,6 +42,7 @@ from rayapp.api.openai.schema import (
 from rayapp.api.refusals import install_error_handlers
 from rayapp.api.service import HealthReport, Service
 from rayapp.api.status_page import status_page
+from rayapp.api.tracing import RequestTraces, TraceRequests, trace_of
 from rayapp.engine.request import GenerationRequest
 from rayapp.errors import NotFoundError, RayappError, RequestError
 from rayapp.plan import VisualTokens
@@ -52,6 +60,7 @@ def build_app(
     key_digest: str | None = None,
     max_body_bytes: int | None = None,
     metrics: ApiMetrics | None = None,
+    traces: RequestTraces | None = None,
 ) -> FastAPI:
     """An ASGI app over ``service``, with no state outside itself.
 
@@ -62,6 +71,7 @@ def build_app(
         max_body_bytes: Larger request bodies are refused; None takes a default that is larger for a
             model that takes images.
         metrics: Counters that somebody else reads too; None makes new ones.
+        traces: OpenTelemetry's traces of requests; None makes none.
     """
     if max_body_bytes is None:
         takes_images = service.description.images is not None
@@ -93,6 +103,8 @@ def build_app(
     if key_digest is not None:
         app.add_middleware(RequireKey, key_digest=key_digest)
     app.add_middleware(CountResponses, metrics=metrics)
+    if traces is not None:
+        app.add_middleware(TraceRequests, traces=traces)
     return app
 
 
@@ -115,11 +127,12 @@ class AnswerRoutes:
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or several."""
         self._check_model(body.model)
-        prompts = (
-            await self._prompts.texts([str(prompt) for prompt in body.prompts])
-            if isinstance(body.prompts[0], str)
-            else [Prompt(tuple(map(int, prompt))) for prompt in body.prompts]
-        )
+        with self._service.arriving(len(body.prompts) * body.n):
+            prompts = (
+                await self._prompts.texts([str(prompt) for prompt in body.prompts])
+                if isinstance(body.prompts[0], str)
+                else [Prompt(tuple(map(int, prompt))) for prompt in body.prompts]
+            )
         requests = self._requests(body, prompts, default=DEFAULT_COMPLETION_TOKENS)
         wants_logprobs = body.num_top_logprobs is not None
         echoed = await self._echoed(body, prompts) if body.echo else ()
@@ -146,7 +159,8 @@ class AnswerRoutes:
         rule = body.visual_tokens
         if rule is not None:
             check_rule(rule)
-        prompts = [await self._prompts.chat(body.messages)]
+        with self._service.arriving(body.n):
+            prompts = [await self._prompts.chat(body.messages)]
         requests = self._requests(body, prompts, default=self._served.max_model_len, rule=rule)
         form = ChatFormat(self._served.tokenizer, logprobs=body.logprobs)
         return await self._answer(body, request, requests, form, prefix="chatcmpl-")
@@ -230,6 +244,7 @@ class AnswerRoutes:
     ) -> Response:
         """Run all requests; the status waits for the first token, which may be an error."""
         num_prompt_tokens = sum(answers[0].num_prompt_tokens for answers in requests)
+        observers = self._observers(request, requests, num_prompt_tokens)
         reply = Reply(
             prefix + uuid.uuid4().hex,
             self._served.model_name,
@@ -239,15 +254,12 @@ class AnswerRoutes:
         )
         deltas = merged(
             [
-                answer_deltas(
-                    self._service,
-                    answers,
-                    number * body.n,
-                    [self._metrics.answer_observer() for _ in answers],
-                )
+                answer_deltas(self._service, answers, number * body.n, observers[number])
                 for number, answers in enumerate(requests)
             ]
         )
+        if len(requests) > 1:  # One alone is admitted when it begins, which costs tokens nothing.
+            deltas = admitted_together(self._service, requests, deltas)
         self._metrics.count_prompt(num_prompt_tokens)
         if not body.stream:
             work = collected(deltas, len(requests) * body.n)
@@ -255,6 +267,18 @@ class AnswerRoutes:
         first = await unless_disconnected(request.receive, _first(deltas))
         events = reply.events(first, deltas, with_usage=body.includes_usage)
         return EventStream(events, source=deltas)
+
+    def _observers(
+        self, request: Request, requests: list[list[GenerationRequest]], num_prompt_tokens: int
+    ) -> list[list[BatchObserver]]:
+        """An observer of every answer, by prompt."""
+        trace = trace_of(request.scope)
+        if trace is None:
+            return [[self._metrics.answer_observer() for _ in answers] for answers in requests]
+        trace.begin(self._served.model_name, num_prompt_tokens)
+        return [
+            [trace.watch(self._metrics.answer_observer()) for _ in answers] for answers in requests
+        ]
 
 
 async def _first(deltas: Any) -> Delta:

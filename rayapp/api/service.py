@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -131,6 +132,31 @@ class Service(Protocol):
             OverloadedError: If every waiting place is taken (before the first item).
             DeadlineError: If a phase outlived its deadline.
             UnavailableError: If no replica of a stage answers.
+        """
+        ...
+
+    def arriving(self, num_answers: int) -> AbstractContextManager[None]:
+        """Hold places while the prompts of so many answers are read and tokenized.
+
+        Raises:
+            OverloadedError: If they would not find places.
+        """
+        ...
+
+    def admitted(
+        self, prompts: Sequence[Sequence[GenerationRequest]]
+    ) -> AbstractContextManager[None]:
+        """Admit the answers to several prompts together, or none of them.
+
+        :meth:`generate` is called for every prompt within the context, and refuses none of them for
+        want of room.
+
+        Args:
+            prompts: The requests for the answers to every prompt.
+
+        Raises:
+            OverloadedError: If there is no room for all.
+            UnavailableError: If the service is about to end.
         """
         ...
 

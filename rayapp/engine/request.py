@@ -129,6 +129,15 @@ class PromptRequests:
         """Name and attempt, which no other work has."""
         return self.name, self.attempt
 
+    def needs_decode(self, first_token: str) -> bool:
+        """False if prefill alone makes the answers, because it makes their only token.
+
+        Args:
+            first_token: The stage that samples the first token, as the plan says.
+        """
+        most = max(request.sampling.max_tokens for request in self.requests)
+        return first_token == "decode" or most > 1
+
     @property
     def without_image_data(self) -> PromptRequests:
         """The same requests for the decode stage, which never looks at an image."""
@@ -185,21 +194,36 @@ class Timeline:
     finished_s: float | None = None
     transfer: Mapping[str, Any] | None = None
 
+    def phases(self) -> dict[str, tuple[float, float]]:
+        """Begin and end of ``queue``, ``prefill``, ``handoff`` and ``decode``, where known."""
+        return _known(
+            {
+                "queue": (self.arrived_s, self.prefill_started_s),
+                "prefill": (self.prefill_started_s, self.prefill_finished_s),
+                "handoff": (self.prefill_finished_s, self.admitted_s),
+                "decode": (self.admitted_s, self.finished_s),
+            }
+        )
+
     def intervals(self) -> dict[str, float]:
-        """Durations ``queue_s, prefill_s, handoff_s, ttft_s, decode_s, e2e_s`` with known ends."""
-        spans = {
-            "queue_s": (self.arrived_s, self.prefill_started_s),
-            "prefill_s": (self.prefill_started_s, self.prefill_finished_s),
-            "handoff_s": (self.prefill_finished_s, self.admitted_s),
-            "ttft_s": (self.arrived_s, self.first_token_s),
-            "decode_s": (self.admitted_s, self.finished_s),
-            "e2e_s": (self.arrived_s, self.finished_s),
+        """Durations ``queue_s, prefill_s, handoff_s, decode_s, ttft_s, e2e_s`` with known ends."""
+        wholes = {
+            "ttft": (self.arrived_s, self.first_token_s),
+            "e2e": (self.arrived_s, self.finished_s),
         }
-        return {
-            name: end - begin
-            for name, (begin, end) in spans.items()
-            if begin is not None and end is not None
-        }
+        spans = {**self.phases(), **_known(wholes)}
+        return {f"{name}_s": end - begin for name, (begin, end) in spans.items()}
+
+
+def _known(
+    spans: Mapping[str, tuple[float | None, float | None]],
+) -> dict[str, tuple[float, float]]:
+    """The spans whose begin and end are known."""
+    return {
+        name: (begin, end)
+        for name, (begin, end) in spans.items()
+        if begin is not None and end is not None
+    }
 
 
 def merged_by_answer(batches: Sequence[TokenBatch]) -> list[TokenBatch]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 
 @dataclass(frozen=True)
@@ -12,7 +14,7 @@ class Room:
 
     Args:
         max_waiting: Requests that may wait for a decode slot.
-        queue_s: Longest wait of a request for its prefill, seconds.
+        queue_s: Longest wait of a request for a stage, seconds.
     """
 
     max_waiting: int
@@ -20,7 +22,10 @@ class Room:
 
 
 def refusal(
-    room: Room, num_waiting: int, num_new: int = 1, least_work_s: float = 0.0
+    room: Room,
+    num_waiting: int,
+    num_new: int = 1,
+    waits_s: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[str, int] | None:
     """Why new requests are refused, and after how many seconds to ask again; None to admit them.
 
@@ -28,7 +33,7 @@ def refusal(
         room: What the service has room for.
         num_waiting: Requests that wait already.
         num_new: Requests that come together.
-        least_work_s: Seconds of work before the prefill replica that has the least.
+        waits_s: Seconds until a stage begins the last of them, by the name of the stage.
     """
     if num_waiting + num_new > room.max_waiting:
         return (
@@ -36,10 +41,12 @@ def refusal(
             "try again later, or ask for fewer answers at once",
             1,
         )
-    if least_work_s > room.queue_s:
+    stage = max(waits_s, key=lambda name: waits_s[name], default="")
+    if stage and waits_s[stage] > room.queue_s:
         return (
-            f"{least_work_s:.1f} s of prefill wait before this request, and it may wait for "
-            f"{room.queue_s:.1f} s; try again later, or allow more prefill replicas",
-            max(1, math.ceil(least_work_s - room.queue_s)),
+            f"{waits_s[stage]:.1f} s of {stage} wait before the last of this request, and it may "
+            f"wait for {room.queue_s:.1f} s; try again later, ask for less at once, or allow more "
+            f"{stage} replicas",
+            max(1, math.ceil(waits_s[stage] - room.queue_s)),
         )
     return None

@@ -88,6 +88,11 @@ class DecodeMeter:
         step_s, row_s, entry_s = self._fit.coefficients
         return DecodeCost(step_s=step_s, row_s=row_s, entry_s=entry_s)
 
+    @property
+    def answer_tokens(self) -> float:
+        """Mean number of tokens of the answers that ended, later ones counting more."""
+        return self._answer_tokens
+
     def arrive(self, num_sequences: int) -> None:
         """Count sequences that came."""
         self._num_arrived += num_sequences

@@ -116,6 +116,7 @@ class Standing(_Flat):
         errand_s: Seconds of work of every request that is sent to it, whatever its length.
         num_failed: Steps that failed one after the other.
         lasts_s: Seconds that an answer lasts, if many are made side by side; 0 if one by one.
+        wait_s: Seconds until it would have room for one more request.
     """
 
     at_s: float
@@ -124,6 +125,7 @@ class Standing(_Flat):
     errand_s: float
     num_failed: float
     lasts_s: float = 0.0
+    wait_s: float = 0.0
 
 
 Report = PrefillReport | DecodeReport | IngressReport

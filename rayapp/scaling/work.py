@@ -47,6 +47,17 @@ def answer_lasts_s(report: DecodeReport, tpot_s: float) -> float:
     return report.answer_tokens * carried(report, tpot_s, entries_each([report]))[1]
 
 
+def decode_wait_s(report: DecodeReport) -> float:
+    """Seconds until a decode replica would have room for one more sequence, by forecast."""
+    each = entries_each([report])
+    limit = max(1.0, report.max_rows)
+    if each > 0.0:
+        limit = max(1.0, min(limit, _PAGES_USED * report.max_entries / each))
+    excess = report.rows + report.waiting + 1.0 - limit
+    step_s = report.cost.seconds(limit, limit * each)
+    return max(0.0, excess) / limit * report.answer_tokens * step_s
+
+
 def decode_errand(reports: Sequence[DecodeReport], tpot_s: float) -> Errand:
     """The work of one more sequence, for the router."""
     if not reports:
@@ -72,4 +83,5 @@ def decode_standing(report: DecodeReport, tpot_s: float, at_s: float, num_failed
         errand_s=decode_errand([report], tpot_s).work_s,
         num_failed=num_failed,
         lasts_s=answer_lasts_s(report, tpot_s),
+        wait_s=decode_wait_s(report),
     )

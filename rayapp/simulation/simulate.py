@@ -134,7 +134,7 @@ class _Simulation:
 
     def _arrive(self, request: Request) -> None:
         least_s = self.prefill.least_work_s()
-        if refusal(self._room, self._num_waiting, 1, least_s) is not None:
+        if refusal(self._room, self._num_waiting, 1, {PREFILL: least_s}) is not None:
             request.is_refused = True
             self._num_open -= 1
             return

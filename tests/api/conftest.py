@@ -25,6 +25,7 @@ from rayapp.engine.request import (
     TokenBatch,
     TokenLogprobs,
 )
+from rayapp.errors import OverloadedError
 
 EOS = 256
 ANSWER = "The naïve snowman ☃ says: stop, \U0001f600 done."
@@ -45,6 +46,8 @@ class ScriptedService:
         self.errors: dict[int, Exception] = {}
         self.fails: Callable[[GenerationRequest], bool] = lambda request: True
         self.ready = True
+        self.full: Exception | None = None
+        self.most_admitted = 10**6
         self.ledger: Any = {"totals": {"num_transfers": 0}, "links": [], "recent": []}
         self.requests: list[GenerationRequest] = []
         self.active = self.most_active = 0
@@ -55,6 +58,18 @@ class ScriptedService:
             vocab_size=300,
             tokenizer=self.tokenizer,
         )
+
+    def arriving(self, num_answers: int) -> contextlib.AbstractContextManager[None]:
+        """Refuse whatever comes while it is full."""
+        if self.full is not None:
+            raise self.full
+        return contextlib.nullcontext()
+
+    def admitted(self, prompts: Any) -> contextlib.AbstractContextManager[None]:
+        """Admit answers up to a number."""
+        if sum(map(len, prompts)) > self.most_admitted:
+            raise OverloadedError("too many at once; ask for fewer", 7)
+        return contextlib.nullcontext()
 
     async def generate(
         self, requests: Sequence[GenerationRequest], timelines: Sequence[Timeline] = ()

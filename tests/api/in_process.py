@@ -10,7 +10,8 @@ import asyncio
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,7 @@ class InProcessService:
         )
         self._ledger = Ledger()
         self._tickets: dict[str, _Ticket] = {}
+        self._promised: set[str] = set()
         self._waiting: deque[_Ticket] = deque()
         self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -126,6 +128,28 @@ class InProcessService:
                 yield batch
         finally:
             self._commands.put(lambda: [self._drop(ticket) for ticket in tickets])
+
+    def arriving(self, num_answers: int) -> AbstractContextManager[None]:
+        """Hold nothing: tokenizing is quick here."""
+        self._check_places(num_answers)
+        return nullcontext()
+
+    @contextmanager
+    def admitted(self, prompts: Sequence[Sequence[GenerationRequest]]) -> Iterator[None]:
+        """Promise places to the answers of all prompts; see ``rayapp.api.service.Service``."""
+        self._check_open()
+        names = {request.request_id for answers in prompts for request in answers}
+        self._check_places(len(names))
+        self._promised |= names
+        try:
+            yield
+        finally:
+            self._promised -= names
+
+    def _check_places(self, num_new: int) -> None:
+        num_open = len(self._tickets.keys() | self._promised)
+        if num_open + num_new > self._patience.max_waiting + self._decode.max_num_seqs:
+            raise OverloadedError(f"{num_open} requests are open; ask for fewer answers at once")
 
     async def health(self) -> HealthReport:
         """One replica of each stage."""
@@ -229,7 +253,9 @@ class InProcessService:
 
     def _enqueue(self, tickets: Sequence[_Ticket]) -> None:
         places = self._patience.max_waiting + self._decode.num_free
-        if len(self._waiting) + len(tickets) > places:
+        places -= len(self._promised - self._tickets.keys())
+        is_promised = tickets[0].request.request_id in self._promised
+        if not is_promised and len(self._waiting) + len(tickets) > places:
             tickets[0].deliver(
                 OverloadedError(
                     f"{len(self._waiting)} requests are waiting, which is the limit; "

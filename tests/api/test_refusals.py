@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import openai
 import pytest
+from fastapi import HTTPException
 
+from rayapp.api.access import LimitBody
+from rayapp.api.openai.prompts import PromptReader
 from rayapp.errors import (
     DeadlineError,
     OverloadedError,
@@ -265,3 +269,64 @@ def test_a_conversation_is_not_echoed(http):
     assert (
         "`echo`" in refused(http.post(CHAT, json={"messages": MESSAGES, "echo": True}))["message"]
     )
+
+
+def test_without_a_place_nothing_is_tokenized(http, service, monkeypatch):
+    service.full = OverloadedError("no place; try again later", 3)
+    monkeypatch.setattr(PromptReader, "texts", None)
+    monkeypatch.setattr(PromptReader, "chat", None)
+    for path, body in ((COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": MESSAGES})):
+        reply = http.post(path, json=body)
+        refused(reply, 429)
+        assert reply.headers["retry-after"] == "3"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_that_do_not_all_find_room_are_refused_together(http, service, stream):
+    service.most_admitted = 3
+    body = {"prompt": ["a", "b"], "n": 2, "stream": stream}
+    reply = http.post(COMPLETIONS, json=body)
+    assert "fewer" in refused(reply, 429)["message"]
+    assert reply.headers["retry-after"] == "7"
+    assert not service.requests
+    service.most_admitted = 4
+    assert http.post(COMPLETIONS, json=body).status_code == 200
+    service.wait_idle()
+
+
+def test_bodies_that_are_held_at_once_are_bounded():
+    """The second body finds too little room while the first is held, and finds it afterwards."""
+    go_on, statuses = asyncio.Event(), []
+
+    async def app(scope, receive, send):
+        await receive()
+        await go_on.wait()
+
+    async def send(message):
+        statuses.append(message.get("status"))
+
+    async def call(limited, size, declared=True):
+        headers = [(b"content-length", str(size).encode())] if declared else []
+
+        async def receive():
+            return {"type": "http.request", "body": b"a" * size}
+
+        await limited({"type": "http", "headers": headers}, receive, send)
+
+    async def scenario():
+        limited = LimitBody(app, max_bytes=100, max_bodies=2)
+        first = [asyncio.ensure_future(call(limited, 90)) for _ in range(2)]
+        await asyncio.sleep(0)
+        await call(limited, 30)
+        assert statuses == [429, None]
+        with pytest.raises(HTTPException) as refused:
+            await call(limited, 30, declared=False)
+        assert refused.value.status_code == 429
+        await call(limited, 101)
+        assert statuses[2] == 413
+        go_on.set()
+        await asyncio.gather(*first, call(limited, 20))
+        await call(limited, 100)
+        assert len(statuses) == 4
+
+    asyncio.run(scenario())

@@ -216,6 +216,29 @@ def test_more_than_may_wait_are_refused_and_the_others_answered(stream):
     assert all(batches[-1].finish_reason == "length" for batches in answered)
 
 
+def test_several_prompts_are_admitted_together_or_not_at_all(stream):
+    num_places = max_waiting(stream.num_slots)
+
+    def prompts(name, count):
+        sampling = {"max_tokens": 9, "ignore_eos": True}
+        return [[request_of(f"{name}-{i}", PROMPTS[1], **sampling)] for i in range(count)]
+
+    async def crowd():
+        too_many = prompts("many", num_places + stream.num_slots + 1)
+        with pytest.raises(OverloadedError), stream.service.admitted(too_many):
+            raise AssertionError
+        together = prompts("together", num_places)
+        others = prompts("other", num_places + stream.num_slots)
+        with stream.service.admitted(together):
+            calls = [batches_of(stream.service, answers[0]) for answers in (*others, *together)]
+            found = await asyncio.gather(*calls, return_exceptions=True)
+        return found[: len(others)], found[len(others) :]
+
+    others, together = stream.run(crowd())
+    assert any(isinstance(found, OverloadedError) for found in others)
+    assert all(batches[-1].finish_reason == "length" for batches in together)
+
+
 def test_stop_strings_end_an_answer(stream):
     sampling = SamplingParams(max_tokens=30, ignore_eos=True)
     (plain,) = stream.reference.generate([PROMPTS[2]], sampling)

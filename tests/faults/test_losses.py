@@ -13,6 +13,7 @@ import pytest
 import ray
 
 from rayapp.distributed.serve.channel import ObjectHandle, ObjectStoreChannel
+from rayapp.distributed.serve.ingress.calls import ask_all
 from rayapp.distributed.serve.ingress.ingress import open_service
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.request import GenerationRequest
@@ -42,15 +43,24 @@ def expected(tiny_model):
 
 
 class FlippingChannel(ObjectStoreChannel):
-    """Damages the first ``num_damaged`` messages on their way, or parts of them; counts all."""
+    """Damages the first ``num_damaged`` messages on their way, or parts of them; counts all.
+
+    ``on_first`` is called once, before decode hears of the first message or part.
+    """
 
     num_damaged = 0
     num_damaged_parts = 0
     num_received = 0
     num_parts = 0
+    on_first = staticmethod(lambda: None)
+
+    def _tell(self):
+        told, self.on_first = self.on_first, lambda: None
+        told()
 
     async def part(self, stream):
         handle = await super().part(stream)
+        self._tell()
         self.num_parts += 1
         if self.num_damaged_parts:
             self.num_damaged_parts -= 1
@@ -65,6 +75,7 @@ class FlippingChannel(ObjectStoreChannel):
     @asynccontextmanager
     async def received(self, stream):
         async with super().received(stream) as handle:
+            self._tell()
             self.num_received += 1
             if self.num_damaged:
                 self.num_damaged -= 1
@@ -117,6 +128,12 @@ async def until(condition):
         await asyncio.sleep(0.02)
 
 
+async def num_booked(service):
+    """Prompts that decode has promised room."""
+    found = await ask_all(service.handle("decode"), "check_integrity")
+    return sum(held["bookings"] for held in found)
+
+
 def request_of(name):
     return GenerationRequest(name, PROMPT, SAMPLING)
 
@@ -157,8 +174,8 @@ def test_kv_that_is_always_damaged_ends_in_a_clear_error(service):
 @pytest.mark.parametrize(
     ("frozen", "deadlines", "message"),
     [
-        ("prefill", {"queue_s": 0.5, "prefill_s": 0.5}, r"prefill did not end within 1\.0 s"),
-        ("decode", {"transfer_s": 0.7}, r"transfer did not end within 0\.7 s"),
+        ("prefill", {"queue_s": 2.0, "prefill_s": 0.5}, r"prefill did not end within 2\.5 s"),
+        ("decode", {"queue_s": 0.7}, r"queue did not end within 0\.7 s"),
     ],
 )
 def test_a_frozen_pool_ends_in_a_deadline_that_frees_everything(
@@ -172,6 +189,21 @@ def test_a_frozen_pool_ends_in_a_deadline_that_frees_everything(
             pytest.raises(DeadlineError, match=message),
         ):
             await answered(stage.generate([request_of(f"late-{frozen}")]))
+
+    run(scenario())
+    assert not any(stage.counts().values())
+
+
+def test_decode_that_freezes_before_it_takes_kv_over_ends_in_a_deadline(service):
+    """It had booked room, so the prompt was prefilled."""
+    stage, channel = opened(service, transfer_s=0.7)
+    decode = service.replicas("decode").values()
+
+    async def scenario():
+        with ExitStack() as frozen:
+            channel.on_first = lambda: frozen.enter_context(service.stopped(*decode))
+            with pytest.raises(DeadlineError, match=r"transfer did not end within 0\.7 s"):
+                await answered(stage.generate([request_of("late-transfer")]))
 
     run(scenario())
     assert not any(stage.counts().values())
@@ -211,12 +243,13 @@ def test_kv_under_way_is_bounded(service, expected):
 
 
 def test_prefill_killed_after_it_answered_loses_nothing(service, expected):
-    """Decode is frozen, so the KV is still under way when both prefill replicas are killed."""
+    """Decode freezes, so the KV is still under way when both prefill replicas are killed."""
     stage, channel = opened(service)
     decode, prefill = service.replicas("decode").values(), service.replicas("prefill").values()
 
     async def scenario():
-        with service.stopped(*decode):
+        with ExitStack() as frozen:
+            channel.on_first = lambda: frozen.enter_context(service.stopped(*decode))
             answer = asyncio.ensure_future(answered(stage.generate([request_of("after")])))
             await until(lambda: channel.num_received)
             assert channel.pinned_bytes > 100_000
@@ -278,7 +311,9 @@ def test_decode_killed_while_parts_come_is_replaced_by_another(service, expected
 
     async def scenario():
         prefill, decode = service.replicas("prefill"), service.replicas("decode")
-        with service.stopped(*decode.values()):
+        with ExitStack() as frozen:
+            stop = service.stopped(*decode.values())
+            channel.on_first = lambda: frozen.enter_context(stop)
             answer = asyncio.ensure_future(answered(stage.generate([request_of("copying")])))
             await until(lambda: channel.num_parts >= 2)
         with service.stopped(*prefill.values()):
@@ -313,15 +348,19 @@ def test_decode_killed_in_the_middle_of_an_answer(service, expected):
 
 @pytest.mark.slow
 def test_decode_killed_before_it_admitted_hands_the_same_kv_to_another(service, expected):
-    """Both decode replicas are frozen, so nobody admits; then one dies, and the other goes on."""
+    """Both decode replicas freeze once they have booked room; one dies, and the other goes on."""
     stage, channel = opened(service)
     names = [f"unadmitted-{n}" for n in range(8)]
 
     async def scenario():
         lost, other = service.replicas("decode").values()
-        with service.stopped(lost, other):
-            requests = [stage.generate([request_of(name)]) for name in names]
-            answers = asyncio.gather(*map(answered, requests))
+        with ExitStack() as frozen:
+            with service.stopped(*service.replicas("prefill").values()):
+                requests = [stage.generate([request_of(name)]) for name in names]
+                answers = asyncio.gather(*map(answered, requests))
+                while await num_booked(service) < len(names):
+                    await asyncio.sleep(0.02)
+                frozen.enter_context(service.stopped(lost, other))
             await until(lambda: channel.num_received == len(names))
             os.kill(lost, signal.SIGKILL)
             await until(lambda: not psutil.pid_exists(lost))

@@ -34,15 +34,15 @@ def address(tiny_model, byte_tokenizer):
 def peer():
     """``peer(name, program, *arguments)``: run a program of a client; its output."""
 
-    def run(name, program, *arguments, cwd, within_s=240):
+    def run(name, program, *arguments, cwd, within_s=240, variables=None):
         file = PEERS / name / "bin" / program
         if not file.exists():
             pytest.skip(f"{name} is not installed: run `make peers`")
         ours = ("PYTHONPATH", "HF_HUB_OFFLINE")  # aiperf takes offline paths for names of the Hub
-        variables = {k: v for k, v in os.environ.items() if k not in ours}
+        inherited = {k: v for k, v in os.environ.items() if k not in ours}
         done = subprocess.run(
             [file, *map(str, arguments)], cwd=cwd, text=True, timeout=within_s,
-            env={**variables, "OPENAI_API_KEY": "any"},
+            env={**inherited, "OPENAI_API_KEY": "any", **(variables or {})},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-6000:]

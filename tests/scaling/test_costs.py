@@ -103,6 +103,9 @@ def test_admission():
     room = Room(10, queue_s=30.0)
     assert refusal(room, 9) is None
     assert "10 requests are waiting" in refusal(room, 10)[0]
-    text, again_s = refusal(room, 0, 1, 42.0)
+    assert refusal(room, 0, 1, {"prefill": 29.0, "decode": 30.0}) is None
+    text, again_s = refusal(room, 0, 1, {"prefill": 42.0, "decode": 31.0})
     assert "42.0 s of prefill wait" in text
+    assert "more prefill replicas" in text
     assert again_s == 12
+    assert "of decode wait" in refusal(room, 0, 1, {"prefill": 2.0, "decode": 31.0})[0]

@@ -121,6 +121,24 @@ async def answer_deltas(
             yield answers[batch.request_id].delta(batch)
 
 
+async def admitted_together(
+    service: Service,
+    prompts: Sequence[Sequence[GenerationRequest]],
+    deltas: AsyncGenerator[Delta, None],
+) -> AsyncGenerator[Delta, None]:
+    """Generate the deltas of several prompts, which are admitted together or not at all.
+
+    Args:
+        service: The source of tokens.
+        prompts: The requests for the answers to every prompt.
+        deltas: Those of all prompts, merged.
+    """
+    with service.admitted(prompts):
+        async with aclosing(deltas):
+            async for delta in deltas:
+                yield delta
+
+
 async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
     """Merge streams of deltas as they arrive; the order within every stream stays.
 

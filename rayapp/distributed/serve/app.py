@@ -59,7 +59,7 @@ def deployment_options(settings: ServiceSettings, name: str, pool: PoolSettings)
     """Make Serve's options of one deployment."""
     limits = settings.deadlines
     options: dict[str, Any] = {
-        "max_ongoing_requests": _SPARE_REQUESTS + settings.max_waiting + settings.max_num_seqs,
+        "max_ongoing_requests": _SPARE_REQUESTS + settings.max_admitted,
         "ray_actor_options": {
             "num_cpus": pool.num_cpus,
             "num_gpus": pool.num_gpus,

@@ -31,12 +31,14 @@ class Reader:
 class Address:
     """The replica of a pool that a call is for, and who calls.
 
-    The router honours ``replica_id`` while that replica lives. A call without it goes to the least
-    busy replica that is not in ``avoid``, as long as there is another.
+    The router honours ``replica_id`` while that replica lives. A call without it goes to the one in
+    ``preferred``, which has booked room for it, or if that has gone or is to be avoided, to the
+    least busy replica that is not in ``avoid``, as long as there is another.
     """
 
     replica_id: str | None = None
     avoid: frozenset[str] = frozenset()
+    preferred: str | None = None
     reader: Reader = Reader()
 
 
@@ -137,11 +139,11 @@ class Seating:
 
 @dataclass(frozen=True)
 class Seat:
-    """The answer of a decode replica that has reserved slots and pages.
+    """The answer of a decode replica that has booked room, or has reserved slots and pages.
 
     Args:
-        place: The replica, to which all parts of the KV go.
-        wait_s: Seconds until there were any.
+        place: The replica, to which the prompt's KV goes.
+        wait_s: Seconds until there was room.
     """
 
     place: Place

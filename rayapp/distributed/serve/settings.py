@@ -269,6 +269,15 @@ class ServiceSettings(Strict):
         return {PREFILL: self.prefill, DECODE: self.decode}
 
     @property
+    def max_admitted(self) -> int:
+        """Most requests that all ingress replicas admit together, those that decode included.
+
+        Whatever replica they reach must have a place for them: what is admitted is not refused.
+        """
+        decoding = max(pool.replicas.maximum for pool in self.pools.values()) * self.max_num_seqs
+        return self.ingress.replicas.maximum * self.max_waiting + decoding
+
+    @property
     def key_digest(self) -> str | None:
         """Digest of the key that callers must send; None if no key is required."""
         return digest_of(self.api_key) if self.api_key else self.api_key_digest

@@ -69,10 +69,9 @@ class PagedGroup:
         self.shares_from = None if window else SHARED_BYTES // entry_bytes
         self._rows: StepRows | None = None
 
-    @property
-    def full_pages(self) -> int:
-        """Pages of all runs of the longest sequence."""
-        return len(self.blocks) * self._pages(self.max_entries)
+    def num_pages_of(self, num_entries: int) -> int:
+        """Pages of all runs of a sequence of so many entries, those that it drops left out."""
+        return len(self.blocks) * self._pages(min(num_entries, self.max_entries))
 
     def _pages(self, num_entries: int) -> int:
         return -(-num_entries // self.arena.block_size)

@@ -137,6 +137,18 @@ class PagedKV(AttendingCache):
             for group, rule in zip(self.groups, self._rules, strict=True)
         )
 
+    def num_pages_of(self, extent: KVExtent, num_tokens: int) -> int:
+        """Number of pages that a sequence comes to.
+
+        Args:
+            extent: The lengths of its prompt.
+            num_tokens: Answer tokens whose KV follows.
+        """
+        return sum(
+            group.num_pages_of(count + num_tokens)
+            for group, count in zip(self.groups, self.num_entries(extent), strict=True)
+        )
+
     def take(
         self,
         extent: KVExtent,

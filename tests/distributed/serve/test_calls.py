@@ -34,6 +34,7 @@ from rayapp.distributed.serve.messages import (
     PrefillAnswer,
     Reader,
     Refusal,
+    Seat,
     Versions,
     row_of,
 )
@@ -48,7 +49,9 @@ PROMPT, VERSIONS, PLACE = (1, 2), Versions("p", "w", "float32"), Place("replica"
 SHAPE = KVShape(num_blocks=1, num_kv_heads=1, head_dim=1, element_bytes=4, windows=(None,))
 NUM_BYTES = SHAPE.dense_bytes(len(PROMPT))
 PREFILLED = PrefillAnswer(PLACE, (), NUM_BYTES, queue_s=0.0, prefill_s=0.0)
+BOOKED = Seat(PLACE, wait_s=0.0)
 ADMITTED = Admission(PLACE, Copied(MessageSizes(NUM_BYTES, 0), 0.0, 0.0), wait_s=0.0)
+INGRESS = "rayapp.distributed.serve.ingress"
 EVERYBODY = Address("every replica")
 # Ray keeps the task whose calls it cancels in such a variable, so a call outside has none.
 RAY_TASK: ContextVar[str | None] = ContextVar("RAY_TASK", default=None)
@@ -134,6 +137,7 @@ class Router:
     def __init__(self):
         kv = b"the message"
         self.scripts = {
+            "book": lambda *_: [BOOKED],
             "prefill": lambda *_: [PREFILLED, kv],
             "admit": self.admit,
             "follow": lambda *_: [None],
@@ -254,6 +258,7 @@ def test_every_call_of_one_http_request_has_an_id_of_its_own(byte_tokenizer):
 @pytest.mark.parametrize(
     ("mode", "method", "phase"),
     [
+        ("disaggregated", "book", "queue"),
         ("disaggregated", "prefill", "prefill"),
         ("disaggregated", "admit", "transfer"),
         ("disaggregated", "deliver", "decode"),
@@ -268,8 +273,8 @@ def test_a_call_that_is_never_routed_ends_in_its_phases_deadline(
         del router.scripts[method]
         service = service_over(router, byte_tokenizer, mode=mode, deadlines=SHORT[phase])
         begun = time.monotonic()
-        with pytest.raises(DeadlineError, match=rf"^{phase} did not end within 0\.2 s"):
-            await tokens_of(service)
+        with pytest.raises(DeadlineError, match=rf"^{phase} did not end within 0\.[12] s"):
+            await tokens_of(service, max_tokens=2)
         assert time.monotonic() - begun < 20
         assert not any(service.counts().values())
         await asyncio.sleep(0.05)
@@ -311,9 +316,11 @@ def test_a_client_is_told_that_nothing_was_routed(byte_tokenizer):
                 body = {"prompt": ["a", "b"], "n": 2, "stream": stream}
                 reply = await client.post("/v1/completions", json=body)
                 assert reply.status_code == 504
-                assert "prefill did not end within" in reply.json()["error"]["message"]
-        assert len(router.calls) == 2 * len(body["prompt"])
-        assert all(call.found.cancelled() for call in router.calls)
+                assert "queue did not end within" in reply.json()["error"]["message"]
+        booking = [call for call in router.calls if call.name == "book"]
+        assert len(booking) == 2 * len(body["prompt"])
+        assert all(call.found.cancelled() for call in booking)
+        assert {call.name for call in router.calls} == {"book", "cancel"}
         assert not any(service.counts().values())
 
     asyncio.run(scenario())
@@ -322,6 +329,7 @@ def test_a_client_is_told_that_nothing_was_routed(byte_tokenizer):
 @pytest.mark.parametrize(
     ("mode", "method", "phase"),
     [
+        ("disaggregated", "book", "queue"),
         ("disaggregated", "prefill", "prefill"),
         ("disaggregated", "admit", "transfer"),
         ("unified", "generate", "prefill"),
@@ -337,7 +345,7 @@ def test_refusals_do_not_go_on_for_ever(byte_tokenizer, mode, method, phase):
         deadlines = SHORT[phase].model_copy(update=longer)
         service = service_over(router, byte_tokenizer, mode=mode, deadlines=deadlines)
         with pytest.raises(DeadlineError, match=rf"^{phase} did not end within 0\.[56] s"):
-            await asyncio.wait_for(tokens_of(service), 5)
+            await asyncio.wait_for(tokens_of(service, max_tokens=2), 5)
         assert not any(service.counts().values())
 
     asyncio.run(scenario())
@@ -381,7 +389,9 @@ def test_leaving_ends_what_decode_has_admitted(byte_tokenizer, left):
         await leave(2 if left == "while_it_is_read" else 1)
         assert not any(service.counts().values())
         reading = ["follow", "deliver"] if left == "while_it_is_read" else []
-        assert [call.name for call in router.calls] == ["prefill", "admit", *reading, "cancel"]
+        names = [call.name for call in router.calls]
+        assert names == ["book", "prefill", "admit", *reading, "cancel"]
+        assert router.calls[2].address.preferred == PLACE.replica_id
         last = router.calls[-1]
         place = EVERYBODY if left == "while_it_is_admitted" else Address(PLACE.replica_id)
         assert (last.arguments, last.address) == (("r", 0), place)
@@ -389,6 +399,74 @@ def test_leaving_ends_what_decode_has_admitted(byte_tokenizer, left):
         assert outside == {"cancel", *reading[1:]}
 
     asyncio.run(scenario())
+
+
+def test_nothing_is_prefilled_before_decode_has_room(byte_tokenizer, monkeypatch):
+    """Decode promises room late; a client that leaves before is withdrawn everywhere."""
+
+    async def scenario():
+        router = Router()
+        promised = asyncio.Event()
+        router.scripts["book"] = lambda *_: Promising(promised)
+        service = service_over(router, byte_tokenizer, deadlines=Deadlines())
+        answer = asyncio.ensure_future(tokens_of(service, "r", max_tokens=4))
+        leaves = asyncio.ensure_future(tokens_of(service, "leaves", max_tokens=4))
+        await asyncio.sleep(0.05)
+        assert [call.name for call in router.calls] == ["book", "book"]
+        assert service.report.waiting_tokens == 2 * len(PROMPT)
+        monkeypatch.setattr(f"{INGRESS}.disaggregated.wait_s", lambda pool: 3.0)
+        assert service.report.waiting_tokens == 0  # it is decode that is short of room
+        leaves.cancel()
+        await asyncio.gather(leaves, return_exceptions=True)
+        last = router.calls[-1]
+        assert (last.name, last.arguments, last.address) == ("cancel", ("leaves", 0), EVERYBODY)
+        promised.set()
+        assert await answer == [7]
+        names = [call.name for call in router.calls[3:]]
+        assert names[:2] == ["prefill", "admit"]
+        assert "cancel" not in names
+        assert not any(service.counts().values())
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_that_prefill_makes_alone_needs_no_room_in_decode(byte_tokenizer):
+    async def scenario():
+        router = Router()
+        only = replace(PREFILLED, firsts=(last_batch("r"),), kv_bytes=None)
+        router.scripts["prefill"] = lambda *_: [only]
+        service = service_over(router, byte_tokenizer)
+        assert await tokens_of(service, max_tokens=1) == [7]
+        assert [call.name for call in router.calls] == ["prefill"]
+
+    asyncio.run(scenario())
+
+
+def test_room_is_given_back_where_the_first_token_ends_the_answer(byte_tokenizer):
+    async def scenario():
+        router = Router()
+        only = replace(PREFILLED, firsts=(last_batch("r"),), kv_bytes=None)
+        router.scripts["prefill"] = lambda *_: [only]
+        service = service_over(router, byte_tokenizer)
+        assert await tokens_of(service, max_tokens=4) == [7]
+        assert [call.name for call in router.calls] == ["book", "prefill", "cancel"]
+        assert router.calls[-1].address == Address(PLACE.replica_id)
+
+    asyncio.run(scenario())
+
+
+class Promising:
+    """A booking that is routed, and promised once an event is set."""
+
+    def __init__(self, promised):
+        self.promised = promised
+
+    async def get_async(self):
+        await self.promised.wait()
+        return BOOKED
+
+    def cancel(self):
+        pass
 
 
 @pytest.mark.parametrize("left", ["while_it_is_prefilled", "while_it_is_read"])

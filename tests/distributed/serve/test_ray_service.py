@@ -24,6 +24,7 @@ from rayapp.errors import (
     WireError,
 )
 from rayapp.kv.ledger import Ledger
+from rayapp.scaling.admission import Room
 
 ANSWER = (5, 6, 7, 8)
 REPLICA = ReplicaHealth(
@@ -244,6 +245,74 @@ def test_answers_of_one_prompt_wait_together_or_not_at_all(byte_tokenizer):
         with pytest.raises(IntegrityError, match="share their prompt"):
             await anext(service.generate([requests[0], other]))
         assert not any(service.counts().values())
+
+    asyncio.run(scenario())
+
+
+def of_prompts(*names):
+    """One request for each of as many prompts."""
+    sampling = SamplingParams(max_tokens=4)
+    return [[GenerationRequest(name, (1, 2, n), sampling)] for n, name in enumerate(names)]
+
+
+def test_several_prompts_are_admitted_together_or_not_at_all(byte_tokenizer):
+    async def scenario():
+        script = Script(*[(4, None)] * 3)
+        service = service_of(script, byte_tokenizer, max_waiting=3)
+        with (
+            pytest.raises(OverloadedError, match="fewer answers"),
+            service.admitted(of_prompts(*"abcd")),
+        ):
+            raise AssertionError
+        assert not any(service.counts().values())
+        with service.admitted(of_prompts(*"abc")):
+            with pytest.raises(OverloadedError, match="3 requests are waiting"):
+                await tokens_of(service, "other")
+            service.drain()  # what was admitted is answered all the same
+            assert [await tokens_of(service, name) for name in "abc"] == [ANSWER] * 3
+            with pytest.raises(UnavailableError, match="about to end"):
+                await tokens_of(service, "d")
+        assert not any(service.counts().values())
+
+    asyncio.run(scenario())
+
+
+def test_prompts_that_are_still_read_have_places(byte_tokenizer):
+    async def scenario():
+        service = service_of(Script((4, None)), byte_tokenizer, max_waiting=3)
+        with service.arriving(2):
+            with pytest.raises(OverloadedError), service.arriving(2):
+                raise AssertionError
+            with service.arriving(1):
+                pass
+        with service.arriving(3):
+            assert await tokens_of(service, "r") == ANSWER
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("pool", "names", "is_refused"), [
+    ("prefill", "a", False), ("prefill", "ab", True), ("decode", "abc", False),
+])  # fmt: skip
+def test_prompts_that_would_wait_for_too_long_are_refused_at_once(
+    byte_tokenizer, monkeypatch, pool, names, is_refused
+):
+    """A token takes 10 s here, of the one prompt before the last; decode does not wait for them."""
+    monkeypatch.setattr(
+        "rayapp.distributed.serve.ingress.ray_service.wait_s",
+        lambda name, num_tokens: 10.0 * num_tokens,
+    )
+
+    async def scenario():
+        service = service_of(Script(), byte_tokenizer, max_waiting=9, pools={pool: None})
+        service._waiting._room = Room(9, queue_s=25.0)
+        if is_refused:
+            with pytest.raises(OverloadedError, match=r"30\.0 s of prefill wait") as refused:
+                service.admitted(of_prompts(*names)).__enter__()
+            assert refused.value.retry_after_s == 5
+        else:
+            with service.admitted(of_prompts(*names)):
+                assert service.counts()["answering"] == 0
 
     asyncio.run(scenario())
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rayapp.distributed.serve.ingress.router import AddressedRouter, least_work_s
+from rayapp.distributed.serve.ingress.router import AddressedRouter, wait_s
 from rayapp.distributed.serve.messages import Address
 from rayapp.engine.request import GenerationRequest, PromptRequests
 from rayapp.engine.sampling_params import SamplingParams
@@ -64,10 +64,34 @@ def test_what_was_sent_since_the_last_report_counts():
     assert run(order(made, later, request))[0] == ["a"]
 
 
-def test_admission_reads_the_least_work_that_the_router_knows():
-    assert least_work_s("unknown") == 0.0
+def test_admission_reads_the_shortest_wait_that_the_router_knows():
+    assert wait_s("unknown") == 0.0
     run(order(router(), [replica("a", 30.0), replica("b", 50.0)], pending(10)))
-    assert least_work_s("tested") == pytest.approx(30.0, abs=1.0)
+    assert wait_s("tested") == pytest.approx(30.0, abs=1.0)
+    # 20,000 tokens come before, at a millisecond each, to two replicas.
+    assert wait_s("tested", 20_000) == pytest.approx(40.0, abs=1.0)
+
+
+def test_work_that_is_done_side_by_side_is_no_wait():
+    """A decode replica has 90 s of work, and room for one more in 2 s."""
+    standing = Standing(time.time(), 90.0, 0.0, 1.0, 0, lasts_s=60.0, wait_s=2.0)
+    busy = SimpleNamespace(
+        replica_id=SimpleNamespace(unique_id="a"), routing_stats=standing.numbers()
+    )
+    run(order(router(), [busy], pending(10)))
+    assert wait_s("tested") == 2.0
+
+
+def test_the_replica_that_has_booked_room_is_tried_first_and_is_no_new_work():
+    made, replicas = router(), [replica("a", 0.5), replica("b", 0.7), replica("c", 0.6)]
+    booked = pending(9000, Address(preferred="b"))
+    assert run(order(made, replicas, booked)) == [["b"], ["a"], ["c"]]
+    made.on_request_routed(booked, replicas[1].replica_id, None)
+    assert run(order(made, replicas, pending(10))) == [["a"], ["c"], ["b"]]
+    gone = pending(10, Address(preferred="gone"))
+    assert run(order(made, replicas, gone)) == [["a"], ["c"], ["b"]]
+    avoided = pending(10, Address(preferred="b", avoid=frozenset({"b"})))
+    assert run(order(made, replicas, avoided))[-1] == ["b"]
 
 
 def test_calls_with_an_address_are_no_new_work():

@@ -20,6 +20,7 @@ from rayapp.distributed.serve.ingress.freeing import Freeing
 from rayapp.distributed.serve.ingress.handing_over import Delivered, HandingOver
 from rayapp.distributed.serve.ingress.origins import Origin, Origins
 from rayapp.distributed.serve.ingress.phases import UPDATE_PAUSE_S, phase
+from rayapp.distributed.serve.ingress.router import wait_s
 from rayapp.distributed.serve.messages import (
     Address,
     Handover,
@@ -29,7 +30,7 @@ from rayapp.distributed.serve.messages import (
     Refusal,
     Versions,
 )
-from rayapp.distributed.serve.settings import ServiceSettings
+from rayapp.distributed.serve.settings import DECODE, ServiceSettings
 from rayapp.engine.channel import KVChannel
 from rayapp.engine.request import PromptRequests, TokenBatch
 from rayapp.kv.ledger import KVShape, Ledger, Route, account, payload_bytes
@@ -76,20 +77,22 @@ class DisaggregatedAttempts:
         self._pace = LinearFit((1.0, _USUAL_BYTES))
         self._versions = versions
         self._deadlines = deadlines
-        self.waiting_tokens = 0
+        self._unsent_tokens = self._unbooked_tokens = 0
         self._freeing = Freeing(decode, within_s=deadlines.lease_s)
         self._origins = Origins(prefill, within_s=deadlines.lease_s, counts=counts)
         self._delivery = Delivery(decode)
 
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens that wait for prefill here; those that wait for decode are its own work."""
+        return self._unsent_tokens + (0 if wait_s(DECODE) else self._unbooked_tokens)
+
     async def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
-        """Prefill, hand the KV over while prefill goes on and first tokens leave, then stream."""
+        """Book room, prefill, hand the KV over meanwhile, let first tokens leave, then stream."""
         with self._delivery.opened(answering.prompt) as inbox:
             async with AsyncExitStack() as resources:
-                await self._reserve(resources, answering.prompt)
+                handing = await self._begun(resources, answering.prompt)
                 origin = await resources.enter_async_context(self._origins.of(answering.prompt))
-                handing = await resources.enter_async_context(
-                    self._handing_over(answering.prompt).undone_unless_whole()
-                )
                 stream, answer = await self._prefilled(resources, answering.prompt, handing, origin)
                 answering.mark_prefill(answer)
                 if answer.kv_bytes is None:
@@ -124,16 +127,28 @@ class DisaggregatedAttempts:
             self._deadlines,
         )
 
-    async def _reserve(self, resources: AsyncExitStack, prompt: PromptRequests) -> None:
-        """Wait for room for the prompt's KV, counted as what the plan sends of it at most."""
+    async def _begun(self, resources: AsyncExitStack, prompt: PromptRequests) -> HandingOver:
+        """Begin a handover: wait for room for the prompt's KV on its way, and then in decode.
+
+        KV on its way is counted as what the plan sends of it at most.
+        """
         num_tokens = prompt.prompt.num_prompt_tokens
         num_bytes = payload_bytes(self._shape, self._plan, num_tokens)
-        self.waiting_tokens += num_tokens
-        try:
-            async with phase("queue", self._deadlines.queue_s):
+        async with phase("queue", self._deadlines.queue_s):
+            self._unsent_tokens += num_tokens
+            try:
                 await resources.enter_async_context(self._channel.reserved(num_bytes))
-        finally:
-            self.waiting_tokens -= num_tokens
+            finally:
+                self._unsent_tokens -= num_tokens
+            handing = self._handing_over(prompt)
+            await resources.enter_async_context(handing.undone_unless_whole())
+            if prompt.needs_decode(self._plan.first_token):
+                self._unbooked_tokens += num_tokens
+                try:
+                    await handing.book()
+                finally:
+                    self._unbooked_tokens -= num_tokens
+        return handing
 
     async def _prefilled(
         self,

@@ -1,5 +1,6 @@
 """The handover of one attempt's KV, from the stream of its prefill to one decode replica.
 
+Before the prefill, a decode replica books room for the answers, and the KV goes there if it can.
 KV that comes in parts is handed over part by part while prefill goes on: decode reserves slots and
 pages at the first part, copies each as it comes, and begins with the last. All calls are unary, and
 a part is let go as soon as decode has copied it.
@@ -83,6 +84,8 @@ class HandingOver:
         self._parts: asyncio.Queue[tuple[KVPart, Any] | None] = asyncio.Queue()
         self._sending: asyncio.Future[Seat] | None = None
         self._ending: asyncio.Future[Delivered] | None = None
+        self._has_asked = False
+        self._booked: Place | None = None
         self._place: Place | None = None
         self._copied: list[Copied] = []
         self._num_parts = 0
@@ -99,6 +102,16 @@ class HandingOver:
             if not is_whole:
                 # A client that leaves may cause two cancellations; this must outlive both.
                 await self._freeing.to_the_end(self._undo())
+
+    async def book(self) -> None:
+        """Have a decode replica promise room for the answers, which the KV is then handed to.
+
+        The caller's phase bounds the wait.
+        """
+        self._has_asked = True
+        limit_s = self._limits.queue_s
+        seat: Seat = await self._offered(self._decode.book, self._prompt, self._versions, limit_s)
+        self._booked = seat.place
 
     async def follow(self, stream: MessageStream, item: KVPart | PrefillAnswer) -> PrefillAnswer:
         """Hand over all parts that come before the answer; return the answer.
@@ -186,18 +199,19 @@ class HandingOver:
         return seat
 
     async def _offered(self, method: Any, *arguments: Any) -> Any:
-        """Ask decode replicas until one of this version takes the offer."""
+        """Ask decode replicas until one of this version takes the offer, the booked one first."""
+        preferred = None if self._booked is None else self._booked.replica_id
         avoid: frozenset[str] = frozenset()
         num_lost = 0
         while True:
+            address = self._delivery.address(avoid=avoid, preferred=preferred)
             try:
-                answer = await self._called(
-                    method, *arguments, address=self._delivery.address(avoid=avoid)
-                )
+                answer = await self._called(method, *arguments, address=address)
             except DIED as error:
                 num_lost += 1
                 if num_lost >= _MAX_LOST_REPLICAS or not replica_died(error):
                     raise
+                preferred = None
                 continue
             if not isinstance(answer, Refusal):
                 return answer
@@ -226,7 +240,9 @@ class HandingOver:
                 self._channel.release(sent[1])
         taken = [outcome for outcome in outcomes if isinstance(outcome, Delivered)]
         place = taken[0].place if taken else self._place
+        if not running:
+            place = self._booked
         if place is not None:
             await self._freeing.free(self._prompt, place)
-        elif running:  # A replica may hold a seat whose answer never came.
+        elif running or self._has_asked:  # A replica may hold room whose promise never came.
             await self._freeing.withdraw(self._prompt)

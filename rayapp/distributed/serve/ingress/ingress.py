@@ -10,6 +10,7 @@ from ray import serve
 
 from rayapp.api.routes import build_app
 from rayapp.api.service import ServiceDescription
+from rayapp.api.tracing import RequestTraces
 from rayapp.distributed.serve.channel import ObjectStoreChannel
 from rayapp.distributed.serve.ingress.answering import Attempts
 from rayapp.distributed.serve.ingress.disaggregated import DisaggregatedAttempts
@@ -52,7 +53,12 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP routes; Serve calls this once after construction."""
-        return build_app(self.service, key_digest=self._key_digest, metrics=self.service.metrics)
+        return build_app(
+            self.service,
+            key_digest=self._key_digest,
+            metrics=self.service.metrics,
+            traces=RequestTraces.configured(),
+        )
 
     async def tallies(self) -> Tallies:
         """Return what this replica has counted, and what it knows of others."""

@@ -7,8 +7,8 @@ import itertools
 import logging
 import math
 import uuid
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +19,10 @@ from rayapp.distributed.serve import decisions
 from rayapp.distributed.serve.ingress.answering import Answering, Attempts
 from rayapp.distributed.serve.ingress.calls import ask_all
 from rayapp.distributed.serve.ingress.losses import explained, is_lost
-from rayapp.distributed.serve.ingress.router import least_work_s
+from rayapp.distributed.serve.ingress.router import wait_s
 from rayapp.distributed.serve.ingress.siblings import Siblings, Tallies
 from rayapp.distributed.serve.messages import Versions
-from rayapp.distributed.serve.settings import PREFILL
+from rayapp.distributed.serve.settings import DECODE
 from rayapp.engine.channel import KVChannel
 from rayapp.engine.request import GenerationRequest, PromptRequests, Timeline, TokenBatch
 from rayapp.errors import (
@@ -47,7 +47,7 @@ class Limits:
     Args:
         max_waiting: Requests that may be without a decode slot; further ones are refused.
         max_attempts: Attempts after which a request whose work is lost again and again fails.
-        queue_s: Longest wait for prefill; requests that would wait for longer are refused.
+        queue_s: Longest wait for a stage; requests that would wait for longer are refused.
     """
 
     max_waiting: int
@@ -61,21 +61,38 @@ class WaitingRoom:
     def __init__(self, max_waiting: int, queue_s: float = math.inf) -> None:
         self._room = Room(max_waiting, queue_s)
         self._waiting: set[str] = set()
+        self._num_arriving = 0
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def enter(self, request_ids: Collection[str], least_work_s: float = 0.0) -> None:
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._waiting
+
+    @contextmanager
+    def arriving(self, num_answers: int) -> Iterator[None]:
+        """Hold places for answers whose prompts are still being read; raise if there are none."""
+        self._check(len(self._waiting) + self._num_arriving, num_answers, {})
+        self._num_arriving += num_answers
+        try:
+            yield
+        finally:
+            self._num_arriving -= num_answers
+
+    def enter(self, request_ids: Collection[str], waits_s: Mapping[str, float]) -> None:
         """Take a place for each; if they are too many, or would wait too long, take none and raise.
 
         Args:
             request_ids: The requests.
-            least_work_s: Seconds of work before the replica that has least.
+            waits_s: Seconds until a stage begins the last of them, by the name of the stage.
         """
-        refused = refusal(self._room, len(self._waiting), len(request_ids), least_work_s)
-        if refused is not None:
-            raise OverloadedError(refused[0])
+        self._check(len(self._waiting), len(request_ids), waits_s)
         self._waiting.update(request_ids)
+
+    def _check(self, num_waiting: int, num_new: int, waits_s: Mapping[str, float]) -> None:
+        refused = refusal(self._room, num_waiting, num_new, waits_s)
+        if refused is not None:
+            raise OverloadedError(*refused)
 
     def leave(self, request_ids: Collection[str]) -> None:
         """Give the places back; a second call is harmless."""
@@ -117,10 +134,8 @@ class RayService:
         self._channel = channel
         self._versions = versions
         self._waiting = WaitingRoom(limits.max_waiting, limits.queue_s)
-        # A unified replica's work is mostly answers that others do not wait for.
-        self._queue = PREFILL if PREFILL in pools else ""
         self._max_attempts = limits.max_attempts
-        self._num_answering = 0
+        self._num_answering = self._num_together = 0
         self._is_draining = False
         self._health: asyncio.Task[HealthReport] | None = None
         self.ledger = ledger
@@ -134,13 +149,12 @@ class RayService:
         self, requests: Sequence[GenerationRequest], timelines: Sequence[Timeline] = ()
     ) -> AsyncGenerator[TokenBatch, None]:
         """Generate the token batches of all answers; see :class:`rayapp.api.service.Service`."""
-        if self._is_draining:
-            raise UnavailableError("this service is about to end; ask again later, or elsewhere")
         prompt = PromptRequests.of(requests)
         names = [request.request_id for request in requests]
         for request in requests:
             self._description.check(request)
-        self._waiting.enter(names, least_work_s(self._queue))
+        if names[0] not in self._waiting:
+            self._enter([requests])
         self._num_answering += len(names)
         try:
             marks = timelines or [Timeline() for _ in names]
@@ -153,6 +167,31 @@ class RayService:
         finally:
             self._num_answering -= len(names)
             self._waiting.leave(names)
+
+    def arriving(self, num_answers: int) -> AbstractContextManager[None]:
+        """Hold places for prompts that are read; see :class:`rayapp.api.service.Service`."""
+        return self._waiting.arriving(num_answers)
+
+    @contextmanager
+    def admitted(self, prompts: Sequence[Sequence[GenerationRequest]]) -> Iterator[None]:
+        """Admit several prompts together; see :class:`rayapp.api.service.Service`."""
+        self._enter(prompts)
+        names = [request.request_id for answers in prompts for request in answers]
+        self._num_together += len(names)
+        try:
+            yield
+        finally:
+            self._num_together -= len(names)
+            self._waiting.leave(names)
+
+    def _enter(self, prompts: Sequence[Sequence[GenerationRequest]]) -> None:
+        """Take places for the answers to all prompts, or for none and raise."""
+        if self._is_draining:
+            raise UnavailableError("this service is about to end; ask again later, or elsewhere")
+        before = sum(answers[0].num_prompt_tokens for answers in prompts[:-1])
+        waits_s = {pool: wait_s(pool, 0 if pool == DECODE else before) for pool in self._pools}
+        names = [request.request_id for answers in prompts for request in answers]
+        self._waiting.enter(names, waits_s)
 
     async def _answer(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
         """Make attempts until all answers are complete; no token leaves twice.
@@ -261,6 +300,7 @@ class RayService:
             "waiting": len(self._waiting),
             "pinned_bytes": self._channel.pinned_bytes,
         }
-        if min(counts.values()) < 0 or counts["waiting"] > counts["answering"]:
+        most_waiting = self._num_answering + self._num_together
+        if min(counts.values()) < 0 or counts["waiting"] > most_waiting:
             raise IntegrityError(f"the ingress holds {counts}")
         return counts

@@ -1,9 +1,10 @@
 """A request router for Serve that honours addresses, and sends work where it is done first.
 
-The handoff takes two calls to one decode replica, so the second must reach the replica of the
-first. Serve has ``choose_replica`` for one call only. A call whose replica has gone is sent to
-another one, which refuses it (:class:`rayapp.distributed.serve.messages.MisdirectedError`): a
-router that offers nothing would retry for ever.
+A booking and the handoff are calls to one decode replica, so the later ones must reach the
+replica of the first. Serve has ``choose_replica`` for one call only. A call whose replica has gone
+is sent to another one, which refuses it
+(:class:`rayapp.distributed.serve.messages.MisdirectedError`): a router that offers nothing would
+retry for ever.
 
 Replicas tell their work in seconds every second; the router adds what it has sent since. The choice
 itself is :func:`rayapp.scaling.routing.ranked`.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -23,18 +25,19 @@ from rayapp.engine.request import PromptRequests
 from rayapp.scaling.reports import Standing
 from rayapp.scaling.routing import Errand, Known, ranked
 
-_KNOWN: dict[str, dict[str, Known]] = {}
-"""What the routers of this process know of the replicas, by deployment; admission reads it."""
+_ROUTERS: dict[str, AddressedRouter] = {}
+"""The latest router of this process for every deployment; admission reads what it knows."""
 
 
-def least_work_s(deployment: str) -> float:
-    """Seconds of work of the replica that has the least, as this process knows; 0 if it does not.
+def wait_s(deployment: str, num_tokens: int = 0) -> float:
+    """Seconds until a deployment begins a request, as this process knows; 0 if it does not.
 
     Args:
         deployment: Name of the deployment.
+        num_tokens: Prompt tokens that will come to it before.
     """
-    known = _KNOWN.get(deployment, {})
-    return min((one.left_s(time.time()) for one in tuple(known.values())), default=0.0)
+    router = _ROUTERS.get(deployment)
+    return 0.0 if router is None else router.wait_s(num_tokens)
 
 
 class AddressedRouter(RequestRouter):
@@ -62,7 +65,7 @@ class AddressedRouter(RequestRouter):
         replicas = {r.replica_id.unique_id: r for r in candidate_replicas}
         self._hear(replicas)
         errand = self._errand(address, pending_request.args)
-        _KNOWN[self._deployment_id.name] = self._known
+        _ROUTERS[self._deployment_id.name] = self
         return ranks(address, replicas, self._known, errand, time.time())
 
     def on_request_routed(
@@ -70,7 +73,8 @@ class AddressedRouter(RequestRouter):
     ) -> None:
         """Remember what was sent to a replica, which its last report does not know."""
         del result
-        if pending_request.kwargs.get("address", ANY).replica_id is None:
+        address = pending_request.kwargs.get("address", ANY)
+        if address.replica_id is None and address.preferred is None:
             name = replica_id.unique_id
             work_s = self._work_s(name, pending_request.args)
             self._known[name] = self._known.get(name, Known()).given(time.time(), work_s)
@@ -91,6 +95,22 @@ class AddressedRouter(RequestRouter):
             elif standing.num_failed > known.num_failed:
                 known = known.failed(time.time())
             self._known[name], self._standings[name] = known, standing
+
+    def wait_s(self, num_tokens: int) -> float:
+        """Seconds until the replica that is free first begins a request.
+
+        Args:
+            num_tokens: Prompt tokens that will come before, to all replicas alike.
+        """
+        # Where answers are made side by side, work is no wait; the replica tells how long that is.
+        waits = [
+            standing.wait_s if standing.lasts_s else self._known[name].left_s(time.time())
+            for name, standing in self._standings.items()
+        ]
+        if not waits:
+            return 0.0
+        token_s = sum(one.token_s for one in self._standings.values()) / len(waits)
+        return min(waits) + num_tokens * token_s / len(waits)
 
     def _errand(self, address: Address, arguments: list[Any]) -> Errand:
         """The work at hand, as an average replica would do it."""
@@ -121,7 +141,7 @@ def ranks(
     of their own; those with equal work share one, as do those of which nothing is known.
 
     Args:
-        address: The replica that a call is for, or those that it is to avoid.
+        address: The replica that a call is for or prefers, or those that it is to avoid.
         replicas: The replicas by id.
         known: What is known of them.
         errand: The work of the call.
@@ -130,6 +150,11 @@ def ranks(
     wanted = replicas.get(address.replica_id or "")
     if wanted is not None:
         return [[wanted]]
+    booked = replicas.get(address.preferred or "")
+    if booked is not None and address.preferred not in address.avoid:
+        others = {name: one for name, one in replicas.items() if one is not booked}
+        further = replace(address, preferred=None)
+        return [[booked], *ranks(further, others, known, errand, now_s)]
     known = known or {}
     errand = errand or Errand(avoid=address.avoid)
     everyone = {name: known.get(name, Known()) for name in replicas}

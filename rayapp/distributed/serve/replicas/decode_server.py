@@ -4,7 +4,8 @@
 streaming call stays pinned until that stream ends. ``follow`` is unary too: it lasts as long as
 the answers, so that the replica counts as busy with them, and is waited for when it is drained.
 Their tokens leave by ``deliver``, the one streaming call of an ingress, which outlives its
-requests. Between ``admit`` and ``follow`` a lease reserves the slots.
+requests. Between ``admit`` and ``follow`` a lease reserves the slots. Before the prompt is
+prefilled, ``book`` promises that there will be some.
 
 KV that comes in parts is preceded by ``reserve``, and all parts but the last by ``load``; both are
 unary (:mod:`rayapp.distributed.serve.replicas.admission.admissions`).
@@ -29,10 +30,13 @@ from rayapp.distributed.serve.messages import (
     Seat,
     Seating,
     TokenRow,
+    Versions,
     check_address,
     version_conflict,
 )
 from rayapp.distributed.serve.replicas.admission.admissions import Admissions
+from rayapp.distributed.serve.replicas.admission.bookings import Bookings
+from rayapp.distributed.serve.replicas.admission.forecast import Forecast
 from rayapp.distributed.serve.replicas.admission.leases import Lease, Leases
 from rayapp.distributed.serve.replicas.admission.placing import Placing
 from rayapp.distributed.serve.replicas.admission.slots import Slots
@@ -109,11 +113,13 @@ class DecodeServer:
             memory=memory,
         )
         self._placing = Placing(self._engine, loop, self._unpacking, self._slots)
+        self._forecast = Forecast(self._engine, self._meter, self._slots, self._leases)
+        self._bookings = Bookings(self._slots, self._forecast.room)
         self._admissions = Admissions(
             place,
             stage.versions,
             fetch=fetch,
-            slots=self._slots,
+            bookings=self._bookings,
             leases=self._leases,
             placing=self._placing,
             let_go=self._let_go,
@@ -124,6 +130,27 @@ class DecodeServer:
             "pages: %d bytes hold %d tokens of %d sequences",
             *(self._engine.kv_bytes, self._engine.num_kv_tokens, max_num_seqs),
         )
+
+    async def book(
+        self, prompt: PromptRequests, versions: Versions, wait_s: float, address: Address = ANY
+    ) -> Seat | Refusal:
+        """Promise room for answers to a prompt before it is prefilled.
+
+        A replica of another version does nothing and answers with a :class:`Refusal`. Errors are
+        those of :meth:`Admissions.book`.
+
+        Args:
+            prompt: The requests for all answers, with their attempt.
+            versions: The plan, weights and type that the caller wants.
+            wait_s: Longest wait for room, seconds.
+            address: The address of the replica that the call is for.
+        """
+        check_address(self._place, address)
+        refusal = version_conflict(self._place, self._versions, versions)
+        if refusal is not None:
+            return refusal
+        pages = self._forecast.pages_of(prompt.prompt)
+        return await self._admissions.book(prompt, pages, address.reader, wait_s)
 
     async def reserve(self, seating: Seating, address: Address = ANY) -> Seat | Refusal:
         """Reserve slots and pages for KV that comes in parts; :meth:`admit` follows the last one.
@@ -204,8 +231,9 @@ class DecodeServer:
                 yield item
 
     async def cancel(self, name: str, attempt: int, address: Address = ANY) -> None:
-        """End a lease, in whatever phase the attempt is, even before it has come here."""
+        """End a booking or lease, in whatever phase the attempt is, even before it comes here."""
         self._leases.cancel(name, attempt)
+        self._bookings.cancel(name, attempt)
 
     def check_not_cancelled(self, prompt: PromptRequests) -> None:
         """Raise :class:`UnavailableError` if this attempt has been cancelled."""
@@ -213,10 +241,14 @@ class DecodeServer:
 
     @property
     def num_waiting(self) -> int:
-        """Number of answers that wait for a slot, of admitted prompts and of others."""
-        return self._admissions.num_applying + sum(
-            len(lease.waiting) for lease in self._leases.all()
-        )
+        """Number of answers that wait for a slot, and of prompts that wait for a booking."""
+        return self._num_seatless + self._bookings.num_waiting
+
+    @property
+    def _num_seatless(self) -> int:
+        """Number of answers whose KV is here, and that have no slot."""
+        without = sum(len(lease.waiting) for lease in self._leases.all())
+        return self._admissions.num_applying + without
 
     @property
     def num_running(self) -> int:
@@ -320,7 +352,7 @@ class DecodeServer:
         """The work of this replica, as routing and scaling count it."""
         return self._meter.report(
             rows=self._slots.num_held,
-            waiting=self.num_waiting,
+            waiting=self._num_seatless + self._bookings.num_short,
             entries=self._engine.usage * self._engine.num_kv_tokens,
             max_rows=self._slots.num_slots,
             max_entries=self._engine.num_kv_tokens,
@@ -345,6 +377,7 @@ class DecodeServer:
         """Return the numbers of resources in use, all zero when idle; raise if they disagree."""
         await self._thread.run(self._engine.check_integrity)
         counts = {
+            "bookings": len(self._bookings),
             "leases": len(self._leases),
             "slots": self._slots.num_held,
             "waiting": self.num_waiting,

@@ -234,7 +234,12 @@ class PrefillServer:
         """Numbers by which the router chooses between replicas."""
         report = self.report
         return Standing(
-            time.time(), report.queued_s, report.token_s, 0.0, self._loop.num_failed
+            at_s=time.time(),
+            work_s=report.queued_s,
+            token_s=report.token_s,
+            errand_s=0.0,
+            num_failed=self._loop.num_failed,
+            wait_s=report.queued_s,
         ).numbers()
 
     async def check_health(self) -> None:

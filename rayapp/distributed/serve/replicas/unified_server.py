@@ -17,9 +17,12 @@ from rayapp.distributed.serve.messages import (
     Handover,
     Place,
     PrefillAnswer,
+    Reader,
     Refusal,
     TokenRow,
     Versions,
+    check_address,
+    version_conflict,
 )
 from rayapp.distributed.serve.replicas.decode_server import DecodeServer
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
@@ -61,6 +64,8 @@ class UnifiedServer:
         tpot_s: float = Targets().tpot_s,
     ) -> None:
         loop = EngineLoop(max_num_batched_tokens)
+        self._stage = stage
+        self._place = place
         self._deadlines = deadlines
         self._channel: KVChannel = LocalChannel()
         self._prefill = PrefillServer(
@@ -90,7 +95,8 @@ class UnifiedServer:
     ) -> AsyncGenerator[UnifiedItem, None]:
         """Yield a :class:`PrefillAnswer`, then an :class:`Admission`; end with the last answer.
 
-        All tokens but the first leave by :meth:`deliver`.
+        Nothing is prefilled before decode has booked room. All tokens but the first leave by
+        :meth:`deliver`.
 
         Args:
             prompt: The requests for all answers to a prompt.
@@ -98,28 +104,45 @@ class UnifiedServer:
             sent: Tokens that the client has already, by request id.
             address: The address of the replica that the call is for.
         """
+        check_address(self._place, address)
+        refusal = version_conflict(self._place, self._stage.versions, versions)
+        if refusal is not None:
+            yield refusal
+            return
         self._decode.check_not_cancelled(prompt)
         queue_s = self._deadlines.queue_s
-        items = self._prefill.prefill(prompt, versions, queue_s, address=address)
-        async with aclosing(LocalStream(items)) as stream:
-            answer: PrefillAnswer | Refusal = await stream.item()
-            yield answer
-            if isinstance(answer, Refusal) or answer.kv_bytes is None:
-                return
-            handover = Handover.after(
-                prompt, versions, answer.firsts, sent, self._deadlines.transfer_s
-            )
-            async with (
-                self._channel.reserved(answer.kv_bytes),
-                self._channel.received(stream) as handle,
-            ):
-                here = Address(reader=address.reader)
-                admission = await self._decode.admit(handover, [handle], here)
         try:
+            if prompt.needs_decode(self._stage.plan.first_token):
+                await self._decode.book(prompt, versions, queue_s, address)
+            items = self._prefill.prefill(prompt, versions, queue_s, address=address)
+            async with aclosing(LocalStream(items)) as stream:
+                answer: PrefillAnswer = await stream.item()
+                yield answer
+                if answer.kv_bytes is None:
+                    return
+                admission = await self._admitted(prompt, sent, stream, answer, address.reader)
             yield admission
             await self._decode.follow(*prompt.key)
         finally:
             await self._decode.cancel(*prompt.key)
+
+    async def _admitted(
+        self,
+        prompt: PromptRequests,
+        sent: Mapping[str, Sequence[int]],
+        stream: LocalStream,
+        answer: PrefillAnswer,
+        reader: Reader,
+    ) -> Admission | Refusal:
+        """Hand the KV of a prefill over to decode, within this process."""
+        handover = Handover.after(
+            prompt, self._stage.versions, answer.firsts, sent, self._deadlines.transfer_s
+        )
+        async with (
+            self._channel.reserved(answer.kv_bytes or 0),
+            self._channel.received(stream) as handle,
+        ):
+            return await self._decode.admit(handover, [handle], Address(reader=reader))
 
     async def deliver(self, address: Address = ANY) -> AsyncGenerator[list[TokenRow], None]:
         """Generate the tokens of all answers for the calling ingress, an item per step."""
@@ -150,7 +173,7 @@ class UnifiedServer:
     def record_routing_stats(self) -> dict[str, float]:
         """Numbers by which the router chooses between replicas: the work of both stages."""
         prefill, decode = (one.record_routing_stats() for one in (self._prefill, self._decode))
-        names = ("work_s", "token_s", "errand_s", "lasts_s")
+        names = ("work_s", "token_s", "errand_s", "lasts_s", "wait_s")
         return {**prefill, **{name: prefill[name] + decode[name] for name in names}}
 
     async def check_health(self) -> None:

@@ -133,3 +133,26 @@ def test_cancelling_ends_an_attempt_in_every_phase(stage, phase, held):
         assert (await answers_of(server, stage, again))["left"] == expected_tokens(stage, again)
 
     run(scenario())
+
+
+def test_nothing_is_prefilled_before_there_is_room_to_decode_it(stage):
+    async def scenario():
+        server = server_of(stage, max_num_seqs=1)
+        first = request_of("first", max_tokens=120, ignore_eos=True)
+        second = request_of("second", max_tokens=9)
+        running = asyncio.ensure_future(answers_of(server, stage, first))
+        while not server._decode.num_running:
+            await asyncio.sleep(0.001)
+        waiting = asyncio.ensure_future(answers_of(server, stage, second))
+        while not server._decode.num_waiting:
+            await asyncio.sleep(0)
+        prefill = await server._prefill.check_integrity()
+        assert not any(prefill.values())
+        assert not running.done()
+        found = (await running)["first"], (await waiting)["second"]
+        await check_idle(server)
+        return found
+
+    found = run(scenario())
+    assert found[0] == expected_tokens(stage, request_of("first", max_tokens=120, ignore_eos=True))
+    assert found[1] == expected_tokens(stage, request_of("second", max_tokens=9))

@@ -1,1 +1,1 @@
-"""The way of a prompt with its KV into a decode replica: slots, leases on them, pages, copies."""
+"""The way of a prompt with its KV into a decode replica: a booking, a slot, a lease, pages."""

@@ -1,5 +1,7 @@
 """Admission of prompts to a decode replica: a lease on slots, pages, and KV that comes into them.
 
+Room is booked before a prompt is prefilled, and the booking ends with the slot that it led to.
+
 KV comes whole, in one call, or in parts: then slots and pages are reserved first, while prefill
 still computes, and the last part comes with the first tokens.
 
@@ -16,6 +18,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 from rayapp.distributed.serve.messages import (
     Admission,
@@ -27,9 +30,9 @@ from rayapp.distributed.serve.messages import (
     Seating,
     Versions,
 )
+from rayapp.distributed.serve.replicas.admission.bookings import Booking, Bookings
 from rayapp.distributed.serve.replicas.admission.leases import Lease, Leases
 from rayapp.distributed.serve.replicas.admission.placing import Incoming, Known, Placing
-from rayapp.distributed.serve.replicas.admission.slots import Slots
 from rayapp.distributed.serve.replicas.engine_loop import failure_of
 from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.request import GenerationRequest, PromptRequests
@@ -49,7 +52,7 @@ class Admissions:
         place: The replica and the node.
         versions: The plan, weights and type of the replica.
         fetch: The function that gets a message from its handle.
-        slots: The slots of answers.
+        bookings: The bookings of room, and the slots of answers.
         leases: The leases on them.
         placing: The way into the engine.
         let_go: Frees the slot of one answer of a lease.
@@ -62,7 +65,7 @@ class Admissions:
         versions: Versions,
         *,
         fetch: Callable[..., Awaitable[Message]],
-        slots: Slots,
+        bookings: Bookings,
         leases: Leases,
         placing: Placing,
         let_go: Callable[[Lease, str], None],
@@ -71,13 +74,50 @@ class Admissions:
         self._place = place
         self._versions = versions
         self._fetch = fetch
-        self._slots = slots
+        self._bookings = bookings
+        self._slots = bookings.slots
         self._leases = leases
         self._placing = placing
         self._let_go = let_go
         self._deadlines = deadlines
         self._seating: set[asyncio.Task[None]] = set()
         self.num_applying = 0
+
+    async def book(self, prompt: PromptRequests, pages: int, reader: Reader, wait_s: float) -> Seat:
+        """Promise room for answers to a prompt that is then prefilled.
+
+        The booking ends with the slot that the KV gets, with the attempt, with the caller, or when
+        the KV should have come long ago.
+
+        Args:
+            prompt: The requests for all answers, with their attempt.
+            pages: Pages that one answer will come to by forecast.
+            reader: Who reads the tokens.
+            wait_s: Longest wait for room, seconds.
+
+        Raises:
+            DeadlineError: There was no room in time.
+            UnavailableError: The attempt was cancelled.
+        """
+        began_s = time.monotonic()
+        self._leases.check_not_cancelled(prompt)
+        with self._leases.wanted_by(reader):
+            async with self._room_within(wait_s):
+                booking = await self._bookings.take(prompt, pages)
+        self._limit(booking, reader)
+        try:
+            self._leases.check_not_cancelled(prompt)
+        except BaseException:
+            self._bookings.end(booking)
+            raise
+        return Seat(self._place, time.monotonic() - began_s)
+
+    def _limit(self, booking: Booking, reader: Reader) -> None:
+        """End a booking with its caller, or when its time is up."""
+        limits, end = self._deadlines, partial(self._bookings.end, booking)
+        within_s = 2 * limits.queue_s + limits.prefill_s + limits.transfer_s
+        timer = asyncio.get_running_loop().call_later(within_s, end)
+        booking.releases.extend((timer.cancel, self._leases.callers.hold(reader.actor, end)))
 
     async def reserve(self, seating: Seating, reader: Reader) -> Seat:
         """Reserve slots and pages for KV that is still computed; the lease lasts from here on.
@@ -154,6 +194,7 @@ class Admissions:
             older.fail(UnavailableError(f"{older.key} was replaced by a later attempt"))
             self._leases.end(older)
         self.num_applying += len(prompt.requests)
+        self._bookings.note_arrival(prompt)
         try:
             with self._leases.wanted_by(reader):
                 async with asyncio.timeout(wait_s):
@@ -165,6 +206,7 @@ class Admissions:
             ) from None
         finally:
             self.num_applying -= len(prompt.requests)
+            self._bookings.end_of(prompt)
         try:
             lease = self._leases.grant(prompt, reader, total_s=self._deadlines.decode_s)
         except BaseException:

@@ -126,6 +126,10 @@ class Leases:
 
     Args:
         on_end: Called with a lease that ends for whatever reason, to free its slots.
+
+    Attributes:
+        callers: The watch on the processes that leases are for.
+        outboxes: The tokens on their way to these processes.
     """
 
     def __init__(self, on_end: Callable[[Lease], None]) -> None:
@@ -133,7 +137,7 @@ class Leases:
         self._of_answers: dict[tuple[str, int], Lease] = {}
         self._cancelled: dict[str, int] = {}
         self._on_end = on_end
-        self._callers = Callers()
+        self.callers = Callers()
         self.outboxes = Outboxes()
 
     def __len__(self) -> int:
@@ -157,7 +161,7 @@ class Leases:
             raise TransferError(f"{lease.key} holds a slot here already; prefill it again")
         self._leases[lease.key] = lease
         lease.outbox.add(lease)
-        lease.release = self._callers.hold(reader.actor, partial(self.cancel, *prompt.key))
+        lease.release = self.callers.hold(reader.actor, partial(self.cancel, *prompt.key))
         self._of_answers.update(dict.fromkeys(_answers(lease), lease))
         self._limit(lease, "it did not finish", total_s)
         return lease
@@ -166,7 +170,7 @@ class Leases:
     def wanted_by(self, reader: Reader) -> Iterator[None]:
         """Cancel the current task if the process of ``reader`` dies within the context."""
         task = asyncio.current_task()
-        with self._callers.holding(reader.actor, task.cancel if task else lambda: None):
+        with self.callers.holding(reader.actor, task.cancel if task else lambda: None):
             yield
 
     def cancel(self, name: str, attempt: int) -> None:

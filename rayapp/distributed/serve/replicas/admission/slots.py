@@ -24,6 +24,11 @@ class Slots:
         """True if a slot can be had without waiting."""
         return not self._free.locked()
 
+    @property
+    def num_usable(self) -> int:
+        """Number of slots that are or will be given, held ones included."""
+        return self.num_slots - self._num_to_withhold
+
     async def take(self) -> None:
         """Wait for a slot and hold it."""
         await self._free.acquire()

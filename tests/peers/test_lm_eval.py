@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,42 +18,29 @@ from rayapp.models.loading import load_model, read_signature
 from rayapp.plan import PruningPlan
 from tests.services import KEY
 
-TASKS = Path(__file__).parent.parent / "benchmarks" / "lm_eval_tasks"
+TASKS = Path(__file__).parents[2] / "benchmarks" / "lm_eval_tasks"
 REMOVED = {2: "removed", 5: "removed", 8: "removed"}
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Questions for the harness, which is installed."""
-    pytest.importorskip(
-        "lm_eval", reason="lm-evaluation-harness is not installed: pip install 'rayapp[lmeval]'"
-    )
+    """Questions for the harness."""
     arguments = ["--out", str(tmp_path / "data"), "--count", "8", "--length", "short"]
     subprocess.run([sys.executable, str(TASKS / "write_data.py"), *arguments], check=True)
     return tmp_path / "data"
 
 
-def lm_eval(kind, model, data, scratch):
+def lm_eval(peer, kind, model, data, scratch):
     """Run the harness as a user does, in the directory of the data; samples by task."""
     command = [
         "-m", "lm_eval", "--model", kind, "--model_args", model,
-        "--tasks", "rayapp_answers,rayapp_choices", "--include_path", str(TASKS),
+        "--tasks", "rayapp_answers,rayapp_choices", "--include_path", TASKS,
         "--device", "cpu", "--batch_size", "1", "--log_samples",
-        "--output_path", str(scratch / "result"),
+        "--output_path", scratch / "result",
     ]  # fmt: skip
-    offline = {
-        **{"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hf")},
-        "OPENAI_API_KEY": KEY,
-    }
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=data,
-        env=os.environ | offline,
-        capture_output=True,
-        text=True,
-        timeout=540,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hf")}
+    variables = {**offline, "OPENAI_API_KEY": KEY}
+    peer("lm-eval", "python", *command, cwd=data, within_s=540, variables=variables)
     (result,) = scratch.glob("result/*/results_*.json")
     samples = {}
     for task in ("rayapp_answers", "rayapp_choices"):
@@ -75,12 +61,12 @@ def choice_scores(pipeline, tokenizer, line):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_harness_gives_our_numbers(testbed_path, data, tmp_path):
+def test_the_harness_gives_our_numbers(peer, testbed_path, data, tmp_path):
     stages = {stage: {"blocks": REMOVED} for stage in ("prefill", "decode")}
     plan = PruningPlan.model_validate({"model": read_signature(testbed_path), **stages})
     export_stage(testbed_path, plan, "unified", tmp_path / "exported")
     model = f"pretrained={tmp_path / 'exported'},dtype=float32"
-    results, samples = lm_eval("hf", model, data, tmp_path)
+    results, samples = lm_eval(peer, "hf", model, data, tmp_path)
 
     loaded = load_model(testbed_path, dtype="float32")
     pipeline = LocalPipeline(loaded.model, loaded.tokenizer, plan)
@@ -111,7 +97,7 @@ def test_the_harness_gives_our_numbers(testbed_path, data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_service_gives_the_harness_the_numbers_of_its_own_backend(
-    testbed_path, data, deploy, tmp_path
+    peer, testbed_path, data, deploy, tmp_path
 ):
     """Prompts are echoed with their log-probabilities, for choices; answers are greedy."""
     own = f"pretrained={testbed_path},dtype=float32"
@@ -120,8 +106,8 @@ def test_the_service_gives_the_harness_the_numbers_of_its_own_backend(
             f"model=tested,base_url={service.settings.url}/v1/completions,tokenizer={testbed_path},"
             "tokenizer_backend=huggingface,num_concurrent=4"
         )
-        ours = lm_eval("local-completions", served, data, tmp_path / "ours")
-    theirs = lm_eval("hf", own, data, tmp_path / "theirs")
+        ours = lm_eval(peer, "local-completions", served, data, tmp_path / "ours")
+    theirs = lm_eval(peer, "hf", own, data, tmp_path / "theirs")
     for task, measure in (("rayapp_answers", "exact_match"), ("rayapp_choices", "acc")):
         values = [results[task][f"{measure},none"] for results, _ in (ours, theirs)]
         assert values[0] == values[1] > 0.5
