@@ -126,7 +126,7 @@ def entries_ahead(sizes: Level, num_sequences: float, cold_s: float) -> float:
     return sizes.now
 
 
-def steady_step_s(report: DecodeReport, settings: ScalingSettings, each: float) -> float:
+def steady_step_s(report: DecodeReport, settings: ScalingSettings, size: float) -> float:
     """Seconds of a step for which a replica is sized, below the TPOT target by a margin.
 
     Sequences are not equally long, so the steps of one replica take longer than another's. An
@@ -135,11 +135,11 @@ def steady_step_s(report: DecodeReport, settings: ScalingSettings, each: float) 
     Args:
         report: The report of the replica.
         settings: Targets and limits.
-        each: Mean entries of a sequence.
+        size: Mean entries of a sequence.
     """
     tpot_s = settings.targets.tpot_s
-    batch, _ = carried(report, tpot_s, each)
-    uneven_s = report.entry_s * each * math.sqrt(batch)
+    batch, _ = carried(report, tpot_s, size)
+    uneven_s = report.entry_s * size * math.sqrt(batch)
     late = NormalDist().inv_cdf(settings.attainment)
     return min(settings.usage * tpot_s, tpot_s - _EVENED * late * uneven_s)
 

@@ -33,7 +33,6 @@ from rayapp.scaling.view import (
 )
 from rayapp.scaling.work import entries_each
 
-
 _IDLE_BAND = 0.1
 """Share of a pool that may be too much without being taken from it (project default)."""
 
