@@ -6,7 +6,8 @@ another one, which refuses it (:class:`rayapp.distributed.serve.messages.Misdire
 router that offers nothing would retry for ever.
 
 Replicas tell their work in seconds every second; the router adds what it has sent since. The choice
-itself is :func:`rayapp.scaling.routing.ranked`.
+itself is :func:`rayapp.scaling.routing.ranked`. Serve pickles this module by value, so nothing else
+can read a variable of it (:mod:`rayapp.distributed.serve.known_work`).
 """
 
 from __future__ import annotations
@@ -18,23 +19,11 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from rayapp.distributed.serve.known_work import remember
 from rayapp.distributed.serve.messages import ANY, Address
 from rayapp.engine.request import PromptRequests
 from rayapp.scaling.reports import Standing
 from rayapp.scaling.routing import Errand, Known, ranked
-
-_KNOWN: dict[str, dict[str, Known]] = {}
-"""What the routers of this process know of the replicas, by deployment; admission reads it."""
-
-
-def least_work_s(deployment: str) -> float:
-    """Seconds of work of the replica that has the least, as this process knows; 0 if it does not.
-
-    Args:
-        deployment: Name of the deployment.
-    """
-    known = _KNOWN.get(deployment, {})
-    return min((one.left_s(time.time()) for one in tuple(known.values())), default=0.0)
 
 
 class AddressedRouter(RequestRouter):
@@ -62,7 +51,7 @@ class AddressedRouter(RequestRouter):
         replicas = {r.replica_id.unique_id: r for r in candidate_replicas}
         self._hear(replicas)
         errand = self._errand(address, pending_request.args)
-        _KNOWN[self._deployment_id.name] = self._known
+        remember(self._deployment_id.name, self._known)
         return ranks(address, replicas, self._known, errand, time.time())
 
     def on_request_routed(
