@@ -44,7 +44,7 @@ def timeline_svg(outcome: Outcome, title: str) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_LEFT + _WIDTH + 20} {end + 30}" '
         f'role="img" font-family="sans-serif" font-size="12"><title>{escape(title)}</title>',
-        f'<rect width="100%" height="100%" fill="white"/>'
+        f'<rect width="100%" height="100%" style="fill: #ffffff"/>'
         f'<text x="{_LEFT}" y="20" font-size="14">{escape(title)}</text>',
     ]
     for top, lines in zip(tops, panels, strict=True):
