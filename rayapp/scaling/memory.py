@@ -79,10 +79,10 @@ class Rates:
 
 @dataclass(frozen=True)
 class Level:
-    """How many requests a pool holds.
+    """A number that is measured again and again: requests that a pool holds, or how large they are.
 
     Args:
-        now: Requests at present.
+        now: The number at present.
         fast: Mean over the last seconds.
         slow: Mean over a longer time.
         per_s: Growth per second over the last seconds.

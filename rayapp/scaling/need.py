@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, median
 
-from rayapp.scaling.memory import Level, Rates
+from rayapp.scaling.memory import SIGNIFICANT, Level, Rates
 from rayapp.scaling.queueing import replicas_in_time
 from rayapp.scaling.reports import DecodeReport, PrefillReport
 from rayapp.scaling.settings import ScalingSettings
-from rayapp.scaling.work import carried, entries_each
+from rayapp.scaling.work import carried
 
 _BUSY_WAIT = 0.5
 _FULL = 0.95
@@ -19,6 +19,7 @@ _MARGIN = 3.0
 _SHORTEST_S = 0.5
 _STEEP = 3.0
 _AVERAGED = 1.0
+_EVENED = 0.55
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,41 @@ def _mean_prompt_s(reports: Sequence[PrefillReport]) -> float:
     return sum(report.arrived_s for report in reports) / count if count else 0.0
 
 
+def entries_ahead(sizes: Level, num_sequences: float, cold_s: float) -> float:
+    """Entries of KV of a sequence once a replica that starts now works.
+
+    They grow on where they grow by more than chance explains: prompts or answers have become
+    longer, and a replica will carry fewer of them.
+
+    Args:
+        sizes: The mean entries of a sequence, measured over time.
+        num_sequences: Number of sequences over which the mean is taken.
+        cold_s: Seconds until a replica that starts now works.
+    """
+    noise = sizes.slow / math.sqrt(max(1.0, num_sequences))
+    if sizes.per_s > 0.0 and sizes.fast > sizes.slow + SIGNIFICANT * noise:
+        return max(sizes.now, sizes.fast) + sizes.per_s * cold_s
+    return sizes.now
+
+
+def steady_step_s(report: DecodeReport, settings: ScalingSettings, size: float) -> float:
+    """Seconds of a step for which a replica is sized, below the TPOT target by a margin.
+
+    Sequences are not equally long, so the steps of one replica take longer than another's. An
+    answer meets half of that on average.
+
+    Args:
+        report: The report of the replica.
+        settings: Targets and limits.
+        size: Mean entries of a sequence.
+    """
+    tpot_s = settings.targets.tpot_s
+    batch, _ = carried(report, tpot_s, size)
+    uneven_s = report.entry_s * size * math.sqrt(batch)
+    late = NormalDist().inv_cdf(settings.attainment)
+    return min(settings.usage * tpot_s, tpot_s - _EVENED * late * uneven_s)
+
+
 def decode_need(
     reports: Sequence[DecodeReport],
     level: Level,
@@ -115,6 +151,7 @@ def decode_need(
     settings: ScalingSettings,
     *,
     cold_s: float,
+    sizes: Level,
 ) -> Need:
     """Replicas that decode needs so that further tokens come in time.
 
@@ -129,9 +166,11 @@ def decode_need(
         rates: The requests that arrived per second, measured over time.
         settings: Targets and limits.
         cold_s: Seconds until a replica that starts now works.
+        sizes: The mean entries of a sequence, measured over time.
     """
-    each = entries_each(reports)
-    able = [carried(report, settings.usage * settings.targets.tpot_s, each) for report in reports]
+    # Where sequences become fewer, long ones are left, and nobody as long as they follows.
+    each = entries_ahead(sizes, level.now, cold_s) if level.per_s >= 0.0 else sizes.now
+    able = [carried(report, steady_step_s(report, settings, each), each) for report in reports]
     capacity = sum(batch for batch, _ in able) / len(able)
     step_s = sum(seconds for _, seconds in able) / len(able)
     number = level.ahead(cold_s)

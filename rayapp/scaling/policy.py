@@ -5,8 +5,8 @@ It is a pure function: the same settings, memory and view give the same decision
 - a pool grows as soon as the work that it has, or that arrives, needs more replicas than it has;
 - it shrinks once fewer replicas have been enough for the whole of ``downscale_delay_s``, down to
   the most that was needed in that time: the load after the consolidation is what was checked;
-- a replica that falls silent is taken to carry as much as the others; it holds the pool from
-  shrinking, and never from growing; where none reports, the pool stays as it is;
+- a replica that falls silent is taken to carry as much as the fullest of the others; it holds the
+  pool from shrinking, and never from growing; where none reports, the pool stays as it is;
 - the link is a stage of its own, which prefill needs enough replicas for;
 - ratios between pools only ever add replicas;
 - no pool loses more than ``largest_step`` replicas at once, or gains more than it has.
@@ -31,6 +31,10 @@ from rayapp.scaling.view import (
     PoolView,
     silent_factor,
 )
+from rayapp.scaling.work import entries_each
+
+_IDLE_BAND = 0.1
+"""Share of a pool that may be too much without being taken from it (project default)."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,14 @@ def _remembered(
         pools[stage] = memory.of(stage).heard(now_s, reports, read, settings.slow_s, factor)
     sequences = [heard.decode for heard in reports.values() if heard.decode is not None]
     if sequences:
-        present = sum(report.rows + report.waiting for report in sequences)
-        present *= factors.get(DECODE, factors.get(UNIFIED, 1.0))
+        counts = [report.rows + report.waiting for report in sequences]
+        silent = (factors.get(DECODE, factors.get(UNIFIED, 1.0)) - 1.0) * len(counts)
+        # Replicas that report may be new and nearly empty; one that fell silent has run for long.
+        present = sum(counts) + silent * max(counts)
         pools[ANSWERS] = pools[ANSWERS].with_level(now_s, present, settings.slow_s)
+        if any(report.rows for report in sequences):
+            size = entries_each(sequences)
+            pools[SIZES] = memory.of(SIZES).with_level(now_s, size, settings.slow_s)
     for name, pool in view.items():
         pools[name] = memory.of(name).seen(now_s, len(pool.running), pool.target)
     return Memory(pools)
@@ -123,7 +132,7 @@ def _link_counters(heard: Heard) -> tuple[float, float, float] | None:
     return heard.ingress.sent, heard.ingress.sent_s, heard.ingress.sent_s
 
 
-PROMPTS, ANSWERS, TRANSFERS = "prompts", "answers", "transfers"
+PROMPTS, ANSWERS, TRANSFERS, SIZES = "prompts", "answers", "transfers", "sizes"
 _COUNTERS = {
     PROMPTS: (_prefill_counters, PREFILL),
     ANSWERS: (_decode_counters, DECODE),
@@ -171,7 +180,8 @@ def _need(
         rates = memory.of(PROMPTS if prompts_come else ANSWERS).request_rates(
             now_s, settings.fast_s
         )
-        needs.append(decode_need(sequences, level, rates, settings, cold_s=cold_s))
+        sizes = memory.of(SIZES).level(now_s, settings.fast_s)
+        needs.append(decode_need(sequences, level, rates, settings, cold_s=cold_s, sizes=sizes))
     if name == UNIFIED and len(needs) == 2:
         return _sum(needs[0], needs[1], arrivals.slow)
     return needs[0] if needs else None
@@ -220,8 +230,9 @@ def _decision(
     if need.least > before:
         after = min(need.grown, before + max(settings.largest_step, before))
         return Decision(name, before, _bounded(pool, after), need.reason)
+    # A pool that is a little too large would only grow again.
     most = memory.most_enough(now_s, settings.downscale_delay_s)
-    if most is None or most >= before:
+    if most is None or most > (1.0 - _IDLE_BAND) * before:
         return Decision(name, before, _bounded(pool, before), need.reason)
     silent = len(pool.running) - len(fresh)
     if silent:

@@ -16,13 +16,18 @@ from rayapp.simulation.requests import Request
 
 @dataclass(frozen=True)
 class Moment:
-    """The service at one moment: working replicas, prompts before their first token, sequences."""
+    """The service at one moment: working replicas, prompts before their first token, sequences.
+
+    Nodes are counted by stage where they come and go; a simulation has none.
+    """
 
     at_s: float
     num_prefill: int
     num_decode: int
     num_prompts: int
     num_sequences: int
+    num_prefill_nodes: int = 0
+    num_decode_nodes: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ Value = Callable[[Moment], float]
 def timeline_svg(outcome: Outcome, title: str) -> str:
     """Draw an outcome as SVG that loads nothing from elsewhere.
 
-    The upper half shows replicas that work, the lower one prompts before their first token and
-    sequences that decode holds.
+    The upper part shows replicas that work, the lower one prompts before their first token and
+    sequences that decode holds. Between them stand the nodes of either stage, if there are any.
 
     Args:
         outcome: The outcome of a simulation.
@@ -33,17 +33,23 @@ def timeline_svg(outcome: Outcome, title: str) -> str:
         ("prompts before their first token", _PREFILL, lambda one: one.num_prompts),
         ("sequences in decode", _DECODE, lambda one: one.num_sequences),
     ]
-    bottom = _TOP + 2 * _HEIGHT + _GAP + 30
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_LEFT + _WIDTH + 20} {bottom}" '
-        f'role="img" font-family="sans-serif" font-size="12"><title>{escape(title)}</title>',
-        f'<rect width="100%" height="100%" fill="white"/>'
-        f'<text x="{_LEFT}" y="20" font-size="14">{escape(title)}</text>',
-        *_panel(outcome, _TOP, replicas),
-        *_panel(outcome, _TOP + _HEIGHT + _GAP, work),
-        *_ticks(outcome.span_s, _TOP + 2 * _HEIGHT + _GAP),
-        "</svg>\n",
+    nodes: list[tuple[str, str, Value]] = [
+        ("prefill nodes", _PREFILL, lambda one: one.num_prefill_nodes),
+        ("decode nodes", _DECODE, lambda one: one.num_decode_nodes),
     ]
+    has_nodes = any(value(one) for one in outcome.moments for _, _, value in nodes)
+    panels = [replicas, *[nodes] * has_nodes, work]
+    tops = [_TOP + number * (_HEIGHT + _GAP) for number in range(len(panels))]
+    end = tops[-1] + _HEIGHT
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_LEFT + _WIDTH + 20} {end + 30}" '
+        f'role="img" font-family="sans-serif" font-size="12"><title>{escape(title)}</title>',
+        f'<rect width="100%" height="100%" style="fill: #ffffff"/>'
+        f'<text x="{_LEFT}" y="20" font-size="14">{escape(title)}</text>',
+    ]
+    for top, lines in zip(tops, panels, strict=True):
+        parts += _panel(outcome, top, lines)
+    parts += [*_ticks(outcome.span_s, end), "</svg>\n"]
     return "\n".join(parts)
 
 

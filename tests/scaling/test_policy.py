@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from rayapp.scaling.memory import Level, Rates
+from rayapp.scaling.need import decode_need, entries_ahead, steady_step_s
 from rayapp.scaling.policy import Memory, decide
 from rayapp.scaling.reports import IngressReport
-from tests.scaling.conftest import Service
+from rayapp.scaling.view import Heard, PoolView
+from tests.scaling.conftest import QUIET_DECODE, Service
 
 
 def run(service, settings, seconds, each, memory=None):
@@ -82,6 +85,40 @@ def test_decode_follows_the_step_time(service, settings, rows, waiting, size):
     assert service.targets["decode"] == size
 
 
+def test_uneven_sequences_leave_a_larger_margin(settings):
+    """Long entries of few sequences make steps differ; many short ones even out."""
+    report = replace(QUIET_DECODE, rows=8, entries=8000, step_s=0.01)
+    even = replace(report, row_s=0.004, entry_s=0.0)
+    uneven = replace(report, row_s=0.0, entry_s=4e-6)
+    assert steady_step_s(even, settings, 1000) == pytest.approx(0.045)
+    assert 0.025 < steady_step_s(uneven, settings, 1000) < 0.04
+    patient = settings.model_copy(update={"attainment": 0.9})
+    assert steady_step_s(uneven, patient, 1000) > steady_step_s(uneven, settings, 1000)
+
+
+def test_sequences_that_become_longer_are_foreseen_and_chance_is_not():
+    steady = Level(now=1100.0, fast=1050.0, slow=1000.0, per_s=20.0)
+    assert entries_ahead(steady, num_sequences=100, cold_s=10.0) == 1100.0
+    longer = Level(now=2200.0, fast=1800.0, slow=1000.0, per_s=50.0)
+    assert entries_ahead(longer, num_sequences=100, cold_s=10.0) == 2700.0
+    assert entries_ahead(longer, num_sequences=3, cold_s=10.0) == 2200.0
+
+
+@pytest.mark.parametrize(("per_s", "more"), [(1.0, True), (-1.0, False)])
+def test_longer_sequences_need_more_replicas_unless_the_short_ones_just_ended(
+    settings, per_s, more
+):
+    report = replace(QUIET_DECODE, rows=40, entries=40 * 1000, entry_s=4e-6, row_s=0.0005)
+    level = Level(now=40.0, fast=40.0, slow=40.0, per_s=per_s)
+    steady = Level(now=1000.0, fast=1000.0, slow=1000.0, per_s=0.0)
+    longer = replace(steady, fast=1400.0, per_s=50.0)
+    needs = [
+        decode_need([report], level, Rates(), settings, cold_s=10.0, sizes=sizes)
+        for sizes in (steady, longer)
+    ]
+    assert (needs[1].least > needs[0].least) == more
+
+
 def test_pages_limit_what_a_replica_carries(service, settings):
     service.decode = replace(service.decode, rows=4, entries=300_000, entry_s=0.0)
     run(service, settings, 1, lambda s: None)
@@ -140,6 +177,35 @@ def test_a_silent_replica_holds_shrinking_and_not_growing(service, settings):
     assert service.targets["prefill"] > 3
 
 
+def test_a_silent_replica_counts_as_the_fullest(settings):
+    """Of three that report, two have just started: the silent one is as full as the third."""
+    names = ("silent", "old", "new", "newer")
+    rows = dict(zip(names, (15, 15, 0, 0), strict=True))
+    memory, before = Memory(), {}
+    for now_s in (1000.0, 1000.0 + 2 * settings.stale_s):
+        heard = {
+            name: Heard(now_s, decode=replace(QUIET_DECODE, rows=count, entries=100 * count))
+            for name, count in rows.items()
+            if now_s == 1000.0 or name != "silent"
+        }
+        before |= heard
+        view = {"decode": PoolView(1, 8, 4, names, dict(before))}
+        _, memory = decide(settings, memory, view, now_s)
+    assert memory.of("answers").levels[-1][1] == pytest.approx(30)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(8.6, 20), (7.0, 16)])
+def test_a_pool_that_is_a_little_too_large_is_left_alone(service, settings, rows, size):
+    """Of twenty replicas, 19 would be enough, or 16."""
+    service.bounds["decode"], service.targets["decode"] = (1, 30), 20
+    service.decode = replace(QUIET_DECODE, rows=rows, entries=100 * rows, row_s=0.0021)
+    memory, seconds = Memory(), 0
+    while service.targets["decode"] == 20 and seconds < 60:
+        _, memory = run(service, settings, 1, lambda s: None, memory)
+        seconds += 1
+    assert service.targets["decode"] == size
+
+
 def test_stale_reports_count_as_none(service, settings):
     service.targets["prefill"] = 3
     _, memory = run(service, settings, 2, lambda s: s.prompts(0.5))
@@ -170,8 +236,6 @@ def test_unified_replicas_need_room_for_both(settings):
     service = Service()
     del service.bounds["prefill"], service.bounds["decode"]
     service.bounds["unified"], service.targets["unified"] = (1, 8), 1
-    from rayapp.scaling.view import Heard, PoolView
-
     memory = Memory()
     for _ in range(20):
         service.prompts(3.0)

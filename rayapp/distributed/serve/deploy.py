@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,9 +135,17 @@ def configuration(settings: ServiceSettings) -> dict[str, Any]:
     }
 
 
+Configured = Callable[[ServiceSettings], Mapping[str, Any]]
+"""Makes the Serve configuration of a service."""
+
+
 @contextmanager
 def running_service(
-    settings: ServiceSettings, *, address: str | None = None, ready_s: float = READY_LIMIT_S
+    settings: ServiceSettings,
+    *,
+    address: str | None = None,
+    ready_s: float = READY_LIMIT_S,
+    configured: Configured = configuration,
 ) -> Iterator[RunningService]:
     """Run a service, which answers for as long as the context lasts.
 
@@ -146,6 +154,7 @@ def running_service(
         address: Address of the cluster; None uses the connection that this process has.
         ready_s: How long every pool together may take to answer, once placement is checked; where
             replicas fail or nodes are lost, it is not waited for.
+        configured: Makes the configuration of the resolved settings.
 
     Raises:
         ModelError: The model cannot be used.
@@ -158,19 +167,23 @@ def running_service(
         check_placement(settings)
         check_readable(settings)
         try:
-            apply(settings)
+            apply(settings, configured)
             yield RunningService(settings, _wait_ready(settings, ready_s))
         finally:
             _take_off()
 
 
-def apply(settings: ServiceSettings) -> None:
+def apply(settings: ServiceSettings, configured: Configured = configuration) -> None:
     """Start Serve if it is not running, and deploy or update the service.
+
+    Args:
+        settings: What to serve.
+        configured: Makes the configuration.
 
     Raises:
         ClusterError: Serve cannot listen on the port, or it listens on another one already.
     """
-    config = configuration(settings)
+    config = configured(settings)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(proxy_location=config["proxy_location"], http_options=config["http_options"])

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from rayapp.distributed.serve.ingress.router import AddressedRouter, wait_s
+from rayapp.distributed.serve.app import deployment_options
+from rayapp.distributed.serve.ingress.router import AddressedRouter
+from rayapp.distributed.serve.known_work import wait_s
 from rayapp.distributed.serve.messages import Address
+from rayapp.distributed.serve.settings import PREFILL, ServiceSettings
 from rayapp.engine.request import GenerationRequest, PromptRequests
 from rayapp.engine.sampling_params import SamplingParams
 from rayapp.scaling.reports import Standing
+
+ROOT = Path(__file__).parents[3]
 
 
 def replica(name, work_s=None, *, at_s=None, num_failed=0):
@@ -27,8 +35,8 @@ def pending(num_tokens, address=None):
     )
 
 
-def router():
-    made = object.__new__(AddressedRouter)
+def router(kind=AddressedRouter):
+    made = object.__new__(kind)
     made._deployment_id = SimpleNamespace(name="tested")
     made.initialize_state()
     return made
@@ -92,6 +100,35 @@ def test_the_replica_that_has_booked_room_is_tried_first_and_is_no_new_work():
     assert run(order(made, replicas, gone)) == [["a"], ["c"], ["b"]]
     avoided = pending(10, Address(preferred="b", avoid=frozenset({"b"})))
     assert run(order(made, replicas, avoided))[-1] == ["b"]
+
+
+IN_ANOTHER_PROCESS = """
+import sys
+from ray import cloudpickle
+from rayapp.distributed.serve.ingress.router import AddressedRouter
+from rayapp.distributed.serve.known_work import wait_s
+from tests.distributed.serve.test_router import order, pending, replica, router, run
+
+kind = cloudpickle.loads(sys.stdin.buffer.read())
+assert kind is not AddressedRouter
+run(order(router(kind), [replica("a", 7.0)], pending(10)))
+print(round(wait_s("tested")))
+"""
+
+
+def test_admission_knows_what_a_router_knows_that_came_from_serve():
+    """Serve pickles the router's module by value, so its variables are copies in a replica."""
+    settings = ServiceSettings.parse({"model": "m"})
+    config = deployment_options(settings, PREFILL, settings.prefill)["request_router_config"]
+    ended = subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER_PROCESS],
+        input=config.get_serialized_request_router_cls(),
+        capture_output=True,
+        check=False,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert ended.stdout.decode().strip() == "7", ended.stderr.decode()
 
 
 def test_calls_with_an_address_are_no_new_work():

@@ -20,7 +20,7 @@ from rayapp.distributed.serve.ingress.freeing import Freeing
 from rayapp.distributed.serve.ingress.handing_over import Delivered, HandingOver
 from rayapp.distributed.serve.ingress.origins import Origin, Origins
 from rayapp.distributed.serve.ingress.phases import UPDATE_PAUSE_S, phase
-from rayapp.distributed.serve.ingress.router import wait_s
+from rayapp.distributed.serve.known_work import wait_s
 from rayapp.distributed.serve.messages import (
     Address,
     Handover,

@@ -19,8 +19,8 @@ from rayapp.distributed.serve import decisions
 from rayapp.distributed.serve.ingress.answering import Answering, Attempts
 from rayapp.distributed.serve.ingress.calls import ask_all
 from rayapp.distributed.serve.ingress.losses import explained, is_lost
-from rayapp.distributed.serve.ingress.router import wait_s
 from rayapp.distributed.serve.ingress.siblings import Siblings, Tallies
+from rayapp.distributed.serve.known_work import wait_s
 from rayapp.distributed.serve.messages import Versions
 from rayapp.distributed.serve.settings import DECODE
 from rayapp.engine.channel import KVChannel

@@ -7,7 +7,8 @@ is sent to another one, which refuses it
 retry for ever.
 
 Replicas tell their work in seconds every second; the router adds what it has sent since. The choice
-itself is :func:`rayapp.scaling.routing.ranked`.
+itself is :func:`rayapp.scaling.routing.ranked`. Serve pickles this module by value, so nothing else
+can read a variable of it (:mod:`rayapp.distributed.serve.known_work`).
 """
 
 from __future__ import annotations
@@ -20,24 +21,11 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from rayapp.distributed.serve.known_work import remember
 from rayapp.distributed.serve.messages import ANY, Address
 from rayapp.engine.request import PromptRequests
 from rayapp.scaling.reports import Standing
 from rayapp.scaling.routing import Errand, Known, ranked
-
-_ROUTERS: dict[str, AddressedRouter] = {}
-"""The latest router of this process for every deployment; admission reads what it knows."""
-
-
-def wait_s(deployment: str, num_tokens: int = 0) -> float:
-    """Seconds until a deployment begins a request, as this process knows; 0 if it does not.
-
-    Args:
-        deployment: Name of the deployment.
-        num_tokens: Prompt tokens that will come to it before.
-    """
-    router = _ROUTERS.get(deployment)
-    return 0.0 if router is None else router.wait_s(num_tokens)
 
 
 class AddressedRouter(RequestRouter):
@@ -65,7 +53,7 @@ class AddressedRouter(RequestRouter):
         replicas = {r.replica_id.unique_id: r for r in candidate_replicas}
         self._hear(replicas)
         errand = self._errand(address, pending_request.args)
-        _ROUTERS[self._deployment_id.name] = self
+        remember(self._deployment_id.name, self.wait_s)
         return ranks(address, replicas, self._known, errand, time.time())
 
     def on_request_routed(
@@ -103,13 +91,15 @@ class AddressedRouter(RequestRouter):
             num_tokens: Prompt tokens that will come before, to all replicas alike.
         """
         # Where answers are made side by side, work is no wait; the replica tells how long that is.
+        # The router may live in a loop of its own, in another thread than whoever asks.
+        standings, known = dict(self._standings), dict(self._known)
         waits = [
-            standing.wait_s if standing.lasts_s else self._known[name].left_s(time.time())
-            for name, standing in self._standings.items()
+            one.wait_s if one.lasts_s else known.get(name, Known()).left_s(time.time())
+            for name, one in standings.items()
         ]
         if not waits:
             return 0.0
-        token_s = sum(one.token_s for one in self._standings.values()) / len(waits)
+        token_s = sum(one.token_s for one in standings.values()) / len(waits)
         return min(waits) + num_tokens * token_s / len(waits)
 
     def _errand(self, address: Address, arguments: list[Any]) -> Errand:
