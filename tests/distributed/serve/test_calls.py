@@ -57,6 +57,7 @@ EVERYBODY = Address("every replica")
 RAY_TASK: ContextVar[str | None] = ContextVar("RAY_TASK", default=None)
 # The other phases have all the time they need, on a busy machine too.
 SHORT = {
+    "queue": Deadlines(queue_s=0.2),
     "prefill": Deadlines(queue_s=0.1, prefill_s=0.1),
     "transfer": Deadlines(transfer_s=0.2),
     "decode": Deadlines(decode_s=0.2),
@@ -341,7 +342,7 @@ def test_refusals_do_not_go_on_for_ever(byte_tokenizer, mode, method, phase):
     async def scenario():
         router = Router()
         router.scripts[method] = lambda *_: [Refusal(PLACE, "another plan")]
-        longer = {"prefill": {"queue_s": 0.5}, "transfer": {"transfer_s": 0.5}}[phase]
+        longer = {"transfer_s": 0.5} if phase == "transfer" else {"queue_s": 0.5}
         deadlines = SHORT[phase].model_copy(update=longer)
         service = service_over(router, byte_tokenizer, mode=mode, deadlines=deadlines)
         with pytest.raises(DeadlineError, match=rf"^{phase} did not end within 0\.[56] s"):
