@@ -116,6 +116,9 @@ class Standing(_Flat):
         errand_s: Seconds of work of every request that is sent to it, whatever its length.
         num_failed: Steps that failed one after the other.
         lasts_s: Seconds that an answer lasts, if many are made side by side; 0 if one by one.
+        step_s: Seconds of a step of the sequences that it runs; 0 where none run.
+        prompts_s: Seconds of prompts that it is to prefill beside its sequences.
+        most_prompt: Most tokens of a prompt that it prefills beside them; 0 where it never does.
     """
 
     at_s: float
@@ -124,6 +127,9 @@ class Standing(_Flat):
     errand_s: float
     num_failed: float
     lasts_s: float = 0.0
+    step_s: float = 0.0
+    prompts_s: float = 0.0
+    most_prompt: float = 0.0
 
 
 Report = PrefillReport | DecodeReport | IngressReport

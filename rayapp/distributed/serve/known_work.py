@@ -9,20 +9,35 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+from rayapp.scaling.reports import Standing
 from rayapp.scaling.routing import Known
 
 _KNOWN: dict[str, Mapping[str, Known]] = {}
 """Knowledge of the replicas, by deployment."""
+_STANDINGS: dict[str, Mapping[str, Standing]] = {}
+"""The newest reports of the replicas, by deployment."""
 
 
-def remember(deployment: str, known: Mapping[str, Known]) -> None:
+def remember(
+    deployment: str, known: Mapping[str, Known], standings: Mapping[str, Standing]
+) -> None:
     """Take over what a router knows now.
 
     Args:
         deployment: Name of the deployment.
         known: Knowledge of its replicas by id.
+        standings: Their newest reports.
     """
-    _KNOWN[deployment] = known
+    _KNOWN[deployment], _STANDINGS[deployment] = known, standings
+
+
+def standings_of(deployment: str) -> list[Standing]:
+    """Return the newest reports of a deployment's replicas, as far as this process knows.
+
+    Args:
+        deployment: Name of the deployment.
+    """
+    return list(_STANDINGS.get(deployment, {}).values())
 
 
 def least_work_s(deployment: str) -> float:

@@ -219,6 +219,12 @@ class ServiceSettings(Strict):
         description="KV of a prompt of several chunks leaves in parts of at least so many "
         "milliseconds of packing, while the rest is computed; 0 sends every chunk alone.",
     )
+    short_prompt_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Longest prompt that decode replicas may prefill themselves, where that is "
+        "sooner and takes no weights that they lack; 0 has all prompts prefilled apart.",
+    )
     images: ImageLimits = ImageLimits()
     image_cache_bytes: int = Field(
         default=IMAGE_CACHE_BYTES,

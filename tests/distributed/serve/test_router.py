@@ -12,7 +12,7 @@ import pytest
 
 from rayapp.distributed.serve.app import deployment_options
 from rayapp.distributed.serve.ingress.router import AddressedRouter
-from rayapp.distributed.serve.known_work import least_work_s
+from rayapp.distributed.serve.known_work import least_work_s, standings_of
 from rayapp.distributed.serve.messages import Address
 from rayapp.distributed.serve.settings import PREFILL, ServiceSettings
 from rayapp.engine.request import GenerationRequest, PromptRequests
@@ -76,6 +76,13 @@ def test_admission_reads_the_least_work_that_the_router_knows():
     assert least_work_s("unknown") == 0.0
     run(order(router(), [replica("a", 30.0), replica("b", 50.0)], pending(10)))
     assert least_work_s("tested") == pytest.approx(30.0, abs=1.0)
+
+
+def test_what_replicas_told_last_is_known_in_the_process():
+    assert standings_of("unknown") == []
+    told = replica("a", 30.0)
+    run(order(router(), [told, replica("b")], pending(10)))
+    assert [standing.numbers() for standing in standings_of("tested")] == [told.routing_stats]
 
 
 IN_ANOTHER_PROCESS = """

@@ -80,13 +80,12 @@ class Answering:
 
 
 class Attempts(Protocol):
-    """Runs single attempts at the answers to a prompt.
+    """Runs single attempts at the answers to a prompt."""
 
-    Attributes:
-        waiting_tokens: Prompt tokens of attempts that have not reached a replica yet.
-    """
-
-    waiting_tokens: int
+    @property
+    def waiting_tokens(self) -> int:
+        """Number of prompt tokens of attempts that have not reached a replica yet."""
+        ...
 
     def run(self, answering: Answering) -> AsyncGenerator[TokenBatch, None]:
         """Generate the tokens of all answers; tokens that were sent may be repeated.

@@ -51,7 +51,7 @@ class AddressedRouter(RequestRouter):
         replicas = {r.replica_id.unique_id: r for r in candidate_replicas}
         self._hear(replicas)
         errand = self._errand(address, pending_request.args)
-        remember(self._deployment_id.name, self._known)
+        remember(self._deployment_id.name, self._known, self._standings)
         return ranks(address, replicas, self._known, errand, time.time())
 
     def on_request_routed(

@@ -10,28 +10,17 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 from rayapp.api.service import ReplicaHealth
-from rayapp.distributed.serve.messages import (
-    ANY,
-    Address,
-    Admission,
-    Handover,
-    Place,
-    PrefillAnswer,
-    Refusal,
-    TokenRow,
-    Versions,
-)
+from rayapp.distributed.serve.messages import ANY, Address, Place, TokenRow, Versions
+from rayapp.distributed.serve.replicas.both_stages import BothStages, GeneratedItem
 from rayapp.distributed.serve.replicas.decode_server import DecodeServer
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
 from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
 from rayapp.distributed.serve.replicas.stage import StageModel
 from rayapp.distributed.serve.settings import Deadlines
-from rayapp.engine.channel import KVChannel, LocalChannel, LocalStream
+from rayapp.engine.channel import LocalChannel
 from rayapp.engine.request import PromptRequests
 from rayapp.engine.sequences.memory import KVMemory
 from rayapp.scaling.settings import Targets
-
-UnifiedItem = PrefillAnswer | Refusal | Admission
 
 
 class UnifiedServer:
@@ -61,8 +50,7 @@ class UnifiedServer:
         tpot_s: float = Targets().tpot_s,
     ) -> None:
         loop = EngineLoop(max_num_batched_tokens)
-        self._deadlines = deadlines
-        self._channel: KVChannel = LocalChannel()
+        channel = LocalChannel()
         self._prefill = PrefillServer(
             stage,
             place,
@@ -74,12 +62,13 @@ class UnifiedServer:
             stage,
             place,
             loop,
-            fetch=self._channel.fetch,
+            fetch=channel.fetch,
             max_num_seqs=max_num_seqs,
             deadlines=deadlines,
             memory=memory,
             tpot_s=tpot_s,
         )
+        self._both = BothStages(self._prefill, self._decode, channel, deadlines)
 
     async def generate(
         self,
@@ -87,38 +76,12 @@ class UnifiedServer:
         versions: Versions,
         sent: Mapping[str, Sequence[int]],
         address: Address = ANY,
-    ) -> AsyncGenerator[UnifiedItem, None]:
-        """Yield a :class:`PrefillAnswer`, then an :class:`Admission`; end with the last answer.
-
-        All tokens but the first leave by :meth:`deliver`.
-
-        Args:
-            prompt: The requests for all answers to a prompt.
-            versions: The plan, weights and type that the caller wants.
-            sent: Tokens that the client has already, by request id.
-            address: The address of the replica that the call is for.
-        """
-        self._decode.check_not_cancelled(prompt)
-        items = self._prefill.prefill(prompt, versions, self._deadlines.queue_s, address)
-        async with aclosing(LocalStream(items)) as stream:
-            answer: PrefillAnswer | Refusal = await stream.item()
-            yield answer
-            if isinstance(answer, Refusal) or answer.kv_bytes is None:
-                return
-            handover = Handover.after(
-                prompt, versions, answer.firsts, sent, self._deadlines.transfer_s
-            )
-            async with (
-                self._channel.reserved(answer.kv_bytes),
-                self._channel.received(stream) as handle,
-            ):
-                here = Address(reader=address.reader)
-                admission = await self._decode.admit(handover, [handle], here)
-        try:
-            yield admission
-            await self._decode.follow(*prompt.key)
-        finally:
-            await self._decode.cancel(*prompt.key)
+    ) -> AsyncGenerator[GeneratedItem, None]:
+        """Yield the items of an attempt; see :meth:`BothStages.generate`."""
+        items = self._both.generate(prompt, versions, sent, address)
+        async with aclosing(items) as generated:
+            async for item in generated:
+                yield item
 
     async def deliver(self, address: Address = ANY) -> AsyncGenerator[list[TokenRow], None]:
         """Generate the tokens of all answers for the calling ingress, an item per step."""
@@ -128,8 +91,7 @@ class UnifiedServer:
 
     async def cancel(self, name: str, attempt: int, address: Address = ANY) -> None:
         """End this attempt, in whatever phase it is, even before it has come here."""
-        await self._prefill.cancel(name, attempt)
-        await self._decode.cancel(name, attempt)
+        await self._both.cancel(name, attempt)
 
     async def describe(self) -> ReplicaHealth:
         """Describe this replica for ``/health``."""
@@ -168,5 +130,5 @@ class UnifiedServer:
             **prefill,
             **decode,
             "running": running,
-            "pinned_bytes": self._channel.pinned_bytes,
+            "pinned_bytes": self._both.pinned_bytes,
         }
