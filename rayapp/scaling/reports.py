@@ -117,6 +117,9 @@ class Standing(_Flat):
         num_failed: Steps that failed one after the other.
         lasts_s: Seconds that an answer lasts, if many are made side by side; 0 if one by one.
         wait_s: Seconds until it would have room for one more request.
+        step_s: Seconds of a step of the sequences that it runs; 0 where none run.
+        prompts_s: Seconds of prompts that it is to prefill beside its sequences.
+        most_prompt: Most tokens of a prompt that it prefills beside them; 0 where it never does.
     """
 
     at_s: float
@@ -126,6 +129,9 @@ class Standing(_Flat):
     num_failed: float
     lasts_s: float = 0.0
     wait_s: float = 0.0
+    step_s: float = 0.0
+    prompts_s: float = 0.0
+    most_prompt: float = 0.0
 
 
 Report = PrefillReport | DecodeReport | IngressReport

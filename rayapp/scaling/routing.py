@@ -115,6 +115,39 @@ def ranked(replicas: Mapping[str, Known], errand: Errand, now_s: float) -> list[
     return [rank for rank in (good, doubtful, last) if rank]
 
 
+@dataclass(frozen=True)
+class Ways:
+    """Knowledge of both ways of one prompt: over a prefill replica, or on a decode replica alone.
+
+    Args:
+        queue_s: Seconds of work before the prefill replica that would be done first.
+        prefill_s: Seconds of the prompt there.
+        handoff_s: Seconds from the end of a prefill until decode has the KV.
+        step_s: Seconds of a step of the sequences that the decode replica runs.
+        prompts_s: Seconds of prompts that the decode replica is to prefill before this one.
+        short_s: Seconds of the prompt there.
+    """
+
+    queue_s: float
+    prefill_s: float
+    handoff_s: float
+    step_s: float
+    prompts_s: float
+    short_s: float
+
+    def is_short_sooner(self, tpot_s: float) -> bool:
+        """True if decode has the prompt's KV sooner where it prefills the prompt itself.
+
+        The sequences that run there wait for the prompt meanwhile, so it takes the usual way where
+        one of their tokens would come too late.
+
+        Args:
+            tpot_s: Longest time per token, seconds.
+        """
+        beside_s = self.step_s + self.prompts_s + self.short_s
+        return beside_s <= min(tpot_s, self.queue_s + self.prefill_s + self.handoff_s)
+
+
 def first(ranks: Sequence[Sequence[str]]) -> str | None:
     """The replica to try first; None if there is none."""
     return ranks[0][0] if ranks else None

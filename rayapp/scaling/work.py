@@ -84,4 +84,10 @@ def decode_standing(report: DecodeReport, tpot_s: float, at_s: float, num_failed
         num_failed=num_failed,
         lasts_s=answer_lasts_s(report, tpot_s),
         wait_s=decode_wait_s(report),
+        step_s=present_step_s(report),
     )
+
+
+def present_step_s(report: DecodeReport) -> float:
+    """Seconds of a step of the sequences that a replica runs; 0 where none run."""
+    return report.cost.seconds(report.rows, report.entries) if report.rows else 0.0

@@ -101,7 +101,15 @@ def plan_capacity(
     def run(prefill: tuple[int, int], decode: tuple[int, int], policy: Policy) -> Outcome:
         begin = (_started(prefill, sizes[0]), _started(decode, sizes[1]))
         pools = Pools(prefill, decode, begin)
-        return simulate(arrivals, costs, pools, policy, settings=scaling, room=_OPEN)
+        return simulate(
+            arrivals,
+            costs,
+            pools,
+            policy,
+            settings=scaling,
+            room=_OPEN,
+            short_prompt_tokens=settings.short_prompt_tokens,
+        )
 
     def fixed(prefill: int, decode: int) -> Outcome:
         return run((prefill, prefill), (decode, decode), FixedPolicy())

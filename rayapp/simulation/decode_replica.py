@@ -1,5 +1,7 @@
 """A simulated decode replica: sequences that step together, in slots and pages.
 
+Short prompts that it prefills itself run between two steps.
+
 Between two changes of the batch all steps are computed at once: a step of ``R`` rows takes a fixed
 time and a time per entry, and every step adds ``R`` entries, so the end of any number of steps is a
 closed form.
@@ -11,7 +13,7 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rayapp.scaling.reports import DecodeReport
@@ -43,6 +45,7 @@ class DecodeReplica:
         clock: The clock of the simulation.
         computed: Counts the tokens that are computed.
         finished: Called with a request whose last token is there.
+        prefilled: Called with a request whose first token is made here.
     """
 
     def __init__(
@@ -53,10 +56,13 @@ class DecodeReplica:
         computed: TokenCount,
         *,
         finished: Callable[[Request], None],
+        prefilled: Callable[[Request], None],
     ) -> None:
         self.name = name
         self._costs, self._clock, self._finished = costs, clock, finished
-        self._computed = computed
+        self._computed, self._prefilled = computed, prefilled
+        self._prompts: list[Request] = []
+        self._num_prefilling = 0
         self._waiting: deque[Request] = deque()
         self._rows: list[tuple[int, int, Request]] = []  # A heap by the step of their last token.
         self._joined: dict[Request, int] = {}
@@ -76,7 +82,22 @@ class DecodeReplica:
     @property
     def is_idle(self) -> bool:
         """True if nothing runs or waits."""
-        return not self.num_present
+        return not (self.num_present or self._prompts or self._num_prefilling)
+
+    @property
+    def prompts_s(self) -> float:
+        """Seconds of the prompts that are to be prefilled here."""
+        return sum(self.prompt_s(one.arrival.num_prompt) for one in self._prompts)
+
+    def prompt_s(self, num_tokens: int) -> float:
+        """Seconds of a prompt of ``num_tokens`` tokens, in a step of its own."""
+        return self._costs.prefill.step_s + self._costs.prefill.chunk_s(num_tokens)
+
+    def add_prompt(self, request: Request) -> None:
+        """Take a prompt, which is prefilled once the step that runs has ended."""
+        self._prompts.append(request)
+        now_s = self._clock.now_s
+        self._call_at(self._ends_s(self._num_done(now_s) + 1) if self._rows else now_s)
 
     @property
     def usage(self) -> float:
@@ -86,13 +107,16 @@ class DecodeReplica:
 
     def add(self, request: Request) -> None:
         """Take a sequence whose KV has arrived."""
+        self._take(request)
+        now_s = self._clock.now_s
+        # Whoever comes at the same moment joins the same step.
+        self._call_at(self._ends_s(self._num_done(now_s) + 1) if self._rows else now_s)
+
+    def _take(self, request: Request) -> None:
         self._num_arrived += 1
         request.num_left = request.arrival.num_answer - 1
         request.entries = math.ceil(request.arrival.num_prompt * self._costs.kept_share)
         self._waiting.append(request)
-        now_s = self._clock.now_s
-        # Whoever comes at the same moment joins the same step.
-        self._call_at(self._ends_s(self._num_done(now_s) + 1) if self._rows else now_s)
 
     def report(self) -> DecodeReport:
         """The report that the service's replica would make."""
@@ -149,6 +173,7 @@ class DecodeReplica:
         self._entries += done * len(self._rows)
         self._computed.num_tokens += done * len(self._rows)
         self._end_rows()
+        self._run_prompts()
         self._join_rows()
         if self._rows:
             self._call_at(self._ends_s(self._steps_to_go()))
@@ -170,9 +195,30 @@ class DecodeReplica:
         request.entries += passed
         self._entries -= request.entries
 
+    def _run_prompts(self) -> None:
+        """Prefill the prompts that came; the sequences go on when all of them are done."""
+        if not self._prompts:
+            return
+        came, self._prompts = self._prompts, []
+        num_tokens = [request.arrival.num_prompt for request in came]
+        work_s = self._costs.prefill.step_s + sum(map(self._costs.prefill.chunk_s, num_tokens))
+        self._boundary_s = max(self._boundary_s, self._clock.now_s) + work_s
+        self._num_prefilling += len(came)
+        self._clock.at(self._boundary_s, lambda: self._begin(came))
+
+    def _begin(self, prefilled: Sequence[Request]) -> None:
+        """Have the answers to prompts that were prefilled here take part in the next step."""
+        self._num_prefilling -= len(prefilled)
+        for request in prefilled:
+            request.first_s = self._clock.now_s + self._costs.overhead_s
+            self._prefilled(request)
+            if request.arrival.num_answer > 1:
+                self._take(request)
+        self._call_at(self._clock.now_s)
+
     def _join_rows(self) -> None:
         if not self._rows:
-            self._boundary_s = self._clock.now_s
+            self._boundary_s = max(self._boundary_s, self._clock.now_s)
         while len(self._rows) > 1 and self._entries + len(self._rows) > (self._costs.max_entries):
             self._put_aside()
         while self._waiting and len(self._rows) < self._costs.max_num_seqs:

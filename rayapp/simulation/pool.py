@@ -112,14 +112,20 @@ class SimulatedPool(Generic[R]):
             self.count()
             del self.draining[name]
 
-    def choose(self, errand: Errand) -> R:
-        """The replica that the service's router would choose; it remembers what it sent."""
-        now_s = self._clock.now_s
-        name = first(ranked({n: self._known.get(n, Known()) for n in self.running}, errand, now_s))
+    def best(self, errand: Errand) -> R:
+        """The replica that the service's router would choose."""
+        known = {name: self._known.get(name, Known()) for name in self.running}
+        name = first(ranked(known, errand, self._clock.now_s))
         if name is None:  # The pool always keeps one.
             raise LookupError(f"pool {self.name} has no replica")
-        self._known[name] = self._known.get(name, Known()).given(now_s, errand.work_s)
         return self.running[name]
+
+    def choose(self, errand: Errand) -> R:
+        """Choose the best replica, and remember that the errand was sent to it."""
+        replica = self.best(errand)
+        known = self._known.get(replica.name, Known())
+        self._known[replica.name] = known.given(self._clock.now_s, errand.work_s)
+        return replica
 
     def least_work_s(self) -> float:
         """Seconds of work of the replica that has least, as the router knows it."""

@@ -52,6 +52,11 @@ class CapacitySettings(Settings):
     max_model_len: int = Field(
         default=1 << 17, ge=2, description="Most tokens of a prompt and its answer together."
     )
+    short_prompt_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Longest prompt that decode replicas may prefill themselves; 0 for none.",
+    )
     price_per_hour: float = Field(
         default=1.0, gt=0.0, description="Price of one replica for an hour, in any currency."
     )

@@ -8,10 +8,15 @@ from functools import partial
 
 from rayapp.scaling.admission import Room, refusal
 from rayapp.scaling.reports import IngressReport
-from rayapp.scaling.routing import Errand
+from rayapp.scaling.routing import Errand, Ways
 from rayapp.scaling.settings import ScalingSettings
 from rayapp.scaling.view import DECODE, INGRESS, PREFILL, Heard, PoolView
-from rayapp.scaling.work import answer_lasts_s, decode_errand, decode_work_s
+from rayapp.scaling.work import (
+    answer_lasts_s,
+    decode_errand,
+    decode_work_s,
+    present_step_s,
+)
 from rayapp.simulation.clock import Clock
 from rayapp.simulation.decode_replica import DecodeReplica, TokenCount
 from rayapp.simulation.outcome import Moment, Outcome
@@ -53,6 +58,7 @@ def simulate(
     settings: ScalingSettings,
     room: Room = Room(256, 120.0),  # noqa: B008 - frozen
     deaf: Sequence[Deaf] = (),
+    short_prompt_tokens: int = 0,
 ) -> Outcome:
     """Run a trace through the service, and return what became of its requests.
 
@@ -64,11 +70,16 @@ def simulate(
         settings: Targets, which the outcome is judged by, and the time between two reports.
         room: What admission lets in.
         deaf: Times in which replicas do not report.
+        short_prompt_tokens: Longest prompt that decode may prefill itself; 0 for none.
     """
-    return _Simulation(arrivals, costs, pools, policy, settings, room, deaf).run()
+    simulation = _Simulation(arrivals, costs, pools, policy, settings, room, deaf)
+    simulation.short_prompt_tokens = short_prompt_tokens
+    return simulation.run()
 
 
 class _Simulation:
+    short_prompt_tokens = 0
+
     def __init__(
         self,
         arrivals: Sequence[Arrival],
@@ -126,11 +137,26 @@ class _Simulation:
         )
 
     def _new_decode(self, name: str) -> DecodeReplica:
-        def finished(request: Request) -> None:
-            self._end(request)
+        def left() -> None:
             self._clock.at(self._clock.now_s, lambda: self.decode.left(name))
 
-        return DecodeReplica(name, self._costs, self._clock, self._computed, finished=finished)
+        def finished(request: Request) -> None:
+            self._end(request)
+            left()
+
+        def prefilled(request: Request) -> None:
+            self._num_handed_over += request.arrival.num_answer > 1
+            self._prefilled(request)
+            left()
+
+        return DecodeReplica(
+            name,
+            self._costs,
+            self._clock,
+            self._computed,
+            finished=finished,
+            prefilled=prefilled,
+        )
 
     def _arrive(self, request: Request) -> None:
         least_s = self.prefill.least_work_s()
@@ -140,10 +166,28 @@ class _Simulation:
             return
         self._num_waiting += 1
         self._num_arrived += 1
+        if request.arrival.num_prompt <= self.short_prompt_tokens:
+            decode = self.decode.best(self._errand)
+            if self._ways(request, decode).is_short_sooner(self._settings.targets.tpot_s):
+                self.decode.choose(self._errand).add_prompt(request)
+                return
         replica = next(iter(self.prefill.running.values()))
         work_s = replica.work_of(request.arrival.num_prompt)
         chosen = self.prefill.choose(Errand(work_s, work_s / max(1, request.arrival.num_prompt)))
         chosen.add(request)
+
+    def _ways(self, request: Request, decode: DecodeReplica) -> Ways:
+        """Both ways of a prompt, as the ingress would know them."""
+        num_tokens = request.arrival.num_prompt
+        num_bytes = num_tokens * self._costs.prompt_kv_bytes
+        return Ways(
+            queue_s=self.prefill.least_work_s(),
+            prefill_s=next(iter(self.prefill.running.values())).work_of(num_tokens),
+            handoff_s=self._costs.link.seconds(num_bytes),
+            step_s=present_step_s(decode.report()),
+            prompts_s=decode.prompts_s,
+            short_s=decode.prompt_s(num_tokens),
+        )
 
     def _prefilled(self, request: Request) -> None:
         self._num_waiting -= 1

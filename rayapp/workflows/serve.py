@@ -17,6 +17,7 @@ from rayapp.distributed.serve.deploy import RunningService, resolved, running_se
 from rayapp.distributed.serve.draining import drain
 from rayapp.distributed.serve.exposure import check_exposure
 from rayapp.distributed.serve.settings import PoolSettings, ServiceSettings
+from rayapp.distributed.serve.short_way import short_way_obstacle
 
 _LOOK_S = 2.0
 _SPARE_CPUS = 2  # These are for the controller, the proxy and the ingress.
@@ -121,6 +122,14 @@ def _introduction(service: RunningService) -> Iterator[str]:
         f"KV pages: up to --max-num-seqs {settings.max_num_seqs} sequences per decode replica, "
         f"{service.kv_bytes:,} bytes each replica, which hold {service.kv_tokens:,} tokens"
     )
+    if settings.short_prompt_tokens:
+        obstacle = short_way_obstacle(settings)
+        yield (
+            f"prompts of up to {settings.short_prompt_tokens} tokens are prefilled by decode "
+            "replicas where that is sooner"
+            if obstacle is None
+            else f"all prompts are prefilled apart: {obstacle}"
+        )
     yield f"ready: {settings.model_name} at {service.url}/v1"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from rayapp.scaling.routing import FORGIVEN_S, Errand, Known, first, ranked
+from dataclasses import replace
+
+from rayapp.scaling.routing import FORGIVEN_S, Errand, Known, Ways, first, ranked
 
 
 def test_the_least_work_comes_first():
@@ -67,3 +69,14 @@ def test_a_known_prefix_is_worth_what_it_saves():
     near, far = Known(1.0, 0.0, prefix_tokens=800), Known(0.5, 0.0)
     assert first(ranked({"near": near, "far": far}, Errand(1.0, 1e-3), 0.0)) == "near"
     assert first(ranked({"near": near, "far": far}, Errand(0.1, 1e-4), 0.0)) == "far"
+
+
+def test_the_short_way_is_taken_when_it_is_sooner_and_delays_no_token_too_much():
+    ways = Ways(
+        queue_s=0.2, prefill_s=0.05, handoff_s=0.03, step_s=0.04, prompts_s=0.0, short_s=0.05
+    )
+    assert ways.is_short_sooner(tpot_s=0.1)
+    assert not ways.is_short_sooner(tpot_s=0.08)  # a running answer would wait 90 ms
+    assert not replace(ways, queue_s=0.0).is_short_sooner(tpot_s=0.1)  # 80 ms apart, 90 here
+    assert not replace(ways, prompts_s=0.2).is_short_sooner(tpot_s=1.0)
+    assert replace(ways, queue_s=1.0, prompts_s=0.2).is_short_sooner(tpot_s=1.0)

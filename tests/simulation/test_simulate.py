@@ -178,3 +178,26 @@ def test_costs_are_a_file(tmp_path):
         StageCosts.load(path)
     with pytest.raises(InputError, match="no file of stage costs"):
         StageCosts.load(tmp_path / "missing.json")
+
+
+def test_a_short_prompt_is_prefilled_by_decode_while_prefill_is_busy():
+    """Decode is idle: the prompt takes a step of its own there, and no link."""
+    arrivals = [Arrival(0.0, 5000, 1), Arrival(0.1, 10, 10)]
+    pools, known = Pools(), {"settings": SETTINGS, "room": OPEN, "short_prompt_tokens": 20}
+    _, short = simulate(arrivals, COSTS, pools, FixedPolicy(), **known).requests
+    assert short.ttft_s == pytest.approx(0.01 + 0.01)
+    steps_s = sum(0.021 + 1e-6 * (10 + n) for n in range(9))
+    assert short.finished_s == pytest.approx(0.1 + 0.02 + steps_s)
+    _, apart = fixed(arrivals).requests
+    assert apart.ttft_s > short.ttft_s
+
+
+def test_sequences_wait_for_a_short_prompt_and_then_go_on():
+    arrivals = [Arrival(0.0, 100, 50), Arrival(0.5, 5000, 1), Arrival(0.6, 8, 3)]
+    known = {"settings": SETTINGS, "room": OPEN, "short_prompt_tokens": 20}
+    running, _, short = simulate(arrivals, COSTS, Pools(), FixedPolicy(), **known).requests
+    alone, _ = fixed(arrivals[:2]).requests
+    beside_s = 2 * 0.001  # two steps with a row more
+    assert running.finished_s == pytest.approx(alone.finished_s + 0.018 + beside_s, abs=1e-4)
+    assert short.finished_s is not None
+    assert short.finished_s < running.finished_s

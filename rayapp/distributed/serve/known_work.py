@@ -1,4 +1,4 @@
-"""The waits for replicas as the routers of this process know them, for others in the process.
+"""The work of replicas as the routers of this process know it, for others in the process.
 
 Serve pickles a router's module by value, so whatever stands there has a copy per router that nobody
 else sees. What routers share with admission stands here, in a module that is pickled by name.
@@ -6,20 +6,46 @@ else sees. What routers share with admission stands here, in a module that is pi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
-_WAITS: dict[str, Callable[[int], float]] = {}
-"""What the latest router of every deployment answers to :func:`wait_s`."""
+from rayapp.scaling.reports import Standing
 
 
-def remember(deployment: str, waits_s: Callable[[int], float]) -> None:
+class Knowing(Protocol):
+    """A router, as far as others in its process ask it."""
+
+    @property
+    def standings(self) -> list[Standing]:
+        """The newest reports of the replicas."""
+        ...
+
+    def wait_s(self, num_tokens: int) -> float:
+        """Seconds until a request begins, after so many prompt tokens that come before."""
+        ...
+
+
+_ROUTERS: dict[str, Knowing] = {}
+"""The latest router of every deployment."""
+
+
+def remember(deployment: str, router: Knowing) -> None:
     """Ask a router from now on.
 
     Args:
         deployment: Name of its deployment.
-        waits_s: Tells the seconds until a request begins, from the prompt tokens that come before.
+        router: The router.
     """
-    _WAITS[deployment] = waits_s
+    _ROUTERS[deployment] = router
+
+
+def standings_of(deployment: str) -> list[Standing]:
+    """Return the newest reports of a deployment's replicas, as far as this process knows.
+
+    Args:
+        deployment: Name of the deployment.
+    """
+    router = _ROUTERS.get(deployment)
+    return [] if router is None else router.standings
 
 
 def wait_s(deployment: str, num_tokens: int = 0) -> float:
@@ -29,5 +55,5 @@ def wait_s(deployment: str, num_tokens: int = 0) -> float:
         deployment: Name of the deployment.
         num_tokens: Prompt tokens that will come to it before.
     """
-    waits_s = _WAITS.get(deployment)
-    return 0.0 if waits_s is None else waits_s(num_tokens)
+    router = _ROUTERS.get(deployment)
+    return 0.0 if router is None else router.wait_s(num_tokens)

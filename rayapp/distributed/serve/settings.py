@@ -225,6 +225,12 @@ class ServiceSettings(Strict):
         description="Milliseconds that the calls for a part of a prompt's KV take, which decides "
         "how large parts leave while the rest is computed; 0 sends all that is finished.",
     )
+    short_prompt_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Longest prompt that decode replicas may prefill themselves, where that is "
+        "sooner and takes no weights that they lack; 0 has all prompts prefilled apart.",
+    )
     images: ImageLimits = ImageLimits()
     image_cache_bytes: int = Field(
         default=IMAGE_CACHE_BYTES,

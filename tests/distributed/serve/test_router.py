@@ -12,7 +12,7 @@ import pytest
 
 from rayapp.distributed.serve.app import deployment_options
 from rayapp.distributed.serve.ingress.router import AddressedRouter
-from rayapp.distributed.serve.known_work import wait_s
+from rayapp.distributed.serve.known_work import standings_of, wait_s
 from rayapp.distributed.serve.messages import Address
 from rayapp.distributed.serve.settings import PREFILL, ServiceSettings
 from rayapp.engine.request import GenerationRequest, PromptRequests
@@ -100,6 +100,13 @@ def test_the_replica_that_has_booked_room_is_tried_first_and_is_no_new_work():
     assert run(order(made, replicas, gone)) == [["a"], ["c"], ["b"]]
     avoided = pending(10, Address(preferred="b", avoid=frozenset({"b"})))
     assert run(order(made, replicas, avoided))[-1] == ["b"]
+
+
+def test_what_replicas_told_last_is_known_in_the_process():
+    assert standings_of("unknown") == []
+    told = replica("a", 30.0)
+    run(order(router(), [told, replica("b")], pending(10)))
+    assert [standing.numbers() for standing in standings_of("tested")] == [told.routing_stats]
 
 
 IN_ANOTHER_PROCESS = """

@@ -15,6 +15,7 @@ from rayapp.distributed.serve.channel import ObjectStoreChannel
 from rayapp.distributed.serve.ingress.answering import Attempts
 from rayapp.distributed.serve.ingress.disaggregated import DisaggregatedAttempts
 from rayapp.distributed.serve.ingress.ray_service import Limits, RayService
+from rayapp.distributed.serve.ingress.short_way import ShortWayAttempts
 from rayapp.distributed.serve.ingress.siblings import Tallies
 from rayapp.distributed.serve.ingress.unified import UnifiedAttempts
 from rayapp.distributed.serve.messages import Versions
@@ -145,7 +146,7 @@ def _attempts(
     if settings.mode == "unified":
         return UnifiedAttempts(pools[UNIFIED], versions=versions, deadlines=settings.deadlines)
     config = checkpoint.config
-    return DisaggregatedAttempts(
+    usual = DisaggregatedAttempts(
         pools[PREFILL],
         pools[DECODE],
         channel=channel,
@@ -154,4 +155,12 @@ def _attempts(
         shape=KVShape.of_config(config, compute_dtype(config, settings.dtype)),
         versions=versions,
         settings=settings,
+    )
+    if not settings.short_prompt_tokens:
+        return usual
+    return ShortWayAttempts(
+        usual,
+        UnifiedAttempts(pools[DECODE], versions=versions, deadlines=settings.deadlines),
+        most_tokens=settings.short_prompt_tokens,
+        tpot_s=settings.scaling.targets.tpot_s,
     )

@@ -53,7 +53,7 @@ class AddressedRouter(RequestRouter):
         replicas = {r.replica_id.unique_id: r for r in candidate_replicas}
         self._hear(replicas)
         errand = self._errand(address, pending_request.args)
-        remember(self._deployment_id.name, self.wait_s)
+        remember(self._deployment_id.name, self)
         return ranks(address, replicas, self._known, errand, time.time())
 
     def on_request_routed(
@@ -83,6 +83,11 @@ class AddressedRouter(RequestRouter):
             elif standing.num_failed > known.num_failed:
                 known = known.failed(time.time())
             self._known[name], self._standings[name] = known, standing
+
+    @property
+    def standings(self) -> list[Standing]:
+        """The newest reports of the replicas."""
+        return list(dict(self._standings).values())
 
     def wait_s(self, num_tokens: int) -> float:
         """Seconds until the replica that is free first begins a request.

@@ -65,16 +65,30 @@ class StageModel:
 
 
 def load_stage(
-    settings: ServiceSettings, stage: Literal["prefill", "decode", "unified"]
+    settings: ServiceSettings,
+    stage: Literal["prefill", "decode", "unified"],
+    *,
+    runs_both: bool = False,
 ) -> StageModel:
-    """Read the tensors that ``stage`` runs; a replica computes with as many threads as CPUs."""
+    """Read the tensors that ``stage`` runs; a replica computes with as many threads as CPUs.
+
+    Args:
+        settings: The settings of the service.
+        stage: The pool of the replica.
+        runs_both: True for a replica that runs both stages, whatever its pool is.
+    """
     began_s = time.monotonic()
     torch.set_num_threads(settings.pools[stage].threads)
     plan = PruningPlan.load(settings.plan) if settings.plan else PruningPlan()
     device = settings.pools[stage].device
     path = locate(settings.model, settings.revision).directory
     loaded = load_model(
-        path, plan=plan, stage=stage, dtype=settings.dtype, device=device, packed=True
+        path,
+        plan=plan,
+        stage="unified" if runs_both else stage,
+        dtype=settings.dtype,
+        device=device,
+        packed=True,
     )
     limit = settings.max_model_len or text_config(loaded.model.config).max_position_embeddings
     logger.info("%s: %d parameter bytes of %s", stage, loaded.parameter_bytes, settings.model)

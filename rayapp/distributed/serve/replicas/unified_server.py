@@ -10,31 +10,17 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 from rayapp.api.service import ReplicaHealth
-from rayapp.distributed.serve.messages import (
-    ANY,
-    Address,
-    Admission,
-    Handover,
-    Place,
-    PrefillAnswer,
-    Reader,
-    Refusal,
-    TokenRow,
-    Versions,
-    check_address,
-    version_conflict,
-)
+from rayapp.distributed.serve.messages import ANY, Address, Place, TokenRow, Versions
+from rayapp.distributed.serve.replicas.both_stages import BothStages, GeneratedItem
 from rayapp.distributed.serve.replicas.decode_server import DecodeServer
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
 from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
 from rayapp.distributed.serve.replicas.stage import StageModel
 from rayapp.distributed.serve.settings import Deadlines
-from rayapp.engine.channel import KVChannel, LocalChannel, LocalStream
+from rayapp.engine.channel import LocalChannel
 from rayapp.engine.request import PromptRequests
 from rayapp.engine.sequences.memory import KVMemory
 from rayapp.scaling.settings import Targets
-
-UnifiedItem = PrefillAnswer | Refusal | Admission
 
 
 class UnifiedServer:
@@ -64,10 +50,7 @@ class UnifiedServer:
         tpot_s: float = Targets().tpot_s,
     ) -> None:
         loop = EngineLoop(max_num_batched_tokens)
-        self._stage = stage
-        self._place = place
-        self._deadlines = deadlines
-        self._channel: KVChannel = LocalChannel()
+        channel = LocalChannel()
         self._prefill = PrefillServer(
             stage,
             place,
@@ -79,11 +62,14 @@ class UnifiedServer:
             stage,
             place,
             loop,
-            fetch=self._channel.fetch,
+            fetch=channel.fetch,
             max_num_seqs=max_num_seqs,
             deadlines=deadlines,
             memory=memory,
             tpot_s=tpot_s,
+        )
+        self._both = BothStages(
+            self._prefill, self._decode, channel, deadlines, stage.plan.first_token
         )
 
     async def generate(
@@ -92,57 +78,12 @@ class UnifiedServer:
         versions: Versions,
         sent: Mapping[str, Sequence[int]],
         address: Address = ANY,
-    ) -> AsyncGenerator[UnifiedItem, None]:
-        """Yield a :class:`PrefillAnswer`, then an :class:`Admission`; end with the last answer.
-
-        Nothing is prefilled before decode has booked room. All tokens but the first leave by
-        :meth:`deliver`.
-
-        Args:
-            prompt: The requests for all answers to a prompt.
-            versions: The plan, weights and type that the caller wants.
-            sent: Tokens that the client has already, by request id.
-            address: The address of the replica that the call is for.
-        """
-        check_address(self._place, address)
-        refusal = version_conflict(self._place, self._stage.versions, versions)
-        if refusal is not None:
-            yield refusal
-            return
-        self._decode.check_not_cancelled(prompt)
-        queue_s = self._deadlines.queue_s
-        try:
-            if prompt.needs_decode(self._stage.plan.first_token):
-                await self._decode.book(prompt, versions, queue_s, address)
-            items = self._prefill.prefill(prompt, versions, queue_s, address=address)
-            async with aclosing(LocalStream(items)) as stream:
-                answer: PrefillAnswer = await stream.item()
-                yield answer
-                if answer.kv_bytes is None:
-                    return
-                admission = await self._admitted(prompt, sent, stream, answer, address.reader)
-            yield admission
-            await self._decode.follow(*prompt.key)
-        finally:
-            await self._decode.cancel(*prompt.key)
-
-    async def _admitted(
-        self,
-        prompt: PromptRequests,
-        sent: Mapping[str, Sequence[int]],
-        stream: LocalStream,
-        answer: PrefillAnswer,
-        reader: Reader,
-    ) -> Admission | Refusal:
-        """Hand the KV of a prefill over to decode, within this process."""
-        handover = Handover.after(
-            prompt, self._stage.versions, answer.firsts, sent, self._deadlines.transfer_s
-        )
-        async with (
-            self._channel.reserved(answer.kv_bytes or 0),
-            self._channel.received(stream) as handle,
-        ):
-            return await self._decode.admit(handover, [handle], Address(reader=reader))
+    ) -> AsyncGenerator[GeneratedItem, None]:
+        """Yield the items of an attempt; see :meth:`BothStages.generate`."""
+        items = self._both.generate(prompt, versions, sent, address)
+        async with aclosing(items) as generated:
+            async for item in generated:
+                yield item
 
     async def deliver(self, address: Address = ANY) -> AsyncGenerator[list[TokenRow], None]:
         """Generate the tokens of all answers for the calling ingress, an item per step."""
@@ -152,8 +93,7 @@ class UnifiedServer:
 
     async def cancel(self, name: str, attempt: int, address: Address = ANY) -> None:
         """End this attempt, in whatever phase it is, even before it has come here."""
-        await self._prefill.cancel(name, attempt)
-        await self._decode.cancel(name, attempt)
+        await self._both.cancel(name, attempt)
 
     async def describe(self) -> ReplicaHealth:
         """Describe this replica for ``/health``."""
@@ -192,5 +132,5 @@ class UnifiedServer:
             **prefill,
             **decode,
             "running": running,
-            "pinned_bytes": self._channel.pinned_bytes,
+            "pinned_bytes": self._both.pinned_bytes,
         }
