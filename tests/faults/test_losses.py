@@ -350,7 +350,7 @@ def test_decode_killed_in_the_middle_of_an_answer(service, expected):
 def test_decode_killed_before_it_admitted_hands_the_same_kv_to_another(service, expected):
     """Both decode replicas freeze once they have booked room; one dies, and the other goes on."""
     stage, channel = opened(service)
-    names = [f"unadmitted-{n}" for n in range(8)]
+    names = [f"unadmitted-{n}" for n in range(4)]  # as many as one replica alone has room for
 
     async def scenario():
         lost, other = service.replicas("decode").values()
