@@ -16,8 +16,8 @@ from rayapp.distributed.serve import decisions
 from rayapp.distributed.serve.deploy import RunningService, resolved, running_service
 from rayapp.distributed.serve.draining import drain
 from rayapp.distributed.serve.exposure import check_exposure
+from rayapp.distributed.serve.replicas.short_way import short_way_obstacle
 from rayapp.distributed.serve.settings import PoolSettings, ServiceSettings
-from rayapp.distributed.serve.short_way import short_way_obstacle
 
 _LOOK_S = 2.0
 _SPARE_CPUS = 2  # These are for the controller, the proxy and the ingress.

@@ -11,8 +11,8 @@ import pytest
 from rayapp.distributed.serve.ingress import short_way
 from rayapp.distributed.serve.ingress.answering import Answering
 from rayapp.distributed.serve.ingress.short_way import ShortWayAttempts
+from rayapp.distributed.serve.replicas.short_way import short_way_obstacle
 from rayapp.distributed.serve.settings import DECODE, PREFILL, ServiceSettings
-from rayapp.distributed.serve.short_way import short_way_obstacle
 from rayapp.engine.local import LocalPipeline
 from rayapp.engine.request import GenerationRequest, PromptRequests, Timeline, TokenBatch
 from rayapp.engine.sampling_params import SamplingParams
@@ -172,7 +172,7 @@ def pools(monkeypatch):
     }
     work_s = {PREFILL: 0.0}
     monkeypatch.setattr(short_way, "standings_of", known.__getitem__)
-    monkeypatch.setattr(short_way, "least_work_s", work_s.__getitem__)
+    monkeypatch.setattr(short_way, "wait_s", work_s.__getitem__)
     return known, work_s
 
 

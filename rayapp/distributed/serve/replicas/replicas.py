@@ -24,10 +24,10 @@ from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
 from rayapp.distributed.serve.replicas.kv_memory import kv_memory
 from rayapp.distributed.serve.replicas.part_sizes import PartSizes
 from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
+from rayapp.distributed.serve.replicas.short_way import short_way_obstacle
 from rayapp.distributed.serve.replicas.stage import load_stage, this_place
 from rayapp.distributed.serve.replicas.unified_server import UnifiedServer
 from rayapp.distributed.serve.settings import ServiceSettings
-from rayapp.distributed.serve.short_way import short_way_obstacle
 from rayapp.engine.channel import LocalChannel, LocalHandle
 from rayapp.engine.request import PromptRequests
 from rayapp.errors import IntegrityError, UnavailableError
