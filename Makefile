@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 # Each of the many processes of a cluster would compile all of rayapp again, for 1.5 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo smollm2 peers test test-on-clusters test-of-plans test-of-the-rest slow slow-on-clusters slow-alone check lint types format clean
+.PHONY: demo smollm2 peers test test-on-clusters test-of-plans test-of-the-rest slow slow-on-clusters slow-scripts slow-alone check lint types format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rayapp demo --out out/demo
@@ -36,15 +36,18 @@ test-of-plans:
 test-of-the-rest:
 	$(BIN)/python -m pytest -m "not (ray or script or slow)" tests $(OF_PLANS:%=--ignore=%)
 
-# Scripts start clusters of their own, so they run beside the shared one.
+# Three here, too: scripts start clusters of their own, so they run beside the shared one.
 slow: $(VENV)/.test
-	$(MAKE) --no-print-directory -j 2 slow-on-clusters slow-alone
+	$(MAKE) --no-print-directory -j 3 slow-on-clusters slow-scripts slow-alone
 
 slow-on-clusters:
 	$(BIN)/python -m pytest -m "slow and ray and not script" $(WITH_CLUSTERS)
 
+slow-scripts:
+	$(BIN)/python -m pytest -m "slow and script"
+
 slow-alone:
-	$(BIN)/python -m pytest -m "slow and (script or not ray)"
+	$(BIN)/python -m pytest -m "slow and not (ray or script)"
 
 # Their dependencies contradict one another and ours, so each client has an environment of its own.
 PEERS = aiperf guidellm lm-eval openai schemathesis

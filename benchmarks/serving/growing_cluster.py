@@ -226,7 +226,10 @@ def _environment() -> Iterator[None]:
     try:
         yield
     finally:
-        for name in ("PYTHONPATH", "RAY_FAKE_CLUSTER", "RAY_enable_autoscaler_v2"):
+        for name in (
+            *("PYTHONPATH", "RAY_FAKE_CLUSTER", "RAY_enable_autoscaler_v2"),
+            "AUTOSCALER_UPDATE_INTERVAL_S",
+        ):
             os.environ.pop(name)
             if name in before:
                 os.environ[name] = before[name]

@@ -80,8 +80,10 @@ def wait_for_the_short_way(service):
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("content", PLANS.values(), ids=PLANS)
-def test_answers_equal_the_local_ones_on_either_way(deploy, tiny_llama, tmp_path, content):
+@pytest.mark.parametrize("name", ["prefill skips", "decode begins"])
+def test_answers_equal_the_local_ones_on_either_way(deploy, tiny_llama, tmp_path, name):
+    """All plans are compared within one process, in `replicas/test_both_stages.py`."""
+    content = PLANS[name]
     loaded = load_model(tiny_llama, dtype="float32")
     plan, directory = planned(loaded, content, tmp_path)
     pipeline = LocalPipeline(loaded.model, loaded.tokenizer, plan)
