@@ -24,13 +24,13 @@ from recorder.page import Block
 from recorder.record import Record
 from recorder.run import Recorder, run
 from recorder.table import Table
-from serving.client import Client, Reply, Server
+from serving.client import Reply, Server
+from serving.measuring import replies
 
 from rayapp.distributed.cluster.local import local_cluster
 from rayapp.distributed.cluster.ports import free_port
 from rayapp.distributed.serve.deploy import running_service
 from rayapp.distributed.serve.settings import ServiceSettings
-from rayapp.models.tokenizer import load_tokenizer
 from rayapp.plan import PruningPlan
 from rayapp.scaling.admission import Room
 from rayapp.scaling.settings import ScalingSettings
@@ -70,8 +70,10 @@ def measure(recorder: Recorder) -> None:
     )
     costs = measured_costs(str(arguments.model), PruningPlan(), measuring, "measured")
     with service(arguments) as server:
-        lone = asyncio.run(replies(arguments, server, [_LONE] * arguments.lone, alone=True))
-        real = asyncio.run(replies(arguments, server, arrivals, alone=False))
+        lone = asyncio.run(
+            replies(arguments, server, [_LONE] * arguments.lone, alone=True, timeout_s=_TIMEOUT_S)
+        )
+        real = asyncio.run(replies(arguments, server, arrivals, alone=False, timeout_s=_TIMEOUT_S))
     costs = costs.model_copy(update={"overhead_s": overhead_s(costs, lone)})
     settings = ScalingSettings()
     outcome = simulate(
@@ -124,16 +126,6 @@ def service(arguments: Namespace) -> Iterator[Server]:
             yield Server("rayapp", at.url, settings.model_name)
     finally:
         ray.shutdown()
-
-
-async def replies(
-    arguments: Namespace, server: Server, arrivals: Sequence[Arrival], *, alone: bool
-) -> list[Reply]:
-    tokenizer = load_tokenizer(arguments.model)
-    async with Client(server, tokenizer, arguments.seed, _TIMEOUT_S) as client:
-        if alone:
-            return await client.closed_loop(arrivals, 1)
-        return await client.open_loop(arrivals)
 
 
 def numbers_of_replies(answers: Sequence[Reply]) -> dict[str, float]:

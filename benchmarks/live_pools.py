@@ -27,8 +27,9 @@ from recorder.page import Block
 from recorder.record import Record, read_record
 from recorder.run import Recorder, run
 from recorder.table import Table
-from serving.client import Client, Reply, Server
+from serving.client import Reply, Server
 from serving.growing_cluster import NodeType, growing_cluster
+from serving.measuring import replies
 from serving.sleeping import sleeping_configuration
 from serving.watch import POOLS, Watch, cold_start_s, seen_outcome
 
@@ -37,7 +38,6 @@ from rayapp.distributed.cluster.ports import free_port
 from rayapp.distributed.serve import decisions
 from rayapp.distributed.serve.deploy import configuration, running_service
 from rayapp.distributed.serve.settings import ServiceSettings
-from rayapp.models.tokenizer import load_tokenizer
 from rayapp.scaling.admission import Room
 from rayapp.scaling.settings import ScalingSettings, Targets
 from rayapp.simulation.outcome import Moment, Outcome
@@ -176,10 +176,14 @@ def observed(
             running_service(service, address=address, configured=configured) as running,
         ):
             server = Server("rayapp", running.url, service.model_name)
-            lone = asyncio.run(replies(arguments, server, [_LONE] * _NUM_LONE, alone=True))
+            lone = asyncio.run(
+                replies(arguments, server, [_LONE] * _NUM_LONE, alone=True, timeout_s=_TIMEOUT_S)
+            )
             with Watch(count_nodes) as watch:
                 began_s = time.monotonic()
-                answers = asyncio.run(replies(arguments, server, arrivals, alone=False))
+                answers = asyncio.run(
+                    replies(arguments, server, arrivals, alone=False, timeout_s=_TIMEOUT_S)
+                )
                 watch.wait_for(rests, arguments.rest)
             told = [one.text for one in decisions.read()]
     finally:
@@ -193,16 +197,6 @@ def observed(
         overhead_of(lone, costs) if sleeps else 0.0,
         cold_start_s(watch.sights) or costs.cold_start_s,
     )
-
-
-async def replies(
-    arguments: Namespace, server: Server, arrivals: Sequence[Arrival], *, alone: bool
-) -> list[Reply]:
-    tokenizer = load_tokenizer(arguments.model)
-    async with Client(server, tokenizer, arguments.seed, _TIMEOUT_S) as client:
-        if alone:
-            return await client.closed_loop(arrivals, 1)
-        return await client.open_loop(arrivals)
 
 
 def rests(sight: Any) -> bool:

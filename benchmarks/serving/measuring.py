@@ -29,6 +29,22 @@ class Measured:
     numbers: dict[str, Any]
 
 
+async def replies(
+    arguments: Namespace,
+    server: Server,
+    arrivals: Sequence[Arrival],
+    *,
+    alone: bool,
+    timeout_s: float,
+) -> list[Reply]:
+    """The replies to arrivals as they come, or to one after the other."""
+    tokenizer = load_tokenizer(arguments.model)
+    async with Client(server, tokenizer, arguments.seed, timeout_s) as client:
+        if alone:
+            return await client.closed_loop(arrivals, 1)
+        return await client.open_loop(arrivals)
+
+
 def under_load(arguments: Namespace, server: Server, load: Load) -> Measured:
     """Put a server under load, and count what our processes spend meanwhile.
 
