@@ -143,7 +143,8 @@ def test_packing_beside_the_pass_sees_entries_that_do_not_change(
     engine = engines(tiny_model("mistral"), max_model_len=LIMIT).prefill
     whole = run_all(engine, [engine.begin(r) for r in requests_of()], 40)
     runs = [engine.begin(r, in_parts=True) for r in requests_of()]
-    collected, looks = Collected(runs, 1), queue.SimpleQueue[bool]()
+    # Of size one: on a busy machine the other thread would else look once, when all is computed.
+    collected, looks = Collected(runs, 1), queue.Queue[bool](maxsize=1)
 
     def look() -> None:
         while looks.get():
