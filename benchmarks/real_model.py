@@ -4,7 +4,8 @@ The rows of `rayapp reproduce --preset paper`: our searches, peers and rules ove
 of decode and of both, judged by the margin above chance that they keep and by perplexity, against
 the measured time to the first token. `--data` is a directory of published sets, or sets of it as
 NAME=DIR. `--count` prints the tokens and hours that are left, and measures nothing. Rows that are
-done are kept in `--work`, and plans are written to `--plans`.
+done are kept in `--work`, and plans are written to `--plans`. `--beside` puts the rows of a record
+that stands beside those of this run, if both have the same dense model, data and options.
 
     python benchmarks/real_model.py --model out/models/smollm2-135m --data DIR
 """
@@ -12,7 +13,7 @@ done are kept in `--work`, and plans are written to `--plans`.
 from __future__ import annotations
 
 import shutil
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from recorder.options import (
@@ -21,12 +22,14 @@ from recorder.options import (
     add_model,
     add_seed,
     benchmark_parser,
+    configuration_of,
     model_name,
 )
 from recorder.origin import threads, type_words
 from recorder.page import Block
 from recorder.record import Record
 from recorder.run import Recorder, run
+from recorder.standing import Standing
 from recorder.table import Table
 
 from rayapp.evaluation.paper.marks import quality_speed
@@ -42,8 +45,10 @@ from rayapp.evaluation.paper.numbers import (
     decode_shares,
 )
 from rayapp.evaluation.paper.outcome import ROW_FILE
+from rayapp.evaluation.paper.presets import rows_of
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.progress import shown_progress
+from rayapp.models.checkpoint import Checkpoint
 from rayapp.plan import PLAN_FILE, PruningPlan
 from rayapp.pruning.progress import ProgressReport
 from rayapp.workflows.paper.plans import ROWS_DIRECTORY
@@ -78,6 +83,7 @@ def parser() -> ArgumentParser:
     options.add_argument("--caption", default="", help="what the model is, for the caption")
     options.add_argument("--plans", type=Path, default=PLANS, help="directory of the plans")
     options.add_argument("--work", type=Path, default=Path("out") / "real_model")
+    options.add_argument("--beside", type=Path, metavar="RECORD", help="rows that stay as they are")
     return options
 
 
@@ -114,6 +120,7 @@ def measure(recorder: Recorder) -> None:
     if arguments.count:
         print(count_work(settings, watch).table().markdown())
         return
+    standing = _standing(arguments)
     there = {file.parent.name for file in (out / ROWS_DIRECTORY).glob(f"*/{ROW_FILE}")}
     paper = reproduce(settings, watch)
     arguments.plans.mkdir(parents=True, exist_ok=True)
@@ -122,10 +129,37 @@ def measure(recorder: Recorder) -> None:
         # A healed plan cannot be used without its tensors, which are too large to keep here.
         if kept.is_file() and not PruningPlan.load(kept).healed:
             shutil.copyfile(kept, arguments.plans / f"{recorder.stem}-{row.name}.json")
-    told = paper.record()
     kept = [row.name for row in paper.rows if row.name in there]
+    told = paper.record()
     written = {name: told[name] for name in ("rows", "left_out", "notes", "caveats")}
+    if standing is not None:
+        kept += _put_beside(written, standing, arguments.model)
     recorder.write(**written, kept=kept)
+
+
+SAME = (
+    "model", "dtype", "seed", "data", "calibration_per_task", "maps", "evaluations", "heal",
+    "limit", "text_tokens", "window", "prompt_tokens", "answer_tokens", "clock",
+)  # fmt: skip
+"""The options that rows of one table share."""
+
+
+def _standing(arguments: Namespace) -> Standing | None:
+    """The record that rows are put beside; its options are compared before anything is measured."""
+    if arguments.beside is None:
+        return None
+    return Standing(arguments.beside, "real_model", configuration_of(arguments), SAME)
+
+
+def _put_beside(written: Record, standing: Standing, model: Path) -> list[str]:
+    """Add the rows of a record that stands, in the order of the tables, and name them."""
+    kept = standing.rows(written["rows"], ("acc", "acc_norm", "answer", PERPLEXITY, MARGIN))
+    order = [row.name for row in rows_of("paper", Checkpoint(str(model)).signature().num_blocks)]
+    rows = [*written["rows"], *kept]
+    written["rows"] = sorted(rows, key=lambda row: order.index(row["name"]))
+    for lines in ("notes", "caveats"):
+        written[lines] = list(dict.fromkeys([*standing.record[lines], *written[lines]]))
+    return [row["name"] for row in kept]
 
 
 def report(record: Record) -> list[Block]:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
+from rayapp.errors import InputError
 from rayapp.plan import PruningPlan
 
 
@@ -31,3 +34,32 @@ def test_rows_are_counted_measured_and_their_plans_kept(
     run_script(*arguments)
     page = (out / f"{stem}.md").read_text()
     assert "- 2 of 2 rows were measured by earlier runs" in page
+
+
+def test_rows_of_a_record_that_stands_are_put_beside_new_ones(
+    run_script, save_tiny, published_sets, tmp_path
+):
+    model = save_tiny(tmp_path, "llama")
+    sets = published_sets(tmp_path / "sets")
+    arguments = (
+        "real_model", "--model", model, "--data", sets, "--maps", 0, "--calibration-per-task", 2,
+        "--window", 64, "--runs", 0, "--dtype", "float32", "--plans", tmp_path / "plans",
+    )  # fmt: skip
+    first = (*arguments, "--limit", 4, "--methods", "pop-p1-d0", "--work", tmp_path / "first")
+    file = run_script(*first) / f"real_model-{model.name}.json"
+    standing = json.loads(file.read_text())
+    second = ("--methods", "int8", "--beside", file, "--work", tmp_path / "second")
+    with pytest.raises(InputError, match="limit 4, and this run with 3"):
+        run_script(*arguments, *second, "--limit", 3)
+    run_script(*arguments, *second, "--limit", 4)
+    joined = json.loads(file.read_text())
+    assert [row["name"] for row in joined["rows"]] == ["dense", "pop-p1-d0", "int8"]
+    assert joined["rows"][1] == standing["rows"][1]
+    assert joined["kept"] == ["pop-p1-d0"]
+    other = save_tiny(tmp_path / "other", "mistral", seed=9)
+    changed = other.rename(other.with_name(model.name))
+    with pytest.raises(InputError, match="the dense model has"):
+        run_script(
+            *arguments, "--limit", 4, "--methods", "int4", "--beside", file,
+            "--work", tmp_path / "third", "--model", changed,
+        )  # fmt: skip
