@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from rayapp.errors import DataError, InputError
+from rayapp.evaluation.paper.presets import last_blocks
 from rayapp.evaluation.paper.settings import ReproduceSettings
 from rayapp.evaluation.progress import shown_progress
 from rayapp.evaluation.sides import Sides
+from rayapp.models.checkpoint import Checkpoint
 from rayapp.plan import PruningPlan
 from rayapp.pruning.progress import ProgressReport
 from rayapp.pruning.search.sensitivity import SENSITIVITY_FILE, Sensitivity
@@ -90,6 +92,23 @@ def test_the_dense_model_answers_questions_once(values, tmp_path, monkeypatch):
     dense, *others = [row.data["ARC-e"].metrics[0].dense for row in paper.rows]
     assert others == [dense, dense]
     assert [row.only_decode for row in paper.rows] == [False, False, True]
+
+
+def test_a_plan_that_two_rows_have_is_measured_once(values, tmp_path, monkeypatch):
+    plan = last_blocks(2, 0, Checkpoint(values["model"]).signature())
+    plan.save(tmp_path / "mine")
+    measured, measure = [], module.measure_data
+    monkeypatch.setattr(
+        module, "measure_data", lambda *args: measured.append(args[1]) or measure(*args)
+    )
+    wanted = {**values, "out": str(tmp_path / "out"), "rows": "pop-p2-d0", "maps": 0}
+    wanted["plans"] = [f"mine={tmp_path / 'mine' / 'plan.json'}"]
+    paper = reproduce(ReproduceSettings.checked(**wanted), WATCH)
+    _, pop, mine = paper.rows
+    assert (mine.name, mine.plan) == ("mine", pop.plan)
+    assert measured == 2 * list(pop.data)
+    assert mine.data == pop.data
+    assert mine.latency
 
 
 @pytest.mark.slow

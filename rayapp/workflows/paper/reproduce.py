@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,7 +223,7 @@ class _Reproduction:
         if shared is not None:
             outcome = shared.model_copy(update={"name": row.name, "base": base, "search": None})
         else:
-            outcome = RowOutcome.load(path) or _begun(row, plan)
+            outcome = RowOutcome.load(path) or _begun(row, plan, before)
             if outcome.plan != plan.fingerprint:
                 raise InputError(
                     f"{path}: outcomes are of plan {outcome.plan}, but the plan is "
@@ -351,7 +351,13 @@ def _check_subject(file: Path, wanted: Mapping[str, Any]) -> None:
         )
 
 
-def _begun(row: Row, plan: PruningPlan) -> RowOutcome:
+def _begun(row: Row, plan: PruningPlan, before: Sequence[RowOutcome]) -> RowOutcome:
+    """The outcome of a row before it is measured.
+
+    Several searches may end at one plan, whose answers are the same however it was found: they are
+    taken from the row that was measured first.
+    """
+    twin = next((earlier for earlier in before if earlier.plan == plan.fingerprint), None)
     record = plan.provenance.get("kv_select", plan.provenance)
     cost = None
     if row.search is not None or (row.after and not row.encoding):
@@ -364,4 +370,5 @@ def _begun(row: Row, plan: PruningPlan) -> RowOutcome:
         prefill_removed=plan.removed("prefill"),
         decode_removed=plan.removed("decode"),
         search=cost,
+        data=twin.data if twin else {},
     )
