@@ -141,14 +141,15 @@ SAME = (
     "model", "dtype", "seed", "data", "calibration_per_task", "maps", "evaluations", "heal",
     "limit", "text_tokens", "window", "prompt_tokens", "answer_tokens", "clock",
 )  # fmt: skip
-"""The options that rows of one table share."""
+"""The options that rows of one table share; without maps, no new row rests on them."""
 
 
 def _standing(arguments: Namespace) -> Standing | None:
     """The record that rows are put beside; its options are compared before anything is measured."""
     if arguments.beside is None:
         return None
-    return Standing(arguments.beside, "real_model", configuration_of(arguments), SAME)
+    same = SAME if arguments.maps else (name for name in SAME if name != "maps")
+    return Standing(arguments.beside, "real_model", configuration_of(arguments), tuple(same))
 
 
 def _put_beside(written: Record, standing: Standing, model: Path) -> list[str]:
