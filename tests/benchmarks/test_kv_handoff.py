@@ -47,7 +47,6 @@ def test_kv_between_two_nodes_beside_bare_bytes(tmp_path):
 def test_what_parts_hide(tmp_path, save_tiny):
     model = save_tiny(tmp_path / "model", "llama")
     arguments = ("--model", model, "--dtype", "float32", "--tokens", 20, 200, "--runs", 2)
-    arguments = (*arguments, "--rounds", 1)
     out = tmp_path / "out"
     rows = record_of(out, "kv_overlap", *arguments, "--chunk-tokens", 64, "--max-model-len", 256)
     by = {(row["way"], row["tokens"]): row for row in rows["results"]}

@@ -17,6 +17,9 @@ import time
 _FIRST_RATE = 1e9
 """Bytes per second until a message has been packed; the first few messages correct it."""
 _WEIGHT = 0.2
+_LEAST_BYTES = 512 * 1024
+"""Bytes of the smallest part where calls cost anything: Ray carries values below 100 kB inside
+its own messages, through the process that owns them, and int4 weighs about a quarter."""
 _NUM_CALLS = 2
 """Calls for a first part: decode reserves a seat, then it copies."""
 
@@ -35,8 +38,10 @@ class PartSizes:
 
     def least_bytes(self, num_bytes: int) -> int:
         """Number of bytes of a part of a prompt that has ``num_bytes`` of KV in all."""
+        if not self._cost_s:
+            return 0
         rate = min(self._pack_rate, self._handoff_rate)
-        return int(math.sqrt(num_bytes * self._cost_s * rate))
+        return max(_LEAST_BYTES, int(math.sqrt(num_bytes * self._cost_s * rate)))
 
     def is_in_time(self, left_s: float) -> bool:
         """Whether a part's calls end before its prompt does.

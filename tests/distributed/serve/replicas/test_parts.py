@@ -279,6 +279,17 @@ def test_a_part_leaves_only_if_its_calls_are_over_before_the_prompt(monkeypatch)
     assert PartSizes(0).is_in_time(0.0)
 
 
+@pytest.mark.parametrize("rate", [1e5, 1e7, 1e9])
+def test_no_part_is_so_small_that_ray_would_carry_it_inside_a_message(rate):
+    """Encoded as int4 it weighs a quarter, and Ray keeps less than 100 kB out of its store."""
+    sizes = PartSizes(cost_s=0.005)
+    sizes.handed_over(1 / rate)
+    wanted = [sizes.least_bytes(num_bytes) for num_bytes in (1, 10**6, 10**8)]
+    assert min(wanted) > 4 * 100_000
+    assert wanted == sorted(wanted)
+    assert PartSizes(0).least_bytes(10**8) == 0
+
+
 def test_the_time_that_a_pass_has_left_follows_from_its_blocks(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(part_sizes.time, "monotonic", lambda: now[0])
