@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 # Each of the many processes of a cluster would compile all of rayapp again, for 1.5 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo smollm2 peers test test-on-clusters test-of-plans test-of-the-rest slow slow-on-clusters slow-scripts slow-alone check lint types format clean
+.PHONY: demo smollm2 peers test test-on-clusters test-of-plans test-of-the-rest slow slow-on-clusters slow-benchmarks slow-others check lint types format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rayapp demo --out out/demo
@@ -38,16 +38,16 @@ test-of-the-rest:
 
 # Three here, too: scripts start clusters of their own, so they run beside the shared one.
 slow: $(VENV)/.test
-	$(MAKE) --no-print-directory -j 3 slow-on-clusters slow-scripts slow-alone
+	$(MAKE) --no-print-directory -j 3 slow-on-clusters slow-benchmarks slow-others
 
 slow-on-clusters:
 	$(BIN)/python -m pytest -m "slow and ray and not script" $(WITH_CLUSTERS)
 
-slow-scripts:
-	$(BIN)/python -m pytest -m "slow and script"
+slow-benchmarks:
+	$(BIN)/python -m pytest -m "slow and (script or not ray)" tests/benchmarks
 
-slow-alone:
-	$(BIN)/python -m pytest -m "slow and not (ray or script)"
+slow-others:
+	$(BIN)/python -m pytest -m "slow and (script or not ray)" tests --ignore=tests/benchmarks
 
 # Their dependencies contradict one another and ours, so each client has an environment of its own.
 PEERS = aiperf guidellm lm-eval openai schemathesis

@@ -445,20 +445,36 @@ def test_a_message_that_ray_moved_to_disk_arrives(seam, channel):
     """A store that others fill spills what nobody reads at the moment."""
     import ray
     from ray.experimental import get_object_locations
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    class Filler:
+        """Holds more and more of the store of one node."""
+
+        def __init__(self) -> None:
+            self._held: list[Any] = []
+
+        def fill(self, num_bytes: int) -> None:
+            self._held.append(ray.put(np.zeros(num_bytes, np.uint8)))
 
     async def scenario():
         async with aclosing(seam.call(7, 10 * STORED)) as stream:
             assert await stream.item() == "small"
             async with channel.received(stream) as handle:
-                others = await asyncio.to_thread(filled)
-                (place,) = get_object_locations([handle.reference]).values()
-                assert place["did_spill"], place
-                arrived = (await channel.fetch(handle)).flat()
-        del others
-        return arrived
 
-    def filled():
-        size = int(ray.nodes()[0]["Resources"]["object_store_memory"] / 8)
-        return [ray.put(np.zeros(size, np.uint8)) for _ in range(12)]
+                def place() -> dict[str, Any]:
+                    return get_object_locations([handle.reference])[handle.reference]
+
+                (node,) = place()["node_ids"]
+                there = NodeAffinitySchedulingStrategy(node, soft=False)
+                filler = ray.remote(num_cpus=0)(Filler).options(scheduling_strategy=there).remote()
+
+                async def is_on_disk() -> bool:
+                    """Which objects go first is left to chance, so more and more are put there."""
+                    await filler.fill.remote(20 << 20)
+                    return bool(place()["did_spill"])
+
+                await soon(is_on_disk)
+                ray.kill(filler)
+                return (await channel.fetch(handle)).flat()
 
     assert np.array_equal(run(scenario()), message(10 * STORED, 7))
