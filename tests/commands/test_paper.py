@@ -111,6 +111,18 @@ def test_a_plan_that_two_rows_have_is_measured_once(values, tmp_path, monkeypatc
     assert mine.latency
 
 
+def test_fewer_channels_are_judged_beside_fewer_blocks(values, tmp_path):
+    wanted = {**values, "out": str(tmp_path), "rows": "pop-p1-d0,channels-p1-d0", "maps": 0}
+    _, pop, channels = reproduce(ReproduceSettings.checked(**wanted), WATCH).rows
+    plan = PruningPlan.load(tmp_path / "rows" / "channels-p1-d0")
+    assert not (plan.prefill.blocks or plan.decode.blocks)
+    assert plan.first_token == "decode"
+    answers = [row.data["XSum"].metrics[0].plan for row in (pop, channels)]
+    assert answers[0] != answers[1] != channels.data["XSum"].metrics[0].dense
+    assert pop.latency
+    assert not channels.latency, "zeros are still multiplied"
+
+
 @pytest.mark.slow
 def test_a_searched_plan_sends_its_kv_as_int4_too(values, tmp_path):
     rows = "late-p1-d0,late_int4-p1-d0"

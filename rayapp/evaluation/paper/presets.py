@@ -59,6 +59,7 @@ PEERS_PREFILL, PEERS_DECODE, PEERS_PAIRS = (4, 8, 12), (2, 4), ((8, 2),)
 Size = tuple[int, int]
 """Blocks that prefill and decode remove."""
 _POP = "arXiv:2602.03295"
+_WANDA = "arXiv:2312.11983"
 _PEERS = (
     ("similarity", "ShortGPT", "arXiv:2403.03853"),
     ("greedy", "SLEB", "arXiv:2402.09025"),
@@ -83,6 +84,9 @@ def _paper(num_blocks: int) -> Iterator[Row]:
         yield _sized("healed", "ours, blocks, healed", "ours", size, _OURS, healed=True)
     pairs = tuple(_name("ours", size) for size in ours if all(size))
     yield Row("kv_selected", "ours, with KV selection", "ours", after=pairs)
+    title = "MLP channels of as many parameters, first token from decode"
+    for size in (size for size in theirs if not size[1]):
+        yield _sized("channels", title, _WANDA, size, None, "decode", narrows=True)
     for encoding in ("int8", "int4"):
         made = partial(encoded, encoding)
         yield Row(encoding, f"dense with {encoding} KV", "", sizes=(0, 0), made=made)

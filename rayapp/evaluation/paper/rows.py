@@ -38,6 +38,8 @@ class Row:
         made: A plan of a rule, which needs no search.
         fitted: Whether the plan is that of the row ``after``, healed in closed form.
         encoding: How the plan of the row ``after`` encodes all of its KV; None leaves it as it is.
+        narrows: Whether the plan lacks channels of MLPs in place of blocks, as many parameters; it
+            has no speed of its own.
         mapped: Whether the plan is that of the blocks that cost least alone, by the map of blocks.
         plan: A plan's directory or file, for a row of a plan that exists already.
     """
@@ -55,6 +57,7 @@ class Row:
     made: Callable[[ModelSignature], PruningPlan] | None = None
     fitted: bool = False
     encoding: Encoding | None = None
+    narrows: bool = False
     mapped: bool = False
     plan: str = ""
 

@@ -29,6 +29,7 @@ from rayapp.pruning.search.sensitivity import Sensitivity
 from rayapp.pruning.settings.search import SearchSettings
 from rayapp.workflows.heal import heal_plan
 from rayapp.workflows.kv_select import kv_select
+from rayapp.workflows.paper.narrower import narrower
 from rayapp.workflows.prune import prune
 
 logger = logging.getLogger(__name__)
@@ -147,6 +148,8 @@ class PaperPlans:
             return self._given(row), None
         if row.search is not None:
             return self._searched(row), None
+        if row.narrows:
+            return self._narrower(row), None
         assert base is not None, "all other rows rest on one"
         if row.encoding:
             return self._kept(row, encoded(row.encoding, self._signature, plans[base][0])), None
@@ -182,6 +185,14 @@ class PaperPlans:
             logger.info("%s: solving its maps", row.title)
             score, compute = score_settings(row, self._settings), self._settings.compute()
             heal_plan(score, compute, fit_settings(row, self._settings, path), plan)
+        return PruningPlan.load(path)
+
+    def _narrower(self, row: Row) -> PruningPlan:
+        path = self.path(row)
+        if not (path / PLAN_FILE).is_file():
+            logger.info("%s: choosing channels", row.title)
+            score, compute = score_settings(row, self._settings), self._settings.compute()
+            narrower(score, compute, path, int(self.sizes[row.name][0]))
         return PruningPlan.load(path)
 
     def _kv_selected(self, row: Row, base: str) -> PruningPlan:

@@ -241,7 +241,7 @@ class _Reproduction:
                 measurer = Measurer(compute, plan, wanted, progress, journal, self._of_dense)
                 outcome = self._with_data(outcome, measurer, path)
                 journal.close()
-                outcome = self._with_speed(outcome, measurer, compute)
+                outcome = self._with_speed(row, outcome, measurer, compute)
         outcome.save(path)  # The file keeps data sets of earlier runs.
         data = {name: outcome.data[name] for name in self._data}
         return outcome.model_copy(update={"data": data})
@@ -272,11 +272,11 @@ class _Reproduction:
         return row_outcome
 
     def _with_speed(
-        self, outcome: RowOutcome, measurer: Measurer, compute: PieceCompute
+        self, row: Row, outcome: RowOutcome, measurer: Measurer, compute: PieceCompute
     ) -> RowOutcome:
         settings = self.settings.evaluation()
         timings: tuple[LatencyResult, ...] = outcome.latency
-        if settings.num_runs and not timings:
+        if settings.num_runs and not (timings or row.narrows):
             timings = tuple(
                 measurer.latency(size, length)
                 for length in settings.timed_lengths
