@@ -23,7 +23,7 @@ from rayapp.models.healed import HealedWeights
 
 _OF_MLP = ("gate_proj", "up_proj", "down_proj")
 _OF_ATTENTION = ("q_proj", "o_proj")
-"""What a block that prefill misses has of no use; its keys and values are still written."""
+"""Layers that a missed block of prefill has no use for; its keys and values are still written."""
 
 
 def without_channels(
