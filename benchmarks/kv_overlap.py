@@ -1,12 +1,13 @@
 """Claim: KV that leaves in parts hides behind the prefill, and short prompts lose nothing by it.
 
-A service of the model runs on local nodes for every size of parts: whole prompts, the default, and
-all that is finished at once. All run at the same time, and every random prompt is asked of one
-after the other, in an order that changes, so that a machine whose speed changes favours none.
-Measured are the time to an answer's second token, which needs the KV in decode, beside that of the
-service that sends KV whole; and what the ledger says of the same requests, `hidden_s` among it:
-hidden at most can be the shorter of prefill and transfer. With chunks that are longer than the
-prompts, parts are groups of blocks.
+A service of the model runs on local nodes. Every random prompt is asked of it several times, in an
+order that changes: its KV leaves whole, in parts as by default, and as soon as any of it is
+finished. The prefill pool is told which before every request, so that a machine whose speed
+changes favours none. Measured are the time to an answer's second token, which needs the KV in
+decode, beside that of the same prompt whose KV leaves whole; and what the ledger says of the same
+requests, `hidden_s` among it: hidden at most can be the shorter of prefill and transfer. With
+chunks that are longer than the prompts, parts are groups of blocks. `--links` repeats all of it
+with a slower link to the decode replica's node, which takes root.
 
     python benchmarks/kv_overlap.py --model DIR --tokens 256 1000 3500 --max-model-len 8192
 """
@@ -17,23 +18,27 @@ import random
 import statistics
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import httpx
+import ray
+from handoff.link import shaped
 from recorder.options import add_dtype, add_model, benchmark_parser
 from recorder.page import Block
 from recorder.record import Record
 from recorder.run import Recorder, run
 from recorder.table import Table
 from serving.asker import Asker
-from serving.side_by_side import side_by_side
+from serving.changing_parts import changing_configuration, set_cost_of_parts
 
+from rayapp.distributed.cluster.local import local_cluster
 from rayapp.distributed.cluster.ports import free_port
+from rayapp.distributed.serve.deploy import running_service
 from rayapp.distributed.serve.settings import KV_PART_MS, ServiceSettings
 
 WHOLE_MS = 1e9
 WAYS = {"whole": WHOLE_MS, "parts": KV_PART_MS, "at once": 0.0}
+_DECODE = 2  # The third node of a local cluster.
 _TOLD = ("prefill_s", "put_s", "fetch_s", "copy_s", "hidden_s", "bytes_sent")
 
 
@@ -45,28 +50,33 @@ def parser() -> ArgumentParser:
     options.add_argument("--tokens", type=int, nargs="+", default=[64, 200])
     options.add_argument("--chunk-tokens", type=int, default=512)
     options.add_argument("--max-model-len", type=int, default=512)
+    options.add_argument("--links", type=float, nargs="*", default=[], help="also at, Gbit/s")
     options.add_argument("--runs", type=int, default=6)
     return options
 
 
 def measure(recorder: Recorder) -> None:
     arguments = recorder.arguments
-    services = {way: _settings(arguments, part_ms) for way, part_ms in WAYS.items()}
-    with side_by_side(services) as servers, ExitStack() as stack:
-        sides = {
-            way: Side(stack.enter_context(httpx.Client(base_url=at.url, timeout=600.0)), at.model)
-            for way, at in servers.items()
-        }
-        for side in sides.values():
-            side.ask(min(arguments.tokens), 0)
+    settings = _settings(arguments)
+    with (
+        local_cluster() as cluster,
+        running_service(
+            settings, address=cluster.address, configured=changing_configuration
+        ) as service,
+        httpx.Client(base_url=service.url, timeout=600.0) as client,
+    ):
         results: list[dict[str, Any]] = []
-        for count in arguments.tokens:
-            results += of_length(sides, arguments.runs, count)
-            recorder.write(results=results)
-            print(f"{count:,} tokens: done", flush=True)
+        for gbit in (None, *arguments.links):
+            with shaped(cluster.nodes[_DECODE].node_ip_address, gbit):
+                for count in arguments.tokens:
+                    rows = of_length(client, settings.model_name, arguments.runs, count)
+                    results += [{"gbit_per_s": gbit, **row} for row in rows]
+                    recorder.write(results=results)
+                    print(f"{count:,} tokens, link {gbit or 'not shaped'}: done", flush=True)
+    ray.shutdown()
 
 
-def _settings(arguments: Namespace, part_ms: float) -> ServiceSettings:
+def _settings(arguments: Namespace) -> ServiceSettings:
     return ServiceSettings.parse(
         {
             "model": str(arguments.model),
@@ -75,36 +85,32 @@ def _settings(arguments: Namespace, part_ms: float) -> ServiceSettings:
             "port": free_port(),
             "max_model_len": arguments.max_model_len,
             "max_num_batched_tokens": arguments.chunk_tokens,
-            "kv_part_ms": part_ms,
             "ingress": {"labels": {"role": "head"}},
         }
     )
 
 
-class Side:
-    """One of the services, and what its ledger says of the latest request."""
-
-    def __init__(self, client: httpx.Client, model: str) -> None:
-        self._client, self._model = client, model
-
-    def ask(self, num_tokens: int, seed: int) -> dict[str, float]:
-        """Times of a prompt's first and second token, and the record of its transfer."""
-        asker = Asker(self._client, self._model, random.Random(seed))
-        first_s, second_s, *_ = asker.times(num_tokens, 3)
-        (record,) = self._client.get("/v1/transfers").json()["recent"][-1:]
-        told = {name: record[name] for name in _TOLD}
-        return {"first_s": first_s, "second_s": second_s - first_s, **told}
-
-
-def of_length(sides: Mapping[str, Side], runs: int, num_tokens: int) -> list[dict[str, Any]]:
-    """A row for every service: the same prompts, asked of all of them in turns."""
-    samples: dict[str, list[dict[str, float]]] = {way: [] for way in sides}
-    names = list(sides)
-    for number in range(runs):
+def of_length(client: httpx.Client, model: str, runs: int, num_tokens: int) -> list[dict[str, Any]]:
+    """A row for every way: the same prompts, in turns; the first of them warms up."""
+    samples: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    names = list(WAYS)
+    for number in range(runs + 1):
         turn = number % len(names)
         for way in names[turn:] + names[:turn]:
-            samples[way].append(sides[way].ask(num_tokens, number))
-    return [_row(way, num_tokens, found, samples["whole"]) for way, found in samples.items()]
+            set_cost_of_parts(WAYS[way])
+            samples[way].append(ask(client, model, num_tokens, number))
+    return [
+        _row(way, num_tokens, found[1:], samples["whole"][1:]) for way, found in samples.items()
+    ]
+
+
+def ask(client: httpx.Client, model: str, num_tokens: int, seed: int) -> dict[str, float]:
+    """Times of a prompt's first and second token, and the record of its transfer."""
+    asker = Asker(client, model, random.Random(seed))
+    first_s, second_s, *_ = asker.times(num_tokens, 3)
+    (record,) = client.get("/v1/transfers").json()["recent"][-1:]
+    told = {name: record[name] for name in _TOLD}
+    return {"first_s": first_s, "second_s": second_s - first_s, **told}
 
 
 def _row(
@@ -143,16 +149,26 @@ def _hidden_share(sample: Mapping[str, float]) -> float:
 def report(record: Record) -> list[Block]:
     asked = record["configuration"]
     heads = (
-        *("prompt tokens", "KV leaves", "MB", "first token, s", "first to second, ms"),
+        *(
+            "link, Gbit/s",
+            "prompt tokens",
+            "KV leaves",
+            "MB",
+            "first token, s",
+            "prefill, ms",
+            "first to second, ms",
+        ),
         *("second token, against whole", "from", "to", "put + fetch + copy, ms"),
         *("of it hidden, ms", "share of what can be hidden"),
     )
     rows = [
         (
+            "none" if r["gbit_per_s"] is None else f"{r['gbit_per_s']:g}",
             f"{r['tokens']:,}",
             r["way"],
             f"{r['bytes_sent'] / 1e6:.1f}",
             f"{r['first_s']:.3f}",
+            f"{1e3 * r['prefill_s']:.0f}",
             f"{1e3 * r['second_s']:.0f}",
             f"{r['against_whole']:.3f}",
             f"{min(r['against_whole_all']):.2f}",
@@ -164,9 +180,9 @@ def report(record: Record) -> list[Block]:
         for r in record["results"]
     ]
     return [
-        f"Handoff over HTTP: {asked['model']}, {asked['dtype']}, three services side by side, one "
+        f"Handoff over HTTP: {asked['model']}, {asked['dtype']}, one "
         f"replica of each pool, one thread each, chunks of {asked['chunk_tokens']:,} tokens; "
-        f"medians of {asked['runs']} prompts, each asked of all services in turns.",
+        f"medians of {asked['runs']} prompts, each asked in all ways, in turns.",
         Table(heads, rows),
     ]
 

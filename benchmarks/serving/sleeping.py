@@ -7,27 +7,19 @@ are the service's own. KV is all zeros, and the next token depends on the last o
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from ray import serve
 from ray.serve import Application
 
-from rayapp.distributed.serve.app import deployment_options
-from rayapp.distributed.serve.deploy import configuration
-from rayapp.distributed.serve.exposure import check_exposure, serving_host
-from rayapp.distributed.serve.ingress.ingress import Ingress
 from rayapp.distributed.serve.replicas.replicas import DecodeReplica, PrefillReplica
-from rayapp.distributed.serve.settings import DECODE, INGRESS, PREFILL, ServiceSettings
+from rayapp.distributed.serve.settings import DECODE, PREFILL, ServiceSettings
 from rayapp.models.stack import BlockStack
 from rayapp.scaling.costs import DecodeCost, PrefillCost
 from rayapp.simulation.stage_costs import StageCosts
-
-_BENCHMARKS = Path(__file__).parents[1]
+from serving.changed import bound, changed_configuration
 
 
 class SleepingPrompts:
@@ -99,30 +91,10 @@ def build(args: Mapping[str, Any]) -> Application:
     Args:
         args: ``settings`` of the service, and ``costs`` of the stages, as plain data.
     """
-    settings = ServiceSettings.parse(args["settings"])
     costs = StageCosts.parsed(args["costs"], "the costs of blocks that sleep")
-    check_exposure(settings, serving_host())
-    pools = {
-        name: serve.deployment(
-            _SERVERS[name], name=name, **deployment_options(settings, name, pool)
-        ).bind(settings, costs)
-        for name, pool in settings.pools.items()
-    }
-    options = deployment_options(settings, INGRESS, settings.ingress)
-    ingress = serve.deployment(serve.ingress()(Ingress), name=INGRESS, **options)
-    return ingress.bind(settings, **pools)
+    return bound(ServiceSettings.parse(args["settings"]), _SERVERS, costs)
 
 
 def sleeping_configuration(settings: ServiceSettings, costs: StageCosts) -> dict[str, Any]:
     """The Serve configuration of a service whose blocks sleep; all else is as in the service's."""
-    config = configuration(settings)
-    (application,) = config["applications"]
-    args = {"settings": application["args"], "costs": costs.model_dump()}
-    # Replicas find this package beside what they would find anyway.
-    path = os.pathsep.join(filter(None, (str(_BENCHMARKS), os.environ.get("PYTHONPATH"))))
-    changed = {
-        "import_path": f"{__name__}:build",
-        "args": args,
-        "runtime_env": {"env_vars": {"PYTHONPATH": path}},
-    }
-    return {**config, "applications": [{**application, **changed}]}
+    return changed_configuration(settings, __name__, costs=costs.model_dump())

@@ -136,7 +136,7 @@ class PoolSettings(Strict):
         return max(1, int(self.num_cpus))
 
 
-KV_PART_MS = 5.0
+KV_PART_MS = 20.0
 """Milliseconds that the calls for one part of a prompt's KV take (project default)."""
 
 

@@ -2,11 +2,12 @@
 
 Small parts leave little to wait for at the prompt's end, and cost many calls. With B bytes of a
 prompt in parts of s bytes, a cost of c seconds per part and a rate of r bytes per second, calls
-take ``c B / s`` and the last part ``s / r``; their sum is least at ``s = sqrt(B c r)``. A prompt of
-at most ``c r`` bytes therefore goes whole. Calls that are under way when the prompt ends would make
-the last part wait, so a part that is not in time stays for it. All numbers but the cost are
-measured: the rate where KV is packed and where it has arrived, the time that is left from the
-blocks that have run.
+take ``c B / s`` and the last part ``s / r``; their sum is least at ``s = sqrt(B c r)``, where it is
+``2 sqrt(B c / r)``. Sent whole, the prompt takes ``c + B / r``. From ``B = 4 c r`` on, parts save
+the cost of a call or more; a smaller prompt, which could save less, goes whole. Calls that are
+under way when the prompt ends would make the last part wait, so a part that is not in time stays
+for it. All numbers but the cost are measured: the rate where KV is packed and where it has arrived,
+the time that is left from the blocks that have run.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _WEIGHT = 0.2
 _LEAST_BYTES = 512 * 1024
 """Bytes of the smallest part where calls cost anything: Ray carries values below 100 kB inside
 its own messages, through the process that owns them, and int4 weighs about a quarter."""
+_LEAST_CALLS = 4
 _NUM_CALLS = 2
 """Calls for a first part: decode reserves a seat, then it copies."""
 
@@ -40,8 +42,10 @@ class PartSizes:
         """Number of bytes of a part of a prompt that has ``num_bytes`` of KV in all."""
         if not self._cost_s:
             return 0
-        rate = min(self._pack_rate, self._handoff_rate)
-        return max(_LEAST_BYTES, int(math.sqrt(num_bytes * self._cost_s * rate)))
+        in_a_call = self._cost_s * min(self._pack_rate, self._handoff_rate)
+        if num_bytes < _LEAST_CALLS * in_a_call:
+            return num_bytes
+        return max(_LEAST_BYTES, int(math.sqrt(num_bytes * in_a_call)))
 
     def is_in_time(self, left_s: float) -> bool:
         """Whether a part's calls end before its prompt does.
