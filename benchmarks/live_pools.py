@@ -133,7 +133,7 @@ def cluster_of(arguments: Namespace) -> Iterator[tuple[str, Callable[[str], int]
     """A cluster's address, and a function that counts the nodes of a pool."""
     most = arguments.most
     if arguments.nodes:
-        types = {name: NodeType({"role": name}, fewest=1, most=most) for name in POOLS}
+        types = {name: NodeType({"role": name}, most=most) for name in POOLS}
         with growing_cluster(types, idle_s=_NODES_IDLE_S) as growing:
             yield growing.address, growing.count
         return

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayapp.distributed.cluster.demand import Bundle, Demand
 from rayapp.distributed.cluster.nodes import FreeNode, free_nodes, nodes_on_their_way, spelled
 from rayapp.distributed.cluster.patience import Patience
 from rayapp.distributed.serve.probe import unreadable
@@ -24,8 +25,9 @@ BUSY_LIMIT_S = 300.0
 """How long what others have taken may take to become free (project default)."""
 READ_LIMIT_S = 300.0
 """How long a node may take to look at model and plan, on a slow disk as well (project default)."""
-JOIN_S = 5.0
-"""How long nodes may take to join a cluster that cannot hold the pools yet (project default)."""
+JOIN_S = 15.0
+"""How long nodes may take to join a cluster that cannot hold the pools yet, or its autoscaler to
+begin to start some (project default); an autoscaler looks every five seconds."""
 _POLL_S = 0.5
 _REMEDY = "put model and plan where every node can read them, under the same path"
 
@@ -33,19 +35,34 @@ _REMEDY = "put model and plan where every node can read them, under the same pat
 def check_placement(settings: ServiceSettings) -> None:
     """Wait until every pool's smallest size fits on labelled nodes.
 
-    What is merely taken by others may become free, so that is waited for.
+    What is merely taken by others may become free, so that is waited for. Where nodes are missing,
+    an autoscaler is shown what is needed, and nodes that it starts are waited for.
 
     Raises:
         ClusterError: The pools cannot fit, or did not within the limit.
     """
     patience = Patience(limit_s=BUSY_LIMIT_S, hopeless_s=JOIN_S)
-    while True:
-        nodes = free_nodes()
-        problem = misfit(settings, nodes)
-        if problem is None:
-            return
-        patience.go_on(problem, never=hopeless(settings, nodes))
-        time.sleep(_POLL_S)
+    with Demand(_bundles(settings)) as demand:
+        while True:
+            nodes = free_nodes()
+            problem = misfit(settings, nodes)
+            if problem is None:
+                return
+            never = hopeless(settings, nodes)
+            if never is not None:
+                demand.show()
+            patience.go_on(problem, never=never)
+            time.sleep(_POLL_S)
+            demand.settle()
+
+
+def _bundles(settings: ServiceSettings) -> list[Bundle]:
+    """What the replicas of the smallest pools need."""
+    return [
+        Bundle(pool.num_cpus, pool.num_gpus, pool.labels)
+        for pool in (*settings.pools.values(), settings.ingress)
+        for _ in range(pool.replicas.minimum)
+    ]
 
 
 def hopeless(settings: ServiceSettings, nodes: Sequence[FreeNode]) -> str | None:

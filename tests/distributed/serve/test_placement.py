@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,8 @@ from rayapp.distributed.serve import placement
 from rayapp.distributed.serve.placement import check_placement, check_readable, misfit
 from rayapp.distributed.serve.settings import ServiceSettings
 from rayapp.errors import ClusterError, ModelError, PlanError
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
 def node(role, cpus, gpus=0.0):
@@ -32,6 +36,26 @@ def taken(role, cpus):
 def nodes(monkeypatch):
     """What the cluster tells of its nodes, time after time; the last for ever."""
 
+    class Shown:
+        """In place of a demand, which is shown on a real cluster below."""
+
+        def __init__(self, bundles):
+            self.bundles = bundles
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            shown.append("ended")
+
+        def show(self):
+            shown.append("shown")
+
+        def settle(self):
+            pass
+
+    shown = []
+
     def told(*times, on_their_way=False):
         told_s, left = iter(times), []
 
@@ -41,6 +65,8 @@ def nodes(monkeypatch):
 
         monkeypatch.setattr(placement, "free_nodes", next_time)
         monkeypatch.setattr(placement, "nodes_on_their_way", lambda: on_their_way)
+        monkeypatch.setattr(placement, "Demand", Shown)
+        return shown
 
     monkeypatch.setattr(placement, "_POLL_S", 0.01)
     monkeypatch.setattr(patience, "TELL_EVERY_S", 0.02)
@@ -78,8 +104,9 @@ def test_pools_do_not_share_what_is_free():
 def test_pools_wait_for_what_others_use_and_say_so(nodes, monkeypatch, caplog):
     monkeypatch.setattr(placement, "JOIN_S", 0.0)
     busy, free = [taken("prefill", 2), node("decode", 1)], [node("prefill", 2), node("decode", 1)]
-    nodes(*[busy] * 20, free)
+    shown = nodes(*[busy] * 20, free)
     check_placement(settings_of())
+    assert shown == ["ended"], "no node is missing"
     assert "prefill needs 1 replicas of 1 CPU" in caplog.text
     assert "only 0 fit (10.0.0.prefill: 0 CPU" in caplog.text
 
@@ -93,9 +120,11 @@ def test_pools_that_others_never_leave_room_for_give_up(nodes, monkeypatch):
 
 def test_pools_that_idle_nodes_cannot_hold_fail_soon(nodes, monkeypatch):
     monkeypatch.setattr(placement, "JOIN_S", 0.1)
-    nodes([node("prefill", 2), node("", 2)])
+    shown = nodes([node("prefill", 2), node("", 2)])
     with pytest.raises(ClusterError, match=r"^decode needs 1 replicas .* no node of the cluster"):
         check_placement(settings_of())
+    assert shown[0] == "shown"
+    assert shown[-1] == "ended"
 
 
 def test_pools_wait_for_nodes_that_are_on_their_way(nodes, monkeypatch):
@@ -162,6 +191,32 @@ def test_a_node_that_never_answers_is_given_up(cluster, monkeypatch):
     monkeypatch.setattr(placement, "unreadable", stuck)
     with pytest.raises(ClusterError, match=r"gave up after .* node 127.0.0.4 .role=decode"):
         check_readable(settings_of(model="/m"))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_cluster_that_was_scaled_to_zero_starts_the_nodes_that_pools_need(monkeypatch):
+    """Only those types are started that can hold something, and nothing holds them afterwards."""
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    from serving.growing_cluster import NodeType, growing_cluster
+
+    roles = ("prefill", "decode", "other")
+    types = {role: NodeType({"role": role}, most=2) for role in roles}
+    with growing_cluster(types, head_cpus=1, idle_s=60.0) as cluster:
+        ray.init(cluster.address, log_to_driver=False, logging_level="error")
+        assert [cluster.count(role) for role in roles] == [0, 0, 0]
+        settings = settings_of(decode={"replicas": 2, "labels": {"role": "decode"}})
+        check_placement(settings)
+        assert [cluster.count(role) for role in roles] == [1, 2, 0]
+        assert misfit(settings, free_nodes()) is None
+        began = time.monotonic()
+        with pytest.raises(ClusterError, match="labelled role=moon, and no node"):
+            check_placement(settings_of(decode={"labels": {"role": "moon"}}))
+        assert time.monotonic() - began < 30
+        assert not [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
 
 
 @pytest.mark.slow
