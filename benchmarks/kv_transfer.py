@@ -182,4 +182,4 @@ def _row(row: Record, dense_bytes: int | None) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    run(parser(), measure, report)
+    run(parser(), measure, report, label=lambda arguments: arguments.shape)
