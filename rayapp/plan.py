@@ -289,10 +289,12 @@ class PruningPlan(Strict):
     def only_changes_decode(self) -> bool:
         """Whether decode is not dense, and prefill runs all blocks on all tokens.
 
-        Healing adds nothing to it: it trains a stage for what that stage misses.
+        Healing adds nothing to it: it trains a stage for what that stage misses. Tensors where no
+        stage misses anything may be of either stage.
         """
-        prefill_is_dense = not self.removed("prefill") and self.visual_tokens is None
-        return prefill_is_dense and not self.is_empty
+        if self.removed("prefill") or self.visual_tokens is not None:
+            return False
+        return self.removed("decode") > 0 or not (self.healed or self.is_empty)
 
     @property
     def is_empty(self) -> bool:

@@ -213,6 +213,8 @@ def test_removals_count_parts_as_halves():
         ({"kv_transfer": {"1": {"encoding": "int8"}}}, True),
         ({"prefill": {"blocks": {"3": "kv_only"}}}, False),
         ({"visual_tokens": {"num_keep": 8}, "decode": {"blocks": {"3": "removed"}}}, False),
+        ({"healed": 24 * "a", "decode": {"blocks": {"3": "removed"}}}, True),
+        ({"healed": 24 * "a"}, False),
     ],
 )
 def test_plans_that_change_decode_alone(content, only):

@@ -121,6 +121,8 @@ def test_fewer_channels_are_judged_beside_fewer_blocks(values, tmp_path):
     assert answers[0] != answers[1] != channels.data["XSum"].metrics[0].dense
     assert pop.latency
     assert not channels.latency, "zeros are still multiplied"
+    assert channels.weights is None
+    assert not channels.only_decode
 
 
 @pytest.mark.slow

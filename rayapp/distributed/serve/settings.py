@@ -137,7 +137,8 @@ class PoolSettings(Strict):
 
 
 KV_PART_MS = 20.0
-"""Milliseconds that the calls for one part of a prompt's KV take (project default)."""
+"""Milliseconds that one part of a prompt's KV costs (project default): its calls, and what they
+take from a prefill that runs beside them."""
 
 
 class Deadlines(Strict):
@@ -222,8 +223,8 @@ class ServiceSettings(Strict):
     kv_part_ms: float = Field(
         default=KV_PART_MS,
         ge=0.0,
-        description="Milliseconds that the calls for a part of a prompt's KV take, which decides "
-        "how large parts leave while the rest is computed; 0 sends all that is finished.",
+        description="Milliseconds that a part of a prompt's KV costs, which decides what size of "
+        "parts leaves while the rest is computed; 0 sends all that is finished.",
     )
     short_prompt_tokens: int = Field(
         default=0,

@@ -84,8 +84,9 @@ def _paper(num_blocks: int) -> Iterator[Row]:
         yield _sized("healed", "ours, blocks, healed", "ours", size, _OURS, healed=True)
     pairs = tuple(_name("ours", size) for size in ours if all(size))
     yield Row("kv_selected", "ours, with KV selection", "ours", after=pairs)
-    title = "MLP channels of as many parameters, first token from decode"
     for size in (size for size in theirs if not size[1]):
+        blocks = "1 block" if size[0] == 1 else f"{size[0]} blocks"
+        title = f"MLP channels, parameters of {blocks}, first token from decode"
         yield _sized("channels", title, _WANDA, size, None, "decode", narrows=True)
     for encoding in ("int8", "int4"):
         made = partial(encoded, encoding)

@@ -39,7 +39,7 @@ class Row:
         fitted: Whether the plan is that of the row ``after``, healed in closed form.
         encoding: How the plan of the row ``after`` encodes all of its KV; None leaves it as it is.
         narrows: Whether the plan lacks channels of MLPs in place of blocks, as many parameters; it
-            has no speed of its own.
+            has neither speed nor parameter bytes of its own.
         mapped: Whether the plan is that of the blocks that cost least alone, by the map of blocks.
         plan: A plan's directory or file, for a row of a plan that exists already.
     """

@@ -2,9 +2,10 @@
 
 A baseline for plans of blocks: it takes as many parameters from prefill, a few channels of every
 MLP in place of whole blocks. A channel counts as much as its states weigh in the products of
-``down_proj``, the sum over outputs of ``|W_ij| ||X_j||`` (Wanda-sp, arXiv:2312.11983). Quality is
-that of smaller matrices, while the zeros that stand for missing channels are still multiplied, so
-such a plan has no speed of its own.
+``down_proj``, the sum over outputs of ``|W_ij| ||X_j||`` (Wanda-sp, arXiv:2312.11983). All MLPs
+lose the same share, attention loses nothing, and states are those of prompts (project defaults).
+Quality is that of smaller matrices, while the zeros that stand for missing channels are still kept
+and multiplied, so such a plan has neither speed nor parameter bytes of its own.
 
 Shapes: T = prompt tokens, E = hidden size, I = channels of an MLP.
 """

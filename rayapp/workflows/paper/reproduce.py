@@ -290,7 +290,7 @@ class _Reproduction:
         update = {
             "latency": timings,
             "timed_bytes": (sent[0], sent[1]),
-            "weights": compute.measure(WeightBytes.of),
+            "weights": None if row.narrows else compute.measure(WeightBytes.of),
         }
         return outcome.model_copy(update=update)
 
