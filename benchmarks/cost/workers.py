@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import os
 import random
 import statistics
 import time
@@ -17,6 +16,7 @@ from cost.trial import score_of, search
 from rayapp.models.loading import LoadedModel
 from rayapp.pruning.candidates.candidate import Candidate
 from rayapp.pruning.candidates.space import Space
+from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.scorer import Done, split_work
 from rayapp.pruning.settings.compute import CACHE_BYTES, ComputeSettings
 
@@ -30,13 +30,26 @@ def two_workers(arguments: argparse.Namespace, model: LoadedModel) -> dict[str, 
     Two evaluators share the cache bytes of the one, so that the gain does not come from a larger
     cache.
     """
-    os.environ.update({"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"})
+    import ray
+
+    from rayapp.distributed.cluster.local import NodeSpec, local_cluster
+
+    lines = equal_lines(model.tokenizer, arguments, "calibration", arguments.lines, arguments.seed)
+    with local_cluster([NodeSpec(num_cpus=4)]) as cluster:
+        ray.init(cluster.address, logging_level="warning")
+        seconds = _measured(arguments, model, lines)
+    ratios = [one / two for one, two in zip(*seconds.values(), strict=True)]
+    return {"seconds": seconds, "speed_up": statistics.median(ratios), "ratios": ratios}
+
+
+def _measured(
+    arguments: argparse.Namespace, model: LoadedModel, lines: Calibration
+) -> dict[int, list[float]]:
+    """Seconds of the runs on one and on two evaluators of the cluster."""
     import ray
 
     from rayapp.distributed.evaluator_pool import EvaluatorPool
 
-    lines = equal_lines(model.tokenizer, arguments, "calibration", arguments.lines, arguments.seed)
-    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="warning")
     pools = {
         count: EvaluatorPool(
             score_of(arguments),
@@ -60,9 +73,7 @@ def two_workers(arguments: argparse.Namespace, model: LoadedModel) -> dict[str, 
                 seconds[count].append(time.perf_counter() - started)
     for pool in pools.values():
         pool.close()
-    ray.shutdown()
-    ratios = [one / two for one, two in zip(*seconds.values(), strict=True)]
-    return {"seconds": seconds, "speed_up": statistics.median(ratios), "ratios": ratios}
+    return seconds
 
 
 def simulation(arguments: argparse.Namespace, model: LoadedModel) -> list[dict[str, float]]:
