@@ -55,7 +55,7 @@ _LONE = Arrival(0.0, 16, 8)
 _NUM_LONE = 3
 _MAX_MODEL_LEN = 4096
 _TIMEOUT_S = 600.0
-_NODES_IDLE_S = 6.0
+_NODES_IDLE_S = 20.0
 
 
 def parser() -> ArgumentParser:

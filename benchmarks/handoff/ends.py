@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
 
+from rayapp.engine.request import GenerationRequest
 from rayapp.engine.sequences.memory import KVMemory
 from rayapp.engine.sequences.paged_kv import PagedKV
+from rayapp.engine.sequences.running import Reservation
 from rayapp.kv.growing import PromptKV
+from rayapp.kv.landing import land
 from rayapp.kv.ledger import KVShape
 from rayapp.kv.parts import PartCutter
 from rayapp.kv.segment import KVExtent, KVSegment
-from rayapp.kv.wire import Envelope, message_sizes, pack, unpack
+from rayapp.kv.wire import Envelope, message_sizes, pack
 from rayapp.plan import PruningPlan
 
 _RANDOM = 1 << 20
@@ -115,19 +119,20 @@ class Receiver(_End):
         limit = num_tokens + 16
         pages = PagedKV(stack, stack.plan, max_num_seqs=1, max_model_len=limit, memory=KVMemory())
         extent = KVExtent(num_tokens, num_tokens)
-        self._held = pages.take(extent, [16], 1, is_alone=True)
-        self._pages, self._extent = pages, extent
-        self._loaded = pages.nothing_loaded()
+        held = pages.take(extent, [16], 1, is_alone=True)
+        prompt = (GenerationRequest("r", tuple(range(num_tokens))),)
+        self._reserved = partial(Reservation, prompt, extent, held, pages)
+        self._reservation = self._reserved()
 
     async def load(self, references: list[Any], part: int = 0, is_last: bool = True) -> tuple:
         """Fetch a message, check it and copy it; return its payload and its overhead in bytes."""
         if not part:
-            self._loaded = self._pages.nothing_loaded()
+            self._reservation = self._reserved()
         message = await references[0]
-        segment = unpack(message, Envelope("r", 0, "p", "w", part, is_last))
-        self._loaded = self._pages.load(self._held, segment, self._loaded)
-        if is_last and self._pages.num_missing(self._extent, self._loaded):
-            raise AssertionError(f"{self._loaded.counts} entries came")
+        envelope = Envelope("r", 0, "p", "w", part, is_last)
+        self._reservation.load(land(message, envelope, self._reservation))
+        if is_last:
+            self._reservation.check_complete()
         sizes = message_sizes(message)
         return sizes.payload_bytes, sizes.overhead_bytes
 

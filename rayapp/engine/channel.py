@@ -15,8 +15,9 @@ owns the message at the end of that call until a decode stage has fetched it::
 
 A channel moves the pieces of messages; :func:`rayapp.kv.wire.unpack` checks their meaning. What a
 stream yields for a message is what :meth:`KVChannel.publish` makes of it, so a faster link sends a
-descriptor of memory that it has registered, and fetches from there. The in-process
-channel is the twin of the one over Ray's object store; both must pass the same contract test.
+descriptor of memory that it has registered, and reads from there into the receiver's pages
+(:mod:`rayapp.kv.landing`). The in-process channel is the twin of the one over Ray's object store;
+both must pass the same contract test.
 """
 
 from __future__ import annotations
@@ -112,9 +113,11 @@ class KVChannel(Protocol):
 
     @staticmethod
     async def fetch(handle: Any) -> Any:
-        """Return the message behind a handle, read-only.
+        """Return the message behind a handle, an :class:`rayapp.kv.pieces.Arrival`.
 
-        Any process may call this, any number of times.
+        Any process may call this, any number of times. A channel whose bytes lie in the memory of
+        this process or node returns them, read-only; one that reads registered memory fetches the
+        head, and its arrival reads the body into the pages that were taken for it.
 
         Raises:
             TransferError: The message was released or lost. An exception that the prefill raised

@@ -2,15 +2,15 @@
 
 A contiguous message would have to be copied together, only to be copied again into an object store.
 Pieces are views of the memory that the KV was computed into; a store copies them once, and the
-receiver reads them where they lie.
+receiver copies them once more, to where they stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,42 @@ import torch
 from rayapp.errors import WireError
 
 Bytes = npt.NDArray[np.uint8]
+
+COPIED_AT_ONCE = 256 << 10
+"""Bytes that are copied, then noted while a processor's cache has them (project default)."""
+
+
+class Arrival(Protocol):
+    """A message at its receiver, whose body may still lie elsewhere.
+
+    A faster link hands out the head, which is small, and reads the body from memory that the sender
+    registered straight into the places where it is to stay.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of the whole message."""
+        ...
+
+    @property
+    def head(self) -> Bytes:
+        """The first bytes of the message, at least its prefix and its header."""
+        ...
+
+    def read(self, begin: int, places: Iterable[Bytes], note: Callable[[Bytes], object]) -> None:
+        """Copy the bytes from ``begin`` on into some places, one place after the other.
+
+        Nothing writes to them any more when this returns or raises.
+
+        Args:
+            begin: Number of bytes of the message before the first place.
+            places: Rows of bytes to fill.
+            note: Called with all that was copied, in order.
+
+        Raises:
+            TransferError: The message was released or lost.
+        """
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +73,25 @@ class Message:
     def nbytes(self) -> int:
         """Number of bytes of all pieces."""
         return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def head(self) -> Bytes:
+        """The first piece; see :class:`Arrival`."""
+        return self.pieces[0]
+
+    def read(self, begin: int, places: Iterable[Bytes], note: Callable[[Bytes], object]) -> None:
+        """Copy the bytes from ``begin`` on into some places; see :class:`Arrival`."""
+        pieces = self._covered(begin, self.nbytes)
+        source = self.pieces[0][:0]
+        for place in places:
+            done = 0
+            while done < len(place):
+                source = source if len(source) else next(pieces)
+                size = min(len(place) - done, len(source), COPIED_AT_ONCE)
+                target = place[done : done + size]
+                target[:] = source[:size]
+                note(target)
+                source, done = source[size:], done + size
 
     def flat(self) -> Bytes:
         """Copy all bytes into one array."""

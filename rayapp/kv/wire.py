@@ -40,9 +40,9 @@ from rayapp.kv.header import (
     positions_of,
     runs_of,
 )
-from rayapp.kv.pieces import Bytes, Message, pieces_of
+from rayapp.kv.pieces import Arrival, Bytes, Message, pieces_of
 from rayapp.kv.quantize import SCALE_DTYPE, buffer_sizes, decode, encode
-from rayapp.kv.segment import BlockKV, KVSegment
+from rayapp.kv.segment import BlockKV, KVExtent, KVSegment
 from rayapp.plan import Encoding
 
 if sys.byteorder != "little":
@@ -119,7 +119,7 @@ def pack(segment: KVSegment, envelope: Envelope) -> Message:
         padding = aligned(tensor.nbytes) - tensor.nbytes
         if padding:
             pieces.append(np.zeros(padding, dtype=np.uint8))
-    checksum = _CHECKSUM.pack(_digest(pieces))
+    checksum = _CHECKSUM.pack(digest_of(pieces).intdigest())
     head[_CHECKSUM_AT : _CHECKSUM_AT + len(checksum)] = np.frombuffer(checksum, np.uint8)
     return Message(tuple(pieces))
 
@@ -129,8 +129,8 @@ def unpack(message: Message | Bytes, expected: Envelope) -> KVSegment:
 
     **The segment is read-only.** Blocks in the model's own type are views of ``message``, which may
     be shared memory of an object store: writing through them would change it for every reader, and
-    torch cannot forbid it. Copy them into memory of your own. Quantised blocks are decoded into
-    fresh tensors.
+    torch cannot forbid it. Copy them into memory of your own, or call
+    :func:`rayapp.kv.landing.land` instead. Quantised blocks are decoded into fresh tensors.
 
     Args:
         message: The message, or all its bytes in one row.
@@ -141,22 +141,37 @@ def unpack(message: Message | Bytes, expected: Envelope) -> KVSegment:
     """
     message = _as_message(message)
     header_bytes = _check_prefix(message)
-    _check_digest(message)
+    check_digest(message, digest_of(message.pieces))
     header, body_at = _read_header(message, header_bytes)
     _check_envelope(header, expected)
-    blocks = tuple(_read_block(header, entry, message, body_at) for entry in header.blocks)
-    return KVSegment(
-        blocks,
-        header.num_prompt_tokens,
-        header.num_prefilled,
-        header.num_visual_tokens_removed,
-        header.is_compact,
-    )
+    return segment_of(header, [_views(header, e, message, body_at) for e in header.blocks])
 
 
-def message_sizes(message: Message | Bytes) -> MessageSizes:
+def extent_of(message: Arrival, expected: Envelope) -> KVExtent:
+    """Read the lengths of a message's prompt from its header.
+
+    Raises:
+        WireError: The header is malformed, or its envelope is not ``expected``. Damage of other
+            kinds is not noticed.
+    """
+    return _extent(read_head(message, expected)[0])
+
+
+def read_head(message: Arrival, expected: Envelope) -> tuple[Header, int]:
+    """Return a message's header, and the offset at which its buffers begin.
+
+    Raises:
+        WireError: The header is malformed, or its envelope is not ``expected``.
+    """
+    header, body_at = _read_header(message, _check_prefix(message))
+    _check_envelope(header, expected)
+    return header, body_at
+
+
+def message_sizes(message: Arrival | Bytes) -> MessageSizes:
     """Read the sizes of ``message`` from its header; ``total_bytes`` equals ``message.nbytes``."""
-    message = _as_message(message)
+    if isinstance(message, np.ndarray):
+        message = _as_message(message)
     payload_bytes = _read_header(message, _check_prefix(message))[0].payload_bytes
     return MessageSizes(payload_bytes, message.nbytes - payload_bytes)
 
@@ -228,18 +243,19 @@ def _common_shape(segment: KVSegment) -> tuple[torch.dtype, int, int]:
     return shapes.pop()
 
 
-def _digest(pieces: Sequence[Bytes]) -> int:
+def digest_of(pieces: Sequence[Bytes]) -> xxhash.xxh3_64:
     """XXH3-64 of everything but the checksum itself, which is in the first piece."""
     digest = xxhash.xxh3_64(pieces[0].data[:_CHECKSUM_AT])
     digest.update(pieces[0].data[_CHECKSUM_AT + _CHECKSUM.size :])
     for piece in pieces[1:]:
         digest.update(piece.data)
-    return digest.intdigest()
+    return digest
 
 
-def _check_digest(message: Message) -> None:
-    stored = int(_CHECKSUM.unpack_from(message.pieces[0].data, _CHECKSUM_AT)[0])
-    actual = _digest(message.pieces)
+def check_digest(message: Arrival, digest: xxhash.xxh3_64) -> None:
+    """Raise :class:`WireError` unless a message was packed with this checksum."""
+    stored = int(_CHECKSUM.unpack_from(message.head.data, _CHECKSUM_AT)[0])
+    actual = digest.intdigest()
     if stored != actual:
         raise WireError(
             f"the KV message's checksum is {actual:#018x}, it was packed with {stored:#018x}; "
@@ -247,9 +263,9 @@ def _check_digest(message: Message) -> None:
         )
 
 
-def _check_prefix(message: Message) -> int:
+def _check_prefix(message: Arrival) -> int:
     """Check a message's prefix against its real size; return the number of bytes of its header."""
-    head = message.pieces[0]
+    head = message.head
     if head.nbytes < PREFIX_BYTES:
         raise WireError(
             f"a KV message has at least {PREFIX_BYTES} bytes, got {head.nbytes}; prefill again"
@@ -272,10 +288,10 @@ def _check_prefix(message: Message) -> int:
     return int(header_bytes)
 
 
-def _read_header(message: Message, header_bytes: int) -> tuple[Header, int]:
+def _read_header(message: Arrival, header_bytes: int) -> tuple[Header, int]:
     """Return the validated header, and the offset at which the buffers begin."""
     body_at = PREFIX_BYTES + aligned(header_bytes)
-    text = message.pieces[0][PREFIX_BYTES : PREFIX_BYTES + header_bytes]
+    text = message.head[PREFIX_BYTES : PREFIX_BYTES + header_bytes]
     header = Header.parse(text.tobytes())
     if body_at + header.body_bytes != message.nbytes:
         raise WireError(
@@ -295,20 +311,43 @@ def _check_envelope(header: Header, expected: Envelope) -> None:
             )
 
 
-def _read_block(header: Header, entry: BlockHeader, message: Message, body_at: int) -> BlockKV:
-    dtype = DTYPES[header.dtype]
-    types = (
-        (dtype, dtype)
-        if entry.encoding == "model"
-        else (_CODE_DTYPES[entry.encoding], SCALE_DTYPE) * 2
+def _extent(header: Header) -> KVExtent:
+    return KVExtent(
+        header.num_prompt_tokens,
+        header.num_prefilled,
+        header.num_visual_tokens_removed,
+        header.is_compact,
     )
-    buffers = tuple(
+
+
+def segment_of(header: Header, buffers: Sequence[tuple[torch.Tensor, ...]]) -> KVSegment:
+    """The segment that a header describes, from the buffers of all blocks."""
+    blocks = (_block(header, *entry) for entry in zip(header.blocks, buffers, strict=True))
+    return _extent(header).segment(blocks)
+
+
+def _block(header: Header, entry: BlockHeader, buffers: tuple[torch.Tensor, ...]) -> BlockKV:
+    shape = (header.num_kv_heads, entry.num_entries, header.head_dim)
+    keys_HND, values_HND = decode(buffers, entry.encoding, shape, DTYPES[header.dtype])
+    return BlockKV(entry.block, keys_HND, values_HND, positions_of(entry.runs), entry.encoding)
+
+
+def types_of(header: Header, entry: BlockHeader) -> tuple[torch.dtype, ...]:
+    """Element types of a block's buffers."""
+    if entry.encoding == "model":
+        return (DTYPES[header.dtype],) * 2
+    return (_CODE_DTYPES[entry.encoding], SCALE_DTYPE) * 2
+
+
+def _views(
+    header: Header, entry: BlockHeader, message: Message, body_at: int
+) -> tuple[torch.Tensor, ...]:
+    """The buffers of a block, as views of a message."""
+    types = types_of(header, entry)
+    return tuple(
         _typed(message.rows(body_at + offset, size), buffer_type)
         for offset, size, buffer_type in zip(entry.offsets, header.sizes(entry), types, strict=True)
     )
-    shape = (header.num_kv_heads, entry.num_entries, header.head_dim)
-    keys_HND, values_HND = decode(buffers, entry.encoding, shape, dtype)
-    return BlockKV(entry.block, keys_HND, values_HND, positions_of(entry.runs), entry.encoding)
 
 
 def _typed(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

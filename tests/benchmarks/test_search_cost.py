@@ -49,11 +49,12 @@ def test_the_parts_that_need_no_ray(run_script, save_tiny, tmp_path, capsys):
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_workers(save_tiny, tmp_path):
     words = ["--model", save_tiny(tmp_path, "llama"), *SMALL, "--only", "workers"]
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "search_cost.py"), *map(str, words), "--out", tmp_path],
-        capture_output=True, text=True, timeout=280, check=False,
+        capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Two Ray evaluators against one" in done.stdout

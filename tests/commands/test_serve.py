@@ -148,31 +148,28 @@ def test_from_ready_line_to_interrupt_in_throughput_mode(testbed_path, served, m
 @pytest.mark.script
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_demo_twice(tmp_path):
-    """The whole loop, and at once again over what it left."""
-    mark = f"RAYAPP_TEST_{os.getpid()}"
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-m", "rayapp.cli", "demo", "--out", str(tmp_path / "demo")],
-            capture_output=True, text=True, timeout=700, check=False,
-            env={**os.environ, mark: "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "reduction factor" in done.stdout
-        assert "answer NLL" in done.stdout
-        out = tmp_path / "demo"
-        for name in (
-            "plan.json",
-            "trials.parquet",
-            "ledger.json",
-            "report.html",
-            "evaluation.json",
-        ):
-            assert (out / name).is_file(), name
-        plan = json.loads((out / "plan.json").read_text())
-        assert plan["prefill"]["blocks"] != plan["decode"]["blocks"]
-        answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
-        assert len(answers) == 8
+def test_the_demo(tmp_path):
+    """The whole loop, over what a demo that was stopped early had left."""
+    mark, out = f"RAYAPP_TEST_{os.getpid()}", tmp_path / "demo"
+    command = [sys.executable, "-m", "rayapp.cli", "demo", "--out", str(out)]
+    environment = {**os.environ, mark: "1"}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as stopped:
+        while not list(out.glob("*.parquet")):
+            assert stopped.poll() is None
+            time.sleep(0.1)
+        stopped.send_signal(signal.SIGINT)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=1000, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "reduction factor" in done.stdout
+    assert "answer NLL" in done.stdout
+    for name in ("plan.json", "trials.parquet", "ledger.json", "report.html", "evaluation.json"):
+        assert (out / name).is_file(), name
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["prefill"]["blocks"] != plan["decode"]["blocks"]
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 8
     until_s = time.monotonic() + 60
     while left_behind(mark):
         assert time.monotonic() < until_s

@@ -1,12 +1,13 @@
 """A stand-in for links that read registered memory, such as NIXL's: buffers in shared memory.
 
-The producer registers one buffer per message and sends its descriptor; whoever has the descriptor
-reads the buffer, from any process of this machine, and the owner gives it up.
+The producer registers one buffer per message and sends its descriptor, with the message's head in
+it. Whoever has the descriptor reads the buffer into places of its own, from any process of this
+machine, and the owner gives it up.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker, shared_memory
@@ -16,15 +17,16 @@ import numpy as np
 
 from rayapp.engine.budget import ByteBudget
 from rayapp.engine.channel import LocalStream, after_release
-from rayapp.kv.pieces import Message
+from rayapp.kv.pieces import Bytes, Message
 
 
 @dataclass(frozen=True)
 class Descriptor:
-    """Where a message is, and how many bytes its pieces have."""
+    """Where a message is, how many bytes it has, and its first piece."""
 
     name: str
-    sizes: tuple[int, ...]
+    nbytes: int
+    head: bytes
 
 
 @dataclass(eq=False)
@@ -32,6 +34,42 @@ class RegisteredHandle:
     """The descriptor, None once released."""
 
     descriptor: Descriptor | None
+
+
+@dataclass(frozen=True)
+class RegisteredArrival:
+    """A message whose head is here, and whose body is read from registered memory."""
+
+    handle: RegisteredHandle
+
+    @property
+    def nbytes(self) -> int:
+        return self._descriptor.nbytes
+
+    @property
+    def head(self) -> Bytes:
+        return np.frombuffer(self._descriptor.head, np.uint8)
+
+    def read(self, begin: int, places: Iterable[Bytes], note: Callable[[Bytes], object]) -> None:
+        """Read all places in one go, as a link with one list of descriptors does."""
+        try:
+            buffer = shared_memory.SharedMemory(self._descriptor.name)
+        except FileNotFoundError:
+            raise after_release() from None
+        _forget(buffer)
+        places = list(places)
+        for place in places:
+            place[:] = np.frombuffer(buffer.buf, np.uint8, len(place), begin)
+            begin += len(place)
+        buffer.close()
+        for place in places:
+            note(place)
+
+    @property
+    def _descriptor(self) -> Descriptor:
+        if self.handle.descriptor is None:
+            raise after_release()
+        return self.handle.descriptor
 
 
 class RegisteredChannel:
@@ -42,16 +80,15 @@ class RegisteredChannel:
 
     @staticmethod
     def publish(message: Message) -> Descriptor:
-        sizes = tuple(piece.nbytes for piece in message.pieces)
-        buffer = shared_memory.SharedMemory(create=True, size=max(1, sum(sizes)))
+        buffer = shared_memory.SharedMemory(create=True, size=max(1, message.nbytes))
         begin = 0
-        for piece, size in zip(message.pieces, sizes, strict=True):
-            buffer.buf[begin : begin + size] = piece.data
-            begin += size
+        for piece in message.pieces:
+            buffer.buf[begin : begin + piece.nbytes] = piece.data
+            begin += piece.nbytes
         _forget(buffer)  # It is the receiver's from here on.
         buffer.close()
         _PUBLISHED.add(buffer.name)
-        return Descriptor(buffer.name, sizes)
+        return Descriptor(buffer.name, message.nbytes, message.head.tobytes())
 
     @staticmethod
     def close() -> None:
@@ -85,21 +122,12 @@ class RegisteredChannel:
             self.release(handle)
 
     @staticmethod
-    async def fetch(handle: RegisteredHandle) -> Message:
+    async def fetch(handle: RegisteredHandle) -> RegisteredArrival:
         if handle.descriptor is None:
             raise after_release()
-        buffer = shared_memory.SharedMemory(handle.descriptor.name)
-        _forget(buffer)
-        pieces, begin = [], 0
-        for size in handle.descriptor.sizes:
-            pieces.append(np.frombuffer(buffer.buf, np.uint8, size, begin))
-            begin += size
-        message = Message(tuple(pieces))
-        _MAPPED.append(buffer)  # The views need its mapping, which nothing else keeps.
-        return message
+        return RegisteredArrival(handle)
 
 
-_MAPPED: list[Any] = []
 _PUBLISHED: set[str] = set()
 
 
@@ -110,6 +138,6 @@ def _unlink(name: str) -> None:
     buffer.close()
 
 
-def _forget(buffer: shared_memory.SharedMemory) -> None:
+def _forget(buffer: Any) -> None:
     """Python unlinks what a process has opened when that ends; the owner does so here."""
     resource_tracker.unregister(buffer._name, "shared_memory")

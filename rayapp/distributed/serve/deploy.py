@@ -26,7 +26,12 @@ from rayapp.distributed.cluster.nodes import free_nodes
 from rayapp.distributed.cluster.patience import Patience
 from rayapp.distributed.serve import decisions
 from rayapp.distributed.serve.autoscaling import POLICY
-from rayapp.distributed.serve.placement import check_placement, check_readable, hopeless
+from rayapp.distributed.serve.placement import (
+    check_placement,
+    check_readable,
+    demand_of,
+    hopeless,
+)
 from rayapp.distributed.serve.replicas.stage import image_support
 from rayapp.distributed.serve.settings import APP_NAME, ServiceSettings
 from rayapp.engine.prefill import check_prunable
@@ -208,21 +213,28 @@ def apply(settings: ServiceSettings, configured: Configured = configuration) -> 
 
 
 def _wait_ready(settings: ServiceSettings, ready_s: float) -> dict[str, Any]:
-    """The body of ``/health`` once it says that every pool answers."""
+    """The body of ``/health`` once it says that every pool answers.
+
+    Nodes that were idle too long while Serve started are asked for once more.
+    """
     patience, reason = Patience(limit_s=ready_s), "the ingress does not answer yet"
     headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
-    while True:
-        _check_status()
-        with suppress(httpx.HTTPError, ValueError):
-            answer = httpx.get(f"{settings.url}/health", headers=headers, timeout=10.0)
-            body = answer.json()
-            if answer.status_code == 200:
-                return dict(body)
-            reason = body.get("reason", reason) if isinstance(body, dict) else reason
-        if patience.is_due:
-            awaited = f"{reason}; see `serve status` and the replicas' logs"
-            patience.go_on(awaited, never=hopeless(settings, free_nodes()))
-        time.sleep(_POLL_S)
+    with demand_of(settings) as demand:
+        while True:
+            _check_status()
+            with suppress(httpx.HTTPError, ValueError):
+                answer = httpx.get(f"{settings.url}/health", headers=headers, timeout=10.0)
+                body = answer.json()
+                if answer.status_code == 200:
+                    return dict(body)
+                reason = body.get("reason", reason) if isinstance(body, dict) else reason
+            if patience.is_due:
+                never = hopeless(settings, free_nodes())
+                if never is not None:
+                    demand.show()
+                patience.go_on(f"{reason}; see `serve status` and the replicas' logs", never=never)
+            time.sleep(_POLL_S)
+            demand.settle()
 
 
 def _check_status() -> None:

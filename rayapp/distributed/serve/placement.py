@@ -42,7 +42,7 @@ def check_placement(settings: ServiceSettings) -> None:
         ClusterError: The pools cannot fit, or did not within the limit.
     """
     patience = Patience(limit_s=BUSY_LIMIT_S, hopeless_s=JOIN_S)
-    with Demand(_bundles(settings)) as demand:
+    with demand_of(settings) as demand:
         while True:
             nodes = free_nodes()
             problem = misfit(settings, nodes)
@@ -56,13 +56,15 @@ def check_placement(settings: ServiceSettings) -> None:
             demand.settle()
 
 
-def _bundles(settings: ServiceSettings) -> list[Bundle]:
-    """What the replicas of the smallest pools need."""
-    return [
-        Bundle(pool.num_cpus, pool.num_gpus, pool.labels)
-        for pool in (*settings.pools.values(), settings.ingress)
-        for _ in range(pool.replicas.minimum)
-    ]
+def demand_of(settings: ServiceSettings) -> Demand:
+    """The demand of the replicas of the smallest pools."""
+    return Demand(
+        [
+            Bundle(pool.num_cpus, pool.num_gpus, pool.labels)
+            for pool in (*settings.pools.values(), settings.ingress)
+            for _ in range(pool.replicas.minimum)
+        ]
+    )
 
 
 def hopeless(settings: ServiceSettings, nodes: Sequence[FreeNode]) -> str | None:

@@ -172,15 +172,34 @@ class PagedGroup:
 
         Args:
             answers: The pages of every answer.
-            entries: The next entries of every block, of some blocks perhaps none.
+            entries: The next entries of every block, of some blocks perhaps none; those that lie in
+                their :meth:`landing_place` already stay there.
             begins: Number of entries of every block that were copied before.
         """
-        prompt = answers[0].prompt
-        for sheet in [held.sheet for held in answers] if prompt is None else [prompt]:
+        for sheet in _prompt_sheets(answers):
             for index, (entry, begin) in enumerate(zip(entries, begins, strict=True)):
-                keys_HNLD, values_HNLD = self.arena.runs(sheet, begin, begin + entry.num_entries)
-                keys_HNLD[:, index] = entry.keys_HND
-                values_HNLD[:, index] = entry.values_HND
+                keys_HND, values_HND = self._place(sheet, index, begin, entry.num_entries)
+                _copy(entry.keys_HND, keys_HND)
+                _copy(entry.values_HND, values_HND)
+
+    def landing_place(
+        self, answers: Sequence[Entries], block: int, begin: int, num_entries: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views ``(H, L, D)`` of some entries of a block in the pages of the first answer.
+
+        Args:
+            answers: The pages of every answer.
+            block: A block of this group.
+            begin: The first entry's number.
+            num_entries: Number of entries.
+        """
+        return self._place(_prompt_sheets(answers)[0], self.blocks.index(block), begin, num_entries)
+
+    def _place(
+        self, sheet: Sheet, index: int, begin: int, num_entries: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys_HNLD, values_HNLD = self.arena.runs(sheet, begin, begin + num_entries)
+        return keys_HNLD[:, index], values_HNLD[:, index]
 
     def note_positions(self, answers: Sequence[Entries], positions_N: torch.Tensor) -> None:
         """Take note of the positions of the next entries, which a window asks for."""
@@ -327,6 +346,17 @@ class PagedGroup:
                 f"entries, {sheet.used} of them used, {held.low} out of the window, "
                 f"{len(held.positions)} positions"
             )
+
+
+def _prompt_sheets(answers: Sequence[Entries]) -> list[Sheet]:
+    """The sheets with the prompt of some answers: the one that they share, or all of theirs."""
+    shared = answers[0].prompt
+    return [held.sheet for held in answers] if shared is None else [shared]
+
+
+def _copy(source_HLD: torch.Tensor, target_HLD: torch.Tensor) -> None:
+    if source_HLD.data_ptr() != target_HLD.data_ptr():
+        target_HLD.copy_(source_HLD)
 
 
 def _rounded(pages: int, most: int) -> int:

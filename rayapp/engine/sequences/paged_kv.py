@@ -190,13 +190,35 @@ class PagedKV(AttendingCache):
         counts = zip(self.groups, self.num_entries(extent), strict=True)
         return sum(len(group.blocks) * count for group, count in counts) - sum(loaded.counts)
 
+    def landing_place(
+        self,
+        answers: Sequence[SequenceKV],
+        extent: KVExtent,
+        loaded: Loaded,
+        block: int,
+        num_entries: int,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Views ``(H, L, D)`` of the pages into which a block's next entries are copied.
+
+        None if decode does not attend in the block, or the plan sends fewer entries.
+        """
+        if block not in self._places:
+            return None
+        group, _ = self._places[block]
+        number = self.groups.index(group)
+        begin = loaded.counts[self.blocks.index(block)]
+        if begin + num_entries > self.num_entries(extent)[number]:
+            return None
+        return group.landing_place([mine[number] for mine in answers], block, begin, num_entries)
+
     def load(self, answers: Sequence[SequenceKV], segment: KVSegment, loaded: Loaded) -> Loaded:
         """Copy a segment, or the next part of one, into pages from :meth:`take`, on any thread.
 
         Args:
             answers: The pages of all answers to the prompt.
             segment: What follows the entries that have been copied; blocks may be at different
-                entries, and some may have none.
+                entries, and some may have none. What lies in its
+                :meth:`landing_place` stays there.
             loaded: What has been copied before.
 
         Returns:

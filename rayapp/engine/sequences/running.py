@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from rayapp.engine.answer import Answer
 from rayapp.engine.request import FinishReason, GenerationRequest, TokenBatch, TokenLogprobs
 from rayapp.engine.sequences.paged_kv import PagedKV, SequenceKV, StoredKV
@@ -79,6 +81,10 @@ class Reservation:
 
     def __post_init__(self) -> None:
         self._loaded = self.pages.nothing_loaded()
+
+    def place(self, block: int, num_entries: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the pages of a block's next entries; see :class:`rayapp.kv.landing.Landing`."""
+        return self.pages.landing_place(self.held, self.extent, self._loaded, block, num_entries)
 
     def load(self, segment: KVSegment) -> None:
         """Copy the prompt's KV, or its next part, into the pages, on any thread.

@@ -56,7 +56,7 @@ from rayapp.errors import (
     PreemptedError,
     UnavailableError,
 )
-from rayapp.kv.pieces import Message
+from rayapp.kv.pieces import Arrival
 from rayapp.models.stack import BlockStack
 from rayapp.scaling.meters import DecodeMeter
 from rayapp.scaling.reports import DecodeReport
@@ -86,7 +86,7 @@ class DecodeServer:
         place: Place,
         loop: EngineLoop,
         *,
-        fetch: Callable[..., Awaitable[Message]],
+        fetch: Callable[..., Awaitable[Arrival]],
         max_num_seqs: int,
         deadlines: Deadlines,
         memory: KVMemory = KVMemory(),  # noqa: B008 - frozen

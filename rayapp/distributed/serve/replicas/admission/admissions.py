@@ -38,7 +38,7 @@ from rayapp.distributed.serve.settings import Deadlines
 from rayapp.engine.request import GenerationRequest, PromptRequests
 from rayapp.errors import DeadlineError, UnavailableError
 from rayapp.kv.parts import joined
-from rayapp.kv.pieces import Message
+from rayapp.kv.pieces import Arrival
 from rayapp.kv.segment import KVSegment
 from rayapp.kv.wire import Envelope, message_sizes
 
@@ -64,7 +64,7 @@ class Admissions:
         place: Place,
         versions: Versions,
         *,
-        fetch: Callable[..., Awaitable[Message]],
+        fetch: Callable[..., Awaitable[Arrival]],
         bookings: Bookings,
         leases: Leases,
         placing: Placing,
@@ -234,7 +234,7 @@ class Admissions:
                 "raise kv_memory or add replicas"
             ) from None
 
-    async def _fetched(self, lease: Lease, handle: object) -> tuple[Message, float]:
+    async def _fetched(self, lease: Lease, handle: object) -> tuple[Arrival, float]:
         began_s = time.monotonic()
         message = await self._fetch(handle)
         lease.check()
@@ -250,13 +250,11 @@ class Admissions:
         began_s = time.monotonic()
         envelope, known = handover.envelope, handover.known_by_name
         seated = await self._seats(lease)
-        segment = await self._placing.unpacked(message, envelope)
-        lease.check()
         async with self._room_within(handover.wait_s):
-            left = await self._placing.place(segment, seated, known, lease.check)
+            left = await self._placing.land(message, envelope, seated, known, lease.check)
         lease.check()
         if left or lease.waiting:
-            segment = await self._placing.unpacked(message, envelope, owned=True)
+            segment = await self._placing.kept(message, envelope)
             lease.check()
             self._go_on_seating(lease, left, segment, known)
         return Copied(message_sizes(message), fetch_s, time.monotonic() - began_s)

@@ -13,9 +13,10 @@ from rayapp.engine.decode import DecodeEngine
 from rayapp.engine.request import GenerationRequest
 from rayapp.engine.sequences.running import AnswerStart, Reservation
 from rayapp.errors import OverloadedError
-from rayapp.kv.pieces import Message
+from rayapp.kv.landing import land
+from rayapp.kv.pieces import Arrival
 from rayapp.kv.segment import KVExtent, KVSegment
-from rayapp.kv.wire import Envelope, unpack
+from rayapp.kv.wire import Envelope, extent_of
 
 Known = Mapping[str, tuple[int, ...]]
 """The tokens with which answers begin, by request id."""
@@ -79,9 +80,43 @@ class Placing:
         Returns:
             The answers that are left.
         """
-        incoming = await self.expect(segment.extent, requests)
+
+        def copy(reservation: Reservation) -> None:
+            reservation.load(segment)
+
+        return await self._placed(segment.extent, requests, known, check, copy)
+
+    async def land(
+        self,
+        message: Arrival,
+        envelope: Envelope,
+        requests: Sequence[GenerationRequest],
+        known: Known,
+        check: Callable[[], None],
+    ) -> Sequence[GenerationRequest]:
+        """Copy the KV of a message straight into pages for the answers; else as :meth:`place`.
+
+        Raises:
+            WireError: The message is damaged or another's.
+        """
+
+        def copy(reservation: Reservation) -> None:
+            reservation.load(land(message, envelope, reservation))
+
+        extent = extent_of(message, envelope)
+        return await self._placed(extent, requests, known, check, copy)
+
+    async def _placed(
+        self,
+        extent: KVExtent,
+        requests: Sequence[GenerationRequest],
+        known: Known,
+        check: Callable[[], None],
+        copy: Callable[[Reservation], None],
+    ) -> Sequence[GenerationRequest]:
+        incoming = await self.expect(extent, requests)
         try:
-            await self._copying.finish(incoming.reservation.load, segment)
+            await self._copying.finish(copy, incoming.reservation)
             check()
             await self.commit(incoming, known)
         except BaseException:
@@ -110,7 +145,7 @@ class Placing:
             reservation = await self._reserved(extent, requests)
         return Incoming(reservation, tuple(left), keeps or bool(left))
 
-    async def load(self, incoming: Incoming, message: Message, envelope: Envelope) -> None:
+    async def load(self, incoming: Incoming, message: Arrival, envelope: Envelope) -> None:
         """Check a message and copy its KV into the pages, beside the engine.
 
         Nothing refers to the message when this returns or raises.
@@ -120,20 +155,13 @@ class Placing:
         """
         await self._copying.finish(_load, incoming, message, envelope)
 
-    async def unpacked(
-        self, message: Message, envelope: Envelope, *, owned: bool = False
-    ) -> KVSegment:
-        """Check a message beside the engine, and return its segment.
-
-        Args:
-            message: The message, which the segment may share.
-            envelope: The envelope that it must have.
-            owned: True for a segment with memory of its own.
+    async def kept(self, message: Arrival, envelope: Envelope) -> KVSegment:
+        """Copy the KV of a message, beside the engine, into memory that is no page.
 
         Raises:
             WireError: The message is damaged or another's.
         """
-        return await self._copying.finish(_owned if owned else unpack, message, envelope)
+        return await self._copying.finish(land, message, envelope)
 
     async def commit(self, incoming: Incoming, known: Known) -> None:
         """Let the answers with known beginnings take part in the next step; the others give way.
@@ -204,13 +232,7 @@ class Placing:
             self._engine.cancel(request_id)
 
 
-def _load(incoming: Incoming, message: Message, envelope: Envelope) -> None:
-    segment = unpack(message, envelope)
-    incoming.reservation.load(segment)
+def _load(incoming: Incoming, message: Arrival, envelope: Envelope) -> None:
+    incoming.reservation.load(land(message, envelope, incoming.reservation))
     if incoming.keeps:
-        incoming.kept.append(_owned(message, envelope))
-
-
-def _owned(message: Message, envelope: Envelope) -> KVSegment:
-    """The segment of a message, with memory of its own."""
-    return unpack(message.owned(), envelope)
+        incoming.kept.append(land(message, envelope))
