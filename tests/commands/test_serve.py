@@ -154,7 +154,7 @@ def test_the_demo(tmp_path):
     command = [sys.executable, "-m", "rayapp.cli", "demo", "--out", str(out)]
     environment = {**os.environ, mark: "1"}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as stopped:
-        while not list(out.glob("*.parquet")):
+        while not list(out.rglob("journal.jsonl")):
             assert stopped.poll() is None
             time.sleep(0.1)
         stopped.send_signal(signal.SIGINT)
