@@ -45,11 +45,14 @@ def expected(tiny_model):
 class FlippingChannel(ObjectStoreChannel):
     """Damages the first ``num_damaged`` messages on their way, or parts of them; counts all.
 
-    ``on_first`` is called once, before decode hears of the first message or part.
+    ``on_first`` is called once, before decode hears of the first message or part. With ``never``,
+    decode is told to fetch that from a part on, or in place of the last message.
     """
 
     num_damaged = 0
     num_damaged_parts = 0
+    never: ray.ObjectRef | None = None
+    never_from_part = 0
     num_received = 0
     num_parts = 0
     on_first = staticmethod(lambda: None)
@@ -62,6 +65,8 @@ class FlippingChannel(ObjectStoreChannel):
         handle = await super().part(stream)
         self._tell()
         self.num_parts += 1
+        if self.never is not None and self.num_parts >= self.never_from_part > 0:
+            handle = ObjectHandle(self.never)
         if self.num_damaged_parts:
             self.num_damaged_parts -= 1
             handle = await self._damaged(handle)
@@ -77,7 +82,9 @@ class FlippingChannel(ObjectStoreChannel):
         async with super().received(stream) as handle:
             self._tell()
             self.num_received += 1
-            if self.num_damaged:
+            if self.never is not None:
+                yield ObjectHandle(self.never)
+            elif self.num_damaged:
                 self.num_damaged -= 1
                 yield await self._damaged(handle)
             else:
@@ -207,6 +214,28 @@ def test_decode_that_freezes_before_it_takes_kv_over_ends_in_a_deadline(service)
 
     run(scenario())
     assert not any(stage.counts().values())
+
+
+@pytest.mark.parametrize("from_part", [0, 2])
+def test_a_fetch_that_never_ends_ends_in_a_deadline(service, expected, from_part):
+    """Of a whole message's place, or of a part behind others that were copied."""
+
+    def sleep():
+        time.sleep(3600)
+
+    endless = ray.remote(num_cpus=0)(sleep).remote()
+    stage, channel = opened(service, transfer_s=1.0)
+    channel.never, channel.never_from_part = endless, from_part
+    try:
+        with pytest.raises(DeadlineError, match=r"transfer did not end within 1\.0 s"):
+            run(answered(stage.generate([request_of(f"endless-{from_part}")])))
+        assert channel.num_parts >= from_part
+        assert not any(stage.counts().values())
+        service.check_idle()  # while the fetch would still go on
+        channel.never = None
+        assert run(answered(stage.generate([request_of(f"after-{from_part}")]))) == expected
+    finally:
+        ray.cancel(endless, force=True)
 
 
 def test_a_frozen_answer_ends_in_a_deadline_that_frees_everything(service):
