@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from rayapp.kv.header import DTYPES, BlockHeader, Header, aligned
-from rayapp.kv.pieces import Arrival, Bytes, Message, pieces_of
+from rayapp.kv.pieces import Arrival, Bytes, pieces_of
 from rayapp.kv.segment import KVSegment
 from rayapp.kv.wire import (
     Envelope,
@@ -53,8 +53,6 @@ def land(message: Arrival, expected: Envelope, landing: Landing | None = None) -
         WireError: The message is damaged or malformed, or its envelope is not ``expected``.
         TransferError: The message was released or lost.
     """
-    if isinstance(message, Message):
-        message.check_pieces()
     header, body_at = read_head(message, expected)
     digest = digest_of([message.head[:body_at]])
     buffers = [_buffers(header, entry, landing) for entry in header.blocks]

@@ -163,6 +163,8 @@ def read_head(message: Arrival, expected: Envelope) -> tuple[Header, int]:
     Raises:
         WireError: The header is malformed, or its envelope is not ``expected``.
     """
+    if isinstance(message, Message):
+        message.check_pieces()
     header, body_at = _read_header(message, _check_prefix(message))
     _check_envelope(header, expected)
     return header, body_at

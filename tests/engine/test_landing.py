@@ -200,3 +200,16 @@ def test_another_envelope_is_refused_before_anything_is_read(
     assert views is not None
     assert all(view.isnan().all() for view in views)
     both.decode.release(reservation)
+
+
+def test_what_is_no_row_of_bytes_is_refused(tiny_model: Make, engines: Make) -> None:
+    both = engines(tiny_model("llama"), max_model_len=LIMIT)
+    (asked, *_) = requests_of()
+    output = both.prefill.run(asked)
+    whole = pack(output.segment, SENT).flat()
+    reservation = both.decode.reserve([asked], output.segment.extent)
+    for pieces in ((), (whole.astype(np.int16),), (whole[:100],), (bytes(whole),)):
+        for read in (extent_of, land):
+            with pytest.raises(WireError):
+                read(Message(pieces), SENT)
+    both.decode.release(reservation)
