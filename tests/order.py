@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import pytest
 
+SLOW_S = 900
+"""Seconds that a slow test may take where it says nothing else: three processes share the CPUs."""
+
 SHARED = (
     *("cluster", "evaluators", "deploy", "one_of_each"),
     *("planned", "unified", "elastic", "standard"),
@@ -24,5 +27,8 @@ def place(item: pytest.Item) -> int:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the tests by their place; those of one place stay in order."""
+    """Sort the tests by their place; those of one place stay in order. Slow ones get time."""
     items.sort(key=place)
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_S))
