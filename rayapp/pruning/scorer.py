@@ -173,7 +173,7 @@ class Scorer:
         self.objective = objective
         self.compute = compute
         rules = tuple(sorted((b, r.model_dump_json()) for b, r in objective.kv_transfer.items()))
-        kind = (objective.kind, objective.kl_top_k)
+        kind = (objective.kind, objective.kl_top_k, objective.first_token_weight)
         self._context = (weights, *kind, objective.first_token, rules)
         self.healed = healed
         self.healing = NO_HEALING

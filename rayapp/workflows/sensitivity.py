@@ -15,7 +15,7 @@ from rayapp.pruning.settings.score import ScoreSettings
 from rayapp.pruning.storage import Storage
 from rayapp.workflows.scorer import opened_scorer
 
-_OBJECTIVE = ("objective", "score_by", "kl_top_k")
+_OBJECTIVE = ("objective", "score_by", "kl_top_k", "first_token_weight")
 
 
 def measure(

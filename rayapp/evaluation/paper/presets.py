@@ -56,6 +56,9 @@ OF_BLOCKS = 30
 PREFILL, DECODE, PAIRS = (2, 4, 6, 8, 10, 12, 15), (1, 2, 3, 4), ((4, 2), (8, 2), (8, 4))
 PEERS_PREFILL, PEERS_DECODE, PEERS_PAIRS = (4, 8, 12), (2, 4), ((8, 2),)
 """Sizes at which peers are searched too; a subset of ours."""
+FIRST_TOKEN_WEIGHT = 16.0
+"""Number of tokens that the first one counts as where it weighs more: completions of calibration
+lines are a few times as long (project default)."""
 Size = tuple[int, int]
 """Blocks that prefill and decode remove."""
 _POP = "arXiv:2602.03295"
@@ -145,14 +148,19 @@ def _fitted(row: Row) -> Row:
 
 
 def _searched(sizes: list[Size]) -> Iterator[Row]:
-    """Our searches: of blocks, of their parts, and with the first answer token from decode.
+    """Our searches: of blocks, of their parts, and those that mind the first answer token.
 
-    Plans of the last kind are healed in closed form, too, as POP's are.
+    In one family of those it weighs more, and in another decode makes it; plans of the last kind
+    are healed in closed form, too, as POP's are.
     """
     for size in sizes:
         yield _sized("ours", "ours, blocks", "ours", size, _OURS)
     for size in sizes:
         yield _sized("parts", "ours, parts", "ours", size, {**_OURS, "unit": "part"})
+    for size in (size for size in sizes if size[0]):
+        title = f"ours, blocks, first token counts as {FIRST_TOKEN_WEIGHT:g}"
+        weight = FIRST_TOKEN_WEIGHT
+        yield _sized("first", title, "ours", size, _OURS, first_token_weight=weight)
     title = "ours, first token from decode"
     late = [_sized("late", title, "ours", s, _OURS, "decode") for s in sizes if not s[1]]
     yield from late

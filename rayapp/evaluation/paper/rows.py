@@ -35,6 +35,7 @@ class Row:
         beside: The name of our row under the same conditions, which the row is compared with.
         sizes: Blocks that prefill and decode remove; None takes those of the settings.
         first_token: The stage that makes the first answer token.
+        first_token_weight: Number of tokens that the first one counts as in scores.
         made: A plan of a rule, which needs no search.
         fitted: Whether the plan is that of the row ``after``, healed in closed form.
         encoding: How the plan of the row ``after`` encodes all of its KV; None leaves it as it is.
@@ -54,6 +55,7 @@ class Row:
     beside: str = ""
     sizes: tuple[float, float] | None = None
     first_token: Stage = "prefill"
+    first_token_weight: float = 1.0
     made: Callable[[ModelSignature], PruningPlan] | None = None
     fitted: bool = False
     encoding: Encoding | None = None
@@ -119,7 +121,10 @@ def left_out(row: Row, settings: ReproduceSettings, sizes: tuple[float, float]) 
 
 def score_settings(row: Row, settings: ReproduceSettings) -> ScoreSettings:
     """The settings of the score of a row's search."""
-    return settings.score().model_copy(update={"first_token": row.first_token})
+    own: dict[str, object] = {"first_token": row.first_token}
+    if row.first_token_weight != 1:
+        own["first_token_weight"] = row.first_token_weight
+    return settings.score().model_copy(update=own)
 
 
 def fit_settings(row: Row, settings: ReproduceSettings, out: Path) -> SearchSettings:

@@ -184,7 +184,9 @@ def score_words(plan: PruningPlan) -> str:
     kind = {"nll": "NLL of the answer"}.get(str(settings.get("objective")), "KL(dense || plan)")
     pooled = settings.get("score_by") == "token"
     mean = "mean over all tokens" if pooled else "mean over tasks"
-    return f"{kind}, nats per answer token, {mean}"
+    weight = settings.get("first_token_weight", 1)
+    first = "" if weight == 1 else f", an answer's first token as {weight:g}"
+    return f"{kind}, nats per answer token, {mean}{first}"
 
 
 def _lines(record: Any) -> str:

@@ -37,7 +37,7 @@ from rayapp.pruning.evaluator.calibration import Calibration
 from rayapp.pruning.evaluator.candidate_pass import CandidatePass, Key
 from rayapp.pruning.evaluator.handoff import Handoff, handoff
 from rayapp.pruning.evaluator.masks import Masks
-from rayapp.pruning.evaluator.objective import Reference, reference_of, token_values
+from rayapp.pruning.evaluator.objective import Reference, line_sum, reference_of, token_values
 from rayapp.pruning.evaluator.state_cache import StateCache, Tensors
 from rayapp.pruning.settings.compute import CACHE_BYTES
 from rayapp.pruning.settings.objective import Objective
@@ -102,7 +102,7 @@ class Evaluator:
                 found.append(token_values(self.objective, reference, logits_NV, token_ids_N[rows]))
         counts_B = lines.continuation_lengths_B.tolist()
         return [
-            tuple(float(line_N.sum()) for line_N in torch.cat(found).cpu().split(counts_B))
+            tuple(line_sum(self.objective, v_C) for v_C in torch.cat(found).cpu().split(counts_B))
             for found in values
         ]
 

@@ -24,7 +24,13 @@ from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.evaluator.calibration import Calibration
-from rayapp.pruning.evaluator.objective import Score, combine, reference_of, token_values
+from rayapp.pruning.evaluator.objective import (
+    Score,
+    combine,
+    line_sum,
+    reference_of,
+    token_values,
+)
 from rayapp.pruning.settings.objective import Objective
 
 
@@ -66,7 +72,7 @@ def _score(
         ids_C = torch.tensor(line.continuation)
         reference = reference_of(objective, dense_CV[None])
         values = token_values(objective, reference, logits_CV[None], ids_C[None])
-        sums[index] = float(values.sum())
+        sums[index] = line_sum(objective, values[0])
     return combine(objective, calibration, sums, name=str(candidate))
 
 

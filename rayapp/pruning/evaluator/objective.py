@@ -8,8 +8,9 @@ Shapes: B = lines, C = continuation tokens, V = vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -65,6 +66,12 @@ def token_values(
     return kl_from((dense_CV, norms_C, totals_C, likeliest_C), logits_CV)
 
 
+def line_sum(objective: Objective, values_C: torch.Tensor) -> float:
+    """The sum over one line's continuation tokens, of which the first counts as several."""
+    more = objective.first_token_weight - 1
+    return float(values_C.sum() + more * values_C[0]) if more else float(values_C.sum())
+
+
 def combine(
     objective: Objective, calibration: Calibration, sums: Mapping[int, float], *, name: str
 ) -> Score:
@@ -73,7 +80,7 @@ def combine(
     Args:
         objective: Says how tasks are weighted.
         calibration: Gives the task and the number of continuation tokens of every line.
-        sums: Sum over a line's continuation tokens, by line index.
+        sums: Sum over a line's continuation tokens (:func:`line_sum`), by line index.
         name: The candidate's name, for the error.
 
     Raises:
@@ -89,14 +96,18 @@ def combine(
     groups: dict[str, list[int]] = {}
     for line in sorted(sums):
         groups.setdefault(calibration.lines[line].task, []).append(line)
-    tasks = {task: _mean(calibration, sums, lines) for task, lines in sorted(groups.items())}
+    mean = partial(_mean, objective, calibration, sums)
+    tasks = {task: mean(lines) for task, lines in sorted(groups.items())}
     pooled = objective.score_by == "token"
-    value = _mean(calibration, sums, sums) if pooled else math.fsum(tasks.values()) / len(tasks)
+    value = mean(sums) if pooled else math.fsum(tasks.values()) / len(tasks)
     return Score(value, tasks, tuple(sums[line] for line in sorted(sums)))
 
 
 def _mean(
-    calibration: Calibration, sums: Mapping[int, float], lines: Sequence[int] | Mapping[int, float]
+    objective: Objective,
+    calibration: Calibration,
+    sums: Mapping[int, float],
+    lines: Collection[int],
 ) -> float:
-    tokens = sum(len(calibration.lines[line].continuation) for line in lines)
+    tokens = sum(objective.num_counted(len(calibration.lines[line].continuation)) for line in lines)
     return math.fsum(sums[line] for line in lines) / tokens

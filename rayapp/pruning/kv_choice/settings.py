@@ -132,7 +132,7 @@ class KVSelectSettings(Settings):
 
 def unusual_scores(score: ScoreSettings) -> dict[str, Any]:
     """Settings of the score that are not the default; records name only these."""
-    names = {"dtype", "objective", "kl_top_k"}
+    names = {"dtype", "objective", "kl_top_k", "first_token_weight"}
     return score.model_dump(mode="json", include=names, exclude_defaults=True)
 
 

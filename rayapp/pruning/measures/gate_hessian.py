@@ -21,6 +21,7 @@ prompt and continuation tokens, C = continuation tokens, V = vocabulary, U = uni
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def measure_gate_hessian(
     hessian_MM = np.zeros((model.num_gates, model.num_gates))
     for chunk in calibration.chunks:
         roots_B1 = np.sqrt(weights[list(chunk.lines)])[:, None]
-        for grads_BM in _gradients(model, chunk, objective.first_token, draws, labels, seed):
+        for grads_BM in _gradients(model, chunk, objective, draws, labels, seed):
             hessian_MM += (roots_B1 * grads_BM).T @ (roots_B1 * grads_BM)
     if not np.isfinite(hessian_MM).all():
         raise SearchError(
@@ -107,11 +108,11 @@ def measure_gate_hessian(
 
 def _line_weights(calibration: Calibration, objective: Objective) -> NDArray[np.float64]:
     """Weight of every line's sum over tokens in a score."""
-    tokens: dict[str, int] = {}
+    tokens: dict[str, float] = {}
     pooled = objective.score_by == "token"
     groups = ["" if pooled else line.task for line in calibration.lines]
     for line, group in zip(calibration.lines, groups, strict=True):
-        tokens[group] = tokens.get(group, 0) + len(line.continuation)
+        tokens[group] = tokens.get(group, 0) + objective.num_counted(len(line.continuation))
     return np.array([1 / (len(tokens) * tokens[group]) for group in groups])
 
 
@@ -184,11 +185,12 @@ def _joined_positions(chunk: Chunk, num_tokens: int) -> torch.Tensor:
 
 @torch.enable_grad()
 def _gradients(
-    model: GatedModel, chunk: Chunk, first_token: Stage, draws: int, labels: Labels, seed: int
+    model: GatedModel, chunk: Chunk, objective: Objective, draws: int, labels: Labels, seed: int
 ) -> Iterator[NDArray[np.float64]]:
     """Gradients of every line, ``(B, M)``, draw by draw; all draws share the forward pass."""
     gates_BSP = torch.ones(len(chunk.lines), len(STAGES), model.num_parts, requires_grad=True)
-    logits_BCV = model.logits(gates_BSP, chunk, first_token)
+    logits_BCV = model.logits(gates_BSP, chunk, objective.first_token)
+    weight = objective.first_token_weight
     for draw in range(draws):
         backward_BCV = torch.zeros_like(logits_BCV)
         for row, num_labels in enumerate(chunk.continuation_lengths_B.tolist()):
@@ -197,6 +199,8 @@ def _gradients(
                 change_CV = _towards(chunk.continuations_BC[row, :num_labels], probs_CV)
             else:
                 change_CV = _root(probs_CV, f"{seed}/{chunk.lines[row]}/{draw}")
+            # Outer products of independent signs weigh as the square of what is multiplied here.
+            change_CV[0] *= weight if labels == "data" else math.sqrt(weight)
             backward_BCV[row, :num_labels] = change_CV.to(backward_BCV.dtype)
         [grads_BSP] = torch.autograd.grad(
             logits_BCV, gates_BSP, backward_BCV, retain_graph=draw + 1 < draws

@@ -129,10 +129,11 @@ def _line_weights(scorer: Scorer, chunks: Sequence[int]) -> list[float]:
     lines = scorer.calibration.lines
     scored = sorted(line for chunk in chunks for line in scorer.calibration.chunks[chunk].lines)
     by_task = scorer.objective.score_by == "task"
-    tokens: dict[str, int] = {}
+    counted = scorer.objective.num_counted
+    tokens: dict[str, float] = {}
     for line in scored:
         task = lines[line].task if by_task else ""
-        tokens[task] = tokens.get(task, 0) + len(lines[line].continuation)
+        tokens[task] = tokens.get(task, 0) + counted(len(lines[line].continuation))
     return [1 / (len(tokens) * tokens[lines[line].task if by_task else ""]) for line in scored]
 
 

@@ -21,7 +21,7 @@ from rayapp.pruning.candidates.candidate import DENSE, Candidate
 from rayapp.pruning.measures.influence import Influence, measure_influence
 from rayapp.pruning.scorer import Scorer
 from rayapp.pruning.search.journal import JOURNAL_FILE, journal_influence
-from rayapp.pruning.settings.objective import ObjectiveKind, ScoreBy
+from rayapp.pruning.settings.objective import Objective, ObjectiveKind, ScoreBy
 from rayapp.pruning.storage import Storage
 from rayapp.settings import Strict
 
@@ -38,9 +38,15 @@ class Singles(Strict):
 
     objective: ObjectiveKind
     score_by: ScoreBy
+    first_token_weight: float = 1.0
     dense: float
     prefill: tuple[float, ...]
     decode: tuple[float, ...]
+
+    def is_by(self, objective: Objective) -> bool:
+        """Whether these are scores by an objective, whose stage and rules are the caller's."""
+        mine = (self.objective, self.score_by, self.first_token_weight)
+        return mine == (objective.kind, objective.score_by, objective.first_token_weight)
 
     def stage(self, stage: Stage) -> tuple[float, ...]:
         """The scores of one stage, ordered by block."""
@@ -109,7 +115,7 @@ def measure_sensitivity(
     kept = _kept(storage, scorer, weights)
     objective = scorer.objective
     known = kept.singles
-    if known and (known.objective, known.score_by) == (objective.kind, objective.score_by):
+    if known and known.is_by(objective):
         return kept
     prefill = [Candidate(prefill=_block(block)) for block in range(num_blocks)]
     decode = [Candidate(decode=_block(block)) for block in range(num_blocks)]
@@ -123,6 +129,7 @@ def measure_sensitivity(
     singles = Singles(
         objective=objective.kind,
         score_by=objective.score_by,
+        first_token_weight=objective.first_token_weight,
         dense=dense,
         prefill=tuple(values[:num_blocks]),
         decode=tuple(values[num_blocks:]),

@@ -27,6 +27,8 @@ class Objective:
         kl_top_k: Number of the dense model's likeliest tokens that the KL counts, for large
             vocabularies. All others are one outcome, so the KL is never above the exact one; 0 is
             exact.
+        first_token_weight: Number of tokens that the first token of a continuation counts as. Where
+            prefill makes it, it is all that prefill says itself, and one of many in a mean.
     """
 
     kind: ObjectiveKind = "kl"
@@ -34,3 +36,8 @@ class Objective:
     first_token: Stage = "prefill"
     kv_transfer: Mapping[int, KVTransfer] = field(default_factory=dict)
     kl_top_k: int = 0
+    first_token_weight: float = 1.0
+
+    def num_counted(self, num_tokens: int) -> float:
+        """Number of tokens that a continuation of so many, one at least, counts as."""
+        return num_tokens - 1 + self.first_token_weight

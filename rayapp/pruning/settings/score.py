@@ -47,6 +47,12 @@ class ScoreSettings(Settings):
         description="Number of likeliest tokens that the KL compares, all others counting as one "
         "outcome; 0 compares the whole vocabulary.",
     )
+    first_token_weight: float = Field(
+        default=1.0,
+        gt=0,
+        description="Number of tokens that the first token of a completion counts as in a score; "
+        "where prefill makes it, a mean over many tokens hides it.",
+    )
     first_token: Stage = Field(
         default="prefill", description="Stage that makes the first token of an answer."
     )
@@ -84,6 +90,7 @@ class ScoreSettings(Settings):
         Settings that are newer and unused are left out, so that older journals can be resumed.
         """
         unused = {name for name in ("revision", "visual_tokens") if getattr(self, name) is None}
+        unused |= {"first_token_weight"} if self.first_token_weight == 1 else set()
         settings = self.model_dump(mode="json", exclude={"model", "calibration"} | unused)
         return settings | encoding_identity(self.kv_transfer)
 
@@ -95,6 +102,7 @@ class ScoreSettings(Settings):
             first_token=self.first_token,
             kv_transfer=self.kv_transfer,
             kl_top_k=self.kl_top_k,
+            first_token_weight=self.first_token_weight,
         )
 
     def following(self, plan: PruningPlan) -> ScoreSettings:

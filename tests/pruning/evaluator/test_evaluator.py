@@ -64,6 +64,17 @@ def test_reuse_equals_the_naive_score(tiny_model, few, family, first_token, rule
     assert all(want.value > 0.01 for want in wanted[1:])
 
 
+@pytest.mark.parametrize("first_token", ["prefill", "decode"])
+def test_a_heavy_first_token_is_the_same_with_reuse_and_without(tiny_model, few, first_token):
+    model, candidates = tiny_model("llama"), draw(1)
+    objective = Objective(first_token=first_token, first_token_weight=16)
+    found = scores(Evaluator(model, few, objective), candidates)
+    plain = scores(Evaluator(model, few, Objective(first_token=first_token)), candidates)
+    for mine, naive in zip(found, naive_scores(model, few, objective, candidates), strict=True):
+        assert abs(mine.value - naive.value) <= 1e-5 * naive.value + 1e-7
+    assert [one.value for one in found] != [one.value for one in plain]
+
+
 def test_scores_do_not_depend_on_company_order_or_cache(tiny_model, calibration):
     model, candidates = tiny_model("qwen3"), draw(1)
     together = scores(Evaluator(model, calibration, Objective()), candidates)

@@ -9,7 +9,7 @@ from rayapp.data.lines import TokenizedLine
 from rayapp.errors import SearchError
 from rayapp.models.likelihood import kl
 from rayapp.pruning.evaluator.calibration import cut
-from rayapp.pruning.evaluator.objective import combine, reference_of, token_values
+from rayapp.pruning.evaluator.objective import combine, line_sum, reference_of, token_values
 from rayapp.pruning.settings.objective import Objective
 
 LINES = cut(
@@ -31,6 +31,19 @@ def test_tasks_weigh_equally():
 
 def test_tokens_weigh_equally_on_request():
     assert combine(Objective(score_by="token"), LINES, SUMS, name="x").value == 1.4
+
+
+def test_the_first_token_counts_as_several():
+    """As if it stood there so often; a score of equal values stays as it is."""
+    heavy = Objective(first_token_weight=3)
+    values = [torch.tensor([2.0, 1, 1]).double(), torch.tensor([0.5]).double()]
+    assert [line_sum(heavy, one) for one in values] == [8.0, 1.5]
+    assert [line_sum(Objective(), one) for one in values] == [4.0, 0.5]
+    lines = cut([TokenizedLine((1,), (1, 2, 3), "a"), TokenizedLine((1,), (1,), "a")])
+    sums = {n: line_sum(heavy, one) for n, one in enumerate(values)}
+    assert combine(heavy, lines, sums, name="x").value == (3 * 2 + 1 + 1 + 3 * 0.5) / (5 + 3)
+    alike = {n: line_sum(heavy, torch.full((c,), 0.25).double()) for n, c in enumerate((3, 1))}
+    assert combine(heavy, lines, alike, name="x").value == 0.25
 
 
 def test_a_subset_of_lines_is_scored_alone():

@@ -70,13 +70,15 @@ def dense_logits(model, calibration: Calibration) -> list[torch.Tensor]:
         return [teacher_forced(model, plan, line) for line in calibration.lines]
 
 
-def weighted(calibration: Calibration, per_line: list[np.ndarray], score_by: str) -> np.ndarray:
-    """Means over tokens, then over tasks if these weigh equally."""
+def weighted(
+    calibration: Calibration, per_line: list[np.ndarray], score_by: str, first: float = 1.0
+) -> np.ndarray:
+    """Means over tokens, the first of which has a weight, then over tasks if these weigh equally."""
     groups = {line.task if score_by == "task" else "" for line in calibration.lines}
     total = np.zeros_like(per_line[0])
     for group in groups:
         chosen = [i for i, line in enumerate(calibration.lines) if group in ("", line.task)]
-        tokens = sum(len(calibration.lines[i].continuation) for i in chosen)
+        tokens = sum(len(calibration.lines[i].continuation) - 1 + first for i in chosen)
         total += sum(per_line[i] for i in chosen) / tokens / len(groups)
     return total
 
@@ -88,8 +90,12 @@ def enumerated(model, calibration: Calibration, objective: Objective) -> np.ndar
     for logits, grads_CVM in zip(dense_logits(model, calibration), found, strict=True):
         probs_CV = log_softmax64(logits).exp().numpy()
         scores_CVM = grads_CVM - np.einsum("cv,cvm->cm", probs_CV, grads_CVM)[:, None]
-        per_line.append(np.einsum("cv,cvm,cvn->mn", probs_CV, scores_CVM, scores_CVM))
-    return weighted(calibration, per_line, objective.score_by)
+        heavy_CV = (
+            probs_CV
+            * np.array([objective.first_token_weight] + [1.0] * (len(probs_CV) - 1))[:, None]
+        )
+        per_line.append(np.einsum("cv,cvm,cvn->mn", heavy_CV, scores_CVM, scores_CVM))
+    return weighted(calibration, per_line, objective.score_by, objective.first_token_weight)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +147,7 @@ def test_gradients_are_finite_differences(small, first_token):
     "objective",
     [
         pytest.param(Objective(), marks=pytest.mark.slow),
+        pytest.param(Objective(first_token_weight=16), marks=pytest.mark.slow),
         Objective(score_by="token", first_token="decode"),
     ],
 )

@@ -93,10 +93,11 @@ def test_estimates_keep_the_ratio_on_common_chunks(scorer):
         assert score.value == pytest.approx(told[best].value * max(1.0, ratio), rel=1e-9)
 
 
+@pytest.mark.parametrize("first_token_weight", [1, 16])
 @pytest.mark.parametrize("score_by", ["task", "token"])
-def test_weights_add_lines_up_to_the_score(tiny_model, calibration, score_by):
+def test_weights_add_lines_up_to_the_score(tiny_model, calibration, score_by, first_token_weight):
     chunked = cut(calibration.lines, chunk_tokens=40)
-    objective = Objective(score_by=score_by)
+    objective = Objective(score_by=score_by, first_token_weight=first_token_weight)
     compute = LocalCompute(Evaluator(tiny_model("llama"), chunked, objective))
     scorer = Scorer(chunked, objective, compute, weights="w")
     for chunks in ([2], [0, 3, 1], range(len(chunked.chunks))):
