@@ -73,7 +73,7 @@ def dense_logits(model, calibration: Calibration) -> list[torch.Tensor]:
 def weighted(
     calibration: Calibration, per_line: list[np.ndarray], score_by: str, first: float = 1.0
 ) -> np.ndarray:
-    """Means over tokens, the first of which has a weight, then over tasks if these weigh equally."""
+    """Means over tokens, the first as several, then over tasks if these weigh equally."""
     groups = {line.task if score_by == "task" else "" for line in calibration.lines}
     total = np.zeros_like(per_line[0])
     for group in groups:
