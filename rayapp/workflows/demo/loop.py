@@ -96,6 +96,8 @@ def _search(cluster: LocalCluster, subject: Subject, files: Files, console: Cons
         "model": subject.model, "calibration": files.calibration, "out": files.out,
         "prefill-remove": subject.prefill_remove, "decode-remove": subject.decode_remove,
         "evaluations": subject.evaluations, "workers": WORKERS,
+        # Ray tells a job the address of this machine's newest cluster, which may be another one.
+        "address": cluster.address,
     }  # fmt: skip
     for stale in (files.journal, files.plan, files.trials):
         stale.unlink(missing_ok=True)  # a second demo is a new search
