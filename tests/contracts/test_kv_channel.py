@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,15 @@ def content(arrival: Arrival) -> np.ndarray:
     return whole
 
 
+@asynccontextmanager
+async def arriving(seam: Any, *arguments: Any) -> AsyncGenerator[Arrival, None]:
+    """What arrives from one call, while its message is owned."""
+    stream = seam.call(*arguments)
+    await stream.item()
+    async with seam.channel.received(stream) as handle:
+        yield await seam.channel.fetch(handle)
+
+
 async def fetched(seam: Any, *arguments: Any, **options: Any) -> np.ndarray:
     """The message that arrives from one call, as the ingress and a decode replica take it over."""
     async with (
@@ -108,12 +118,9 @@ def test_a_message_arrives_as_it_was_sent(seam, length):
 
 
 @pytest.mark.parametrize("length", [0, INLINE, STORED])
-def test_nobody_can_write_to_what_has_arrived(seam, channel, length):
+def test_nobody_can_write_to_what_has_arrived(seam, length):
     async def scenario():
-        stream = seam.call(1, length)
-        await stream.item()
-        async with channel.received(stream) as handle:
-            arrival = await channel.fetch(handle)
+        async with arriving(seam, 1, length) as arrival:
             for piece in getattr(arrival, "pieces", (arrival.head,)):
                 assert piece.dtype == np.uint8
                 with pytest.raises(ValueError, match="read-only"):
@@ -123,12 +130,9 @@ def test_nobody_can_write_to_what_has_arrived(seam, channel, length):
     run(scenario())
 
 
-def test_a_message_is_read_into_places_from_any_byte_on(seam, channel):
+def test_a_message_is_read_into_places_from_any_byte_on(seam):
     async def scenario():
-        stream = seam.call(7, STORED)
-        await stream.item()
-        async with channel.received(stream) as handle:
-            arrival = await channel.fetch(handle)
+        async with arriving(seam, 7, STORED) as arrival:
             places = [np.empty(n, np.uint8) for n in (0, 1, 200_000, 17)]
             arrival.read(99_900, places, lambda _: None)
         return np.concatenate(places)
@@ -136,14 +140,12 @@ def test_a_message_is_read_into_places_from_any_byte_on(seam, channel):
     assert np.array_equal(run(scenario()), message(STORED, 7)[99_900 : 99_900 + 200_018])
 
 
-def test_what_was_released_is_read_no_more(seam, channel):
+def test_what_was_released_is_read_no_more(seam):
     """What a descriptor names may be another message's by then; views keep what they show."""
 
     async def scenario():
-        stream = seam.call(8, STORED)
-        await stream.item()
-        async with channel.received(stream) as handle:
-            arrival = await channel.fetch(handle)
+        async with arriving(seam, 8, STORED) as arrival:
+            pass
         try:
             return content(arrival)
         except TransferError as error:

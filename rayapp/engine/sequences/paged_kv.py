@@ -217,8 +217,7 @@ class PagedKV(AttendingCache):
         Args:
             answers: The pages of all answers to the prompt.
             segment: What follows the entries that have been copied; blocks may be at different
-                entries, and some may have none. What lies in its
-                :meth:`landing_place` stays there.
+                entries, and some may have none. What lies in its place already stays there.
             loaded: What has been copied before.
 
         Returns:
