@@ -160,7 +160,9 @@ def _put_beside(written: Record, standing: Standing, model: Path) -> list[str]:
         dense = standing.record["rows"][0]  # It answers as this run's does, and may be timed.
     order = [row.name for row in rows_of("paper", Checkpoint(str(model)).signature().num_blocks)]
     rows = [dense, *written["rows"][1:], *kept]
-    written["rows"] = sorted(rows, key=lambda row: order.index(row["name"]))
+    # Plans that were added by name, or rows of another version, come last.
+    places = {name: place for place, name in enumerate(order)}
+    written["rows"] = sorted(rows, key=lambda row: places.get(row["name"], len(order)))
     for lines in ("notes", "caveats"):
         written[lines] = list(dict.fromkeys([*standing.record[lines], *written[lines]]))
     return [row["name"] for row in kept]
