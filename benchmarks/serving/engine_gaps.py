@@ -49,9 +49,13 @@ class StepClock:
         self.took_s.append(self.ended_s[-1] - began_s)
         return result
 
-    def gaps(self, since_s: float, until_s: float) -> list[float]:
-        """Seconds from one call's end to the next, between two moments."""
-        ends = [at_s for at_s in self.ended_s if since_s <= at_s <= until_s]
+    def gaps(self, since_s: float, until_s: float, *others: StepClock) -> list[float]:
+        """Seconds from the end of one call, of this clock or others, to the next one's.
+
+        Only calls that ended between two moments count.
+        """
+        every = sorted(at_s for clock in (self, *others) for at_s in clock.ended_s)
+        ends = [at_s for at_s in every if since_s <= at_s <= until_s]
         return [later - earlier for earlier, later in itertools.pairwise(ends)]
 
 
@@ -69,8 +73,9 @@ def unified_gaps(
             max_num_batched_tokens=chunk_tokens,
             deadlines=_patient(),
         )
-        steps = StepClock(server._decode._engine, "step")
-        chunks = StepClock(server._prefill._engine, "advance")
+        steps = StepClock(server._decode.engine, "step")
+        chunks = StepClock(server._prefill.engine, "advance")
+        both = StepClock(server.joint.engine, "step")
         reading = _running(_delivered(server))
         stream = _running(server.generate(_prompt(stage, short_tokens), stage.versions, {}))
         await _until(lambda: len(steps.ended_s) > 2)
@@ -80,11 +85,11 @@ def unified_gaps(
         await asyncio.gather(
             *(_drained(server.generate(prompt, stage.versions, {})) for prompt in prompts)
         )
-        gaps = steps.gaps(began_s, time.monotonic())
+        gaps = steps.gaps(began_s, time.monotonic(), both)
         stream.cancel()
         reading.cancel()
         await asyncio.gather(stream, reading, return_exceptions=True)
-        return _numbers(gaps, alone_s, max(chunks.took_s[done:]))
+        return _numbers(gaps, alone_s, max(*chunks.took_s[done:], *both.took_s))
 
     return asyncio.run(scenario())
 
@@ -107,7 +112,7 @@ def decode_gaps(
             max_num_seqs=_MAX_NUM_SEQS,
             deadlines=_patient(),
         )
-        steps = StepClock(decode._engine, "step")
+        steps = StepClock(decode.engine, "step")
 
         async def admitted(prompt: PromptRequests, go: asyncio.Event) -> None:
             items = prefill.prefill(prompt, stage.versions, _LONG_S)

@@ -71,7 +71,7 @@ class SleepingPrefill(PrefillReplica):
 
     def __init__(self, settings: ServiceSettings, costs: StageCosts) -> None:
         super().__init__(settings)
-        self._engine._blocks = SleepingPrompts(self._engine.stack, costs.prefill)
+        self.engine.blocks = SleepingPrompts(self.engine.stack, costs.prefill)
 
 
 class SleepingDecode(DecodeReplica):
@@ -79,7 +79,7 @@ class SleepingDecode(DecodeReplica):
 
     def __init__(self, settings: ServiceSettings, costs: StageCosts) -> None:
         super().__init__(settings)
-        self._engine._blocks = SleepingTokens(costs.decode)
+        self.engine._blocks = SleepingTokens(costs.decode)
 
 
 _SERVERS = {PREFILL: SleepingPrefill, DECODE: SleepingDecode}

@@ -323,6 +323,18 @@ class DecodeEngine:
 
     @torch.inference_mode()
     def _feed(self) -> torch.Tensor:
+        tokens_B1E, positions_B1 = self.begin_tokens()
+        masks = {} if self._blocks.is_plain else self.pages.masks()
+        hidden_B1E = self._blocks.run(tokens_B1E, positions_B1, self.pages, masks)
+        return self.stack.logits(hidden_B1E)[:, 0]
+
+    def begin_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Claim an entry for the next token of every running sequence, after :meth:`make_room`.
+
+        Returns:
+            The tokens' embeddings ``(B, 1, E)``, and their positions ``(B, 1)``. Once they have run
+            over :attr:`pages`, :meth:`settle` takes the logits after them.
+        """
         # Rows in the order in which they lie in memory need no reordering to be read together.
         self._sequences.sort(key=lambda sequence: self.pages.place(sequence.kv))
         sequences = self._sequences
@@ -331,14 +343,11 @@ class DecodeEngine:
         self.pages.begin_step([sequence.kv for sequence in sequences], positions)
         for sequence in sequences:
             sequence.position += 1
-        positions_B1 = torch.tensor(positions)[:, None]
-        stack, masks = self.stack, {} if self._blocks.is_plain else self.pages.masks()
-        hidden_B1E = self._blocks.run(stack.embed(tokens_B1), positions_B1, self.pages, masks)
-        return stack.logits(hidden_B1E)[:, 0]
+        return self.stack.embed(tokens_B1), torch.tensor(positions)[:, None]
 
     @torch.inference_mode()
     def settle(self, logits_BV: torch.Tensor) -> list[TokenBatch]:
-        """Sample from the logits of :meth:`advance`, and remove finished sequences."""
+        """Sample from the logits ``(B, V)`` of running sequences; those that finish leave."""
         due = [slot for slot, sequence in enumerate(self._sequences) if not sequence.pending]
         if len(due) < len(self._sequences):
             logits_BV = logits_BV[due]

@@ -154,7 +154,7 @@ class PrefillEngine:
         images: ImageReader | None = None,
     ) -> None:
         self.stack = stack
-        self._blocks = ManyTokensStack(stack)
+        self.blocks = ManyTokensStack(stack)
         self.plan = plan
         self.max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -263,7 +263,17 @@ class PrefillEngine:
         Returns:
             The outputs of the prompts that are complete, in the order of ``chunks``.
         """
-        logits_BV = self._advance(chunks, noted)
+        return self.outputs(chunks, self._advance(chunks, noted))
+
+    def outputs(
+        self, chunks: Sequence[tuple[PrefillRun, int]], logits_BV: torch.Tensor | None
+    ) -> list[PrefillOutput]:
+        """The outputs of the prompts that a pass completed, by the logits after their last tokens.
+
+        Args:
+            chunks: The chunks of the pass.
+            logits_BV: The logits, in the order of the prompts; None if decode samples from them.
+        """
         ended = [run for run, _ in chunks if not run.num_left]
         firsts: Sequence[tuple[TokenBatch, ...]] = [()] * len(ended)
         if logits_BV is not None and self.plan.first_token == "prefill":
@@ -290,21 +300,50 @@ class PrefillEngine:
         chunks = [(run, count) for run, count in chunks if count]
         if not chunks:
             return None
-        runs, counts = [run for run, _ in chunks], [count for _, count in chunks]
-        row = Pass([run.kv for run in runs], counts, self.stack, noted)
-        hidden_1TE = torch.cat([run.hidden_CE(count) for run, count in chunks])[None]
-        hidden_1TE = self._blocks.run(
-            hidden_1TE, row.positions_1T, row, row.masks, real_tokens=row.real_tokens
+        row, hidden_TE = self.begin_pass(chunks, noted)
+        hidden_1TE = self.blocks.run(
+            hidden_TE[None], row.positions_1T, row, row.masks, real_tokens=row.real_tokens
         )
+        last_BE = self.end_pass(chunks, row, hidden_1TE[0])
+        return None if last_BE is None else self.stack.logits(last_BE[:, None])[:, 0]
+
+    def begin_pass(
+        self, chunks: Sequence[tuple[PrefillRun, int]], noted: Callable[[], None] | None = None
+    ) -> tuple[Pass, torch.Tensor]:
+        """The cache of a pass over chunks that all have tokens, and their embeddings ``(T, E)``.
+
+        Args:
+            chunks: The arguments of :meth:`advance`.
+            noted: Those of :meth:`advance`, too.
+        """
+        kvs, counts = [run.kv for run, _ in chunks], [count for _, count in chunks]
+        hidden_TE = torch.cat([run.hidden_CE(count) for run, count in chunks])
+        return Pass(kvs, counts, self.stack, noted), hidden_TE
+
+    def end_pass(
+        self, chunks: Sequence[tuple[PrefillRun, int]], row: Pass, hidden_TE: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Take note of a pass that has run.
+
+        Args:
+            chunks: The chunks of the pass.
+            row: Its cache.
+            hidden_TE: The hidden states after all blocks.
+
+        Returns:
+            The hidden states ``(B, E)`` after the last token of every prompt that ended, if logits
+            are to follow.
+        """
         row.finish()
-        for run, hidden_CE in zip(runs, hidden_1TE[0].split(counts), strict=True):
+        runs, counts = [run for run, _ in chunks], [count for _, count in chunks]
+        for run, hidden_CE in zip(runs, hidden_TE.split(counts), strict=True):
             if run.num_best is not None:
                 self._score_prompt(run, hidden_CE, run.num_best)
         ends = torch.tensor(counts).cumsum(0) - 1
-        last_B = ends[[not run.num_left for run in runs]].to(hidden_1TE.device)
+        last_B = ends[[not run.num_left for run in runs]].to(hidden_TE.device)
         if self.plan.first_token == "decode" or not last_B.numel():
             return None
-        return self.stack.logits(hidden_1TE[0, last_B][:, None])[:, 0]
+        return hidden_TE[last_B]
 
     def _score_prompt(self, run: PrefillRun, hidden_CE: torch.Tensor, num_best: int) -> None:
         """Add the log-probabilities of the tokens that follow those of a chunk."""

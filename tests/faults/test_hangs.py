@@ -34,7 +34,7 @@ def hanging_once(settings: ServiceSettings, stage: str, marker: Path):
     class Hanging(UnifiedReplica):
         def __init__(self, settings):
             super().__init__(settings)
-            engine = (self._prefill if stage == "prefill" else self._decode)._engine
+            engine = (self._prefill if stage == "prefill" else self._decode).engine
             name = {"prefill": "advance", "decode": "step"}[stage]
             compute = getattr(engine, name)
 

@@ -11,6 +11,7 @@ H = KV heads, D = head dimension.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +22,7 @@ from rayapp.models.attention import packed_sdpa
 from rayapp.models.blocks import PartialBlock
 from rayapp.models.healed import BRIDGE
 from rayapp.models.passes.parts import Function, Rotary, is_plain, mlp_of, norm_of, rotate, signed
+from rayapp.models.passes.single_token import AttendingCache
 from rayapp.models.products.joined import Products, product_of
 from rayapp.models.real_tokens import RealTokens
 from rayapp.models.stack import BlockCache, BlockStack, Masks
@@ -28,6 +30,21 @@ from rayapp.models.stack import BlockCache, BlockStack, Masks
 TOKENS_AT_ONCE = 1024
 """Tokens of a share on a CPU, which reads weights once a share (project default; no benchmark of
 ours compares sizes)."""
+
+
+@dataclass(frozen=True)
+class TokensThenPrompts:
+    """The caches of a pass that begins with a token of each of some sequences; prompts follow.
+
+    Args:
+        num_tokens: Number of sequences.
+        sequences: The cache of the sequences.
+        prompts: The cache of the prompts.
+    """
+
+    num_tokens: int
+    sequences: AttendingCache
+    prompts: BlockCache
 
 
 class ManyTokensStack:
@@ -41,16 +58,25 @@ class ManyTokensStack:
             for number, block in enumerate(stack.blocks)
         ]
 
+    @property
+    def is_plain(self) -> bool:
+        """True if every block runs as plain functions."""
+        return None not in self._blocks
+
     def run(
         self,
         hidden_1TE: torch.Tensor,
         positions_1T: torch.Tensor,
-        cache: BlockCache,
+        cache: BlockCache | TokensThenPrompts,
         masks: Masks,
         *,
         real_tokens: RealTokens,
     ) -> torch.Tensor:
-        """Hidden states ``(1, T, E)`` after all blocks; the arguments of ``BlockStack.run``."""
+        """Hidden states ``(1, T, E)`` after all blocks; the arguments of ``BlockStack.run``.
+
+        Tokens before the prompts need blocks that are all plain, and are none of ``masks`` and
+        ``real_tokens``.
+        """
         stack = self._stack
         rotary = stack.rotary(hidden_1TE, positions_1T)
         rows = tuple(rows_1TD[0, :, None] for rows_1TD in signed(rotary))
@@ -58,6 +84,7 @@ class ManyTokensStack:
         for number, block in enumerate(self._blocks):
             mask = masks.get(number)
             if block is None:
+                assert not isinstance(cache, TokensThenPrompts)
                 hidden_1TE = stack.run(
                     hidden_1TE,
                     positions_1T,
@@ -103,25 +130,23 @@ class _Block:
         self,
         hidden_TE: torch.Tensor,
         rotary: Rotary,
-        cache: BlockCache,
+        cache: BlockCache | TokensThenPrompts,
         mask: Any,
         real_tokens: RealTokens,
     ) -> None:
         """Add to the hidden states of a pass what the block adds."""
         attended_TQD = None
         if self._writes_kv:
-            *queries, keys, values = self._heads_of(hidden_TE, rotary)
-            attended_keys, attended_values = cache.update(keys, values, self._number)
-            if self._attends:
-                attended_TQD = packed_sdpa(
-                    self._attention,
-                    queries[0],
-                    attended_keys,
-                    attended_values,
-                    mask,
-                    scaling=self._attention.scaling,
-                    real_tokens=real_tokens,
-                )[0][0]
+            heads = self._heads_of(hidden_TE, rotary)
+            if isinstance(cache, TokensThenPrompts):
+                first, prompts = cache.num_tokens, cache.prompts
+                tokens_BQD = self._of_sequences([h[0, :, :first] for h in heads], cache.sequences)
+                heads = [heads_1RTD[:, :, first:] for heads_1RTD in heads]
+                prompts_TQD = self._of_prompts(heads, prompts, mask, real_tokens)
+                assert prompts_TQD is not None
+                attended_TQD = torch.cat((tokens_BQD, prompts_TQD))
+            else:
+                attended_TQD = self._of_prompts(heads, cache, mask, real_tokens)
         for share in _shares(hidden_TE):
             part_NE = hidden_TE[share]
             if attended_TQD is not None and self._output is not None:
@@ -130,6 +155,38 @@ class _Block:
                 part_NE += self._mlp(part_NE)
             if self._bridge is not None:
                 part_NE.copy_(self._bridge(part_NE))
+
+    def _of_prompts(
+        self, heads: list[torch.Tensor], cache: BlockCache, mask: Any, real_tokens: RealTokens
+    ) -> torch.Tensor | None:
+        """Take the KV ``(1, H, T, D)`` of prompts; attend ``(T, Q, D)`` if the block does."""
+        *queries, keys, values = heads
+        attended_keys, attended_values = cache.update(keys, values, self._number)
+        if not self._attends:
+            return None
+        attended_1TQD, _ = packed_sdpa(
+            self._attention,
+            queries[0],
+            attended_keys,
+            attended_values,
+            mask,
+            scaling=self._attention.scaling,
+            real_tokens=real_tokens,
+        )
+        return attended_1TQD[0]
+
+    def _of_sequences(self, heads: list[torch.Tensor], cache: AttendingCache) -> torch.Tensor:
+        """Take the KV ``(H, B, D)`` of a token of every sequence; attend ``(B, Q, D)``."""
+        query_BQD, keys_BHD, values_BHD = (heads_RBD.transpose(0, 1) for heads_RBD in heads)
+        batch, num_keys, dim = keys_BHD.shape
+        attended_BHGD = cache.attend(
+            query_BQD.reshape(batch, num_keys, -1, dim),
+            keys_BHD[:, :, None],
+            values_BHD[:, :, None],
+            self._number,
+            self._attention.scaling,
+        )
+        return attended_BHGD.reshape(batch, -1, dim)
 
     def _heads_of(self, hidden_TE: torch.Tensor, rotary: Rotary) -> list[torch.Tensor]:
         """Queries (if the block attends), keys and values ``(1, R, T, D)``, rotated."""

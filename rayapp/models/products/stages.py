@@ -1,8 +1,9 @@
 """The weights of a plan's stages in the form in which the engines multiply by them.
 
-Queries, keys and values of a block become one product, and so do gate and up; on a CPU all products
-are packed. This is done once, at load, to a model that nobody else holds: no second copy stays,
-except of a head that is tied to the embeddings. Healed tensors are packed too, one by one.
+Queries, keys and values of a block become one product, and so do gate and up, unless bf16 products
+on a CPU take the activation in; on a CPU all products are packed. This is done once, at load, to a
+model that nobody else holds: no second copy stays, except of a head that is tied to the embeddings.
+Healed tensors are packed too, one by one.
 """
 
 from __future__ import annotations
@@ -17,13 +18,11 @@ from rayapp.errors import IntegrityError
 from rayapp.models.blocks import decoder_blocks
 from rayapp.models.healed import Tensors, healed_parameters, keep_packed
 from rayapp.models.products.joined import join, put
-from rayapp.models.products.packed import PackedLinear, can_pack, pack_head
+from rayapp.models.products.packed import PackedLinear, can_gate, can_pack, pack_head
 from rayapp.plan import Mode, PruningPlan, Stage
 
-_JOINED = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("mlp.gate_proj", "mlp.up_proj"),
-)
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_JOINED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), _GATE_UP)
 _ALONE = ("self_attn.o_proj", "mlp.down_proj")
 
 
@@ -45,8 +44,10 @@ def pack_stages(model: PreTrainedModel, plan: PruningPlan, stages: Sequence[Stag
     healed = {stage: healed_parameters(model, plan, stage) for stage in stages}
     for number, block in enumerate(decoder_blocks(model)):
         modes = [plan.mode(stage, number) for stage in stages]
+        is_gated = can_gate(block.mlp)  # Its product takes the two layers one by one.
         for names in (*_JOINED, *((name,) for name in _ALONE)):
-            _pack_layers(block, names, may_join=_may_join(number, names, modes, healed))
+            may_join = _may_join(number, names, modes, healed)
+            _pack_layers(block, names, may_join=may_join and not (is_gated and names == _GATE_UP))
     for stage in stages:
         keep_packed(model, plan, stage)
     return pack_head(model)

@@ -8,7 +8,13 @@ from rayapp.errors import IntegrityError
 from rayapp.models.blocks import decoder_blocks, signature_of
 from rayapp.models.healed import HealedWeights, attach
 from rayapp.models.products.joined import named_weights, unpack
-from rayapp.models.products.packed import PackedLinear, pack_products, weight_of
+from rayapp.models.products.packed import (
+    PackedLinear,
+    can_gate,
+    gated,
+    pack_products,
+    weight_of,
+)
 from rayapp.models.stack import BlockStack
 from rayapp.plan import PruningPlan
 
@@ -43,6 +49,47 @@ def test_a_packed_layer_multiplies_as_a_plain_one(dtype, bias):
                 torch.ones(shape, dtype=dtype)))  # fmt: skip
     assert torch.equal(layer.weight, plain.weight)
     assert set(layer.state_dict()) == set(plain.state_dict())
+
+
+class Mlp(nn.Module):
+    """Gate, up and activation of an MLP."""
+
+    def __init__(self, dtype, act, *, bias):
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(40, 2400, bias=bias).to(dtype) for _ in range(2))
+        self.act_fn = act
+
+    def pack(self):
+        self.gate_proj, self.up_proj = PackedLinear(self.gate_proj), PackedLinear(self.up_proj)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 70, 40)])
+def test_gated_products_round_less_often(shape, bias):
+    torch.manual_seed(0)
+    mlp = Mlp(torch.bfloat16, nn.SiLU(), bias=bias)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.inference_mode():
+        gate, up = (
+            nn.functional.linear(
+                x.double(), layer.weight.double(), layer.bias.double() if bias else None
+            )
+            for layer in (mlp.gate_proj, mlp.up_proj)
+        )
+        exact = nn.functional.silu(gate) * up
+        modules = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        mlp.pack()
+        assert can_gate(mlp)
+        found = gated(x, mlp.gate_proj, mlp.up_proj)
+    torch.testing.assert_close(found, exact.bfloat16(), rtol=0.02, atol=0.01)
+    assert (found - exact).abs().mean() <= (modules - exact).abs().mean()
+
+
+def test_other_types_and_activations_are_not_gated():
+    assert can_gate(Mlp(torch.bfloat16, nn.SiLU(), bias=False))
+    assert not can_gate(Mlp(torch.float32, nn.SiLU(), bias=False))
+    assert not can_gate(Mlp(torch.float16, nn.SiLU(), bias=False))
+    assert not can_gate(Mlp(torch.bfloat16, nn.GELU(), bias=False))
 
 
 def test_gradients_flow_through_a_packed_layer():

@@ -78,6 +78,14 @@ def test_layers_that_a_stage_runs_apart_are_not_joined(tiny_model):
     assert all(isinstance(b.mlp.down_proj, PackedLinear) for b in blocks)
 
 
+def test_gate_and_up_are_packed_apart_where_their_product_takes_the_activation_in(tiny_model):
+    blocks = decoder_blocks(packed(tiny_model("llama").to(torch.bfloat16)))
+    assert all(
+        type(getattr(b.mlp, f"{n}_proj")) is PackedLinear for b in blocks for n in ("gate", "up")
+    )
+    assert all(isinstance(b.self_attn.q_proj, JoinedPart) for b in blocks)
+
+
 @pytest.mark.parametrize("names", [["self_attn.k_proj.weight"], ["mlp.gate_proj.weight"]])
 def test_healed_tensors_are_packed_in_their_place(tiny_model, names):
     plain, other = tiny_model("qwen2"), tiny_model("qwen2")

@@ -103,7 +103,7 @@ class DecodeServer:
         self._unpacking = SerialThread("unpacking")
         self._slots = Slots(max_num_seqs)
         self._leases = Leases(self._let_all_go)
-        self._engine = DecodeEngine(
+        self.engine = DecodeEngine(
             BlockStack(stage.loaded.model, stage.plan, "decode"),
             stage.plan,
             max_num_seqs=max_num_seqs,
@@ -112,8 +112,8 @@ class DecodeServer:
             tokenizer=stage.loaded.tokenizer,
             memory=memory,
         )
-        self._placing = Placing(self._engine, loop, self._unpacking, self._slots)
-        self._forecast = Forecast(self._engine, self._meter, self._slots, self._leases)
+        self._placing = Placing(self.engine, loop, self._unpacking, self._slots)
+        self._forecast = Forecast(self.engine, self._meter, self._slots, self._leases)
         self._bookings = Bookings(self._slots, self._forecast.room)
         self._admissions = Admissions(
             place,
@@ -125,10 +125,10 @@ class DecodeServer:
             let_go=self._let_go,
             deadlines=deadlines,
         )
-        loop.attach(sequences=self, check_idle=self._engine.check_integrity)
+        loop.attach(sequences=self, check_idle=self.engine.check_integrity)
         logger.info(
             "pages: %d bytes hold %d tokens of %d sequences",
-            *(self._engine.kv_bytes, self._engine.num_kv_tokens, max_num_seqs),
+            *(self.engine.kv_bytes, self.engine.num_kv_tokens, max_num_seqs),
         )
 
     async def book(
@@ -253,32 +253,51 @@ class DecodeServer:
     @property
     def num_running(self) -> int:
         """Number of sequences that compute a token in the next step."""
-        return self._engine.num_running
+        return self.engine.num_running
 
     async def run_tokens(self) -> None:
         """Compute a token of every running sequence and deliver it; an error ends them all."""
-        num_aside = self._engine.num_aside
+        num_aside = self.engine.num_aside
         try:
             batches = await self._loop.run(self._step)
-        except Exception as error:
-            logger.exception("a decode step failed")
-            if is_out_of_memory(error):
-                self._slots.keep_to(self._engine.num_running - 1)
-            await self._fail_all(UnavailableError(str(failure_of(error, "decode"))))
+        except Exception as error:  # noqa: BLE001 - raised to those who wait for the answers
+            await self.fail_step(error)
             return
+        self.settle(batches, num_aside)
+
+    async def fail_step(self, error: Exception) -> None:
+        """End all answers, because a step that had them raised."""
+        logger.error("a decode step failed", exc_info=error)
+        if is_out_of_memory(error):
+            self._slots.keep_to(self.engine.num_running - 1)
+        await self._fail_all(UnavailableError(str(failure_of(error, "decode"))))
+
+    def settle(self, batches: Sequence[TokenBatch], num_aside: int) -> None:
+        """Deliver the tokens of a step.
+
+        Args:
+            batches: The tokens.
+            num_aside: Number of sequences that were set aside before the step.
+        """
         for batch in batches:
             self._deliver(batch)
-        for request in self._engine.take_preempted():
+        for request in self.engine.take_preempted():
             self._hand_back(request)
-        if self._engine.num_aside < num_aside:
+        if self.engine.num_aside < num_aside:
             self._slots.tell()
+
+    @property
+    def expected_step_s(self) -> float:
+        """Seconds that a step of the running sequences alone is expected to take."""
+        running = self.engine.running
+        return self._meter.cost.seconds(len(running), sum(one.position for one in running))
 
     def _step(self) -> list[TokenBatch]:
         """Run a step on the engine's thread, and learn what it cost."""
         began_s = time.perf_counter()
-        batches = self._engine.step()
+        batches = self.engine.step()
         seconds = time.perf_counter() - began_s
-        running = self._engine.running
+        running = self.engine.running
         entries = sum(sequence.position for sequence in running)
         if running:
             self._meter.observe(len(running), entries, seconds)
@@ -340,11 +359,11 @@ class DecodeServer:
         return self._stage.health(
             pool,
             self._place,
-            kv_bytes=self._engine.kv_bytes,
-            kv_tokens=self._engine.num_kv_tokens,
+            kv_bytes=self.engine.kv_bytes,
+            kv_tokens=self.engine.num_kv_tokens,
             num_running=self._slots.num_held,
             num_waiting=self.num_waiting,
-            kv_usage=self._engine.usage,
+            kv_usage=self.engine.usage,
         )
 
     @property
@@ -353,9 +372,9 @@ class DecodeServer:
         return self._meter.report(
             rows=self._slots.num_held,
             waiting=self._num_seatless + self._bookings.num_short,
-            entries=self._engine.usage * self._engine.num_kv_tokens,
+            entries=self.engine.usage * self.engine.num_kv_tokens,
             max_rows=self._slots.num_slots,
-            max_entries=self._engine.num_kv_tokens,
+            max_entries=self.engine.num_kv_tokens,
             start_s=self._stage.load_s,
         )
 
@@ -375,13 +394,13 @@ class DecodeServer:
 
     async def check_integrity(self) -> dict[str, int]:
         """Return the numbers of resources in use, all zero when idle; raise if they disagree."""
-        await self._thread.run(self._engine.check_integrity)
+        await self._thread.run(self.engine.check_integrity)
         counts = {
             "bookings": len(self._bookings),
             "leases": len(self._leases),
             "slots": self._slots.num_held,
             "waiting": self.num_waiting,
-            "running": self._engine.num_running,
+            "running": self.engine.num_running,
         }
         if min(counts.values()) < 0 or self._slots.num_held > self._slots.num_slots:
             raise IntegrityError(f"decode holds {counts} with {self._slots.num_slots} slots")

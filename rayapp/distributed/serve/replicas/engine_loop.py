@@ -43,7 +43,7 @@ RunChunks = Callable[[Sequence[Chunk]], Awaitable[None]]
 class EngineLoop:
     """Runs the steps of a replica's engines on one thread.
 
-    Within a step, tokens of running sequences are computed and delivered before the chunks, so they
+    Within a step, tokens of running sequences are computed before the chunks, or with them, so they
     never wait for more than the chunks of one step.
 
     Args:
@@ -58,6 +58,7 @@ class EngineLoop:
         self.scheduler = Scheduler(max_num_batched_tokens)
         self._sequences: Sequences | None = None
         self._run_chunks: RunChunks | None = None
+        self._run_both: RunChunks | None = None
         self._check_idle: Callable[[], None] | None = None
         self._broken: IntegrityError | None = None
         self.num_failed = 0
@@ -68,6 +69,7 @@ class EngineLoop:
         *,
         sequences: Sequences | None = None,
         run_chunks: RunChunks | None = None,
+        run_both: RunChunks | None = None,
         check_idle: Callable[[], None] | None = None,
     ) -> None:
         """Give the loop a part of its work; a part that was attached before stays.
@@ -75,11 +77,14 @@ class EngineLoop:
         Args:
             sequences: The running sequences.
             run_chunks: Computes chunks of prompts.
+            run_both: Computes chunks and a token of every running sequence in one pass; without it
+                tokens are computed and delivered before the chunks.
             check_idle: Called on the thread after the last step; an :class:`IntegrityError` that it
                 raises means that the replica is broken.
         """
         self._sequences = sequences or self._sequences
         self._run_chunks = run_chunks or self._run_chunks
+        self._run_both = run_both or self._run_both
         self._check_idle = check_idle or self._check_idle
 
     def wake(self) -> None:
@@ -126,6 +131,9 @@ class EngineLoop:
                 is_checked = True  # Work that came meanwhile is seen by one more look.
 
     async def _take(self, step: Step) -> None:
+        if self._run_both is not None and step.num_running and step.chunks:
+            await self._run_both(step.chunks)
+            return
         if self._sequences is not None and step.num_running:
             await self._sequences.run_tokens()
         if self._run_chunks is not None and step.chunks:

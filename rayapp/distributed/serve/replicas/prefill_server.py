@@ -87,7 +87,7 @@ class PrefillServer:
         self._callers = Callers()
         self._versions = stage.versions
         stack = BlockStack(stage.loaded.model, stage.plan, "prefill")
-        self._engine = PrefillEngine(
+        self.engine = PrefillEngine(
             stack,
             stage.plan,
             max_model_len=stage.max_model_len,
@@ -97,7 +97,7 @@ class PrefillServer:
         )
         self._shape = KVShape.of(stack)
         self._parts = parts
-        self._queue = PromptQueue(self._engine, loop, max_waiting=max_waiting, parts=parts)
+        self.queue = PromptQueue(self.engine, loop, max_waiting=max_waiting, parts=parts)
 
     async def prefill(
         self,
@@ -135,10 +135,10 @@ class PrefillServer:
         if self._parts is not None:
             self._parts.handed_over(byte_s)
         caller = address.reader.actor
-        results = self._queue.results(prompt, queue_s, self._room_for(prompt, caller))
+        results = self.queue.results(prompt, queue_s, self._room_for(prompt, caller))
         goes_on = False  # Whether KV is under way when this call ends.
         try:
-            with self._callers.holding(caller, partial(self._queue.cancel, *prompt.key)):
+            with self._callers.holding(caller, partial(self.queue.cancel, *prompt.key)):
                 items = self._items(results, versions.envelope(*prompt.key))
                 async with aclosing(items):
                     async for item in items:
@@ -198,7 +198,7 @@ class PrefillServer:
 
     async def cancel(self, name: str, attempt: int, address: Address = ANY) -> None:
         """End the prefill of this attempt, if it is here, and give up its room on this node."""
-        self._queue.cancel(name, attempt)
+        self.queue.cancel(name, attempt)
         if self._room is not None:
             self._room.give((name, attempt))
 
@@ -211,20 +211,20 @@ class PrefillServer:
         return self._stage.health(
             pool,
             self._place,
-            num_running=self._queue.num_running,
-            num_waiting=self._queue.num_waiting,
-            image_cache=self._engine.image_cache,
+            num_running=self.queue.num_running,
+            num_waiting=self.queue.num_waiting,
+            image_cache=self.engine.image_cache,
         )
 
     @property
     def queued_tokens(self) -> int:
         """Number of prompt tokens that are still to be computed."""
-        return self._queue.num_tokens
+        return self.queue.num_tokens
 
     @property
     def report(self) -> PrefillReport:
         """The work of this replica, as routing and scaling count it."""
-        return self._queue.report(self._stage.load_s)
+        return self.queue.report(self._stage.load_s)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Numbers by which :class:`rayapp.distributed.serve.autoscaling.ServicePolicy` decides."""
@@ -249,7 +249,7 @@ class PrefillServer:
 
     async def check_integrity(self) -> dict[str, int]:
         """Return the numbers of resources in use, all zero when idle."""
-        counts = self._queue.check_integrity()
+        counts = self.queue.check_integrity()
         if self._room is not None:
             counts["attempts_on_node"] = (await self._room.counts())["attempts"]
         return counts

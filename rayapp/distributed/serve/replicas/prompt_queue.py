@@ -60,6 +60,31 @@ class _Ticket:
         self.begun.set()
 
 
+@dataclass(frozen=True, eq=False)
+class PromptStep:
+    """A step of the queue: its prompts, how far its pass has come, and how that is told.
+
+    Args:
+        tickets: The prompts, by their chunks.
+        progress: What notes how far the pass has come.
+        tell: Makes the event loop call a function.
+    """
+
+    tickets: Mapping[Chunk, _Ticket]
+    progress: PassProgress
+    tell: Callable[..., object]
+
+    def failed(self, error: Exception) -> dict[str, Outcome]:
+        """The outcomes of a step that raised."""
+        return dict.fromkeys((chunk.name for chunk in self.tickets), failure_of(error, "prefill"))
+
+
+Advance = Callable[
+    [Sequence[tuple[PrefillRun, int]], Callable[[], None] | None], tuple[list[PrefillOutput], float]
+]
+"""Runs chunks, as :meth:`PrefillEngine.advance` does; returns its outputs and seconds."""
+
+
 class PromptQueue:
     """Runs prompts through a prefill engine, shortest first, in steps of bounded size.
 
@@ -205,7 +230,16 @@ class PromptQueue:
             ) from None
 
     async def _run_chunks(self, chunks: Sequence[Chunk]) -> None:
-        """Run the chunks of one step, but for prompts that have left since it was planned."""
+        step = self.planned(chunks)
+        try:
+            outcomes = await self._loop.run(self.compute, step)
+        except Exception as error:
+            logger.exception("a prefill step failed")
+            outcomes = step.failed(error)
+        self.settle(step, outcomes)
+
+    def planned(self, chunks: Sequence[Chunk]) -> PromptStep:
+        """Begin a step with these chunks, but for prompts that have left since it was planned."""
         planned = {chunk: self._tickets.get(chunk.name) for chunk in chunks}
         tickets = {chunk: ticket for chunk, ticket in planned.items() if ticket is not None}
         for chunk, ticket in tickets.items():
@@ -214,36 +248,32 @@ class PromptQueue:
         num_tokens = sum(chunk.num_tokens for chunk in tickets)
         self._progress = PassProgress(num_tokens, self._engine.num_writing)
         tell = asyncio.get_running_loop().call_soon_threadsafe
-        try:
-            outcomes = await self._loop.run(self._step, tickets, self._progress, tell)
-        except Exception as error:
-            logger.exception("a prefill step failed")
-            outcomes = dict.fromkeys((c.name for c in tickets), failure_of(error, "prefill"))
-        for ticket in tickets.values():
+        return PromptStep(tickets, self._progress, tell)
+
+    def settle(self, step: PromptStep, outcomes: Mapping[str, Outcome]) -> None:
+        """Take note of a step that has ended, and tell those who wait for its prompts."""
+        for ticket in step.tickets.values():
             ticket.num_running = 0
             ticket.changed.set()
         for name, outcome in outcomes.items():
             self._deliver(name, outcome)
 
-    def _step(
-        self,
-        tickets: Mapping[Chunk, _Ticket],
-        progress: PassProgress,
-        tell: Callable[..., object],
-    ) -> dict[str, Outcome]:
-        """Run one step on the engine's thread; a prompt that cannot begin fails alone.
+    def compute(self, step: PromptStep, advance: Advance | None = None) -> dict[str, Outcome]:
+        """Run a step on the engine's thread; a prompt that cannot begin fails alone.
 
         Args:
-            tickets: The prompts of the step.
-            progress: What notes how far the pass has come.
-            tell: Makes the event loop call a function.
+            step: The step.
+            advance: What runs the chunks, and the seconds that count as theirs; by default
+                the engine, and all of them.
 
         Returns:
             Outputs of prompts that ended, and errors of single prompts, by name.
         """
+        advance = advance or self._advance
+        progress, tell = step.progress, step.tell
         outcomes: dict[str, Outcome] = {}
         chunks: list[tuple[str, PrefillRun, int]] = []
-        for chunk, ticket in tickets.items():
+        for chunk, ticket in step.tickets.items():
             try:
                 run = ticket.run or self._begin(ticket)
             except Exception as error:  # noqa: BLE001 - raised to the one that waits for this prompt
@@ -252,21 +282,29 @@ class PromptQueue:
             # Visual pruning makes a prompt shorter than the scheduler knows.
             count = run.num_left if chunk.is_last else min(run.num_left, chunk.num_tokens)
             chunks.append((chunk.name, run, count))
-        told = [t.changed for t in tickets.values() if self._may_leave(t)]
+        told = [t.changed for t in step.tickets.values() if self._may_leave(t)]
 
         def noted() -> None:
             progress.note()
             tell(_set_all, told)
 
         timed = [(count, run.kv.num_done) for _, run, count in chunks]
-        noting = {"noted": noted} if told else {}
-        began_s = time.perf_counter()
         progress.begin()
-        outputs = self._engine.advance([(run, count) for _, run, count in chunks], **noting)
+        outputs, seconds = advance(
+            [(run, count) for _, run, count in chunks], noted if told else None
+        )
         progress.end()
-        self.meter.observe(timed, time.perf_counter() - began_s)
+        self.meter.observe(timed, seconds)
         ended = [name for name, run, _ in chunks if not run.num_left]
         return {**outcomes, **dict(zip(ended, outputs, strict=True))}
+
+    def _advance(
+        self, chunks: Sequence[tuple[PrefillRun, int]], noted: Callable[[], None] | None
+    ) -> tuple[list[PrefillOutput], float]:
+        began_s = time.perf_counter()
+        noting = {} if noted is None else {"noted": noted}
+        outputs = self._engine.advance(chunks, **noting)
+        return outputs, time.perf_counter() - began_s
 
     def _begin(self, ticket: _Ticket) -> PrefillRun:
         in_parts = self._parts is not None

@@ -14,6 +14,7 @@ from rayapp.distributed.serve.messages import ANY, Address, Place, TokenRow, Ver
 from rayapp.distributed.serve.replicas.both_stages import BothStages, GeneratedItem
 from rayapp.distributed.serve.replicas.decode_server import DecodeServer
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
+from rayapp.distributed.serve.replicas.joint_steps import JointSteps
 from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
 from rayapp.distributed.serve.replicas.stage import StageModel
 from rayapp.distributed.serve.settings import Deadlines
@@ -24,7 +25,7 @@ from rayapp.scaling.settings import Targets
 
 
 class UnifiedServer:
-    """A prefill and a decode server on one loop, whose steps run tokens first, then chunks.
+    """A prefill and a decode server on one loop, whose steps run tokens and chunks.
 
     Args:
         stage: The union of both stages.
@@ -68,6 +69,7 @@ class UnifiedServer:
             memory=memory,
             tpot_s=tpot_s,
         )
+        self.joint = JointSteps(loop, self._prefill, self._decode)
         self._both = BothStages(
             self._prefill, self._decode, channel, deadlines, stage.plan.first_token
         )

@@ -38,7 +38,7 @@ def test_a_step_that_hangs_is_noticed_and_the_replica_is_well_once_it_ends(stage
 def test_steps_that_fail_one_after_the_other_are_noticed(stage, monkeypatch):
     async def scenario():
         pair = Pair(stage)
-        monkeypatch.setattr(pair.prefill._engine, "advance", lambda _: 1 / 0)
+        monkeypatch.setattr(pair.prefill.engine, "advance", lambda _: 1 / 0)
         for number in range(_MAX_FAILED):
             await pair.prefill.check_health()
             with pytest.raises(UnavailableError, match="ZeroDivisionError"):
@@ -58,7 +58,7 @@ def test_an_idle_replica_whose_books_disagree_is_noticed(stage):
         await pair.rest(asked)
         await pair.decode.check_health()
         # A sheet that belongs to nobody, as a lost reference leaves it.
-        leaked = pair.decode._engine.pages.arenas[0].pool.take(1, 1)
+        leaked = pair.decode.engine.pages.arenas[0].pool.take(1, 1)
         assert leaked is not None
         asked = request_of("second")
         await pair.admitted(asked)
@@ -83,7 +83,7 @@ def test_a_prompt_that_finds_too_little_memory_is_refused_with_the_options_that_
 ):
     async def scenario():
         pair = Pair(stage)
-        monkeypatch.setattr(pair.prefill._engine, "advance", raising(error))
+        monkeypatch.setattr(pair.prefill.engine, "advance", raising(error))
         with pytest.raises(OverloadedError, match="lower max_num_seqs"):
             await pair.admitted(request_of("large"))
         await pair.check_idle()
@@ -103,14 +103,14 @@ def test_decode_runs_fewer_sequences_once_memory_did_not_suffice(stage, monkeypa
 
     async def scenario():
         pair = Pair(stage, max_num_seqs=4)
-        step = pair.decode._engine.step
+        step = pair.decode.engine.step
 
         def step_of_few():
-            if pair.decode._engine.num_running > 2:
+            if pair.decode.engine.num_running > 2:
                 raise TOO_LITTLE[0]
             return step()
 
-        monkeypatch.setattr(pair.decode._engine, "step", step_of_few)
+        monkeypatch.setattr(pair.decode.engine, "step", step_of_few)
 
         async def answered(request):
             for attempt in range(4):

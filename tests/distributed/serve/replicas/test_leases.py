@@ -246,16 +246,16 @@ def test_a_failed_step_ends_its_requests_not_the_replica(stage, monkeypatch):
     async def scenario():
         pair = Pair(stage)
         request = request_of("unlucky", max_tokens=50, ignore_eos=True)
-        step = pair.decode._engine.step
+        step = pair.decode.engine.step
 
         def broken():
             raise RuntimeError("a kernel failed")
 
-        monkeypatch.setattr(pair.decode._engine, "step", broken)
+        monkeypatch.setattr(pair.decode.engine, "step", broken)
         await pair.admitted(request)
         with pytest.raises(UnavailableError, match=r"a kernel failed|holds no slot"):
             await pair.rest(request)
-        monkeypatch.setattr(pair.decode._engine, "step", step)
+        monkeypatch.setattr(pair.decode.engine, "step", step)
         await pair.check_idle()
         lucky = request_of("lucky")
         first, _ = await pair.admitted(lucky)

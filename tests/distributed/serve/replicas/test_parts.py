@@ -53,7 +53,7 @@ def looking(monkeypatch):
     """
 
     def look(pair):
-        advance = pair.prefill._engine.advance
+        advance = pair.prefill.engine.advance
         loop = asyncio.get_running_loop()
 
         def slowly(chunks, noted=None):
@@ -63,7 +63,7 @@ def looking(monkeypatch):
 
             return advance(chunks, noted and note)
 
-        monkeypatch.setattr(pair.prefill._engine, "advance", slowly)
+        monkeypatch.setattr(pair.prefill.engine, "advance", slowly)
 
     return look
 
@@ -261,10 +261,10 @@ def test_short_prompts_go_whole_whatever_else_leaves_in_parts(stage, looking):
 
     async def scenario():
         pair = Pair(stage, in_parts=True, max_num_batched_tokens=1000)
-        pair.prefill._queue._parts = PartSizes(cost_s=0.005)  # 5 MB at first, far more than this.
+        pair.prefill.queue._parts = PartSizes(cost_s=0.005)  # 5 MB at first, far more than this.
         noted = []
-        advance = pair.prefill._engine.advance
-        pair.prefill._engine.advance = lambda chunks, **note: noted.append(note) or advance(chunks)
+        advance = pair.prefill.engine.advance
+        pair.prefill.engine.advance = lambda chunks, **note: noted.append(note) or advance(chunks)
         async with pair.begun(long_request("whole")) as parted:
             assert isinstance(parted.item, PrefillAnswer)
         assert noted == [{}]

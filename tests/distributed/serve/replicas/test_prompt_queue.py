@@ -59,7 +59,7 @@ def test_a_short_prompt_passes_a_long_one_and_neither_answer_changes(stage):
             return [*first.firsts[0].token_ids, *await pair.rest(request)]
 
         answers = [asyncio.ensure_future(answer(long))]
-        while not pair.prefill._queue.num_running:
+        while not pair.prefill.queue.num_running:
             await asyncio.sleep(0)
         answers.append(asyncio.ensure_future(answer(request_of("short"))))
         tokens = await asyncio.gather(*answers)
@@ -88,7 +88,7 @@ def test_a_prompt_that_cannot_begin_fails_alone(stage):
 def test_a_step_that_raises_ends_its_prompts_and_not_the_replica(stage, monkeypatch):
     async def scenario():
         pair = Pair(stage, max_num_batched_tokens=256)
-        engine, failures = pair.prefill._engine, [ValueError("broken")]
+        engine, failures = pair.prefill.engine, [ValueError("broken")]
         advance = engine.advance
         monkeypatch.setattr(
             engine, "advance", lambda chunks: _raise(failures) if failures else advance(chunks)

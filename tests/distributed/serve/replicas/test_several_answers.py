@@ -50,7 +50,7 @@ def test_they_equal_separate_requests_and_run_in_turns_where_slots_are_few(stage
 
     async def scenario():
         pair = Pair(stage, max_num_seqs=3)
-        passes = counted_passes(pair.prefill._engine)
+        passes = counted_passes(pair.prefill.engine)
         answer, _ = await pair.admitted(*requests)
         rest = await pair.rest(*requests)
         await pair.check_idle()

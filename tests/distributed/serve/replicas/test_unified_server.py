@@ -81,14 +81,14 @@ def test_a_running_stream_waits_for_no_more_than_one_step_of_chunks(stage):
 
     async def scenario():
         server = server_of(stage, max_num_seqs=4)
-        step, advance = server._decode._engine.step, server._prefill._engine.advance
+        step, both = server._decode.engine.step, server.joint.engine.step
 
-        def counted(chunks):
-            log.append(sum(count for _, count in chunks))
-            return advance(chunks)
+        def counted(chunks, noted):
+            log.extend((sum(count for _, count in chunks), "token"))
+            return both(chunks, noted)
 
-        server._decode._engine.step = lambda: (log.append("token"), step())[1]
-        server._prefill._engine.advance = counted
+        server._decode.engine.step = lambda: (log.append("token"), step())[1]
+        server.joint.engine.step = counted
         stream = request_of("stream", max_tokens=60, ignore_eos=True)
         long = [replace(request_of(f"long{n}", 2), prompt_token_ids=PROMPT * 5) for n in range(3)]
         running = asyncio.ensure_future(answers_of(server, stage, stream))
@@ -156,3 +156,30 @@ def test_nothing_is_prefilled_before_there_is_room_to_decode_it(stage):
     found = run(scenario())
     assert found[0] == expected_tokens(stage, request_of("first", max_tokens=120, ignore_eos=True))
     assert found[1] == expected_tokens(stage, request_of("second", max_tokens=9))
+
+
+def test_a_shared_pass_that_raises_ends_what_is_in_it_and_nothing_else(stage, monkeypatch):
+    async def scenario():
+        server = server_of(stage, max_num_seqs=4)
+        both = server.joint.engine.step
+
+        def broken(chunks, noted):
+            both(chunks, noted)
+            raise ValueError("a broken pass")
+
+        running = asyncio.ensure_future(
+            answers_of(server, stage, request_of("running", max_tokens=100, ignore_eos=True))
+        )
+        while not server._decode.num_running:
+            await asyncio.sleep(0.001)
+        monkeypatch.setattr(server.joint.engine, "step", broken)
+        joining = asyncio.ensure_future(answers_of(server, stage, request_of("joining")))
+        for lost in (running, joining):
+            with pytest.raises(UnavailableError, match="a broken pass"):
+                await lost
+        monkeypatch.undo()
+        await check_idle(server)
+        again = replace(request_of("again"), attempt=1)
+        assert (await answers_of(server, stage, again))["again"] == expected_tokens(stage, again)
+
+    run(scenario())
