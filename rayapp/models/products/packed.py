@@ -52,7 +52,7 @@ def can_gate(mlp: Any) -> bool:
 
 
 def gated(x: torch.Tensor, gate: PackedLinear, up: PackedLinear) -> torch.Tensor:
-    """SiLU of the gate's outputs times those of ``up``, rounded twice where modules do four times."""
+    """SiLU of the gate's outputs times those of ``up``, rounded twice and not four times."""
     silu = torch.ops.mkldnn._linear_pointwise(x, gate.packed, gate.bias, "swish", [], "")
     return torch.ops.mkldnn._linear_pointwise.binary(x, silu, up.packed, up.bias, "mul")
 
