@@ -79,7 +79,7 @@ class SleepingDecode(DecodeReplica):
 
     def __init__(self, settings: ServiceSettings, costs: StageCosts) -> None:
         super().__init__(settings)
-        self.engine._blocks = SleepingTokens(costs.decode)
+        self.engine.blocks = SleepingTokens(costs.decode)
 
 
 _SERVERS = {PREFILL: SleepingPrefill, DECODE: SleepingDecode}

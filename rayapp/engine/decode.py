@@ -70,7 +70,7 @@ class DecodeEngine:
         self.plan = plan
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
-        self._blocks = SingleTokenStack(stack)
+        self.blocks = SingleTokenStack(stack)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._tokenizer = tokenizer
         self.pages = PagedKV(
@@ -324,8 +324,8 @@ class DecodeEngine:
     @torch.inference_mode()
     def _feed(self) -> torch.Tensor:
         tokens_B1E, positions_B1 = self.begin_tokens()
-        masks = {} if self._blocks.is_plain else self.pages.masks()
-        hidden_B1E = self._blocks.run(tokens_B1E, positions_B1, self.pages, masks)
+        masks = {} if self.blocks.is_plain else self.pages.masks()
+        hidden_B1E = self.blocks.run(tokens_B1E, positions_B1, self.pages, masks)
         return self.stack.logits(hidden_B1E)[:, 0]
 
     def begin_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,9 +11,16 @@ import torch
 from rayapp.engine.joint import JointEngine
 from rayapp.engine.request import GenerationRequest
 from rayapp.engine.sampling_params import SamplingParams
+from rayapp.models.blocks import find_decoder
+from rayapp.models.healed import HealedWeights, attach
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 NUM_REQUESTS = 14
+ALIKE = {"prefill": {3: "removed", 1: "mlp_only"}, "decode": {3: "removed", 1: "mlp_only"}}
+APART = {
+    "prefill": {1: "kv_only", 2: "mlp_and_kv", 4: "mlp_only"},
+    "decode": {3: "mlp_only", 4: "removed"},
+}
 CUT_KV = {0: {"first": 2, "last": 4}, 2: {"first": 0.25, "last": 0.25}}
 
 
@@ -65,13 +72,13 @@ def answer_alone(alone, request):
     return alone.answers[request.request_id]
 
 
+@pytest.mark.parametrize("stages", [ALIKE, APART], ids=["alike", "apart"])
 @pytest.mark.parametrize("first_token", ["prefill", "decode"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_random_steps_change_no_token(tiny_model, engines, make_plan, family, first_token):
-    """Windows, cut KV, a block that neither stage runs, sampled answers, and scored prompts."""
+def test_random_steps_change_no_token(tiny_model, engines, make_plan, family, first_token, stages):
+    """Windows, cut KV, blocks that a stage runs in part, sampled answers, and scored prompts."""
     model = tiny_model(family)
-    same = {3: "removed"}
-    plan = make_plan(model, prefill=same, decode=same, kv_transfer=CUT_KV, first_token=first_token)
+    plan = make_plan(model, **stages, kv_transfer=CUT_KV, first_token=first_token)
     requests = requests_of(len(family))
     both = engines(model, plan, max_num_seqs=5)
     num_shared, scored = served(both, requests, seed=len(family))
@@ -84,6 +91,35 @@ def test_random_steps_change_no_token(tiny_model, engines, make_plan, family, fi
         assert [x and x.logprob for x in found] == pytest.approx(
             [x and x.logprob for x in expected], abs=1e-4
         )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_healed_blocks_run_with_the_weights_of_their_stage(tiny_model, engines, make_plan, family):
+    """Decode has a bridge, and prefill has learnt the weights of another block."""
+    model = tiny_model(family)
+    down = find_decoder(model).layers[0].mlp.down_proj.weight.detach()
+    generator = torch.Generator().manual_seed(3)
+    weights = HealedWeights.of(
+        {
+            "prefill": {
+                "layers.0.mlp.down_proj.weight": torch.randn(down.shape, generator=generator)
+            },
+            "decode": {
+                "layers.2.bridge.weight": torch.randn(48, 48, generator=generator) / 10,
+                "layers.2.bridge.bias": torch.randn(48, generator=generator),
+            },
+        }
+    )
+    plan = make_plan(model, decode={2: "removed"}).with_healed(weights.digest)
+    attach(model, weights)
+    both, alone, bare = (
+        engines(model, p, max_num_seqs=5) for p in (plan, plan, plan.with_healed(None))
+    )
+    requests = requests_of(2)
+    served(both, requests, seed=2)
+    answers = [answer_alone(alone, request) for request in requests]
+    assert answers != [answer_alone(bare, request) for request in requests]
+    assert [both.answers[request.request_id] for request in requests] == answers
 
 
 def test_pages_that_nobody_filled_are_read_by_nobody(tiny_model, engines):
@@ -108,10 +144,3 @@ def test_one_kind_of_work_takes_the_engine_of_its_own(tiny_model, engines):
     batches, (output,) = joint.step([(run, 3)])
     assert not batches
     assert output.num_prompt_tokens == 3
-
-
-@pytest.mark.parametrize("stages", [{"prefill": {3: "kv_only"}}, {"decode": {1: "mlp_only"}}])
-def test_stages_that_differ_share_no_pass(tiny_model, engines, make_plan, stages):
-    model = tiny_model("llama")
-    both = engines(model, make_plan(model, **stages))
-    assert not JointEngine(both.prefill, both.decode).shares_passes

@@ -53,38 +53,33 @@ class ManyTokensStack:
     def __init__(self, stack: BlockStack) -> None:
         self._stack = stack
         one_device = len(set(stack.devices)) == 1
-        self._blocks = [
-            _Block(number, block) if one_device and is_plain(block) else None
+        self.blocks = [
+            PromptBlock(number, block) if one_device and is_plain(block) else None
             for number, block in enumerate(stack.blocks)
         ]
 
     @property
     def is_plain(self) -> bool:
         """True if every block runs as plain functions."""
-        return None not in self._blocks
+        return None not in self.blocks
 
     def run(
         self,
         hidden_1TE: torch.Tensor,
         positions_1T: torch.Tensor,
-        cache: BlockCache | TokensThenPrompts,
+        cache: BlockCache,
         masks: Masks,
         *,
         real_tokens: RealTokens,
     ) -> torch.Tensor:
-        """Hidden states ``(1, T, E)`` after all blocks; the arguments of ``BlockStack.run``.
-
-        Tokens before the prompts need blocks that are all plain, and are none of ``masks`` and
-        ``real_tokens``.
-        """
+        """Hidden states ``(1, T, E)`` after all blocks; the arguments of ``BlockStack.run``."""
         stack = self._stack
         rotary = stack.rotary(hidden_1TE, positions_1T)
         rows = tuple(rows_1TD[0, :, None] for rows_1TD in signed(rotary))
         hidden_1TE = hidden_1TE.clone()  # Blocks add to it in place.
-        for number, block in enumerate(self._blocks):
+        for number, block in enumerate(self.blocks):
             mask = masks.get(number)
             if block is None:
-                assert not isinstance(cache, TokensThenPrompts)
                 hidden_1TE = stack.run(
                     hidden_1TE,
                     positions_1T,
@@ -100,7 +95,7 @@ class ManyTokensStack:
         return hidden_1TE
 
 
-class _Block:
+class PromptBlock:
     """A plain block: what it writes, attends to and adds."""
 
     def __init__(self, number: int, block: Any) -> None:

@@ -53,12 +53,12 @@ class SingleTokenStack:
         self._rotary = stack.rotary
         blocks = [_plain_block(number, block) for number, block in enumerate(stack.blocks)]
         plain = None not in blocks and len(set(stack.devices)) == 1
-        self._blocks = [block for block in blocks if block] if plain else None
+        self.blocks = [block for block in blocks if block] if plain else None
 
     @property
     def is_plain(self) -> bool:
         """True if every block runs as plain functions."""
-        return self._blocks is not None
+        return self.blocks is not None
 
     def run(
         self,
@@ -68,11 +68,11 @@ class SingleTokenStack:
         masks: Masks,
     ) -> torch.Tensor:
         """Hidden states ``(B, 1, E)`` after all blocks; the arguments of ``BlockStack.run``."""
-        if self._blocks is None:
+        if self.blocks is None:
             return self._stack.run(hidden_B1E, positions_B1, cache, masks)
         rotary = signed(self._rotary(hidden_B1E, positions_B1))
         hidden_B1E = hidden_B1E.clone()  # Blocks add to it in place.
-        for number, block in enumerate(self._blocks):
+        for number, block in enumerate(self.blocks):
             hidden_B1E = block(hidden_B1E, rotary, masks.get(number), cache)
         return hidden_B1E
 

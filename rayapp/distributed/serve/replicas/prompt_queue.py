@@ -62,7 +62,7 @@ class _Ticket:
 
 @dataclass(frozen=True, eq=False)
 class PromptStep:
-    """A step of the queue: its prompts, how far its pass has come, and how that is told.
+    """A step of the queue: its prompts, and how far its pass has come.
 
     Args:
         tickets: The prompts, by their chunks.
