@@ -1,4 +1,4 @@
-"""Steps of a unified replica that compute tokens and chunks of prompts in one pass."""
+"""Steps of a replica of both stages that compute tokens and chunks of prompts in one pass."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from rayapp.engine.prefill import PrefillOutput, PrefillRun
 from rayapp.engine.request import TokenBatch
 from rayapp.engine.scheduler import Chunk
 
+_APART_S = 60.0
+"""Seconds after a pass that raised in which tokens and chunks run apart (project default)."""
+
 
 class JointSteps:
     """Runs the steps of a loop that have both kinds of work, where both can share a pass.
 
-    A pass that raises ends the answers and the prompts in it.
+    A pass that raises ends the answers and the prompts in it. They come back, here or elsewhere,
+    and one of them may be why: for a while tokens and chunks run apart then, so that it ends alone.
 
     Args:
         loop: The loop of both servers.
@@ -31,13 +35,19 @@ class JointSteps:
         self.engine = JointEngine(prefill.engine, decode.engine)
         if self.engine.shares_passes:
             loop.attach(run_both=self._run)
+        self._apart_until_s = 0.0
 
     async def _run(self, chunks: Sequence[Chunk]) -> None:
+        if time.monotonic() < self._apart_until_s:
+            await self._decode.run_tokens()
+            await self._queue.run_chunks(chunks)
+            return
         num_aside = self._decode.engine.num_aside
         step = self._queue.planned(chunks)
         try:
             batches, outcomes = await self._loop.run(self._compute, step)
         except Exception as error:  # noqa: BLE001 - raised to those who wait
+            self._apart_until_s = time.monotonic() + _APART_S
             self._queue.settle(step, step.failed(error))
             await self._decode.fail_step(error)
             return

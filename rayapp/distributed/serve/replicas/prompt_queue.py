@@ -117,7 +117,7 @@ class PromptQueue:
         self._tickets: dict[str, _Ticket] = {}
         self._names = map(str, itertools.count())
         self.meter = PrefillMeter(loop.scheduler.max_tokens)
-        loop.attach(run_chunks=self._run_chunks)
+        loop.attach(run_chunks=self.run_chunks)
 
     @property
     def num_waiting(self) -> int:
@@ -229,7 +229,8 @@ class PromptQueue:
                 f"no turn for prefill within {queue_s:.1f} s; try again later or add replicas"
             ) from None
 
-    async def _run_chunks(self, chunks: Sequence[Chunk]) -> None:
+    async def run_chunks(self, chunks: Sequence[Chunk]) -> None:
+        """Compute chunks of prompts and deliver what ends; an error ends these prompts."""
         step = self.planned(chunks)
         try:
             outcomes = await self._loop.run(self.compute, step)

@@ -21,6 +21,7 @@ from rayapp.distributed.serve.ray_metrics import StageGauges, log_as_serve
 from rayapp.distributed.serve.replicas.both_stages import BothStages, GeneratedItem
 from rayapp.distributed.serve.replicas.decode_server import DecodeServer
 from rayapp.distributed.serve.replicas.engine_loop import EngineLoop
+from rayapp.distributed.serve.replicas.joint_steps import JointSteps
 from rayapp.distributed.serve.replicas.kv_memory import kv_memory
 from rayapp.distributed.serve.replicas.part_sizes import PartSizes
 from rayapp.distributed.serve.replicas.prefill_server import PrefillServer
@@ -93,6 +94,7 @@ class DecodeReplica(DecodeServer):
             max_waiting=settings.max_waiting,
             step_s=settings.deadlines.step_s,
         )
+        JointSteps(loop, self._prompts, self)
         first = stage.plan.first_token
         self._both = BothStages(self._prompts, self, LocalChannel(), settings.deadlines, first)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -158,28 +159,41 @@ def test_nothing_is_prefilled_before_there_is_room_to_decode_it(stage):
     assert found[1] == expected_tokens(stage, request_of("second", max_tokens=9))
 
 
-def test_a_shared_pass_that_raises_ends_what_is_in_it_and_nothing_else(stage, monkeypatch):
+def test_a_prompt_that_breaks_passes_ends_others_once_and_then_alone(stage, monkeypatch):
+    """A pass that raises ends what is in it; for a while, prompts run apart from answers then."""
+
     async def scenario():
         server = server_of(stage, max_num_seqs=4)
-        both = server.joint.engine.step
+        advance, both = server._prefill.engine.advance, server.joint.engine.step
 
-        def broken(chunks, noted):
-            both(chunks, noted)
-            raise ValueError("a broken pass")
+        def broken(call, chunks, *noted):
+            if any(run.requests[0].request_id.startswith("poison") for run, _ in chunks):
+                raise ValueError("a broken pass")
+            return call(chunks, *noted)
 
-        running = asyncio.ensure_future(
-            answers_of(server, stage, request_of("running", max_tokens=100, ignore_eos=True))
-        )
-        while not server._decode.num_running:
-            await asyncio.sleep(0.001)
-        monkeypatch.setattr(server.joint.engine, "step", broken)
-        joining = asyncio.ensure_future(answers_of(server, stage, request_of("joining")))
-        for lost in (running, joining):
+        monkeypatch.setattr(server.joint.engine, "step", partial(broken, both))
+        monkeypatch.setattr(server._prefill.engine, "advance", partial(broken, advance))
+        long = {"max_tokens": 100, "ignore_eos": True}
+
+        async def poisoned(name, beside):
+            while not server._decode.num_running:
+                await asyncio.sleep(0.001)
             with pytest.raises(UnavailableError, match="a broken pass"):
-                await lost
-        monkeypatch.undo()
+                await answers_of(server, stage, request_of(name))
+            return await beside
+
+        beside = asyncio.ensure_future(answers_of(server, stage, request_of("one", **long)))
+        with pytest.raises(UnavailableError, match="a broken pass"):
+            await poisoned("poison1", beside)
+        two = request_of("two", **long)
+        found = await poisoned("poison2", asyncio.ensure_future(answers_of(server, stage, two)))
+        assert found["two"] == expected_tokens(stage, two)
         await check_idle(server)
-        again = replace(request_of("again"), attempt=1)
-        assert (await answers_of(server, stage, again))["again"] == expected_tokens(stage, again)
+        server.joint._apart_until_s = 0.0  # As if a minute had gone by.
+        pair = [request_of("three", **long), request_of("four", 2)]
+        answers = await asyncio.gather(*(answers_of(server, stage, each) for each in pair))
+        for each, answer in zip(pair, answers, strict=True):
+            assert answer[each.request_id] == expected_tokens(stage, each)
+        await check_idle(server)
 
     run(scenario())
