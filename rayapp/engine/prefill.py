@@ -318,7 +318,7 @@ class PrefillEngine:
         """
         kvs, counts = [run.kv for run, _ in chunks], [count for _, count in chunks]
         hidden_TE = torch.cat([run.hidden_CE(count) for run, count in chunks])
-        return Pass(kvs, counts, self.stack, noted), hidden_TE
+        return Pass(kvs, counts, self.stack, noted, self.stack.device), hidden_TE
 
     def end_pass(
         self, chunks: Sequence[tuple[PrefillRun, int]], row: Pass, hidden_TE: torch.Tensor

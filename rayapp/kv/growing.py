@@ -88,6 +88,7 @@ class Pass:
         counts: Number of tokens of every prompt to run.
         stack: The shape of the model.
         noted: Called whenever the entries of one more block are known, within the pass.
+        device: Device on which the pass runs.
     """
 
     def __init__(
@@ -96,13 +97,14 @@ class Pass:
         counts: Sequence[int],
         stack: StackShape,
         noted: Callable[[], None] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._noted = noted
         self._prompts = tuple(prompts)
         self._counts = tuple(counts)
         parts = list(zip(self._prompts, self._counts, strict=True))
         by_window = {
-            window: [_mask(kv, count, window) for kv, count in parts]
+            window: [_on(device, _mask(kv, count, window)) for kv, count in parts]
             for window in set(stack.windows)
         }
         self.masks = {block: by_window[window] for block, window in enumerate(stack.windows)}
@@ -130,6 +132,10 @@ class Pass:
         """Count the tokens as run once all blocks have run."""
         for kv, count in zip(self._prompts, self._counts, strict=True):
             kv.num_done += count
+
+
+def _on(device: torch.device | None, mask: torch.Tensor | None) -> torch.Tensor | None:
+    return None if mask is None else mask.to(device)
 
 
 def _mask(kv: PromptKV, count: int, window: int | None) -> torch.Tensor | None:
