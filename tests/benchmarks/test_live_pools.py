@@ -38,8 +38,8 @@ def test_blocks_that_sleep_take_their_time_and_run_the_engines_as_they_are(tiny_
     stacks = [BlockStack(model, plan, stage) for stage in ("prefill", "decode")]
     prefill = PrefillEngine(stacks[0], plan, max_model_len=64)
     decode = DecodeEngine(stacks[1], plan, max_num_seqs=2, max_model_len=64)
-    prefill._blocks = SleepingPrompts(stacks[0], PrefillCost(step_s=0.01, pair_s=0.001))
-    decode._blocks = SleepingTokens(DecodeCost(step_s=0.01, entry_s=0.001))
+    prefill.blocks = SleepingPrompts(stacks[0], PrefillCost(step_s=0.01, pair_s=0.001))
+    decode.blocks = SleepingTokens(DecodeCost(step_s=0.01, entry_s=0.001))
     request = GenerationRequest("it", (5, 6, 7), SamplingParams(max_tokens=4, ignore_eos=True))
     began_s = time.monotonic()
     output = prefill.run(request)
