@@ -23,7 +23,7 @@ class ChangingPrefill(PrefillReplica):
 
     async def cost_of_parts(self, part_ms: float, address: Address = ANY) -> None:
         """Cut the KV of later prompts as if the calls for a part took ``part_ms``."""
-        parts = self._queue._parts
+        parts = self.queue._parts
         assert parts is not None, "a prefill replica of the service sends parts"
         parts._cost_s = part_ms / 1000
 
