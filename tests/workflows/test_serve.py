@@ -44,7 +44,7 @@ def test_answers_under_way_end_before_the_service_does(free_port_of_tests, numbe
     try:
         lines = iter(process.stdout.readline, "")
         assert any(line.startswith("ready:") for line in lines)
-        body = {"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
+        body = {"prompt": "a", "max_tokens": 300, "ignore_eos": True, "stream": True}
         url = f"http://127.0.0.1:{port}/v1/completions"
         with httpx.stream("POST", url, json=body, timeout=60) as answer:
             events = answer.iter_lines()
